@@ -1,0 +1,235 @@
+"""A run's configuration: one YAML file, typed, with every key known and every mistake named."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
+
+from fewstep.distill import objectives
+from fewstep.distill.stage import Frozen, RoleConfig
+from fewstep.errors import UserError, nearest
+from fewstep.models.store import ModelConfig
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class DataConfig(Frozen):
+    """What a step starts from: ``labels`` (drawn uniformly; data-free) or ``idx`` (images with labels, from a folder)."""
+
+    kind: Literal["labels", "idx"] = "labels"
+    path: str | None = None
+    split: Literal["train", "test"] = "train"
+
+    @model_validator(mode="after")
+    def _path_for_idx(self) -> DataConfig:
+        if self.kind == "idx" and self.path is None:
+            raise ValueError("kind idx needs a path")
+        return self
+
+
+class CheckpointConfig(Frozen):
+    """Every how many steps a checkpoint is written (also at the end and on Ctrl-C), and how many of the last are kept."""
+
+    every: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class ValidationConfig(Frozen):
+    """Every ``every`` steps (0: never), ``n`` samples of the averaged student are scored against the *training*-image
+    statistics of ``reference``, and the best student so far is kept. ``solver``, ``steps`` and ``guidance`` say how they
+    are drawn; ``student`` is the student's own few-step rule."""
+
+    every: int = Field(0, ge=0)
+    n: int = Field(1000, ge=10)
+    reference: str = "fashion"
+    solver: str = "student"
+    steps: int | None = Field(None, ge=1)
+    guidance: float = 1.0
+
+
+class StageConfig(Frozen):
+    """One stage: an objective, the roles that it trains, and for how many steps."""
+
+    steps: int = Field(ge=1)
+    objective: SerializeAsAny[Frozen]
+    roles: dict[str, RoleConfig]
+    freeze: dict[str, str] = {}
+    clip: float | None = Field(1.0, gt=0)
+
+
+class Config(Frozen):
+    """The whole run. Exactly one of ``teacher`` (a folder or an embedded name) and ``model`` (a new network) is given."""
+
+    out: str
+    teacher: str | None = None
+    model: ModelConfig | None = None
+    data: DataConfig = DataConfig()
+    batch: int = Field(64, ge=1)
+    accumulate: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    log_every: int = Field(10, ge=1)
+    tensorboard: bool = False
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Config:
+        if (self.teacher is None) == (self.model is None):
+            raise ValueError("give either teacher (to distil) or model (to pretrain), not both and not neither")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+
+def objective_names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(objectives.__path__))
+
+
+def objective_module(name: str) -> types.ModuleType:
+    """The file of an objective: it has ``Config``, ``NEEDS`` and ``build``. Raises ``UserError`` on an unknown name."""
+    if name not in objective_names():
+        raise UserError(f"Unknown objective {name!r}{nearest(name, objective_names())}.")
+    return importlib.import_module(f"fewstep.distill.objectives.{name}")
+
+
+def find_config(path: str | Path) -> Path:
+    """A config file, or one of those that ship with the package (``configs/fashion/demo.yaml`` works anywhere)."""
+    given = Path(path)
+    if given.is_file():
+        return given
+    inside = Path(*given.parts[1:]) if given.parts and given.parts[0] == "configs" else given
+    shipped = CONFIGS / inside.with_suffix(".yaml")
+    if shipped.is_file():
+        return shipped
+    known = sorted("configs/" + str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml"))
+    raise UserError(f"No config file {str(path)!r}{nearest(str(path), known)}.")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and ``key=value`` overrides (dotted keys, list items by number).
+
+    Raises ``UserError`` that names the file (or the command line), the key, the value and the nearest valid key.
+    """
+    file = find_config(path)
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{file} holds {type(raw).__name__}, a mapping of settings was expected.")
+    given = [_override(raw, text) for text in overrides]
+    return parse_config(raw, str(file), given)
+
+
+def parse_config(raw: dict[str, Any], file: str, overridden: Sequence[str] = ()) -> Config:
+    """Validates raw settings; ``file`` and ``overridden`` (dotted keys) only serve the messages."""
+    raw = dict(raw)
+    problems: list[str] = []
+    stages = raw.get("stages")
+    if isinstance(stages, list):
+        raw["stages"] = [
+            _with_objective(stage, f"stages.{i}.objective", file, overridden, problems) if isinstance(stage, dict) else stage
+            for i, stage in enumerate(stages)
+        ]
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        problems += _describe(error, Config, "", file, overridden)
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _with_objective(
+    stage: dict[str, Any], where: str, file: str, overridden: Sequence[str], problems: list[str]
+) -> dict[str, Any]:
+    """The stage with its objective's settings validated by the objective's own file."""
+    settings = stage.get("objective")
+    if isinstance(settings, str):
+        settings = {"name": settings}
+    if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
+        return stage
+    try:
+        cls = objective_module(settings["name"]).Config
+    except UserError as error:
+        problems.append(f"{file}: {where}.name: {error}")
+        return {**stage, "objective": Frozen()}
+    try:
+        return {**stage, "objective": cls.model_validate(settings)}
+    except ValidationError as error:
+        problems.extend(_describe(error, cls, where, file, overridden))
+        return {**stage, "objective": Frozen()}
+
+
+def dump_config(config: Config) -> str:
+    """YAML with every default visible; ``load_config`` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def _override(raw: dict[str, Any], text: str) -> str:
+    """Applies one ``key=value`` in place and returns its key."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{text!r} is no override; write key=value, for example seed=1 or stages.0.steps=200.")
+    parts = key.split(".")
+    node: Any = raw
+    for depth, part in enumerate(parts[:-1]):
+        try:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        except (ValueError, IndexError) as error:
+            raise UserError(f"Override {text!r}: {'.'.join(parts[:depth])} is a list of {len(node)}; number its items.") from error
+        if not isinstance(node, dict | list):
+            raise UserError(f"Override {text!r}: {'.'.join(parts[: depth + 1])} is a single value, it has no keys below it.")
+    try:
+        parsed = yaml.safe_load(value)
+        node[int(parts[-1]) if isinstance(node, list) else parts[-1]] = parsed
+    except (yaml.YAMLError, ValueError, IndexError) as error:
+        raise UserError(f"Override {text!r} cannot be applied: {' '.join(str(error).split())}.") from error
+    return key
+
+
+def _describe(
+    error: ValidationError, root: type[BaseModel], prefix: str, file: str, overridden: Sequence[str]
+) -> list[str]:
+    """One line a problem: where it was given, the key, the value, what is wrong, the nearest key."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join([*([prefix] if prefix else []), *(str(part) for part in problem["loc"])])
+        origin = "the command line" if any(key.startswith(given) for given in overridden) else file
+        if problem["type"] == "extra_forbidden":
+            known = _keys_beside(root, problem["loc"])
+            lines.append(f"{origin}: unknown key {key!r}{nearest(str(problem['loc'][-1]), known)}.")
+        elif problem["type"] == "missing":
+            lines.append(f"{origin}: the key {key!r} is missing.")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            value = "" if isinstance(problem["input"], dict | BaseModel) else f" = {problem['input']!r}"
+            lines.append(f"{origin}: {key or 'the config'}{value}: {message[:1].lower()}{message[1:]}.")
+    return lines
+
+
+def _keys_beside(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The valid keys at the place of the last part of ``loc``."""
+    kind: Any = root
+    for part in loc[:-1]:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(part)].annotation
+        else:
+            kind = get_args(kind)[-1 if get_origin(kind) is dict else 0]
+        options = [arg for arg in get_args(kind) if isinstance(arg, type) and issubclass(arg, BaseModel)]
+        if get_origin(kind) in (types.UnionType,) and options:
+            kind = options[0]
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []

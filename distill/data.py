@@ -1,0 +1,119 @@
+"""What a step starts from: conditions, and images where a method wants them.
+
+A source is a function of keyed draws, so it has no position to save: the batch of any step can be made again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.distill.draws import Draws
+from fewstep.errors import UserError
+from fewstep.models.condition import Condition
+
+
+@dataclass(frozen=True)
+class Batch(Mapping[str, Tensor]):
+    """``condition`` of B samples, the ``shape`` of one sample, and named tensors (``x0``; ``winner`` and ``loser``)."""
+
+    condition: Condition
+    shape: tuple[int, ...]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.condition.to(device), self.shape, {k: v.to(device) for k, v in self.tensors.items()})
+
+
+class Source(Protocol):
+    """Makes the batch of ``size`` samples that belongs to ``draws``."""
+
+    def __call__(self, draws: Draws, size: int) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class labels drawn uniformly: all that a data-free method needs of a class-conditional teacher."""
+
+    classes: int
+    shape: tuple[int, ...]
+
+    def __call__(self, draws: Draws, size: int) -> Batch:
+        return Batch(Condition.of_labels(draws.integers(size, self.classes), self.classes), self.shape)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images, uint8 [N, C, H, W], drawn with replacement; ``x0`` is float32 in [-1, 1]."""
+
+    images: Tensor
+    labels: Tensor
+    classes: int
+
+    def __call__(self, draws: Draws, size: int) -> Batch:
+        rows = draws.integers(size, len(self.images))
+        x0 = to_unit(self.images[rows])
+        return Batch(Condition.of_labels(self.labels[rows], self.classes), tuple(x0.shape[1:]), {"x0": x0})
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(x0: Tensor) -> Tensor:
+    """[-1, 1] (clamped) -> uint8 0..255, rounded."""
+    return ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+IDX_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def read_idx(folder: str | Path, split: str = "train") -> tuple[Tensor, Tensor]:
+    """Images uint8 [N, 1, H, W] and labels int64 [N] from the idx files of the MNIST family, plain or gzipped.
+
+    Raises ``UserError`` when a file is missing or damaged.
+    """
+    images, labels = (_read_idx_file(Path(folder), name) for name in IDX_FILES[split])
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+        raise UserError(f"{folder}: images {list(images.shape)} and labels {list(labels.shape)} do not belong together.")
+    return images[:, None], labels.long()
+
+
+def _read_idx_file(folder: Path, name: str) -> Tensor:
+    file = next((f for f in (folder / f"{name}.gz", folder / name) if f.is_file()), None)
+    if file is None:
+        raise UserError(
+            f"No {name}.gz in {str(folder)!r}. Set data.path to the folder with the four Fashion-MNIST idx files "
+            "(Debian's package dataset-fashion-mnist puts them in /usr/share/datasets/fashion-mnist)."
+        )
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as handle:
+            content = handle.read()
+        zero, kind, axes = struct.unpack(">HBB", content[:4])
+        shape = struct.unpack(f">{axes}I", content[4 : 4 + 4 * axes])
+        if (zero, kind) != (0, 8) or len(content) != 4 + 4 * axes + math.prod(shape):
+            raise ValueError("its header does not fit its length")
+    except (OSError, EOFError, ValueError, struct.error) as error:
+        raise UserError(f"{file} is not a whole idx file: {error}.") from error
+    return torch.frombuffer(bytearray(content[4 + 4 * axes :]), dtype=torch.uint8).reshape(shape)

@@ -1,0 +1,112 @@
+"""The one training loop. It knows updates and roles; what they compute is the objective's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.distill.data import Source
+from fewstep.distill.draws import Draws
+from fewstep.distill.roles import Roles
+from fewstep.distill.update import Anchor, Micro, Objective, Update
+from fewstep.errors import UserError
+
+PATIENCE = 20  # consecutive steps that an update may lose to non-finite gradients before the run is stopped
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: data parallelism needs its rank and the number of processes."""
+
+    rank: int = 0
+    size: int = 1
+
+    def mean_(self, tensors: list[Tensor]) -> None:
+        """Replaces each tensor by its mean over the processes, in one flat reduction."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        flat /= self.size
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+@dataclass
+class Loop:
+    """Runs the updates of one stage. ``batch`` is the size of a micro-shard, ``accumulate`` their number a process."""
+
+    roles: Roles
+    objective: Objective
+    sources: Mapping[str, Source]
+    batch: int
+    accumulate: int = 1
+    clip: float | None = None
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+    world: World = World()
+
+    def __post_init__(self) -> None:
+        self._lost: dict[str, int] = {}
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """All updates that are due at ``step``; returns their losses, notes and gradient norms, as 0-d tensors."""
+        metrics: dict[str, Tensor] = {}
+        shards = [self.world.rank + self.world.size * k for k in range(self.accumulate)]
+        kept: dict[int, dict[str, Anchor]] = {shard: {} for shard in shards}
+        for update in self.objective.updates:
+            if update.due(step):
+                metrics.update(self._update(update, step, kept))
+        return metrics
+
+    def _update(self, update: Update, step: int, kept: dict[int, dict[str, Anchor]]) -> dict[str, Tensor]:
+        parameters = [p for role in update.roles for p in self.roles[role].parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        seen: dict[str, Tensor] = {}
+        with self.roles.updating(update.roles):
+            for shard, anchors in kept.items():
+                micro = self._micro(update, step, shard, anchors)
+                for name, loss in update.terms(micro):
+                    leaves = micro.kept.get("graph")
+                    inputs = [*parameters, *({leaves.x, leaves.handle} if leaves else ())]
+                    (loss / self.accumulate).backward(inputs=inputs)
+                    micro.note(f"loss/{name}", loss)
+                micro.finish(parameters)
+                for name, value in micro.notes.items():
+                    seen[name] = seen.get(name, 0) + value / self.accumulate
+        self.world.mean_([p.grad for p in parameters if p.grad is not None])
+        self.world.mean_(list(seen.values()))
+        limit = self.clip if self.clip is not None else float("inf")
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        seen[f"grad_norm/{update.name}"] = norm.detach()
+        if self._finite(update, norm, step):
+            for role in update.roles:
+                self.roles[role].step()
+            if update.after is not None:
+                update.after(step)
+        return seen
+
+    def _micro(self, update: Update, step: int, shard: int, kept: dict[str, Anchor]) -> Micro:
+        batches = {
+            name: source(Draws(self.seed, step, f"data/{name}", shard), self.batch).to(self.device)
+            for name, source in self.sources.items()
+        }
+        draws = Draws(self.seed, step, update.name, shard, self.device)
+        return Micro(batches, draws, step, self.roles, self.objective.rollout, kept)
+
+    def _finite(self, update: Update, norm: Tensor, step: int) -> bool:
+        """Skips an update whose gradient is not finite, and gives up when that has become the rule."""
+        if torch.isfinite(norm):
+            self._lost[update.name] = 0
+            return True
+        self._lost[update.name] = self._lost.get(update.name, 0) + 1
+        if self._lost[update.name] >= PATIENCE:
+            raise UserError(
+                f"The update {update.name!r} (of {', '.join(update.roles)}) had no finite gradient for {PATIENCE} steps "
+                f"running, up to step {step}. Lower its learning rate or the guidance; the last checkpoint is intact."
+            )
+        return False

@@ -1,0 +1,130 @@
+"""Who takes part in training: teacher, student, fake score, discriminator, reference, experts. The names are open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.guidance import OFF, Guidance, Guided, guide
+
+
+@dataclass
+class Role:
+    """One network. Its trainable state is ``module.parameters()``: all of a copy, or the adapter of a shared base.
+
+    ``optimizer`` is None for a frozen role. ``rate(n)`` is the learning rate's factor at its n-th update. ``average``
+    holds the exponential moving average of the parameters (``decay`` ramps up as min(decay, (1 + n) / (10 + n))).
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer | None = None
+    rate: Callable[[int], float] = lambda n: 1.0
+    decay: float = 0.0
+    updates: int = 0
+    average: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.decay and not self.average:
+            self.average = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.module.parameters())
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One optimizer step on the gradients present, then the average."""
+        assert self.optimizer is not None, "a frozen role was asked to step"
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.rate(self.updates)
+        self.optimizer.step()
+        self.updates += 1
+        if self.decay:
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_(list(self.average.values()), self.parameters, 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the module has its averaged weights (its own, if it keeps no average)."""
+        if not self.average:
+            yield
+            return
+        live = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        self._put(self.average)
+        try:
+            yield
+        finally:
+            self._put(live)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(values[name])
+
+
+class Roles(Mapping[str, Role]):
+    """The roles of a stage by name, and the one way to read a network of theirs."""
+
+    def __init__(self, roles: Mapping[str, Role], precision: torch.dtype = torch.float32) -> None:
+        self._roles = dict(roles)
+        self._updating: frozenset[str] = frozenset()
+        self._precision = precision
+
+    def __getitem__(self, name: str) -> Role:
+        try:
+            return self._roles[name]
+        except KeyError:
+            raise KeyError(f"no role {name!r}; this stage has {', '.join(self._roles)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roles)
+
+    def __len__(self) -> int:
+        return len(self._roles)
+
+    def denoiser(self, name: str) -> Denoiser:
+        """The role's network; raises ``TypeError`` for one that is no denoiser (a discriminator's head)."""
+        module = self[name].module
+        if not isinstance(module, Denoiser):
+            raise TypeError(f"the role {name!r} is a {type(module).__name__}, not a Denoiser")
+        return module
+
+    @contextmanager
+    def updating(self, names: Sequence[str]) -> Iterator[None]:
+        """Within it ``read`` records a graph to the parameters of these roles."""
+        before, self._updating = self._updating, frozenset(names)
+        try:
+            yield
+        finally:
+            self._updating = before
+
+    def is_updating(self, name: str) -> bool:
+        return name in self._updating
+
+    def read(
+        self,
+        role: str,
+        x_t: Tensor,
+        t: Tensor | float,
+        condition: Condition,
+        *,
+        guidance: Guidance = OFF,
+        through: bool = False,
+    ) -> Guided:
+        """The role's prediction at ``x_t`` [B, ...] and ``t`` [B], with its parts.
+
+        There is a graph only if the role is being updated or ``through`` asks for one to ``x_t`` (SiD, GAN terms). The
+        loop differentiates with respect to the updated roles' parameters alone, so a graph through a frozen role
+        never leaves gradients on it.
+        """
+        device = x_t.device
+        graph = nullcontext() if through or role in self._updating else torch.no_grad()
+        mixed = torch.autocast(device.type, self._precision, enabled=self._precision != torch.float32)
+        with graph, mixed:
+            return guide(self.denoiser(role), x_t, t, condition, guidance)

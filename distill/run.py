@@ -1,0 +1,308 @@
+"""A run and its folder: builds everything from a config, trains, records, checkpoints, resumes, replays."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.distill import checkpoint
+from fewstep.distill.config import Config, StageConfig, dump_config, load_config, objective_module
+from fewstep.distill.data import Images, Labels, Source, read_idx
+from fewstep.distill.loop import Loop, World
+from fewstep.distill.roles import Role, Roles
+from fewstep.distill.stage import enter_stage
+from fewstep.distill.update import Objective
+from fewstep.errors import UserError, nearest
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.store import Model, ModelConfig, load_model, save_model, write_text
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Interrupted(Exception):
+    """Ctrl-C or a termination signal: the checkpoint is written, the command ends with exit code 130."""
+
+
+class Validator(Protocol):
+    """Scores the student (its averaged weights in place): a number, lower is better, and pictures for ``samples/``."""
+
+    def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> float: ...
+
+
+@dataclass
+class Run:
+    """A run folder in use. Make one with ``create`` or ``reopen``, then ``train``."""
+
+    config: Config
+    folder: Path
+    device: torch.device
+    world: World = World()
+    origin: ModelConfig = field(init=False)
+    roles: Roles = field(init=False)
+    objective: Objective = field(init=False)
+    loop: Loop = field(init=False)
+    stage: int = field(init=False, default=-1)
+    best: dict[str, float] = field(init=False, default_factory=dict)
+    seconds: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self._origins: dict[str, Role] = {}
+        if self.config.teacher is not None:
+            model: Model = load_model(self.config.teacher)
+            self.origin = model.config
+            self._origins["teacher"] = Role(model.denoiser.to(self.device))
+        else:
+            assert self.config.model is not None
+            self.origin = self.config.model
+            with torch.random.fork_rng():  # torch's initialisers read the global generator
+                torch.manual_seed(self.config.seed)
+                self._origins["model"] = Role(self.origin.build().to(self.device))
+        self._sources = self._make_sources()
+        self._enter(0)
+
+    @staticmethod
+    def create(config: Config, device: torch.device, world: World = World()) -> Run:
+        """Starts a fresh run folder. Raises ``UserError`` if the folder already holds something."""
+        folder = Path(config.out)
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} is not empty. Continue it with --resume {folder}, or choose another folder with out=…"
+            )
+        run = Run(config, folder, device, world)
+        if world.rank == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"Cannot make the run folder {folder}: {error}.") from error
+            write_text(dump_config(config), folder / "config.yaml")
+            write_text(json.dumps(environment(device), indent=2) + "\n", folder / "environment.json")
+        return run
+
+    @staticmethod
+    def reopen(folder: str | Path, device: torch.device, world: World = World(), before: int | None = None) -> Run:
+        """Opens a run at its last checkpoint (or the last one at or before step ``before``).
+
+        Raises ``UserError`` if the folder is no run or a checkpoint is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"{folder} is not a run folder: it has no config.yaml.")
+        run = Run(load_config(folder / "config.yaml"), folder, device, world)
+        saved = [c for c in checkpoint.checkpoints(folder / "checkpoints") if before is None or step_of(c) <= before]
+        if saved:
+            run._restore(saved[-1])
+        return run
+
+    # --- building -------------------------------------------------------------------------------------------------
+
+    def _make_sources(self) -> dict[str, Source]:
+        data = self.config.data
+        if data.kind == "labels":
+            return {"data": Labels(self.origin.classes, self.origin.shape)}
+        assert data.path is not None
+        images, labels = read_idx(data.path, data.split)
+        if tuple(images.shape[1:]) != self.origin.shape or int(labels.max()) >= self.origin.classes:
+            raise UserError(
+                f"The images in {data.path} are {list(images.shape[1:])} with labels up to {int(labels.max())}; "
+                f"the model is for {list(self.origin.shape)} and {self.origin.classes} classes."
+            )
+        return {"data": Images(images, labels, self.origin.classes)}
+
+    def _enter(self, stage: int) -> None:
+        """Builds roles, objective and loop of a stage, from the roles of the one before."""
+        settings: StageConfig = self.config.stages[stage]
+        module = objective_module(settings.objective.name)  # type: ignore[attr-defined]
+        before = dict(self.roles) if self.stage >= 0 else self._origins
+        roles = enter_stage(before, settings.roles, settings.freeze, settings.steps)
+        missing = module.NEEDS - set(roles)
+        if missing:
+            raise UserError(
+                f"stages.{stage}: the objective {settings.objective.name!r} needs the roles {sorted(module.NEEDS)}, "  # type: ignore[attr-defined]
+                f"but {sorted(missing)} is not there (under roles: or freeze:; known here: {', '.join(roles)})."
+            )
+        self.stage = stage
+        self.roles = Roles(roles, PRECISIONS[self.config.precision])
+        self.objective = module.build(settings.objective, self.roles)
+        unknown = {role for update in self.objective.updates for role in update.roles} - set(settings.roles)
+        if unknown:
+            raise UserError(f"stages.{stage}.roles: {sorted(unknown)} is trained by the objective, so it needs a learning rate.")
+        self.loop = Loop(
+            self.roles,
+            self.objective,
+            self._sources,
+            self.config.batch,
+            self.config.accumulate,
+            settings.clip,
+            self.config.seed,
+            self.device,
+            self.world,
+        )
+
+    @property
+    def step(self) -> int:
+        """Steps done so far, over all stages."""
+        return self._step
+
+    _step: int = field(init=False, default=0)
+
+    @property
+    def student_config(self) -> ModelConfig:
+        """The config under which the student is saved: the teacher's, and how the objective samples it."""
+        return self.origin.model_copy(update={"few_step": self.objective.few_step})
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def train(self, validate: Validator | None = None, progress: Callable[[int, dict[str, float]], None] | None = None) -> None:
+        """Trains to the end of the last stage, from wherever the run stands.
+
+        Raises ``Interrupted`` after writing a checkpoint if a signal asked to stop.
+        """
+        started = time.monotonic() - self.seconds
+        ends = [sum(stage.steps for stage in self.config.stages[: i + 1]) for i in range(len(self.config.stages))]
+        with stop_requests() as stop:
+            while self._step < ends[-1]:
+                if self._step >= ends[self.stage]:
+                    self._enter(self.stage + 1)
+                metrics = self.loop.step(self._step)
+                self._step += 1
+                self.seconds = time.monotonic() - started
+                if self._step % self.config.log_every == 0 or self._step == ends[-1]:
+                    values = {name: value.item() for name, value in metrics.items()}
+                    self._record({"step": self._step, "seconds": round(self.seconds, 3), "stage": self.stage, **values})
+                    if progress is not None:
+                        progress(self._step, values)
+                last = self._step == ends[-1]
+                if validate is not None and (last or self._due(self.config.validation.every)):
+                    self._validate(validate)
+                if last or stop.requested or self._due(self.config.checkpoint.every) or self._step == ends[self.stage]:
+                    self.save()
+                if stop.requested and not last:
+                    raise Interrupted(f"stopped at step {self._step} of {ends[-1]}")
+        self._save_student()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self._step % every == 0
+
+    def _validate(self, validate: Validator) -> None:
+        student = self.roles["student"]
+        with student.averaged(), torch.no_grad():
+            value = validate(self.roles.denoiser("student"), self.student_config, self._step)
+        self._record({"step": self._step, "seconds": round(self.seconds, 3), "validation": value})
+        if value < self.best.get("value", float("inf")):
+            self.best = {"value": value, "step": self._step}
+            self._write_model(self.folder / "best")
+
+    def _save_student(self) -> None:
+        """``student/``: the best validated student, or the last where nothing was validated."""
+        if self.world.rank:
+            return
+        if self.best:
+            best = load_model(self.folder / "best")
+            save_model(best.denoiser, best.config, self.folder / "student")
+        else:
+            self._write_model(self.folder / "student")
+
+    def _write_model(self, folder: Path) -> None:
+        if self.world.rank == 0:
+            with self.roles["student"].averaged():
+                save_model(self.roles.denoiser("student"), self.student_config, folder)
+
+    def _record(self, entry: dict[str, Any]) -> None:
+        if self.world.rank == 0:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes a checkpoint of every role that training made, and of the objective's own tensors."""
+        if self.world.rank:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, role in self.roles.items():
+            if name not in self._origins:
+                tensors |= checkpoint.role_tensors(name, role)
+        tensors |= {f"objective/{name}": value for name, value in self.objective.state.items()}
+        state = {"stage": self.stage, "seconds": self.seconds, "best": self.best}
+        checkpoint.write_checkpoint(self.folder / "checkpoints", self._step, tensors, state, self.config.checkpoint.keep)
+
+    def _restore(self, folder: Path) -> None:
+        tensors, state = checkpoint.read_checkpoint(folder)
+        for stage in range(1, state["stage"] + 1):
+            self._enter(stage)
+        for name, role in self.roles.items():
+            if name not in self._origins:
+                checkpoint.restore_role(name, role, tensors)
+        for name, value in self.objective.state.items():
+            value.copy_(tensors[f"objective/{name}"])
+        self._step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+@dataclass
+class _Stop:
+    requested: bool = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[_Stop]:
+    """Turns the first Ctrl-C or SIGTERM into a request; a second one acts at once."""
+    stop = _Stop()
+
+    def request(number: int, frame: object) -> None:
+        stop.requested = True
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, request)
+    except ValueError:  # not in the main thread: signals belong to somebody else
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and revision, for ``environment.json``."""
+    packages = ("fewstep", "torch", "numpy", "safetensors", "pydantic", "accelerate")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "machine": platform.machine(),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "revision": git.stdout.strip() or None,
+    }

@@ -1,0 +1,88 @@
+"""Stages: warm-ups, phases, experts, step halving and distil-then-prefer are one concept, run one after the other."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from fewstep.distill.roles import Role, Roles
+from fewstep.errors import UserError, nearest
+
+
+class Frozen(BaseModel):
+    """Base of every piece of configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RoleConfig(Frozen):
+    """How a trained role starts and learns.
+
+    ``init`` names the role that it copies (``teacher``, or ``student`` of the stage before), ``model`` for a freshly
+    initialised network, or ``keep`` to go on with what the role was. The learning rate is warmed up linearly over
+    ``warmup`` updates and then constant, or falls to zero as a cosine over the stage's updates.
+    """
+
+    init: str = "teacher"
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0)
+    decay: Literal["constant", "cosine"] = "constant"
+    ema: float = Field(0.0, ge=0, lt=1)
+
+
+def learning_rate(config: RoleConfig, updates: int) -> Callable[[int], float]:
+    """The factor on ``config.lr`` at the n-th of ``updates`` updates."""
+
+    def factor(n: int) -> float:
+        warm = min(1.0, (n + 1) / (config.warmup + 1))
+        return warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, n / updates)) if config.decay == "cosine" else 1.0)
+
+    return factor
+
+
+def make_role(module: nn.Module, config: RoleConfig, updates: int) -> Role:
+    """A trained role with its optimizer (AdamW) over ``module``'s parameters."""
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    )
+    for group in optimizer.param_groups:
+        group["initial_lr"] = config.lr
+    return Role(module, optimizer, learning_rate(config, updates), config.ema)
+
+
+def enter_stage(
+    before: Mapping[str, Role], configs: Mapping[str, RoleConfig], freeze: Mapping[str, str], updates: int
+) -> dict[str, Role]:
+    """The roles of the next stage: frozen copies first (``freeze`` maps new name -> role), then the trained ones.
+
+    A role copied from a trained one takes its averaged weights. Roles not named stay, frozen.
+    """
+
+    def source(name: str, wanted_by: str) -> Role:
+        if name not in before:
+            raise UserError(f"The role {wanted_by!r} starts from {name!r}, which does not exist here{nearest(name, before)}.")
+        return before[name]
+
+    def duplicate(role: Role) -> nn.Module:
+        with role.averaged():
+            return copy.deepcopy(role.module)
+
+    roles = {name: Role(role.module) for name, role in before.items()}
+    for name, origin in freeze.items():
+        roles[name] = Role(duplicate(source(origin, name)))
+    for name, config in configs.items():
+        if config.init == "keep":
+            roles[name] = make_role(source(name, name).module, config, updates)
+        else:
+            roles[name] = make_role(duplicate(source(config.init, name)), config, updates)
+    return roles
+
+

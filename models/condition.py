@@ -1,0 +1,81 @@
+"""What a network is told besides ``x_t`` and ``t``: labels, prompt embeddings, masks, a step count, an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Condition(Mapping[str, Tensor]):
+    """Named tensors with a leading batch axis, and for those that guidance drops, their null value.
+
+    ``values``: e.g. ``labels`` [B] int64, ``prompt`` [B, L, D], ``prompt_mask`` [B, L], ``steps`` [B] int64 (the step
+    count of a student that serves several), ``image`` [B, C, ...]. ``nulls``: for a subset of the names, the value that
+    stands for "no condition", without the batch axis. A name without a null (a step count, say) survives ``null()``.
+    """
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    nulls: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = set(self.nulls) - set(self.values)
+        if unknown:
+            raise ValueError(f"null values for names that the condition does not have: {sorted(unknown)}")
+        sizes = {name: value.shape[0] for name, value in self.values.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"the tensors of one condition need one batch size, got {sizes}")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def null(self, where: Tensor | None = None) -> Condition:
+        """The unconditional condition; with ``where`` ([B] bool), only for the samples it marks (label dropout)."""
+
+        def drop(name: str, value: Tensor) -> Tensor:
+            if name not in self.nulls:
+                return value
+            null = self.nulls[name].to(value).expand_as(value)
+            return null if where is None else torch.where(_column(where.to(value.device), value.ndim), null, value)
+
+        return Condition({name: drop(name, value) for name, value in self.values.items()}, self.nulls)
+
+    def index(self, rows: Tensor | slice) -> Condition:
+        """The condition of some samples: ``rows`` is a slice, an index or a [B] boolean tensor."""
+        return Condition({name: value[rows] for name, value in self.values.items()}, self.nulls)
+
+    def to(self, device: torch.device | str) -> Condition:
+        return Condition(
+            {name: value.to(device) for name, value in self.values.items()},
+            {name: value.to(device) for name, value in self.nulls.items()},
+        )
+
+    def replace(self, **values: Tensor) -> Condition:
+        """A condition with some values added or changed, e.g. ``condition.replace(steps=k)``."""
+        return Condition({**self.values, **values}, self.nulls)
+
+    @staticmethod
+    def cat(*parts: Condition) -> Condition:
+        """Joins conditions of the same names along the batch axis (guidance reads both branches in one call)."""
+        names = set(parts[0])
+        if any(set(part) != names for part in parts):
+            raise ValueError(f"conditions of different names cannot be joined: {[sorted(part) for part in parts]}")
+        return Condition({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, parts[0].nulls)
+
+    @staticmethod
+    def of_labels(labels: Tensor, classes: int) -> Condition:
+        """Class labels [B] in [0, classes); the null label is ``classes``."""
+        return Condition({"labels": labels}, {"labels": torch.tensor(classes)})
+
+
+def _column(mask: Tensor, ndim: int) -> Tensor:
+    return mask.reshape(-1, *[1] * (ndim - 1))

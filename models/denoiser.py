@@ -1,0 +1,101 @@
+"""The one interface of teacher, student, fake score and reference: ``Denoiser(x_t, t, condition) -> Prediction``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.condition import Condition
+from fewstep.models.prediction import KINDS, Coefficients, Kind, Prediction
+from fewstep.models.schedules import NoiseSchedule
+
+
+def batch_times(t: Tensor | float, x: Tensor) -> Tensor:
+    """Times for a batch ``x``: a number or [B] becomes float64 [B]; a shape that broadcasts against ``x`` stays."""
+    times = torch.as_tensor(t, dtype=torch.float64)
+    if times.ndim == 0:
+        return times.expand(x.shape[0])
+    if times.ndim == 1 and times.shape[0] == x.shape[0] or times.ndim == x.ndim:
+        return times
+    raise ValueError(f"times of shape {tuple(times.shape)} fit neither the batch nor the shape {tuple(x.shape)}")
+
+
+def expand_like(t: Tensor, x: Tensor) -> Tensor:
+    """Gives per-sample numbers [B] the trailing axes that let them multiply ``x`` [B, ...]."""
+    return t.reshape(-1, *[1] * (x.ndim - 1)) if t.ndim == 1 else t
+
+
+class Denoiser(nn.Module):
+    """A backbone, the noise schedule it was trained on and the quantity it predicts.
+
+    ``backbone(x_t, t, condition)`` takes ``t`` float64 in [0, 1] (shape [B], or one that broadcasts against ``x_t``, as
+    for video frames at different levels) and returns a tensor like ``x_t``. ``taps`` are paths of the backbone's
+    modules whose outputs every prediction carries as ``features``; hooks are placed here, once, so that they also work
+    in a backbone whose blocks are compiled.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, schedule: NoiseSchedule, kind: Kind = "velocity", taps: Sequence[str] = ()
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"unknown prediction type {kind!r}; known: {', '.join(KINDS)}")
+        self.backbone = backbone
+        self.schedule = schedule
+        self.kind: Kind = kind
+        self._features: dict[str, Tensor] | None = None
+        modules = dict(backbone.named_modules())
+        for path in taps:
+            if path not in modules:
+                raise ValueError(f"no module {path!r} to tap; the top ones are {[n for n in modules if n.count('.') < 1]}")
+            modules[path].register_forward_hook(self._tap(path))
+
+    def _tap(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            if self._features is not None:  # recomputation under gradient checkpointing runs hooks again: ignored
+                self._features[path] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    def forward(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Prediction:
+        times = batch_times(t, x_t)
+        self._features = features = {}
+        try:
+            raw = self.backbone(x_t, times, condition)
+        finally:
+            self._features = None
+        if raw.shape != x_t.shape:
+            raise ValueError(f"the backbone returned {tuple(raw.shape)} for an input of {tuple(x_t.shape)}")
+        coefficients = Coefficients.at(self.schedule, expand_like(times, x_t))
+        return Prediction(raw.to(torch.promote_types(raw.dtype, torch.float32)), self.kind, x_t, coefficients, features)
+
+
+class Routed(nn.Module):
+    """A backbone made of experts by noise level: ``experts[k]`` serves ``boundaries[k] <= t`` (the first that fits).
+
+    ``boundaries`` fall and end at 0, e.g. ``(0.875, 0.0)`` for a high-noise and a low-noise network. All samples of a
+    call usually share an expert; a mixed batch is split.
+    """
+
+    def __init__(self, experts: Sequence[nn.Module], boundaries: Sequence[float]) -> None:
+        super().__init__()
+        if len(experts) != len(boundaries) or list(boundaries) != sorted(boundaries, reverse=True) or boundaries[-1]:
+            raise ValueError("experts need as many falling boundaries, the last 0")
+        self.experts = nn.ModuleList(experts)
+        self.boundaries = tuple(boundaries)
+
+    def expert_of(self, t: Tensor) -> Tensor:
+        """The index of the expert for each time of [B]."""
+        return (t[:, None] < torch.tensor(self.boundaries, dtype=t.dtype, device=t.device)).sum(1)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        which = self.expert_of(t)
+        used = which.unique().tolist()
+        if len(used) == 1:
+            return self.experts[used[0]](x_t, t, condition)  # type: ignore[no-any-return]
+        parts = {k: (which == k).nonzero()[:, 0] for k in used}
+        outputs = [self.experts[k](x_t[rows], t[rows], condition.index(rows)) for k, rows in parts.items()]
+        order = torch.argsort(torch.cat(list(parts.values())))
+        return torch.cat(outputs)[order]

@@ -1,0 +1,76 @@
+"""Classifier-free guidance, in one convention: ``null + w (cond - null)``, so ``w = 1`` is off (Ho & Salimans, 2207.12598)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser, batch_times, expand_like
+from fewstep.models.prediction import Prediction
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """``scale`` w (below 0 pushes away from the condition: SiD's anti-guidance), used for times within ``interval``
+    (Kynkäänniemi et al., 2404.07724). ``rescale`` in [0, 1] moves the standard deviation of the result back to the
+    conditional one's (Lin et al., 2305.08891). ``embedded`` hands w to the network as ``condition["guidance"]`` instead
+    of a second evaluation (guidance-distilled teachers)."""
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+    embedded: bool = False
+
+    @property
+    def doubles(self) -> bool:
+        """Whether a read needs the unconditional branch, and so counts two network evaluations."""
+        return self.scale != 1.0 and not self.embedded
+
+
+OFF = Guidance()
+
+
+class Guided(NamedTuple):
+    """A read and its parts; without guidance ``null`` is None and ``out`` is ``cond``."""
+
+    cond: Prediction
+    null: Prediction | None
+    out: Prediction
+
+    @property
+    def unconditional(self) -> Prediction:
+        """The null branch of a guided read; raises ``ValueError`` where guidance was off and it does not exist."""
+        if self.null is None:
+            raise ValueError("this read was not guided, so it has no unconditional part")
+        return self.null
+
+
+def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor | float, condition: Condition, guidance: Guidance = OFF) -> Guided:
+    """Reads ``denoiser`` at ``x_t`` [B, ...] with guidance; both branches go through it as one batch of 2B."""
+    if guidance.embedded:
+        scale = torch.full((x_t.shape[0],), guidance.scale, device=x_t.device)
+        condition = condition.replace(guidance=scale)
+    if not guidance.doubles:
+        cond = denoiser(x_t, t, condition)
+        return Guided(cond, None, cond)
+    times = batch_times(t, x_t)
+    both = denoiser(torch.cat([x_t, x_t]), torch.cat([times, times]), Condition.cat(condition, condition.null()))
+    cond, null = both.split(x_t.shape[0])
+    return Guided(cond, null, combine(cond, null, times, guidance))
+
+
+def combine(cond: Prediction, null: Prediction, t: Tensor, guidance: Guidance) -> Prediction:
+    """The guided prediction from its two parts at times ``t`` (see ``Guidance``)."""
+    low, high = guidance.interval
+    inside = (t >= low) & (t <= high)
+    scale = expand_like(torch.where(inside, guidance.scale, 1.0), cond.raw).to(cond.raw)
+    raw = null.raw + scale * (cond.raw - null.raw)
+    if guidance.rescale:
+        axes = tuple(range(1, raw.ndim))
+        matched = raw * (cond.raw.std(axes, keepdim=True) / raw.std(axes, keepdim=True))
+        raw = torch.lerp(raw, matched, guidance.rescale)
+    return cond.with_raw(raw)

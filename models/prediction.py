@@ -1,0 +1,121 @@
+"""One network output, seen as any of the five quantities of the field.
+
+A kind is a row ``(a, b)`` meaning ``a x0 + b noise``. Together with ``x_t = alpha x0 + sigma noise`` a network's output
+is two equations in two unknowns, and every conversion is the same 2x2 solve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.models.schedules import NoiseSchedule
+
+Kind = Literal["x0", "noise", "v", "velocity", "score"]
+KINDS: tuple[Kind, ...] = ("x0", "noise", "v", "velocity", "score")
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The schedule at the times of one batch, float64, each of a shape that broadcasts against ``x_t``."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+    @staticmethod
+    def at(schedule: NoiseSchedule, t: Tensor) -> Coefficients:
+        return Coefficients(schedule.alpha(t), schedule.sigma(t), schedule.d_alpha(t), schedule.d_sigma(t))
+
+    def row(self, kind: Kind) -> tuple[Tensor, Tensor]:
+        """``(a, b)`` such that the quantity is ``a x0 + b noise``."""
+        zero, one = torch.zeros_like(self.alpha), torch.ones_like(self.alpha)
+        match kind:
+            case "x0":
+                return one, zero
+            case "noise":
+                return zero, one
+            case "v":
+                return -self.sigma, self.alpha
+            case "velocity":
+                return self.d_alpha, self.d_sigma
+            case "score":
+                return zero, -1 / self.sigma
+
+    def convert(self, source: Kind, target: Kind) -> tuple[Tensor, Tensor]:
+        """``(p, q)`` such that ``target = p x_t + q source``; exactly (0, 1) where the two are the same."""
+        if source == target:
+            return torch.zeros_like(self.alpha), torch.ones_like(self.alpha)
+        a, b = self.row(source)
+        c, d = self.row(target)
+        determinant = self.alpha * b - self.sigma * a
+        return (c * b - d * a) / determinant, (d * self.alpha - c * self.sigma) / determinant
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network's output ``raw`` (float32, the shape of ``x_t``) of kind ``kind`` at ``x_t``, and views of it.
+
+    A view is ``inf`` or ``nan`` where the quantity does not exist: the score at ``sigma = 0``, ``x0`` from a noise
+    prediction at ``alpha = 0``. ``features`` holds the taps of the network, by module path.
+    """
+
+    raw: Tensor
+    kind: Kind
+    x_t: Tensor
+    coefficients: Coefficients
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def view(self, kind: Kind) -> Tensor:
+        if kind == self.kind:
+            return self.raw
+        p, q = self.coefficients.convert(self.kind, kind)
+        return p.to(self.raw) * self.x_t + q.to(self.raw) * self.raw
+
+    @property
+    def x0(self) -> Tensor:
+        return self.view("x0")
+
+    @property
+    def noise(self) -> Tensor:
+        return self.view("noise")
+
+    @property
+    def v(self) -> Tensor:
+        return self.view("v")
+
+    @property
+    def velocity(self) -> Tensor:
+        return self.view("velocity")
+
+    @property
+    def score(self) -> Tensor:
+        return self.view("score")
+
+    def with_raw(self, raw: Tensor) -> Prediction:
+        """Another output at the same ``x_t`` and ``t`` (guidance combines outputs; every view follows linearly)."""
+        return replace(self, raw=raw)
+
+    def split(self, size: int) -> tuple[Prediction, ...]:
+        """Undoes a batched read of several conditions: equal parts of ``size`` samples each."""
+        parts = range(0, self.raw.shape[0], size)
+
+        def cut(tensor: Tensor, start: int) -> Tensor:
+            return tensor if tensor.ndim == 0 or tensor.shape[0] == 1 else tensor[start : start + size]
+
+        c = self.coefficients
+        return tuple(
+            Prediction(
+                cut(self.raw, i),
+                self.kind,
+                cut(self.x_t, i),
+                Coefficients(cut(c.alpha, i), cut(c.sigma, i), cut(c.d_alpha, i), cut(c.d_sigma, i)),
+                {name: cut(feature, i) for name, feature in self.features.items()},
+            )
+            for i in parts
+        )

@@ -1,0 +1,185 @@
+"""Models on disk: a folder with ``config.json`` and ``model.safetensors``, or the name of an embedded model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fewstep.errors import UserError, nearest
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.prediction import Kind
+from fewstep.models.schedules import schedule_from_dict
+from fewstep.models.unet import UNet
+
+BACKBONES: dict[str, type[nn.Module]] = {"unet": UNet}
+PRETRAINED = Path(__file__).parent / "pretrained"
+
+
+class FewStep(BaseModel):
+    """How a distilled student is sampled: its times (from 1 downwards) and the rule between them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    times: tuple[float, ...]
+    rule: Literal["renoise", "deterministic"]
+
+
+class ModelConfig(BaseModel):
+    """``config.json``: everything needed to rebuild a native model and to draw samples of the right shape."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: Literal["fewstep-model"] = "fewstep-model"
+    backbone: dict[str, Any]
+    noise_schedule: dict[str, Any] = {"name": "rectified_flow"}
+    prediction: Kind = "velocity"
+    shape: tuple[int, ...]
+    classes: int = 0
+    few_step: FewStep | None = None
+
+    def build(self, taps: tuple[str, ...] = ()) -> Denoiser:
+        """A freshly initialised denoiser. Raises ``UserError`` on an unknown backbone or setting."""
+        settings = dict(self.backbone)
+        name = settings.pop("name", "")
+        if name not in BACKBONES:
+            raise UserError(f"Unknown backbone {name!r}{nearest(name, BACKBONES)}.")
+        try:
+            backbone = BACKBONES[name](channels=self.shape[0], classes=self.classes, **settings)
+            schedule = schedule_from_dict(self.noise_schedule)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"The model's settings do not build a network: {error}.") from error
+        return Denoiser(backbone, schedule, self.prediction, taps).eval()
+
+
+class Model(BaseModel):
+    """A denoiser with its config and where it came from."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True)
+    denoiser: Denoiser
+    config: ModelConfig
+    path: Path
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
+
+
+def embedded_models() -> list[str]:
+    return sorted(folder.name for folder in PRETRAINED.iterdir() if (folder / "config.json").exists())
+
+
+def load_model(source: str | Path, taps: tuple[str, ...] = ()) -> Model:
+    """Loads a model folder or an embedded model by name, in eval mode on the CPU.
+
+    Raises ``UserError`` if there is none, if a file is damaged, or if the weights do not fit the config.
+    """
+    folder = Path(source)
+    if not folder.exists() and str(source) in embedded_models():
+        folder = PRETRAINED / str(source)
+    config_file = folder / "config.json"
+    if (folder / "model_index.json").exists():
+        raise UserError(f"{folder} is a diffusers pipeline; this version loads fewstep model folders only.")
+    if not config_file.exists():
+        hint = nearest(str(source), embedded_models())
+        raise UserError(f"No model at {str(source)!r}: neither a folder with config.json nor an embedded model{hint}.")
+    try:
+        config = ModelConfig.model_validate_json(config_file.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UserError(f"{config_file} is not a fewstep model config: {_first(error)}.") from error
+    denoiser = config.build(taps)
+    load_weights(denoiser.backbone, folder / "model.safetensors")
+    return Model(denoiser=denoiser, config=config, path=folder)
+
+
+def load_weights(module: nn.Module, file: Path) -> None:
+    """Fills ``module`` from a safetensors file. Raises ``UserError`` on damage, missing names or wrong shapes."""
+    tensors = read_tensors(file)
+    own = module.state_dict()
+    missing, foreign = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or foreign:
+        raise UserError(
+            f"{file} does not belong to this network: {len(missing)} tensors missing (first: {missing[:1]}), "
+            f"{len(foreign)} unknown (first: {foreign[:1]}). Is it the file of another model?"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"{file}: {name} has shape {list(tensor.shape)}, the network needs {list(own[name].shape)}. "
+                "Does config.json stand beside the right weights?"
+            )
+    module.load_state_dict(tensors)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ``UserError`` if it is missing or damaged."""
+    if not file.is_file():
+        raise UserError(f"{file} does not exist.")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} is not a readable safetensors file ({error}). Restore it or make it again.") from error
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The string metadata of a safetensors file."""
+    with safe_open(file, framework="pt") as handle:
+        return handle.metadata() or {}
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes aside, then renames: a full disk or a kill never leaves half a file under the final name."""
+    aside = file.with_name(file.name + ".part")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        aside.replace(file)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"Cannot write {file}: {error}. Free some space or choose another folder.") from error
+
+
+def write_text(text: str, file: Path) -> None:
+    """Writes aside, then renames. Raises ``UserError`` when the place cannot be written."""
+    aside = file.with_name(file.name + ".part")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(file)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"Cannot write {file}: {error}. Free some space or choose another folder.") from error
+
+
+def save_model(denoiser: Denoiser, config: ModelConfig, folder: str | Path) -> None:
+    """Writes ``config.json`` and ``model.safetensors``. Raises ``UserError`` when the folder cannot be written."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot make the folder {folder}: {error}.") from error
+    write_tensors(denoiser.backbone.state_dict(), folder / "model.safetensors")
+    write_text(json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2) + "\n", folder / "config.json")
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file's bytes, as hex."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _first(error: ValidationError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not text"
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
+
+
+def to_device(model: Model, device: torch.device | str) -> Model:
+    """Moves the weights, in place."""
+    model.denoiser.to(device)
+    return model

@@ -1,0 +1,121 @@
+"""A small class-conditional U-Net: the native backbone of the embedded teachers.
+
+It is a plain ResNet U-Net in the manner of Ho et al. (arXiv 2006.11239) with three economies for a CPU: the image is
+pixel-unshuffled first, skips are added rather than concatenated, and attention runs at the lowest resolution only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewstep.models.condition import Condition
+
+
+def sinusoid(t: Tensor, width: int) -> Tensor:
+    """Sinusoidal features of ``t`` in [0, 1] (shape [B]) -> [B, width]; wavelengths as for 1000 integer steps."""
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angles = 1000.0 * t[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Block(nn.Module):
+    """Residual block: two 3x3 convolutions, the embedding entering as a per-channel scale and shift."""
+
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * width)
+        self.norm2 = nn.GroupNorm(8, width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return x + self.conv2(F.silu(h))
+
+
+class Attention(nn.Module):
+    """Residual self-attention over the positions of a feature map [B, C, H, W]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(3, 4)
+        out = F.scaled_dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])
+        return x + self.out(out.transpose(2, 3).reshape(b, c, h, w))
+
+
+class UNet(nn.Module):
+    """Backbone ``(x_t [B, C, H, W], t [B], condition) -> [B, C, H, W]``; reads ``condition["labels"]`` if ``classes``.
+
+    ``widths`` and ``blocks`` give one entry a resolution, finest first; the last is the middle and has the attention.
+    Label ``classes`` is the null label of classifier-free guidance.
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        classes: int = 10,
+        widths: Sequence[int] = (32, 96),
+        blocks: Sequence[int] = (2, 2),
+        patch: int = 2,
+        embedding: int = 128,
+        heads: int = 4,
+    ) -> None:
+        super().__init__()
+        self.patch = patch
+        self.time = nn.Sequential(nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.labels = nn.Embedding(classes + 1, embedding) if classes else None
+        self.enter = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+        outer = list(zip(widths[:-1], widths[1:], blocks[:-1], strict=True))
+        self.down = nn.ModuleList(
+            nn.ModuleList([*(Block(w, embedding) for _ in range(n)), nn.Conv2d(w, wider, 3, stride=2, padding=1)])
+            for w, wider, n in outer
+        )
+        self.mid = nn.ModuleList()
+        for _ in range(blocks[-1]):
+            self.mid.extend([Block(widths[-1], embedding), Attention(widths[-1], heads)])
+        self.up = nn.ModuleList(
+            nn.ModuleList([nn.Conv2d(wider, 4 * w, 1), *(Block(w, embedding) for _ in range(n))])
+            for w, wider, n in reversed(outer)
+        )
+        self.leave = nn.Sequential(
+            nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels * patch**2, 3, padding=1)
+        )
+        nn.init.zeros_(self.leave[-1].weight)
+        self.to(memory_format=torch.channels_last)  # 5-20 % faster on a CPU, the same numbers
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        e = self.time(sinusoid(t.to(x), 64))
+        if self.labels is not None:
+            e = e + self.labels(condition["labels"])
+        e = F.silu(e)
+        h = self.enter(F.pixel_unshuffle(x, self.patch))
+        skips = []
+        for *blocks, shrink in self.down:
+            for block in blocks:
+                h = block(h, e)
+            skips.append(h)
+            h = shrink(h)
+        for i in range(0, len(self.mid), 2):
+            h = self.mid[i + 1](self.mid[i](h, e))
+        for (grow, *blocks), skip in zip(self.up, reversed(skips), strict=True):
+            h = F.pixel_shuffle(grow(h), 2) + skip
+            for block in blocks:
+                h = block(h, e)
+        return F.pixel_shuffle(self.leave(h), self.patch)
