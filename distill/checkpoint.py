@@ -35,21 +35,30 @@ def restore_role(name: str, role: Role, tensors: Mapping[str, Tensor]) -> None:
     try:
         role.module.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"The checkpoint's {name!r} does not fit this run's network: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"The checkpoint's {name!r} does not fit this run's network: {str(error).splitlines()[0]}"
+        ) from error
     for key in role.average:
         role.average[key].copy_(own[f"average/{key}"])
     if role.optimizer is not None:
         role.updates = int(own["updates"])
         for key, parameter in role.module.named_parameters():
-            moments = {path.split("/")[1]: value for path, value in own.items() if path.startswith("optimizer/") and path.split("/", 2)[2] == key}
+            moments = {
+                path.split("/")[1]: value
+                for path, value in own.items()
+                if path.startswith("optimizer/") and path.split("/", 2)[2] == key
+            }
             if moments:
                 # AdamW keeps its step count on the host and its moments with the parameter
                 role.optimizer.state[parameter] = {
-                    moment: value.clone() if moment == "step" else value.to(parameter) for moment, value in moments.items()
+                    moment: value.clone() if moment == "step" else value.to(parameter)
+                    for moment, value in moments.items()
                 }
 
 
-def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
+def write_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
+) -> Path:
     """Writes ``folder/step-XXXXXX`` whole or not at all, then drops all but the last ``keep``."""
     final = folder / f"step-{step:07d}"
     aside = folder / f".step-{step:07d}.part"
@@ -80,7 +89,11 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a whole checkpoint ({error}). Delete it to resume from the one before.") from error
+        raise UserError(
+            f"{folder} is not a whole checkpoint ({error}). Delete it to resume from the one before."
+        ) from error
     if sha256(folder / "state.safetensors") != state.get("sha256"):
-        raise UserError(f"{folder}/state.safetensors is damaged (its hash differs). Delete {folder} to resume from the one before.")
+        raise UserError(
+            f"{folder}/state.safetensors is damaged (its hash differs). Delete {folder} to resume from the one before."
+        )
     return read_tensors(folder / "state.safetensors"), state

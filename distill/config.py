@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class DataConfig(Frozen):
-    """What a step starts from: ``labels`` (drawn uniformly; data-free) or ``idx`` (images with labels, from a folder)."""
+    """What a step starts from: ``labels`` (drawn uniformly; data-free) or ``idx`` (labelled images from a folder)."""
 
     kind: Literal["labels", "idx"] = "labels"
     path: str | None = None
@@ -35,16 +35,16 @@ class DataConfig(Frozen):
 
 
 class CheckpointConfig(Frozen):
-    """Every how many steps a checkpoint is written (also at the end and on Ctrl-C), and how many of the last are kept."""
+    """A checkpoint every ``every`` steps (also at the end and on Ctrl-C); the last ``keep`` are kept."""
 
     every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)
 
 
 class ValidationConfig(Frozen):
-    """Every ``every`` steps (0: never), ``n`` samples of the averaged student are scored against the *training*-image
-    statistics of ``reference``, and the best student so far is kept. ``solver``, ``steps`` and ``guidance`` say how they
-    are drawn; ``student`` is the student's own few-step rule."""
+    """Every ``every`` steps (0: never) ``n`` samples of the averaged student are scored against the *training*-image
+    statistics of ``reference``, and the best student so far is kept. ``solver``, ``steps`` and ``guidance`` say how
+    they are drawn; ``student`` is the student's own few-step rule."""
 
     every: int = Field(0, ge=0)
     n: int = Field(1000, ge=10)
@@ -60,12 +60,12 @@ class StageConfig(Frozen):
     steps: int = Field(ge=1)
     objective: SerializeAsAny[Frozen]
     roles: dict[str, RoleConfig]
-    freeze: dict[str, str] = {}
+    freeze: dict[str, str] = Field(default_factory=dict)
     clip: float | None = Field(1.0, gt=0)
 
 
 class Config(Frozen):
-    """The whole run. Exactly one of ``teacher`` (a folder or an embedded name) and ``model`` (a new network) is given."""
+    """The whole run. Either ``teacher`` (a folder or an embedded name) is given or ``model`` (a new network)."""
 
     out: str
     teacher: str | None = None
@@ -141,7 +141,9 @@ def parse_config(raw: dict[str, Any], file: str, overridden: Sequence[str] = ())
     stages = raw.get("stages")
     if isinstance(stages, list):
         raw["stages"] = [
-            _with_objective(stage, f"stages.{i}.objective", file, overridden, problems) if isinstance(stage, dict) else stage
+            _with_objective(stage, f"stages.{i}.objective", file, overridden, problems)
+            if isinstance(stage, dict)
+            else stage
             for i, stage in enumerate(stages)
         ]
     try:
@@ -190,9 +192,13 @@ def _override(raw: dict[str, Any], text: str) -> str:
         try:
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
         except (ValueError, IndexError) as error:
-            raise UserError(f"Override {text!r}: {'.'.join(parts[:depth])} is a list of {len(node)}; number its items.") from error
+            raise UserError(
+                f"Override {text!r}: {'.'.join(parts[:depth])} is a list of {len(node)}; number its items."
+            ) from error
         if not isinstance(node, dict | list):
-            raise UserError(f"Override {text!r}: {'.'.join(parts[: depth + 1])} is a single value, it has no keys below it.")
+            raise UserError(
+                f"Override {text!r}: {'.'.join(parts[: depth + 1])} is a single value, it has no keys below it."
+            )
     try:
         parsed = yaml.safe_load(value)
         node[int(parts[-1]) if isinstance(node, list) else parts[-1]] = parsed

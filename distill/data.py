@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,11 @@ from fewstep.models.condition import Condition
 
 @dataclass(frozen=True)
 class Batch(Mapping[str, Tensor]):
-    """``condition`` of B samples, the ``shape`` of one sample, and named tensors (``x0``; ``winner`` and ``loser``)."""
+    """``size`` samples: their condition, the ``shape`` of one, and named tensors (``x0``; ``winner`` and ``loser``)."""
 
-    condition: Condition
+    size: int
     shape: tuple[int, ...]
+    condition: Condition
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -39,7 +41,9 @@ class Batch(Mapping[str, Tensor]):
         return len(self.tensors)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.condition.to(device), self.shape, {k: v.to(device) for k, v in self.tensors.items()})
+        return Batch(
+            self.size, self.shape, self.condition.to(device), {k: v.to(device) for k, v in self.tensors.items()}
+        )
 
 
 class Source(Protocol):
@@ -56,7 +60,8 @@ class Labels:
     shape: tuple[int, ...]
 
     def __call__(self, draws: Draws, size: int) -> Batch:
-        return Batch(Condition.of_labels(draws.integers(size, self.classes), self.classes), self.shape)
+        labels = draws.integers(size, self.classes)
+        return Batch(size, self.shape, Condition.of_labels(labels, self.classes))
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ class Images:
     def __call__(self, draws: Draws, size: int) -> Batch:
         rows = draws.integers(size, len(self.images))
         x0 = to_unit(self.images[rows])
-        return Batch(Condition.of_labels(self.labels[rows], self.classes), tuple(x0.shape[1:]), {"x0": x0})
+        condition = Condition.of_labels(self.labels[rows], self.classes)
+        return Batch(size, tuple(x0.shape[1:]), condition, {"x0": x0})
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -96,7 +102,9 @@ def read_idx(folder: str | Path, split: str = "train") -> tuple[Tensor, Tensor]:
     """
     images, labels = (_read_idx_file(Path(folder), name) for name in IDX_FILES[split])
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise UserError(f"{folder}: images {list(images.shape)} and labels {list(labels.shape)} do not belong together.")
+        raise UserError(
+            f"{folder}: images {list(images.shape)} and labels {list(labels.shape)} do not belong together."
+        )
     return images[:, None], labels.long()
 
 
@@ -114,6 +122,8 @@ def _read_idx_file(folder: Path, name: str) -> Tensor:
         shape = struct.unpack(f">{axes}I", content[4 : 4 + 4 * axes])
         if (zero, kind) != (0, 8) or len(content) != 4 + 4 * axes + math.prod(shape):
             raise ValueError("its header does not fit its length")
-    except (OSError, EOFError, ValueError, struct.error) as error:
+        if 0 in shape:
+            raise ValueError("it is empty")
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise UserError(f"{file} is not a whole idx file: {error}.") from error
     return torch.frombuffer(bytearray(content[4 + 4 * axes :]), dtype=torch.uint8).reshape(shape)

@@ -44,7 +44,8 @@ class Draws:
 
     def normal(self, shape: tuple[int, ...] | torch.Size, stream: str = "noise") -> Tensor:
         """Standard normal float32 on the device."""
-        return torch.randn(shape, generator=self._generator(stream, self.device), device=self.device)
+        generator = self._generator(stream, self.device)
+        return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)
 
     def uniform(self, size: int, low: float = 0.0, high: float = 1.0, stream: str = "time") -> Tensor:
         """``size`` numbers in [low, high), float64 on the host, where schedules are evaluated."""

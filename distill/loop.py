@@ -14,6 +14,7 @@ from fewstep.distill.roles import Roles
 from fewstep.distill.update import Anchor, Micro, Objective, Update
 from fewstep.errors import UserError
 
+CPU = torch.device("cpu")
 PATIENCE = 20  # consecutive steps that an update may lose to non-finite gradients before the run is stopped
 
 
@@ -46,7 +47,7 @@ class Loop:
     accumulate: int = 1
     clip: float | None = None
     seed: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     world: World = World()
 
     def __post_init__(self) -> None:
@@ -106,7 +107,7 @@ class Loop:
         self._lost[update.name] = self._lost.get(update.name, 0) + 1
         if self._lost[update.name] >= PATIENCE:
             raise UserError(
-                f"The update {update.name!r} (of {', '.join(update.roles)}) had no finite gradient for {PATIENCE} steps "
-                f"running, up to step {step}. Lower its learning rate or the guidance; the last checkpoint is intact."
+                f"The update {update.name!r} (of {', '.join(update.roles)}) had no finite gradient for {PATIENCE} "
+                f"steps running, up to {step}. Lower its learning rate or the guidance; the last checkpoint is intact."
             )
         return False

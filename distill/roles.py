@@ -47,7 +47,8 @@ class Role:
         self.updates += 1
         if self.decay:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_(list(self.average.values()), self.parameters, 1 - decay)
+            live: list[Tensor] = [parameter.detach() for parameter in self.parameters]
+            torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

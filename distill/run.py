@@ -26,7 +26,7 @@ from fewstep.distill.loop import Loop, World
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import enter_stage
 from fewstep.distill.update import Objective
-from fewstep.errors import UserError, nearest
+from fewstep.errors import UserError
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.store import Model, ModelConfig, load_model, save_model, write_text
 
@@ -35,6 +35,13 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 class Interrupted(Exception):
     """Ctrl-C or a termination signal: the checkpoint is written, the command ends with exit code 130."""
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
+
+
+Progress = Callable[["Run", dict[str, float]], None]
 
 
 class Validator(Protocol):
@@ -99,9 +106,7 @@ class Run:
         Raises ``UserError`` if the folder is no run or a checkpoint is damaged.
         """
         folder = Path(folder)
-        if not (folder / "config.yaml").is_file():
-            raise UserError(f"{folder} is not a run folder: it has no config.yaml.")
-        run = Run(load_config(folder / "config.yaml"), folder, device, world)
+        run = Run(run_config(folder), folder, device, world)
         saved = [c for c in checkpoint.checkpoints(folder / "checkpoints") if before is None or step_of(c) <= before]
         if saved:
             run._restore(saved[-1])
@@ -139,7 +144,9 @@ class Run:
         self.objective = module.build(settings.objective, self.roles)
         unknown = {role for update in self.objective.updates for role in update.roles} - set(settings.roles)
         if unknown:
-            raise UserError(f"stages.{stage}.roles: {sorted(unknown)} is trained by the objective, so it needs a learning rate.")
+            raise UserError(
+                f"stages.{stage}.roles: {sorted(unknown)} is trained by the objective, so it needs a learning rate."
+            )
         self.loop = Loop(
             self.roles,
             self.objective,
@@ -166,33 +173,50 @@ class Run:
 
     # --- training -------------------------------------------------------------------------------------------------
 
-    def train(self, validate: Validator | None = None, progress: Callable[[int, dict[str, float]], None] | None = None) -> None:
+    def train(self, validate: Validator | None = None, progress: Progress | None = None) -> None:
         """Trains to the end of the last stage, from wherever the run stands.
 
         Raises ``Interrupted`` after writing a checkpoint if a signal asked to stop.
         """
         started = time.monotonic() - self.seconds
-        ends = [sum(stage.steps for stage in self.config.stages[: i + 1]) for i in range(len(self.config.stages))]
+        ends = self._ends
         with stop_requests() as stop:
             while self._step < ends[-1]:
-                if self._step >= ends[self.stage]:
-                    self._enter(self.stage + 1)
-                metrics = self.loop.step(self._step)
-                self._step += 1
+                metrics = self._one_step()
                 self.seconds = time.monotonic() - started
+                values: dict[str, float] = {}
                 if self._step % self.config.log_every == 0 or self._step == ends[-1]:
                     values = {name: value.item() for name, value in metrics.items()}
                     self._record({"step": self._step, "seconds": round(self.seconds, 3), "stage": self.stage, **values})
-                    if progress is not None:
-                        progress(self._step, values)
+                if progress is not None:
+                    progress(self, values)
                 last = self._step == ends[-1]
                 if validate is not None and (last or self._due(self.config.validation.every)):
                     self._validate(validate)
                 if last or stop.requested or self._due(self.config.checkpoint.every) or self._step == ends[self.stage]:
                     self.save()
                 if stop.requested and not last:
-                    raise Interrupted(f"stopped at step {self._step} of {ends[-1]}")
+                    raise Interrupted(f"stopped at step {self._step} of {ends[-1]}", self.folder)
         self._save_student()
+
+    def advance(self, step: int) -> dict[str, float]:
+        """Goes on to ``step`` without recording anything; returns the numbers of the last step."""
+        metrics: dict[str, Tensor] = {}
+        while self._step < step:
+            metrics = self._one_step()
+        return {name: value.item() for name, value in metrics.items()}
+
+    @property
+    def _ends(self) -> list[int]:
+        """The step at which each stage ends."""
+        return [sum(stage.steps for stage in self.config.stages[: i + 1]) for i in range(len(self.config.stages))]
+
+    def _one_step(self) -> dict[str, Tensor]:
+        if self._step >= self._ends[self.stage]:
+            self._enter(self.stage + 1)
+        metrics = self.loop.step(self._step)
+        self._step += 1
+        return metrics
 
     def _due(self, every: int) -> bool:
         return every > 0 and self._step % every == 0
@@ -238,7 +262,9 @@ class Run:
                 tensors |= checkpoint.role_tensors(name, role)
         tensors |= {f"objective/{name}": value for name, value in self.objective.state.items()}
         state = {"stage": self.stage, "seconds": self.seconds, "best": self.best}
-        checkpoint.write_checkpoint(self.folder / "checkpoints", self._step, tensors, state, self.config.checkpoint.keep)
+        checkpoint.write_checkpoint(
+            self.folder / "checkpoints", self._step, tensors, state, self.config.checkpoint.keep
+        )
 
     def _restore(self, folder: Path) -> None:
         tensors, state = checkpoint.read_checkpoint(folder)
@@ -250,6 +276,14 @@ class Run:
         for name, value in self.objective.state.items():
             value.copy_(tensors[f"objective/{name}"])
         self._step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+
+
+def run_config(folder: str | Path) -> Config:
+    """The resolved config of a run folder. Raises ``UserError`` if the folder is none."""
+    file = Path(folder) / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml.")
+    return load_config(file)
 
 
 def step_of(folder: Path) -> int:
@@ -269,7 +303,7 @@ def stop_requests() -> Iterator[_Stop]:
 
     def request(number: int, frame: object) -> None:
         stop.requested = True
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -306,3 +340,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "revision": git.stdout.strip() or None,
     }
+
+
+def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
+    """A logged step's numbers as recorded and as computed again from the checkpoint before it.
+
+    Raises ``UserError`` if the step was not logged.
+    """
+    run = Run.reopen(folder, device, before=step - 1)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    logged = {line["step"]: line for line in lines if "validation" not in line}
+    if step not in logged:
+        raise UserError(
+            f"Step {step} was not logged; logged are every {run.config.log_every} up to {max(logged, default=0)}."
+        )
+    recorded = {name: value for name, value in logged[step].items() if name not in ("step", "seconds", "stage")}
+    return recorded, run.advance(step)

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from fewstep.distill.roles import Role, Roles
+from fewstep.distill.roles import Role
 from fewstep.errors import UserError, nearest
 
 
@@ -68,7 +68,9 @@ def enter_stage(
 
     def source(name: str, wanted_by: str) -> Role:
         if name not in before:
-            raise UserError(f"The role {wanted_by!r} starts from {name!r}, which does not exist here{nearest(name, before)}.")
+            raise UserError(
+                f"The role {wanted_by!r} starts from {name!r}, which does not exist here{nearest(name, before)}."
+            )
         return before[name]
 
     def duplicate(role: Role) -> nn.Module:
@@ -84,5 +86,3 @@ def enter_stage(
         else:
             roles[name] = make_role(duplicate(source(config.init, name)), config, updates)
     return roles
-
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,15 @@ from fewstep.models.schedules import NoiseSchedule
 
 
 def batch_times(t: Tensor | float, x: Tensor) -> Tensor:
-    """Times for a batch ``x``: a number or [B] becomes float64 [B]; a shape that broadcasts against ``x`` stays."""
+    """Times for a batch ``x`` [B, ...], float64: a number or [B] becomes [B]; a shape that broadcasts against ``x``
+    keeps its axes and gets B as the first. Raises ``ValueError`` on any other shape."""
     times = torch.as_tensor(t, dtype=torch.float64)
     if times.ndim == 0:
         return times.expand(x.shape[0])
-    if times.ndim == 1 and times.shape[0] == x.shape[0] or times.ndim == x.ndim:
+    if times.shape == x.shape[:1]:
         return times
+    if times.ndim == x.ndim and all(n in (1, size) for n, size in zip(times.shape, x.shape, strict=True)):
+        return times.expand(x.shape[0], *times.shape[1:])
     raise ValueError(f"times of shape {tuple(times.shape)} fit neither the batch nor the shape {tuple(x.shape)}")
 
 
@@ -49,19 +53,19 @@ class Denoiser(nn.Module):
         modules = dict(backbone.named_modules())
         for path in taps:
             if path not in modules:
-                raise ValueError(f"no module {path!r} to tap; the top ones are {[n for n in modules if n.count('.') < 1]}")
-            modules[path].register_forward_hook(self._tap(path))
+                top = [name for name, _ in backbone.named_children()]
+                raise ValueError(f"no module {path!r} to tap; the top ones are {top}")
+            modules[path].register_forward_hook(partial(self._record, path))
 
-    def _tap(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            if self._features is not None:  # recomputation under gradient checkpointing runs hooks again: ignored
-                self._features[path] = output if isinstance(output, Tensor) else output[0]
-
-        return hook
+    def _record(self, path: str, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        """The hook of a tap: a bound method and no closure, so that a deep copy of this denoiser has its own."""
+        if self._features is not None:  # recomputation under gradient checkpointing runs hooks again: ignored
+            self._features[path] = output if isinstance(output, Tensor) else output[0]
 
     def forward(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Prediction:
         times = batch_times(t, x_t)
-        self._features = features = {}
+        features: dict[str, Tensor] = {}
+        self._features = features
         try:
             raw = self.backbone(x_t, times, condition)
         finally:
@@ -81,13 +85,16 @@ class Routed(nn.Module):
 
     def __init__(self, experts: Sequence[nn.Module], boundaries: Sequence[float]) -> None:
         super().__init__()
-        if len(experts) != len(boundaries) or list(boundaries) != sorted(boundaries, reverse=True) or boundaries[-1]:
+        falling = list(boundaries) == sorted(boundaries, reverse=True)
+        if not falling or len(experts) != len(boundaries) or list(boundaries[-1:]) != [0]:
             raise ValueError("experts need as many falling boundaries, the last 0")
         self.experts = nn.ModuleList(experts)
         self.boundaries = tuple(boundaries)
 
     def expert_of(self, t: Tensor) -> Tensor:
-        """The index of the expert for each time of [B]."""
+        """The index of the expert for each time of [B]. Raises ``ValueError`` on times within a sample (frames)."""
+        if t.ndim != 1:
+            raise ValueError(f"experts are chosen by one time a sample, got times of shape {tuple(t.shape)}")
         return (t[:, None] < torch.tensor(self.boundaries, dtype=t.dtype, device=t.device)).sum(1)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

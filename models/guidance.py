@@ -1,4 +1,4 @@
-"""Classifier-free guidance, in one convention: ``null + w (cond - null)``, so ``w = 1`` is off (Ho & Salimans, 2207.12598)."""
+"""Classifier-free guidance (Ho & Salimans, 2207.12598), in one convention: ``null + w (cond - null)``; 1 is off."""
 
 from __future__ import annotations
 

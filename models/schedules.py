@@ -75,9 +75,8 @@ class VPLinear:
         return self._log_alpha(t) - torch.log(self.sigma(t))
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        spread = self.beta_max - self.beta_min
-        q = 2 * spread * torch.logaddexp(-2 * log_snr, torch.zeros_like(log_snr))
-        return q / ((torch.sqrt(self.beta_min**2 + q) + self.beta_min) * spread)
+        q = 2 * torch.logaddexp(-2 * log_snr, torch.zeros_like(log_snr))
+        return q / (torch.sqrt(self.beta_min**2 + (self.beta_max - self.beta_min) * q) + self.beta_min)
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,7 @@ class VPCosine:
     def sigma(self, t: Tensor) -> Tensor:
         # start^2 - cos^2(angle) = sin(angle - angle0) sin(angle + angle0), which keeps its digits near t = 0
         first = self._angle(torch.zeros_like(t))
-        angle = self._angle(t)
-        return torch.sqrt(torch.sin(angle - first) * torch.sin(angle + first)) / self._start
+        return torch.sqrt(torch.sin(self._rate * t) * torch.sin(self._rate * t + 2 * first)) / self._start
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return -self._rate * torch.sin(self._angle(t)) / self._start
@@ -142,6 +140,10 @@ class VPDiscrete:
     def linear(start: float = 1e-4, end: float = 0.02, steps: int = 1000) -> VPDiscrete:
         """The betas of DDPM and PixArt."""
         return VPDiscrete(tuple(torch.linspace(start, end, steps, dtype=torch.float64).tolist()))
+
+    def __post_init__(self) -> None:
+        if not self.betas or not all(0 < beta < 1 for beta in self.betas):
+            raise ValueError("noise schedule 'vp_discrete' needs betas between 0 and 1")
 
     @cached_property
     def _log_alphas(self) -> Tensor:
@@ -183,7 +185,7 @@ class VPDiscrete:
 
 @dataclass(frozen=True)
 class VE:
-    """Variance exploding, ``alpha = 1``; time runs uniformly in Karras et al.'s ``sigma^(1/rho)`` (arXiv 2206.00364)."""
+    """Variance exploding, ``alpha = 1``; time is uniform in Karras et al.'s ``sigma^(1/rho)`` (arXiv 2206.00364)."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -225,7 +227,7 @@ SCHEDULES: dict[str, type] = {
 
 
 def schedule_from_dict(settings: dict[str, Any]) -> NoiseSchedule:
-    """The inverse of ``schedule_to_dict``. Raises ``ValueError`` on an unknown name or setting."""
+    """The inverse of ``schedule_to_dict``. Raises ``ValueError`` on an unknown name or a wrong setting."""
     values = dict(settings)
     name = values.pop("name", None)
     if name not in SCHEDULES:
@@ -234,28 +236,31 @@ def schedule_from_dict(settings: dict[str, Any]) -> NoiseSchedule:
     unknown = set(values) - {f.name for f in fields(cls)}
     if unknown:
         raise ValueError(f"noise schedule {name!r} has no setting {sorted(unknown)}")
-    if "betas" in values:
-        values["betas"] = tuple(values["betas"])
+    if cls is VPDiscrete:
+        values["betas"] = tuple(values.get("betas", ()))
     schedule: NoiseSchedule = cls(**values)
     return schedule
 
 
 def schedule_to_dict(schedule: NoiseSchedule) -> dict[str, Any]:
-    """Name and settings as JSON types."""
-    name = next(name for name, cls in SCHEDULES.items() if type(schedule) is cls)
+    """Name and settings as JSON types. Raises ``ValueError`` on a schedule that has no name."""
+    name = next((name for name, cls in SCHEDULES.items() if type(schedule) is cls), None)
+    if name is None:
+        raise ValueError(f"no name for a schedule of type {type(schedule).__name__}; known: {', '.join(SCHEDULES)}")
     return {"name": name, **asdict(schedule)}  # type: ignore[call-overload]
 
 
 def bridge(schedule: NoiseSchedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The law of ``x_t`` given ``x_s`` for ``s <= t``: ``x_t = scale x_s + std n``. Returns (scale, std), float64.
 
-    ``std^2 = sigma_t^2 - scale^2 sigma_s^2``, written with expm1 so that it keeps its digits as ``t -> s``.
+    ``std^2 = sigma_t^2 - scale^2 sigma_s^2``, written with expm1 so that it is never negative; its relative error
+    grows no faster than ``1e-16 / (t - s)``. An infinite ``log_snr`` (s = 0 or t = 1) is within its domain.
     """
+    start, end = schedule.log_snr(s), schedule.log_snr(t)
     scale = schedule.alpha(t) / schedule.alpha(s)
-    gap = 2 * (schedule.log_snr(t) - schedule.log_snr(s))
-    std = schedule.sigma(t) * torch.sqrt(-torch.expm1(gap.clamp(max=0)))
-    # at t = 1 of a schedule that ends in pure noise log_snr is -inf, which expm1 takes; at s = t = 0 it is inf - inf
-    return scale, torch.where(torch.isnan(std), torch.zeros_like(std), std)
+    std = schedule.sigma(t) * torch.sqrt(-torch.expm1(2 * (end - start).clamp(max=0)))
+    same = start == end  # where the formulas may say 0 / 0 and inf - inf
+    return torch.where(same, 1.0, scale), torch.where(same, 0.0, std)
 
 
 def shift(t: Tensor, factor: float) -> Tensor:

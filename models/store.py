@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -40,22 +41,22 @@ class ModelConfig(BaseModel):
     backbone: dict[str, Any]
     noise_schedule: dict[str, Any] = {"name": "rectified_flow"}
     prediction: Kind = "velocity"
-    shape: tuple[int, ...]
-    classes: int = 0
+    shape: tuple[PositiveInt, ...] = Field(min_length=1)
+    classes: int = Field(0, ge=0)
     few_step: FewStep | None = None
 
     def build(self, taps: tuple[str, ...] = ()) -> Denoiser:
-        """A freshly initialised denoiser. Raises ``UserError`` on an unknown backbone or setting."""
+        """A freshly initialised denoiser. Raises ``UserError`` on an unknown backbone, setting or tap."""
         settings = dict(self.backbone)
-        name = settings.pop("name", "")
+        name = str(settings.pop("name", ""))
         if name not in BACKBONES:
             raise UserError(f"Unknown backbone {name!r}{nearest(name, BACKBONES)}.")
         try:
             backbone = BACKBONES[name](channels=self.shape[0], classes=self.classes, **settings)
             schedule = schedule_from_dict(self.noise_schedule)
-        except (TypeError, ValueError) as error:
+            return Denoiser(backbone, schedule, self.prediction, taps).eval()
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"The model's settings do not build a network: {error}.") from error
-        return Denoiser(backbone, schedule, self.prediction, taps).eval()
 
 
 class Model(BaseModel):
@@ -72,7 +73,7 @@ class Model(BaseModel):
 
 
 def embedded_models() -> list[str]:
-    return sorted(folder.name for folder in PRETRAINED.iterdir() if (folder / "config.json").exists())
+    return sorted(config.parent.name for config in PRETRAINED.glob("*/config.json"))
 
 
 def load_model(source: str | Path, taps: tuple[str, ...] = ()) -> Model:
@@ -91,9 +92,11 @@ def load_model(source: str | Path, taps: tuple[str, ...] = ()) -> Model:
         raise UserError(f"No model at {str(source)!r}: neither a folder with config.json nor an embedded model{hint}.")
     try:
         config = ModelConfig.model_validate_json(config_file.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
+        denoiser = config.build(taps)
+    except (ValidationError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{config_file} is not a fewstep model config: {_first(error)}.") from error
-    denoiser = config.build(taps)
+    except UserError as error:
+        raise UserError(f"{config_file}: {error}") from error
     load_weights(denoiser.backbone, folder / "model.safetensors")
     return Model(denoiser=denoiser, config=config, path=folder)
 
@@ -133,26 +136,32 @@ def read_metadata(file: Path) -> dict[str, str]:
         return handle.metadata() or {}
 
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes aside, then renames: a full disk or a kill never leaves half a file under the final name."""
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """A path beside ``file`` that takes its name at the end: a full disk or a kill never leaves half a file there.
+
+    Raises ``UserError`` when the place cannot be written.
+    """
     aside = file.with_name(file.name + ".part")
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        yield aside
         aside.replace(file)
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         raise UserError(f"Cannot write {file}: {error}. Free some space or choose another folder.") from error
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all. Raises ``UserError`` when the place cannot be written."""
+    with _replacing(file) as aside:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)
 
 
 def write_text(text: str, file: Path) -> None:
-    """Writes aside, then renames. Raises ``UserError`` when the place cannot be written."""
-    aside = file.with_name(file.name + ".part")
-    try:
+    """Writes a text file, whole or not at all. Raises ``UserError`` when the place cannot be written."""
+    with _replacing(file) as aside:
         aside.write_text(text, encoding="utf-8")
-        aside.replace(file)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"Cannot write {file}: {error}. Free some space or choose another folder.") from error
 
 
 def save_model(denoiser: Denoiser, config: ModelConfig, folder: str | Path) -> None:
@@ -171,9 +180,9 @@ def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _first(error: ValidationError | UnicodeDecodeError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return "it is not text"
+def _first(error: ValidationError | UnicodeDecodeError | OSError) -> str:
+    if not isinstance(error, ValidationError):
+        return "it is not text" if isinstance(error, UnicodeDecodeError) else str(error)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{where}: {first['msg']}" if where else str(first["msg"])

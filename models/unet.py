@@ -101,20 +101,22 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # 5-20 % faster on a CPU, the same numbers
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        e = self.time(sinusoid(t.to(x), 64))
+        e = self.time(sinusoid(t, 64).to(x))  # t is float64: rounded to bfloat16, neighbouring times would be one
         if self.labels is not None:
             e = e + self.labels(condition["labels"])
         e = F.silu(e)
         h = self.enter(F.pixel_unshuffle(x, self.patch))
         skips = []
-        for *blocks, shrink in self.down:
+        for level in self.down:
+            *blocks, shrink = level.children()
             for block in blocks:
                 h = block(h, e)
             skips.append(h)
             h = shrink(h)
         for i in range(0, len(self.mid), 2):
             h = self.mid[i + 1](self.mid[i](h, e))
-        for (grow, *blocks), skip in zip(self.up, reversed(skips), strict=True):
+        for level, skip in zip(self.up, reversed(skips), strict=True):
+            grow, *blocks = level.children()
             h = F.pixel_shuffle(grow(h), 2) + skip
             for block in blocks:
                 h = block(h, e)

@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from fewstep.distill.roles import Roles
 from fewstep.distill.stage import Frozen
 from fewstep.distill.update import Micro, Objective, Term, Update
-from fewstep.distill.roles import Roles
 from fewstep.models.denoiser import expand_like
 from fewstep.models.prediction import Coefficients
 

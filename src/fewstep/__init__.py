@@ -1,0 +1,25 @@
+"""fewstep: distil a many-step diffusion or flow model into a few-step generator."""
+
+from fewstep.api import compare, evaluate, load, report, sample, train
+from fewstep.errors import UserError
+from fewstep.eval.pictures import save_grid
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.guidance import Guidance
+from fewstep.models.store import load_model, save_model
+
+__all__ = [
+    "Condition",
+    "Denoiser",
+    "Guidance",
+    "UserError",
+    "compare",
+    "evaluate",
+    "load",
+    "load_model",
+    "report",
+    "sample",
+    "save_grid",
+    "save_model",
+    "train",
+]

@@ -1,0 +1,61 @@
+# Each command does its own set-up: a virtual environment in .venv with the tested versions of constraints.txt.
+
+PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$p" && break; done)
+BIN = .venv/bin
+
+.NOTPARALLEL:
+.PHONY: help demo test lint types clean
+
+help:
+	@echo 'make demo    distil the embedded teacher, score the student, write runs/demo/report.html'
+	@echo 'make test    lint, types and tests'
+	@echo 'make lint    ruff: rules and formatting'
+	@echo 'make types   mypy'
+	@echo 'make clean   remove .venv, caches and build leftovers (never runs/)'
+
+demo: .venv/installed
+	@$(BIN)/fewstep demo
+
+# Two workers with one thread each: with more threads than cores torch gets many times slower.
+test: export OMP_NUM_THREADS = 1
+test: lint types
+	@echo '== tests'
+	@$(BIN)/pytest -n 2
+
+# The packages are linted where they stand; the links under src are excluded in pyproject.toml.
+lint: .venv/installed-dev
+	@echo '== lint'
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: .venv/installed-dev
+	@echo '== types'
+	@$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- set-up, repeated only when one of these two files has changed ---------------------------------------------------
+
+# Quiet, but a failure shows pip's own words.
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
+QUIETLY = >.venv/pip.log 2>&1 || { tail -n 30 .venv/pip.log >&2; exit 1; }
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
+	@echo '== set-up (some minutes the first time: torch is large)'
+	@$(INSTALL) . $(QUIETLY)
+	@touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/pip
+	@echo '== set-up with the development tools (some minutes the first time: torch is large)'
+	@$(INSTALL) '.[dev]' $(QUIETLY)
+	@touch .venv/installed $@
+
+.venv/bin/pip:
+	@test -d src/fewstep/models || { echo 'This checkout has no working symbolic links' \
+		'(src/fewstep/models is no folder): clone again with "git clone -c core.symlinks=true".' >&2; exit 1; }
+	@test -n '$(PYTHON)' || { echo 'fewstep needs Python 3.11 or newer: install one,' \
+		'or name it with "make PYTHON=/path/to/python3".' >&2; exit 1; }
+	@'$(PYTHON)' -m venv .venv || { rm -rf .venv; exit 1; }

@@ -1,0 +1,97 @@
+"""What the loop costs: a full step against the same network evaluations run bare, paired in one process."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.distill.config import Config
+from fewstep.distill.devices import pick_device
+from fewstep.distill.run import Run, environment
+from fewstep.models.condition import Condition
+
+
+@dataclass(frozen=True)
+class Call:
+    """One evaluation of a backbone, as a step made it; ``graph`` tells whether it was differentiated."""
+
+    backbone: nn.Module
+    x: Tensor
+    t: Tensor
+    condition: Condition
+    graph: bool
+
+    def bare(self) -> None:
+        """The evaluation alone and, where there was one, its backward pass into the network's parameters."""
+        with torch.set_grad_enabled(self.graph):
+            output = self.backbone(self.x, self.t, self.condition)
+        if self.graph:
+            torch.autograd.backward(output, torch.ones_like(output), inputs=list(self.backbone.parameters()))
+
+
+def record(run: Run, steps: range) -> list[Call]:
+    """The network evaluations of some steps, in order."""
+    calls: list[Call] = []
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, Tensor, Condition], output: Tensor) -> None:
+        x, t, condition = inputs
+        calls.append(Call(module, x.detach(), t, condition, torch.is_grad_enabled()))
+
+    backbones = [run.roles.denoiser(name).backbone for name in run.roles]
+    handles = [backbone.register_forward_hook(hook) for backbone in backbones]
+    for step in steps:
+        run.loop.step(step)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def bench_step(config: Config, rounds: int) -> dict[str, Any]:
+    """Medians over ``rounds`` of a full cycle of updates (optimizers and averages included), of its bare evaluations,
+    and of their paired ratio. A cycle is the fewest steps in which every update happens."""
+    device = pick_device(config.device)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(config, Path(folder), device)
+        cycle = range(max(update.due.every for update in run.objective.updates))
+        calls = record(run, cycle)
+
+        def full() -> None:
+            for step in cycle:
+                run.loop.step(step)
+
+        def bare() -> None:
+            for call in calls:
+                call.bare()
+            for role in run.roles.values():
+                role.module.zero_grad()
+
+        pairs = [(timed(full, device), timed(bare, device)) for _ in range(rounds + 1)][1:]
+    return {
+        "objective": config.stages[0].objective.model_dump(mode="json"),
+        "batch": config.batch,
+        "steps_a_cycle": len(cycle),
+        "evaluations_a_cycle": len(calls),
+        "samples_evaluated": sum(len(call.x) for call in calls),
+        "seconds_full": statistics.median(full for full, _ in pairs),
+        "seconds_bare": statistics.median(bare for _, bare in pairs),
+        "ratio": statistics.median(full / bare for full, bare in pairs),
+        "rounds": rounds,
+        **environment(device),
+    }
+
+
+def timed(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds that ``work`` takes, the accelerator's queue included."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

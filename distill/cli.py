@@ -1,0 +1,242 @@
+"""The console script ``fewstep``: arguments in, messages out; the work is done by ``fewstep.api``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fewstep import api
+from fewstep.distill.bench import bench_step
+from fewstep.distill.config import find_config, load_config
+from fewstep.distill.devices import pick_device
+from fewstep.distill.run import Interrupted, Run, replay_step, run_config
+from fewstep.errors import UserError
+from fewstep.eval.evaluate import Score
+from fewstep.eval.pictures import save_grid
+from fewstep.models.store import write_text
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil a many-step diffusion or flow model into a few-step generator.",
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure what the loop costs beside the networks.")
+app.add_typer(bench, name="bench")
+out = Console(width=None if Console().is_terminal else 160)
+err = Console(stderr=True)
+
+Number = TypeVar("Number", int, float)
+ConfigFile = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the path of one that ships with fewstep.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example seed=1 or stages.0.steps=500.")
+]
+Source = Annotated[
+    str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder or an embedded model's name.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Resume = Annotated[Path | None, typer.Option(help="Continue the run in this folder; its own config counts.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+
+
+def main() -> None:
+    """Runs a command. A mistake ends as one paragraph and exit code 1, Ctrl-C as exit code 130."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments, standalone_mode=True)
+    except Interrupted as stop:
+        err.print(f"\nInterrupted: {stop}. Continue with: fewstep train --resume {stop.folder}", style="yellow")
+        sys.exit(130)
+    except KeyboardInterrupt:
+        err.print("\nInterrupted.", style="yellow")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        known = isinstance(error, UserError)
+        text = str(error) if known else f"{type(error).__name__}: {error} (an unforeseen error; --debug shows where)"
+        err.print(f"Error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def pretrain(config: ConfigFile, overrides: Overrides = None, resume: Resume = None) -> None:
+    """Train a new network on data, to be a teacher (a config with model:)."""
+    _train(config, overrides or [], resume)
+
+
+@app.command()
+def train(
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="Not needed with --resume.")] = None,
+    overrides: Overrides = None,
+    resume: Resume = None,
+) -> None:
+    """Distil a teacher into a few-step student."""
+    _train(config, overrides or [], resume)
+
+
+def _train(config: str | None, overrides: list[str], resume: Path | None) -> Path:
+    if resume is None and config is None:
+        raise UserError("Name a config, for example configs/fashion/tdm.yaml, or a run to --resume.")
+    if resume is not None and overrides:
+        raise UserError("With --resume the run's own config counts, so it takes no key=value.")
+    settings = run_config(resume) if resume is not None else load_config(config or "", overrides)
+    with _bar() as bar:
+        task = bar.add_task("training", total=settings.steps)
+
+        def progress(run: Run, metrics: dict[str, float]) -> None:
+            losses = "  ".join(
+                f"{name.removeprefix('loss/')} {value:.4f}" for name, value in metrics.items() if "loss/" in name
+            )
+            best = f"  best {run.best['value']:.2f}" if run.best else ""
+            bar.update(task, completed=run.step, description=losses + best if metrics else None)
+            if metrics and not out.is_terminal and run.step % (20 * run.config.log_every) == 0:
+                out.print(f"step {run.step}/{settings.steps}  {run.seconds:.0f} s  {losses}{best}")
+
+        run = api.train_run(settings, resume, progress)
+    out.print(f"Trained {run.step} steps in {run.seconds:.0f} s. The student is in {run.folder / 'student'}.")
+    return run.folder
+
+
+@app.command()
+def sample(
+    source: Source,
+    n: Annotated[int, typer.Option("--n", help="How many images.")] = 80,
+    steps: Annotated[int | None, typer.Option(help="Steps; a student's own number by default.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Class labels, for example 0,1,2; all in turn by default.")] = None,
+    solver: Annotated[str | None, typer.Option(help="student, euler, heun or ddim.")] = None,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 1.0,
+    seed: int = 0,
+    file: Annotated[Path, typer.Option("--out", help="A PNG file.")] = Path("grid.png"),
+    device: Device = "auto",
+) -> None:
+    """Generate images and write them as one picture."""
+    numbers = _numbers(labels, int, "--labels") if labels is not None else None
+    model = api.load(source, device)
+    images = api.sample(model, n=n, labels=numbers, steps=steps, solver=solver, guidance=guidance, seed=seed)
+    columns = len(numbers) if numbers and len(numbers) > 1 else min(n, model.config.classes or 10)
+    save_grid(images, file, columns=columns)
+    out.print(f"{n} images are in {file}.")
+
+
+@app.command("eval")
+def evaluate(
+    source: Source,
+    reference: Annotated[str, typer.Option(help="An embedded reference or a reference folder.")] = "fashion",
+    steps: Annotated[str, typer.Option(help="One or several, for example 1,2,4.")] = "1,2,4",
+    solver: Annotated[str | None, typer.Option(help="One or several of student, euler, heun, ddim.")] = None,
+    guidance: Annotated[str, typer.Option(help="One or several scales, for example 1,2.")] = "1",
+    n: Annotated[int, typer.Option("--n", help="Samples a combination.")] = 10_000,
+    seed: int = 0,
+    file: Annotated[
+        Path | None, typer.Option("--json", help="Where to write the scores (for a run: its eval.json).")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Score a model on real images: Fréchet distance, KID, precision, recall, accuracy, diversity."""
+    counts = _numbers(steps, int, "--steps")
+    scales = _numbers(guidance, float, "--guidance")
+    rules = solver.split(",") if solver else []
+    with _bar() as bar:
+        task = bar.add_task("sampling", total=n)
+        scores = api.evaluate(
+            source, reference=reference, steps=counts, solver=rules, guidance=scales, n=n, seed=seed, device=device,
+            json_file=file, progress=lambda label, done: bar.update(task, description=label, completed=done),
+        )  # fmt: skip
+    out.print(score_table(scores))
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write report.html into a run folder."""
+    out.print(f"The report is {api.report(run)}.")
+
+
+@app.command()
+def replay(run: RunFolder, step: Annotated[int, typer.Option(help="A logged step.")]) -> None:
+    """Compute a logged step again from the checkpoint before it and compare every number."""
+    recorded, computed = replay_step(run, step, pick_device(run_config(run).device))
+    table = Table("quantity", "recorded", "replayed")
+    for name, value in computed.items():
+        table.add_row(name, repr(recorded.get(name)), repr(value), style=None if recorded.get(name) == value else "red")
+    out.print(table)
+    if recorded != computed:
+        raise UserError(
+            f"Step {step} did not replay bit for bit: other versions, another machine or another number of threads?"
+        )
+    out.print(f"Step {step} replayed bit for bit.")
+
+
+@app.command()
+def demo(folder: Annotated[Path, typer.Option("--out", help="The run folder.")] = Path("runs/demo")) -> None:
+    """Distil the embedded teacher, score the student and write a report: a few minutes on a laptop."""
+    file = find_config("configs/fashion/demo.yaml")
+    if (folder / "config.yaml").is_file() and not (folder / "student").exists():
+        out.print(f"{folder} holds an unfinished run: continuing it.")
+        _train(None, [], folder)
+    else:
+        number = 2
+        while folder.exists() and any(folder.iterdir()):
+            folder = folder.with_name(f"{folder.name.split('-')[0]}-{number}")
+            number += 1
+        _train(str(file), [f"out={folder}"], None)
+    evaluate(str(folder))
+    picture = api.compare(folder)
+    out.print(f"Teacher and student side by side: {picture}\nThe report: {api.report(folder)}")
+
+
+@bench.command("step")
+def step(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
+    rounds: Annotated[int, typer.Option(help="Paired rounds; the medians are reported.")] = 15,
+) -> None:
+    """Time a full update against the same network evaluations run bare, paired in one process."""
+    result = bench_step(load_config(config, overrides or []), rounds)
+    for name, value in result.items():
+        out.print(f"{name}: {value}")
+    if file is not None:
+        write_text(json.dumps(result, indent=1) + "\n", file)
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True) as bar:
+        yield bar
+
+
+def _numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option} takes numbers separated by commas, got {text!r}.") from error
+
+
+def score_table(scores: list[Score]) -> Table:
+    """One row a combination, one column a metric."""
+    names = list(dict.fromkeys(score.metric for score in scores))
+    table = Table("model", "solver", "steps", "guidance", "NFE", *names, "seconds")
+    rows = dict.fromkeys((s.model, s.solver, s.steps, s.guidance, s.nfe, s.seconds) for s in scores)
+    for row in rows:
+        values = {
+            s.metric: s.value for s in scores if (s.model, s.solver, s.steps, s.guidance, s.nfe, s.seconds) == row
+        }
+        model, solver, steps, guidance, nfe, seconds = row
+        cells = [f"{values[name]:.4g}" if name in values else "" for name in names]
+        table.add_row(model, solver, str(steps), f"{guidance:g}", str(nfe), *cells, f"{seconds:.0f}")
+    return table

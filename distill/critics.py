@@ -1,0 +1,67 @@
+"""The fake score's regression: an unbiased denoising target for an anchor at any noise level.
+
+For ``x_t = scale x_s + std n`` denoising score matching gives the targets (Phased DMD, arXiv 2510.27684)
+
+    noise* = (sigma_t / std) n          x0* = (x_t - sigma_t noise*) / alpha_t = x_s / alpha_s - k n
+
+whose conditional means given ``x_t`` are those of the anchor's law diffused to ``t``. A clean anchor is ``s = 0``:
+``noise* = n`` and ``x0* = x``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewstep.distill.matching import per_sample_mean
+from fewstep.distill.update import Anchor
+from fewstep.models.denoiser import expand_like
+from fewstep.models.prediction import Coefficients, Prediction
+from fewstep.models.schedules import NoiseSchedule, bridge
+
+
+def denoising_loss(fake: Prediction, schedule: NoiseSchedule, anchor: Anchor, t: Tensor, n: Tensor) -> Tensor:
+    """Mean squared error [scalar] of the fake's own output against the target, ``t`` [B], ``n`` the bridge's noise.
+
+    Weighted by ``std^2 / sigma_t^2``, which is 1 for a clean anchor and keeps the target's variance bounded as
+    ``t -> s`` (the paper clamps ``1 / std^2`` to the same end).
+    """
+    x0, noise, weight = denoising_target(schedule, anchor, t, n)
+    c = Coefficients.at(schedule, expand_like(t, n))
+    a, b = c.row(fake.kind)
+    target = a.to(n) * x0 + b.to(n) * noise
+    return (weight * (fake.raw - target).square()).mean()
+
+
+def denoising_target(schedule: NoiseSchedule, anchor: Anchor, t: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x0*, noise*, weight) of the header, for times ``t`` [B] above the anchor's level; the weight is [B, 1, ...]."""
+    s, t = expand_like(anchor.s, n), expand_like(t, n)
+    _, std = bridge(schedule, s, t)
+    alpha_s, sigma_s, alpha_t, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.alpha(t), schedule.sigma(t)
+    k = alpha_t * sigma_s**2 / (alpha_s**2 * std)
+    x0 = anchor.x.detach() / alpha_s.to(n) - k.to(n) * n
+    return x0, (sigma_t / std).to(n) * n, (std / sigma_t).square().to(n)
+
+
+def importance_weight(
+    schedule: NoiseSchedule, anchor: Anchor, x0: Tensor, t: Tensor, n: Tensor, *, tempered: bool = True
+) -> Tensor:
+    """TDM's ratio ``q(x_t | x0) / q(x_t | x_s)`` (arXiv 2503.06674), detached, [B, 1, ...].
+
+    Exactly ``(std / sigma_t)^d exp((|n|^2 - |m|^2) / 2)`` with ``m = (x_t - alpha_t x0) / sigma_t`` and d dimensions a
+    sample; its exponent is of order d, so the published code takes the d-th root (``tempered``).
+    """
+    scale, std = (expand_like(value, n) for value in bridge(schedule, anchor.s, t))
+    times = expand_like(t, n)
+    sigma = schedule.sigma(times)
+    x_t = scale.to(n) * anchor.x.detach() + std.to(n) * n
+    m = (x_t - schedule.alpha(times).to(n) * x0.detach()) / sigma.to(n)
+    log_ratio = torch.log(std / sigma).to(n) + 0.5 * per_sample_mean(n.square() - m.square())
+    return torch.exp(log_ratio if tempered else log_ratio * n[0].numel())
+
+
+def weighted_clean_loss(fake: Prediction, anchor: Anchor, weight: Tensor, snr_cap: float = 5.0) -> Tensor:
+    """TDM's critic: regression to the x0 that the state came from, times ``weight`` and ``min(SNR, cap)``."""
+    c = fake.coefficients
+    snr = (c.alpha / c.sigma).square().clamp(max=snr_cap).to(fake.raw)
+    return (weight * snr * (fake.x0 - anchor.handle.detach()).square()).mean()

@@ -1,0 +1,30 @@
+"""Where a run computes: one device, or this process's share of several."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fewstep.distill.loop import World
+from fewstep.errors import UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` takes CUDA, then Apple's GPU, then the CPU. Raises ``UserError`` if the device asked for is absent."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"device={name} was asked for, but torch {torch.__version__} sees none here. Use device=auto.")
+    return torch.device(name)
+
+
+def join_world(name: str = "auto") -> tuple[World, torch.device]:
+    """This process's place among those that torchrun or ``accelerate launch`` started, and its device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World(), pick_device(name)
+    from accelerate import PartialState  # imports slowly, and only several processes need it
+
+    state = PartialState(cpu=name == "cpu" or not torch.cuda.is_available())
+    return World(state.process_index, state.num_processes), state.device

@@ -1,0 +1,48 @@
+"""Distribution matching: noise the anchor further, and pull it along the difference of two predictions.
+
+An anchor at level ``s`` is re-noised to ``t > s`` by the bridge; a *direction* is where the anchor should move (teacher
+minus fake, in x0); ``pull`` turns a direction into a loss whose negative gradient is that direction.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewstep.distill.draws import Draws
+from fewstep.distill.update import Anchor
+from fewstep.models.denoiser import expand_like
+from fewstep.models.schedules import NoiseSchedule, bridge
+
+
+def renoise(schedule: NoiseSchedule, anchor: Anchor, t: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    """``x_t = scale x_s + std n`` at times ``t`` [B]; returns (x_t, n), both of the anchor's shape."""
+    scale, std = bridge(schedule, anchor.s, t)
+    n = draws.normal(anchor.x.shape, "bridge")
+    x = anchor.x
+    return expand_like(scale, x).to(x) * x + expand_like(std, x).to(x) * n, n
+
+
+def per_sample_mean(x: Tensor) -> Tensor:
+    """Mean over all but the batch axis, shaped [B, 1, ...] to multiply ``x``."""
+    return x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def l1_weight(x: Tensor, reference: Tensor, floor: float = 1e-6) -> Tensor:
+    """DMD's normaliser (arXiv 2311.18828, eq. 8): ``1 / mean |x - reference|`` per sample, detached, [B, 1, ...]."""
+    return 1 / per_sample_mean((x.detach() - reference.detach()).float().abs()).clamp_min(floor)
+
+
+def pull(handle: Tensor, direction: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """``1/2 mean (x - sg(x + w d))^2``: its gradient at ``x`` is ``-w d / numel``, its value ``1/2 mean (w d)^2``."""
+    target = (handle + weight * direction).detach()
+    return 0.5 * (handle - target).square().mean()
+
+
+def huber_pull(handle: Tensor, direction: Tensor, weight: Tensor | float = 1.0, c: float = 1e-3) -> Tensor:
+    """The same with a pseudo-Huber distance, as in TDM's code: ``mean w (sqrt((x - sg(x + d))^2 + c^2) - c)``.
+
+    Elementwise, so that its gradient ``-w d / sqrt(d^2 + c^2) / numel`` is bounded by ``w / numel``.
+    """
+    target = (handle + direction).detach()
+    return (weight * (torch.sqrt((handle - target).square() + c * c) - c)).mean()

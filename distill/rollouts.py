@@ -1,0 +1,73 @@
+"""How the student's state arises, and where gradient is kept: only in the student's last evaluation.
+
+A rollout starts from pure noise at ``times[0]`` and walks down the student's own times. It returns an ``Anchor``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fewstep.distill.roles import Roles
+from fewstep.distill.update import Anchor, Micro
+from fewstep.models.denoiser import expand_like
+from fewstep.models.schedules import NoiseSchedule
+
+
+def start(m: Micro, schedule: NoiseSchedule, time: float) -> Tensor:
+    """The noise of ``time`` [B, ...]: what the schedule leaves of an image there is taken as nothing."""
+    return m.draws.normal((m.batch.size, *m.batch.shape), "start") * float(
+        schedule.sigma(torch.tensor(time, dtype=torch.float64))
+    )
+
+
+def noised(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """``alpha(t) x0 + sigma(t) noise`` for times [B]."""
+    times = expand_like(t, x0)
+    return schedule.alpha(times).to(x0) * x0 + schedule.sigma(times).to(x0) * noise
+
+
+def renoise_simulation(m: Micro, roles: Roles, times: Sequence[float]) -> Anchor:
+    """Backward simulation of DMD2 (arXiv 2405.14867, section 4.5): predict x0, noise it to the next time, and so on.
+
+    The exit step is drawn once for the whole step and all processes; the sample is the x0 predicted there (s = 0). With
+    a single time this is the one-step student.
+    """
+    schedule = roles.denoiser("student").schedule
+    condition = m.batch.condition
+    last = int(m.draws.shared.integers(1, len(times), "exit"))
+    x = start(m, schedule, times[0])
+    with torch.no_grad():
+        for now, after in pairwise(times[: last + 1]):
+            x0 = roles.read("student", x, now, condition).out.x0
+            x = noised(
+                schedule, x0, m.draws.normal(x.shape, "renoise"), torch.full((len(x),), after, dtype=torch.float64)
+            )
+    x0 = roles.read("student", x, times[last], condition).out.x0
+    t_in = torch.full((len(x),), times[last], dtype=torch.float64)
+    return Anchor(x0, torch.zeros_like(t_in), x0, t_in, condition)
+
+
+def ode_segment(m: Micro, roles: Roles, times: Sequence[float]) -> Anchor:
+    """The student's deterministic trajectory, left at the end of one of its steps (TDM, arXiv 2503.06674, section 3).
+
+    Each sample has its own segment; they are dealt out in turn from a shared random start, so that every shard makes
+    the same number of evaluations. The anchor is the state x_s at the segment's end, pulled at the x0 it came from.
+    """
+    schedule = roles.denoiser("student").schedule
+    condition = m.batch.condition
+    x = start(m, schedule, times[0])
+    segment = (torch.arange(len(x)) + m.draws.shared.integers(1, len(times), "segment")) % len(times)
+    nodes = torch.tensor([*times, 0.0], dtype=torch.float64)
+    with torch.no_grad():
+        for i in range(len(times) - 1):
+            rows = (segment > i).nonzero()[:, 0].to(x.device)
+            if len(rows):
+                p = roles.read("student", x[rows], times[i], condition.index(rows)).out
+                x[rows] = noised(schedule, p.x0, p.noise, nodes[i + 1].expand(len(rows)))
+    t_in, s = nodes[segment], nodes[segment + 1]
+    p = roles.read("student", x, t_in, condition).out
+    return Anchor(noised(schedule, p.x0, p.noise, s), s, p.x0, t_in, condition)

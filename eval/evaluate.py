@@ -1,0 +1,109 @@
+"""Scores a model on a reference: draws samples, takes their features, and applies every metric."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from fewstep.distill.data import to_bytes
+from fewstep.eval.diversity import cross_seed_diversity
+from fewstep.eval.features import extract
+from fewstep.eval.frechet import Statistics, frechet_distance
+from fewstep.eval.kid import kid
+from fewstep.eval.precision_recall import precision_recall
+from fewstep.eval.references import Reference
+from fewstep.models.condition import Condition
+from fewstep.models.guidance import Guidance
+from fewstep.models.store import Model
+from fewstep.samplers.sample import Samples, plan, sample
+
+DIVERSITY_SEEDS = 50  # seeds a class for the diversity metric; its cost is quadratic in them
+
+
+class Score(BaseModel):
+    """One line of ``eval.json``. ``seconds`` is the time that the samples took."""
+
+    model_config = ConfigDict(frozen=True)
+    model: str
+    role: Literal["teacher", "student"]
+    solver: str
+    nfe: int
+    steps: int
+    guidance: float
+    metric: str
+    value: float
+    n: int
+    seed: int
+    seconds: float
+    reference: str
+    features_sha256: str
+
+
+def cycled_labels(n: int, classes: int) -> Tensor:
+    """``0, 1, ..., classes - 1, 0, ...``: every class equally often, as in the reference."""
+    return torch.arange(n) % classes
+
+
+def draw(
+    model: Model, labels: Tensor, *, solver: str, steps: int | None, guidance: float, seed: int,
+    first: int = 0, progress: Callable[[int], None] | None = None,
+) -> Samples:  # fmt: skip
+    """One sample for each label [N], numbered from ``first``; raises ``UserError`` as ``plan`` does."""
+    rule, times = plan(solver, steps, model.config.few_step)
+    condition = Condition.of_labels(labels, model.config.classes)
+    return sample(
+        model.denoiser, condition, model.config.shape, len(labels), rule=rule, times=times, guidance=Guidance(guidance),
+        seed=seed, first=first, progress=progress,
+    )  # fmt: skip
+
+
+def metrics(reference: Reference, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """All metrics of images, uint8 [N, C, H, W], drawn for cycled labels [N]."""
+    features = extract(reference.network, images)
+    right = reference.network.logits(images).argmax(1).cpu() == labels
+    precision, recall = precision_recall(reference.features, features)
+    classes = int(labels.max()) + 1
+    per_class = min(len(images) // classes, DIVERSITY_SEEDS)
+    seeds = features[: classes * per_class].reshape(per_class, classes, -1)
+    return {
+        reference.metric: frechet_distance(Statistics.of(features), reference.statistics),
+        "kid": kid(reference.features, features),
+        "precision": precision,
+        "recall": recall,
+        "accuracy": right.float().mean().item(),
+        "diversity": cross_seed_diversity(seeds),
+    }
+
+
+def evaluate(
+    model: Model,
+    reference: Reference,
+    *,
+    name: str,
+    solver: str,
+    steps: int | None,
+    guidance: float = 1.0,
+    n: int = 10_000,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[Score]:
+    """Draws ``n`` samples and returns one score a metric. Raises ``UserError`` on a request that cannot be met."""
+    labels = cycled_labels(n, model.config.classes)
+    started = time.monotonic()
+    samples = draw(model, labels, solver=solver, steps=steps, guidance=guidance, seed=seed, progress=progress)
+    seconds = time.monotonic() - started
+    few = model.config.few_step
+    return [
+        Score(
+            model=name, role="student" if few else "teacher", solver=solver, nfe=samples.nfe,
+            steps=steps or (len(few.times) if few else 0), guidance=guidance, metric=metric, value=value, n=n, seed=seed,
+            seconds=round(seconds, 2), reference=f"{reference.name}/{reference.split}",
+            features_sha256=reference.network.sha256,
+        )
+        for metric, value in metrics(reference, to_bytes(samples.x0), labels).items()
+    ]  # fmt: skip

@@ -1,0 +1,42 @@
+"""Validation during training: pictures from fixed noise, and the distance from *training*-image statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fewstep.distill.config import ValidationConfig
+from fewstep.distill.data import to_bytes
+from fewstep.eval.evaluate import cycled_labels, draw
+from fewstep.eval.features import extract
+from fewstep.eval.frechet import Statistics, frechet_distance
+from fewstep.eval.pictures import grid, save_picture
+from fewstep.eval.references import Reference
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.store import Model, ModelConfig
+
+SHOWN = 80
+SEED = 1_000_000_007  # far from the seeds that people give, so that validation noise is never evaluation noise
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Called by the run with its student (averaged weights in place); writes ``samples/`` and returns the distance."""
+
+    settings: ValidationConfig
+    reference: Reference
+    folder: Path
+
+    def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> float:
+        model = Model(denoiser=student, config=config, path=self.folder)
+        s = self.settings
+        labels = cycled_labels(s.n, config.classes)
+        samples = draw(model, labels, solver=s.solver, steps=s.steps, guidance=s.guidance, seed=SEED)
+        images = to_bytes(samples.x0)
+        columns = max(1, SHOWN // config.classes)
+        shown = torch.cat([images[labels == label][:columns] for label in range(config.classes)])
+        save_picture(grid(shown, columns=columns), self.folder / "samples" / f"step-{step:07d}.png")
+        features = extract(self.reference.network, images)
+        return frechet_distance(Statistics.of(features), self.reference.statistics)

@@ -1,0 +1,5 @@
+"""``python -m fewstep`` is the console script."""
+
+from fewstep.distill.cli import main
+
+main()

@@ -1,0 +1,180 @@
+"""The Python interface: what the command line does, as functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.distill.config import Config, load_config
+from fewstep.distill.data import to_bytes
+from fewstep.distill.devices import join_world, pick_device
+from fewstep.distill.run import Progress, Run
+from fewstep.errors import UserError
+from fewstep.eval.evaluate import Score, cycled_labels, draw
+from fewstep.eval.evaluate import evaluate as evaluate_model
+from fewstep.eval.pictures import comparison, save_picture
+from fewstep.eval.references import load_reference
+from fewstep.eval.report import write_report
+from fewstep.eval.validation import Validation
+from fewstep.models.store import Model, load_model, write_text
+
+Source = str | Path
+
+
+def train(
+    config: Config | Source, *overrides: str, resume: Source | None = None, progress: Progress | None = None
+) -> Path:
+    """Distils (or, for a config with ``model:``, pretrains) and returns the run folder.
+
+    ``overrides`` are ``"key=value"`` strings. ``resume`` continues the run in that folder, whose own config then
+    counts. Raises ``UserError`` on a mistake in the config and ``Interrupted`` after a Ctrl-C.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config, overrides)
+    return train_run(config, resume, progress).folder
+
+
+def train_run(config: Config, resume: Source | None, progress: Progress | None) -> Run:
+    world, device = join_world(config.device)
+    run = Run.reopen(resume, device, world) if resume else Run.create(config, device, world)
+    settings = run.config.validation
+    validate = None
+    if settings.every:
+        reference = load_reference(settings.reference, "train", device)
+        validate = Validation(settings, reference, run.folder)
+    run.train(validate, progress)
+    return run
+
+
+def load(source: Source, device: str = "auto") -> Model:
+    """The student of a run folder, a model folder, or an embedded model by name, on its device.
+
+    Raises ``UserError`` if there is no such model, or the run has no student yet.
+    """
+    folder = Path(source)
+    if (folder / "config.yaml").is_file():
+        if not (folder / "student" / "config.json").is_file():
+            raise UserError(
+                f"The run {folder} has no student yet: it did not finish. Continue it with --resume {folder}."
+            )
+        source = folder / "student"
+    model = load_model(source)
+    model.denoiser.to(pick_device(device))
+    return model
+
+
+def sample(
+    source: Source | Model,
+    *,
+    n: int = 80,
+    labels: Sequence[int] | None = None,
+    steps: int | None = None,
+    solver: str | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> Tensor:
+    """``n`` images, uint8 [n, C, H, W]; the labels are repeated in turn (all classes, if none are given).
+
+    A student uses its own rule and times unless told otherwise; a teacher defaults to 32 Euler steps.
+    """
+    model = source if isinstance(source, Model) else load(source, device)
+    classes = model.config.classes
+    wanted = list(range(classes)) if labels is None else list(labels)
+    wrong = [label for label in wanted if not 0 <= label < classes]
+    if wrong or not wanted:
+        raise UserError(f"Labels must be between 0 and {classes - 1}, got {wrong or 'none'}.")
+    if n < 1:
+        raise UserError(f"n must be at least 1, got {n}.")
+    few = model.config.few_step
+    solver = solver or ("student" if few else "euler")
+    steps = steps if steps is not None or few else 32
+    row = torch.tensor(wanted)[torch.arange(n) % len(wanted)]
+    return to_bytes(draw(model, row, solver=solver, steps=steps, guidance=guidance, seed=seed).x0)
+
+
+def evaluate(
+    source: Source,
+    *,
+    reference: str = "fashion",
+    steps: Sequence[int] = (1, 2, 4),
+    solver: Sequence[str] = (),
+    guidance: Sequence[float] = (1.0,),
+    n: int = 10_000,
+    seed: int = 0,
+    device: str = "auto",
+    json_file: Source | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> list[Score]:
+    """Scores every combination of ``solver``, ``steps`` and ``guidance`` on the reference's test images.
+
+    Writes ``json_file`` after each combination; for a run folder that is its ``eval.json``, which also takes over the
+    scores that its teacher came with. Raises ``UserError`` on a request
+    that cannot be met, before anything is computed.
+    """
+    model = load(source, device)
+    real = load_reference(reference, "test", next(model.denoiser.parameters()).device)
+    if n < 2 * model.config.classes:
+        raise UserError(f"n must be at least {2 * model.config.classes} (two samples a class), got {n}.")
+    solvers = list(solver) or ["student" if model.config.few_step else "euler"]
+    file = Path(json_file) if json_file else _default_json(Path(source))
+    known = _teacher_scores(Path(source), real.network.sha256) if file == _default_json(Path(source)) else []
+    scores: list[Score] = []
+    for rule in solvers:
+        for count in steps:
+            for scale in guidance:
+                label = f"{rule} {count} steps, guidance {scale:g}"
+                scores += evaluate_model(
+                    model, real, name=Path(source).name, solver=rule, steps=count, guidance=scale, n=n, seed=seed,
+                    progress=partial(progress, label) if progress else None,
+                )  # fmt: skip
+                if file is not None:
+                    write_text(json.dumps([score.model_dump() for score in known + scores], indent=1) + "\n", file)
+    return scores
+
+
+def _teacher_scores(run: Path, features_sha256: str) -> list[Score]:
+    """What is known of a run's teacher, from the ``eval.json`` beside its weights, if the same features made it."""
+    if not (run / "config.yaml").is_file() or (teacher := load_config(run / "config.yaml").teacher) is None:
+        return []
+    file = load_model(teacher).path / "eval.json"
+    scores = [Score.model_validate(entry) for entry in json.loads(file.read_text())] if file.is_file() else []
+    return [score for score in scores if score.features_sha256 == features_sha256]
+
+
+def _default_json(source: Path) -> Path | None:
+    return source / "eval.json" if (source / "config.yaml").is_file() else None
+
+
+def compare(run: Source, device: str = "auto", columns: int = 20, seed: int = 0) -> Path:
+    """``samples/comparison.png``: the teacher and the student of a run from the same noise, a row each."""
+    folder = Path(run)
+    config = load_config(folder / "config.yaml")
+    student = load(folder, device)
+    labels = cycled_labels(columns, student.config.classes).sort().values
+    few = student.config.few_step
+    own = len(few.times) if few else 4
+    rows = []
+    if config.teacher is not None:
+        teacher = load(config.teacher, device)
+        for count, scale, text in (
+            (16, 2.0, "teacher, 32 evaluations"),
+            (own // 2 or 1, 2.0, f"teacher, {own} evaluations"),
+        ):
+            images = draw(teacher, labels, solver="euler", steps=count, guidance=scale, seed=seed).x0
+            rows.append((text, to_bytes(images)))
+    images = draw(student, labels, solver="student", steps=None, guidance=1.0, seed=seed).x0
+    rows.append((f"student, {own} evaluations", to_bytes(images)))
+    file = folder / "samples" / "comparison.png"
+    save_picture(comparison(rows), file)
+    return file
+
+
+def report(run: Source) -> Path:
+    """Writes ``report.html`` into a run folder and returns its path."""
+    return write_report(Path(run))

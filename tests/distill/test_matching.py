@@ -1,0 +1,63 @@
+"""Renoising, normalisers and the surrogate losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from worlds import FLOW
+
+from fewstep.distill.draws import Draws
+from fewstep.distill.matching import huber_pull, l1_weight, pull, renoise
+from fewstep.distill.update import Anchor
+from fewstep.models.condition import Condition
+
+GENERATOR = torch.Generator().manual_seed(0)
+X, D, W = torch.randn(3, 4, 5, generator=GENERATOR, dtype=torch.float64)
+
+
+def test_pull_has_the_gradient_and_value_of_the_pseudo_loss() -> None:
+    x = X.clone().requires_grad_()
+    loss = pull(x, D, W)
+    loss.backward()
+    assert torch.allclose(x.grad, -W * D / x.numel())
+    assert loss.item() == pytest.approx(0.5 * (W * D).square().mean().item())
+
+
+def test_huber_pull_is_zero_at_rest_and_its_gradient_is_bounded_by_the_weight() -> None:
+    x = X.clone().requires_grad_()
+    huber_pull(x, torch.zeros_like(x)).backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    x.grad = None
+    c = 1e-3
+    huber_pull(x, D, 2.0, c).backward()
+    assert torch.allclose(x.grad, -2.0 * D / torch.sqrt(D**2 + c**2) / x.numel())
+    assert x.grad.abs().max() <= 2.0 / x.numel()
+
+
+def test_l1_weight_is_per_sample_and_scale_free() -> None:
+    x, reference = torch.randn(2, 3, 4, generator=GENERATOR)
+    weight = l1_weight(x, reference)
+    assert weight.shape == (3, 1)
+    direction = x - reference
+    assert torch.allclose(l1_weight(7 * x, 7 * reference) * 7 * direction, weight * direction, rtol=1e-5)
+    louder = x.clone()
+    louder[0] *= 100
+    assert torch.equal(l1_weight(louder, reference)[1:], weight[1:])
+
+
+def test_l1_weight_has_a_floor_and_carries_no_gradient() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    weight = l1_weight(x, torch.ones(2, 3), floor=0.1)
+    assert torch.equal(weight, torch.full((2, 1), 10.0))
+    assert not weight.requires_grad
+
+
+def test_renoise_gives_the_marginal_of_a_clean_sample_whatever_the_level_it_starts_from() -> None:
+    """Anchors of N(m, S^2) at level s, re-noised to t, have mean (1-t) m and variance (1-t)^2 S^2 + t^2."""
+    n, m, std, s, t = 200_000, 1.5, 0.5, 0.3, 0.8
+    z = torch.randn(2, n, 1, generator=torch.Generator().manual_seed(1))
+    x_s = (1 - s) * (m + std * z[0]) + s * z[1]
+    levels, times = torch.full((n,), s, dtype=torch.float64), torch.full((n,), t, dtype=torch.float64)
+    x_t, _ = renoise(FLOW, Anchor(x_s, levels, x_s, times, Condition()), times, Draws(0, 0, "test", 0))
+    assert x_t.mean().item() == pytest.approx((1 - t) * m, abs=0.01)
+    assert x_t.var().item() == pytest.approx((1 - t) ** 2 * std**2 + t**2, rel=0.01)

@@ -1,0 +1,210 @@
+"""The denoiser: times of every shape, features of tapped modules, and experts by noise level."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser, Routed, expand_like
+from fewstep.models.schedules import RectifiedFlow
+
+
+class Timed(nn.Module):
+    """``raw = t x_t``, which shows the time that reached each number."""
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert t.dtype == torch.float64
+        return expand_like(t, x_t).to(x_t) * x_t
+
+
+class Layers(nn.Module):
+    """Two tanh layers [B, 3] -> [B, 3], the first under gradient checkpointing if asked."""
+
+    def __init__(self, recompute: bool = False) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.first = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+        self.second = nn.Linear(3, 3)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        hidden = checkpoint(self.first, x_t, use_reentrant=False) if self.recompute else self.first(x_t)
+        return self.second(hidden)
+
+
+class Constant(nn.Module):
+    """An expert that answers its number plus the label of each sample."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return torch.zeros_like(x_t) + self.number + condition["labels"][:, None]
+
+
+# ---- times
+
+
+@pytest.mark.parametrize(
+    "t",
+    [
+        0.25,
+        torch.tensor(0.25),
+        torch.tensor([0.25, 0.25]),
+        torch.full((2, 1, 1), 0.25),
+        torch.full((1, 3, 1), 0.25),
+        torch.full((2, 3, 4), 0.25),
+    ],
+    ids=["number", "0-d", "[B]", "[B, 1, 1]", "[1, F, 1]", "full"],
+)
+def test_times_may_be_given_in_any_shape_that_fits(t: Tensor | float) -> None:
+    x_t = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    prediction = Denoiser(Timed(), RectifiedFlow())(x_t, t, Condition())
+    assert_close(prediction.raw, 0.25 * x_t)
+    assert_close(prediction.x0, x_t - 0.25 * prediction.raw)
+
+
+@pytest.mark.parametrize(
+    "t", [torch.tensor([0.1, 0.9]), torch.tensor([[[0.0], [0.2], [1.0]]])], ids=["[B]", "[1, F, 1]"]
+)
+def test_samples_and_frames_may_be_at_different_levels(t: Tensor) -> None:
+    x_t = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    level = t[:, None, None] if t.ndim == 1 else t
+    assert_close(Denoiser(Timed(), RectifiedFlow())(x_t, t, Condition()).x0, x_t - level**2 * x_t)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (2, 3), (3, 1, 1), (2, 2, 1)])
+def test_times_that_fit_nothing_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"fit neither the batch nor the shape \(2, 3, 4\)"):
+        Denoiser(Timed(), RectifiedFlow())(torch.zeros(2, 3, 4), torch.zeros(shape), Condition())
+
+
+# ---- the backbone's answer
+
+
+def test_a_backbone_that_changes_the_shape_is_refused() -> None:
+    class Wrong(nn.Module):
+        def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return x_t[:, :2]
+
+    with pytest.raises(ValueError, match=r"returned \(4, 2\) for an input of \(4, 3\)"):
+        Denoiser(Wrong(), RectifiedFlow())(torch.zeros(4, 3), 0.5, Condition())
+
+
+@pytest.mark.parametrize(
+    ("given", "raw"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_predictions_are_at_least_float32(given: torch.dtype, raw: torch.dtype) -> None:
+    backbone = Layers().to(given)
+    assert Denoiser(backbone, RectifiedFlow())(torch.ones(2, 3, dtype=given), 0.5, Condition()).x0.dtype == raw
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown prediction type 'epsilon'; known: x0, noise"):
+        Denoiser(Timed(), RectifiedFlow(), "epsilon")  # type: ignore[arg-type]
+
+
+# ---- taps
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["original", "deep copy"])
+def test_taps_bring_the_features_of_this_very_read(copied: bool) -> None:
+    """A student made as a deep copy of the teacher has taps of its own."""
+    teacher = Denoiser(Layers(), RectifiedFlow(), taps=("first", "first.0"))
+    denoiser = copy.deepcopy(teacher) if copied else teacher
+    for x_t in torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)):
+        features = denoiser(x_t, 0.5, Condition()).features
+        assert set(features) == {"first", "first.0"}
+        assert_close(features["first"], denoiser.backbone.first(x_t))
+
+
+def test_without_taps_there_are_no_features() -> None:
+    assert Denoiser(Layers(), RectifiedFlow())(torch.zeros(2, 3), 0.5, Condition()).features == {}
+
+
+def test_gradient_checkpointing_leaves_features_and_gradients_alone() -> None:
+    """The backward pass runs the tapped module again; the prediction keeps what it had."""
+    plain = Denoiser(Layers(), RectifiedFlow(), taps=("first", "first.0"))
+    recomputing = copy.deepcopy(plain)
+    recomputing.backbone.recompute = True
+    x_t = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    for denoiser in (plain, recomputing):
+        prediction = denoiser(x_t, 0.5, Condition())
+        before = dict(prediction.features)
+        (prediction.x0.square().sum() + prediction.features["first"].sum()).backward()
+        assert prediction.features == before  # the same tensors, not equal ones
+    for one, two in zip(plain.parameters(), recomputing.parameters(), strict=True):
+        assert_close(one.grad, two.grad)
+
+
+def test_a_tap_on_nothing_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"no module 'third' to tap; the top ones are \['first', 'second'\]"):
+        Denoiser(Layers(), RectifiedFlow(), taps=("third",))
+
+
+def test_the_first_of_several_outputs_is_the_feature() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x + 1, x + 2
+
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return self.pair(x_t)[1]
+
+    prediction = Denoiser(Backbone(), RectifiedFlow(), taps=("pair",))(torch.zeros(1, 1), 0.5, Condition())
+    assert (prediction.features["pair"].item(), prediction.raw.item()) == (1, 2)
+
+
+# ---- experts by noise level
+
+
+def three_experts() -> Routed:
+    return Routed([Constant(100), Constant(200), Constant(300)], (0.875, 0.5, 0.0))
+
+
+@pytest.mark.parametrize(("t", "expert"), [(1.0, 0), (0.875, 0), (0.8749, 1), (0.5, 1), (0.4999, 2), (0.0, 2)])
+def test_a_boundary_belongs_to_the_noisier_expert(t: float, expert: int) -> None:
+    assert three_experts().expert_of(torch.tensor([t], dtype=torch.float64)).tolist() == [expert]
+
+
+def test_a_mixed_batch_gives_what_its_samples_give_alone() -> None:
+    routed = Denoiser(three_experts(), RectifiedFlow())
+    t = torch.tensor([0.1, 0.9, 0.6, 0.95, 0.3])
+    condition = Condition.of_labels(torch.arange(5), 10)
+    x_t = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    together = routed(x_t, t, condition).raw
+    assert together[:, 0].tolist() == [300, 101, 202, 103, 304]
+    for i in range(5):
+        row = slice(i, i + 1)
+        assert_close(routed(x_t[row], t[row], condition.index(row)).raw, together[row])
+
+
+def test_experts_that_no_sample_needs_are_not_run() -> None:
+    calls: list[int] = []
+    routed = three_experts()
+    for k, expert in enumerate(routed.experts):
+        expert.register_forward_hook(lambda *_, k=k: calls.append(k))
+    routed(torch.zeros(2, 1), torch.tensor([0.6, 0.7]), Condition.of_labels(torch.zeros(2), 10))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(("experts", "boundaries"), [(0, ()), (2, (0.0,)), (2, (0.0, 0.5)), (2, (0.9, 0.5))])
+def test_boundaries_fall_to_zero(experts: int, boundaries: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="falling boundaries, the last 0"):
+        Routed([Constant(k) for k in range(experts)], boundaries)
+
+
+def test_frames_at_different_levels_have_no_one_expert() -> None:
+    with pytest.raises(ValueError, match=r"one time a sample, got times of shape \(2, 3, 1\)"):
+        three_experts()(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1), Condition())

@@ -1,0 +1,227 @@
+"""The console script, through the real command: what it writes, and that mistakes end in one paragraph."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from worlds import tiny_config, tiny_teacher
+
+from fewstep.distill import cli
+from fewstep.models.store import read_tensors, write_tensors
+
+
+def fewstep(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a process of its own."""
+    command = [sys.executable, "-m", "fewstep", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The message of a command that fails as it should: exit code 1 or 2, no traceback. In this process, to be quick."""
+    before, sys.argv = sys.argv, ["fewstep", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+    finally:
+        sys.argv = before
+    assert exit_.value.code in (1, 2)
+    captured = capsys.readouterr()
+    message = " ".join((captured.out + captured.err).split())
+    assert "Traceback" not in message
+    assert "unforeseen" not in message
+    return message
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    file = folder / "config.yaml.txt"
+    file.write_text(yaml.safe_dump(tiny_config(folder, **changes)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 12 steps, made by the command."""
+    folder = tmp_path_factory.mktemp("cli")
+    done = fewstep("train", write_config(folder))
+    assert done.returncode == 0, done.stderr
+    assert "Trained 12 steps" in done.stdout
+    return folder / "run"
+
+
+def test_sample_writes_a_picture_that_depends_only_on_its_seed(finished: Path, tmp_path: Path) -> None:
+    pictures = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        done = fewstep(
+            "sample", finished, "--steps", 2, "--labels", "0,1,2", "--n", 6, "--seed", seed, "--out", tmp_path / name
+        )
+        assert done.returncode == 0, done.stderr
+        pictures.append((tmp_path / name).read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+    with Image.open(tmp_path / "a") as picture:
+        assert picture.size == (3 * 16 + 2, 2 * 16 + 1)
+
+
+def test_replay_and_report_of_a_run(finished: Path) -> None:
+    done = fewstep("replay", finished, "--step", 7)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Step 7 replayed bit for bit" in done.stdout
+    done = fewstep("report", finished)
+    assert done.returncode == 0, done.stderr
+    assert "<html" in (finished / "report.html").read_text()
+
+
+def test_bench_step_reports_a_paired_ratio(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    done = fewstep("bench", "step", write_config(tmp_path), "--rounds", 2, "--json", file)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result["ratio"] > 0
+    assert result["evaluations_a_cycle"] >= 5
+
+
+def test_interrupting_training_writes_a_checkpoint_and_resuming_finishes(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path, checkpoint={"every": 100_000})
+    raw["stages"][0]["steps"] = 100_000  # type: ignore[index]
+    (tmp_path / "long.txt").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "fewstep", "train", str(tmp_path / "long.txt")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while (not metrics.exists() or metrics.stat().st_size < 2000) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    (stopped,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    step = int(stopped.name.removeprefix("step-"))
+    settings = tmp_path / "run" / "config.yaml"
+    settings.write_text(settings.read_text().replace("steps: 100000", f"steps: {step + 3}"))
+    done = fewstep("train", "--resume", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert f"Trained {step + 3} steps" in done.stdout
+
+
+def test_misspelt_key_in_the_file_and_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_config(tmp_path, sede=3)
+    message = refused(capsys, "train", file)
+    assert str(file) in message
+    assert "unknown key 'sede'; did you mean 'seed'" in message
+    message = refused(capsys, "train", write_config(tmp_path), "stages.0.stepz=3")
+    assert "the command line: unknown key 'stages.0.stepz'; did you mean 'steps'" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_that_is_missing_or_no_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'configs/fashion/tdm.yaml'" in refused(capsys, "train", "configs/fashion/tmd.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1, 2\nb: 3")
+    assert "is not valid YAML" in refused(capsys, "train", tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    assert "a mapping of settings was expected" in refused(capsys, "train", tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "stages.first.steps=2", "stages.3.steps=2", "seed.x=1", "seed=[1"])
+def test_an_override_that_cannot_be_applied(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
+    assert repr(override) in refused(capsys, "train", write_config(tmp_path), override)
+
+
+def test_missing_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "train", write_config(tmp_path), "teacher=fashon")
+    assert "No model at 'fashon'" in message
+    assert "did you mean 'fashion'" in message
+
+
+def test_corrupt_and_foreign_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_config(tmp_path)
+    weights = tmp_path / "teacher" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert f"{weights} is not a readable safetensors file" in refused(capsys, "train", file)
+    write_tensors({"something": torch.zeros(3)}, weights)
+    assert "does not belong to this network" in refused(capsys, "train", file)
+    weights.write_bytes(whole)
+    tensors = read_tensors(weights)
+    tensors["enter.weight"] = tensors["enter.weight"][:2]
+    write_tensors(tensors, weights)
+    message = refused(capsys, "train", file)
+    assert "enter.weight has shape" in message
+    assert "the network needs" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--solver", "eular", "--steps", "4"], "Unknown solver 'eular'; did you mean 'euler'"),
+        (["--solver", "euler"], "needs a number of steps"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--labels", "3,10"], "Labels must be between 0 and 9, got [10]"),
+        (["--labels", "shoe"], "--labels takes numbers separated by commas"),
+        (["--n", "0"], "n must be at least 1"),
+        (["--device", "tpu"], "device"),
+        (["--out", "/proc/none/grid.png"], "Cannot write /proc/none/grid.png"),
+    ],
+)
+def test_sample_refuses_bad_requests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    assert message in refused(capsys, "sample", teacher, "--out", tmp_path / "x.png", *arguments)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_teacher_has_no_student_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    assert "no distilled student" in refused(capsys, "sample", teacher, "--solver", "student", "--steps", "4")
+
+
+def test_eval_refuses_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    assert "No reference 'fashon'" in refused(capsys, "eval", teacher, "--reference", "fashon")
+    assert "n must be at least 20" in refused(capsys, "eval", teacher, "--n", "5")
+    assert "steps must be at least 1" in refused(capsys, "eval", teacher, "--steps", "0")
+    assert "uint8 images of shape [1, 28, 28]" in refused(capsys, "eval", teacher, "--n", "20", "--steps", "1")
+
+
+def test_a_run_is_not_overwritten_and_a_folder_that_is_none_is_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "not empty" in refused(capsys, "train", finished / "config.yaml")
+    for command in (["report", tmp_path], ["replay", tmp_path, "--step", "1"], ["train", "--resume", tmp_path]):
+        assert "no run" in (message := refused(capsys, *command)) or "not a run folder" in message
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(finished, unfinished)
+    shutil.rmtree(unfinished / "student")
+    assert "has no student yet" in refused(capsys, "sample", unfinished)
+
+
+def test_an_unwritable_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    message = refused(capsys, "train", write_config(tmp_path), f"out={tmp_path}/file/run")
+    assert "Cannot make the run folder" in message
+
+
+def test_images_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(
+        capsys, "pretrain", "configs/fashion/teacher.yaml", f"data.path={tmp_path}", f"out={tmp_path}/run"
+    )
+    assert "No train-images-idx3-ubyte.gz" in message
+    assert "data.path" in message
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = fewstep("train", "nothing.yaml", "--debug", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert os.linesep.join(done.stderr.splitlines()[-1:]).startswith("Error: No config file 'nothing.yaml'")

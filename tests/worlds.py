@@ -1,0 +1,126 @@
+"""Small exact worlds for the tests: Gaussian teachers, an affine student whose law is known, tiny trainable networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.distill.data import Batch
+from fewstep.distill.draws import Draws
+from fewstep.distill.roles import Role, Roles
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.mixture import GaussianMixture, MixtureBackbone
+from fewstep.models.schedules import RectifiedFlow
+from fewstep.models.store import ModelConfig, save_model
+
+FLOW = RectifiedFlow()
+
+
+def gaussian(mean: float, std: float, dimensions: int) -> Denoiser:
+    """The exact denoiser of N(mean, std^2 I): a teacher, or the perfect fake score of a Gaussian student."""
+    return Denoiser(MixtureBackbone(GaussianMixture.single(mean, std, dimensions), FLOW), FLOW, "x0")
+
+
+class Affine(nn.Module):
+    """A student that maps noise z to ``mu + rho z`` in one step, and ignores the time."""
+
+    def __init__(self, mu: float, rho: float) -> None:
+        super().__init__()
+        self.mu = nn.Parameter(torch.tensor(mu))
+        self.rho = nn.Parameter(torch.tensor(rho))
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.mu + self.rho * x_t
+
+
+class Mlp(nn.Module):
+    """A tiny network on vectors [B, D], told the time."""
+
+    def __init__(self, dimensions: int, width: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(dimensions + 2, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, dimensions),
+        )
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        time = t.to(x_t)[:, None]
+        return self.layers(torch.cat([x_t, time, time.square()], 1))
+
+
+def mlp(dimensions: int, seed: int) -> Denoiser:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Denoiser(Mlp(dimensions), FLOW, "velocity")
+
+
+class Points:
+    """A source of nothing but a shape: unconditional samples of D numbers."""
+
+    def __init__(self, dimensions: int) -> None:
+        self.dimensions = dimensions
+
+    def __call__(self, draws: Draws, size: int) -> Batch:
+        return Batch(size, (self.dimensions,), Condition())
+
+
+def trained(module: nn.Module, lr: float = 1e-3, decay: float = 0.0) -> Role:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = lr
+    return Role(module, optimizer, decay=decay)
+
+
+def mlp_roles(dimensions: int = 2, decay: float = 0.0) -> Roles:
+    """A Gaussian teacher with an MLP student and fake."""
+    return Roles(
+        {
+            "teacher": Role(gaussian(0.5, 0.8, dimensions)),
+            "student": trained(mlp(dimensions, 1), decay=decay),
+            "fake": trained(mlp(dimensions, 2)),
+        }
+    )
+
+
+def tiny_teacher(folder: Path, seed: int = 0) -> Path:
+    """A random, very small image model on disk: 8 x 8 grey, ten classes."""
+    config = ModelConfig(
+        backbone={"name": "unet", "widths": [8, 16], "blocks": [1, 1], "embedding": 16, "heads": 2},
+        shape=(1, 8, 8),
+        classes=10,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = config.build()
+        for parameter in model.parameters():  # the zero-initialised layers too
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    save_model(model, config, folder)
+    return folder
+
+
+def tiny_config(folder: Path, **changes: object) -> dict[str, object]:
+    """A short TDM run on ``tiny_teacher``, as raw settings."""
+    teacher = folder / "teacher"
+    if not teacher.exists():
+        tiny_teacher(teacher)
+    return {
+        "out": str(folder / "run"),
+        "teacher": str(teacher),
+        "batch": 8,
+        "log_every": 1,
+        "checkpoint": {"every": 4, "keep": 9},
+        "stages": [
+            {
+                "steps": 12,
+                "objective": {"name": "tdm", "steps": 2},
+                "roles": {"student": {"lr": 1e-3, "ema": 0.9}, "fake": {"lr": 1e-3}},
+            }
+        ],
+        **changes,
+    }
