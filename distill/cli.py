@@ -90,7 +90,7 @@ def train(
 
 def _train(config: str | None, overrides: list[str], resume: Path | None) -> Path:
     if resume is None and config is None:
-        raise UserError("Name a config, for example configs/fashion/tdm.yaml, or a run to --resume.")
+        raise UserError("Name a config, for example configs/fashion/demo.yaml, or a run to --resume.")
     if resume is not None and overrides:
         raise UserError("With --resume the run's own config counts, so it takes no key=value.")
     settings = run_config(resume) if resume is not None else load_config(config or "", overrides)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -130,12 +130,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(raw, dict):
         raise UserError(f"{file} holds {type(raw).__name__}, a mapping of settings was expected.")
-    given = [_override(raw, text) for text in overrides]
+    given = {_override(raw, text): text for text in overrides}
     return parse_config(raw, str(file), given)
 
 
-def parse_config(raw: dict[str, Any], file: str, overridden: Sequence[str] = ()) -> Config:
-    """Validates raw settings; ``file`` and ``overridden`` (dotted keys) only serve the messages."""
+def parse_config(raw: dict[str, Any], file: str, overridden: Mapping[str, str] | None = None) -> Config:
+    """Validates raw settings; ``file`` and ``overridden`` (dotted key to ``key=value``) only serve the messages."""
+    overridden = overridden or {}
     raw = dict(raw)
     problems: list[str] = []
     stages = raw.get("stages")
@@ -156,7 +157,7 @@ def parse_config(raw: dict[str, Any], file: str, overridden: Sequence[str] = ())
 
 
 def _with_objective(
-    stage: dict[str, Any], where: str, file: str, overridden: Sequence[str], problems: list[str]
+    stage: dict[str, Any], where: str, file: str, overridden: Mapping[str, str], problems: list[str]
 ) -> dict[str, Any]:
     """The stage with its objective's settings validated by the objective's own file."""
     settings = stage.get("objective")
@@ -208,13 +209,13 @@ def _override(raw: dict[str, Any], text: str) -> str:
 
 
 def _describe(
-    error: ValidationError, root: type[BaseModel], prefix: str, file: str, overridden: Sequence[str]
+    error: ValidationError, root: type[BaseModel], prefix: str, file: str, overridden: Mapping[str, str]
 ) -> list[str]:
     """One line a problem: where it was given, the key, the value, what is wrong, the nearest key."""
     lines = []
     for problem in error.errors():
         key = ".".join([*([prefix] if prefix else []), *(str(part) for part in problem["loc"])])
-        origin = "the command line" if any(key.startswith(given) for given in overridden) else file
+        origin = next((f"the override {t!r}" for k, t in overridden.items() if _same_branch(k, key)), file)
         if problem["type"] == "extra_forbidden":
             known = _keys_beside(root, problem["loc"])
             lines.append(f"{origin}: unknown key {key!r}{nearest(str(problem['loc'][-1]), known)}.")
@@ -225,6 +226,11 @@ def _describe(
             value = "" if isinstance(problem["input"], dict | BaseModel) else f" = {problem['input']!r}"
             lines.append(f"{origin}: {key or 'the config'}{value}: {message[:1].lower()}{message[1:]}.")
     return lines
+
+
+def _same_branch(a: str, b: str) -> bool:
+    """Whether one dotted key is the other or lies below it."""
+    return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
 
 
 def _keys_beside(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import torch
 
 from fewstep.distill.loop import World
-from fewstep.errors import UserError
+from fewstep.errors import UserError, nearest
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -15,6 +15,8 @@ def pick_device(name: str = "auto") -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
+    if name not in available:
+        raise UserError(f"Unknown device {name!r}{nearest(name, available)}; there are auto, {', '.join(available)}.")
     if not available[name]:
         raise UserError(f"device={name} was asked for, but torch {torch.__version__} sees none here. Use device=auto.")
     return torch.device(name)

@@ -36,6 +36,9 @@ class World:
             tensor.copy_(part.view_as(tensor))
 
 
+ALONE = World()
+
+
 @dataclass
 class Loop:
     """Runs the updates of one stage. ``batch`` is the size of a micro-shard, ``accumulate`` their number a process."""
@@ -48,7 +51,7 @@ class Loop:
     clip: float | None = None
     seed: int = 0
     device: torch.device = CPU
-    world: World = World()
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         self._lost: dict[str, int] = {}
@@ -79,7 +82,13 @@ class Loop:
                 micro.finish(parameters)
                 for name, value in micro.notes.items():
                     seen[name] = seen.get(name, 0) + value / self.accumulate
-        self.world.mean_([p.grad for p in parameters if p.grad is not None])
+        reached = [p.grad for p in parameters if p.grad is not None]
+        if not reached:
+            raise RuntimeError(
+                f"the update {update.name!r} reached no parameter of {', '.join(update.roles)}: "
+                "does a read between the loss and the student lack through=True?"
+            )
+        self.world.mean_(reached)
         self.world.mean_(list(seen.values()))
         limit = self.clip if self.clip is not None else float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit)
@@ -88,7 +97,7 @@ class Loop:
             for role in update.roles:
                 self.roles[role].step()
             if update.after is not None:
-                update.after(step)
+                update.after(Draws(self.seed, step, f"after/{update.name}", 0, self.device))
         return seen
 
     def _micro(self, update: Update, step: int, shard: int, kept: dict[str, Anchor]) -> Micro:

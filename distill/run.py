@@ -22,7 +22,7 @@ from torch import Tensor
 from fewstep.distill import checkpoint
 from fewstep.distill.config import Config, StageConfig, dump_config, load_config, objective_module
 from fewstep.distill.data import Images, Labels, Source, read_idx
-from fewstep.distill.loop import Loop, World
+from fewstep.distill.loop import ALONE, Loop, World
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import enter_stage
 from fewstep.distill.update import Objective
@@ -57,7 +57,7 @@ class Run:
     config: Config
     folder: Path
     device: torch.device
-    world: World = World()
+    world: World = ALONE
     origin: ModelConfig = field(init=False)
     roles: Roles = field(init=False)
     objective: Objective = field(init=False)
@@ -82,7 +82,7 @@ class Run:
         self._enter(0)
 
     @staticmethod
-    def create(config: Config, device: torch.device, world: World = World()) -> Run:
+    def create(config: Config, device: torch.device, world: World = ALONE) -> Run:
         """Starts a fresh run folder. Raises ``UserError`` if the folder already holds something."""
         folder = Path(config.out)
         if folder.exists() and any(folder.iterdir()):
@@ -100,7 +100,7 @@ class Run:
         return run
 
     @staticmethod
-    def reopen(folder: str | Path, device: torch.device, world: World = World(), before: int | None = None) -> Run:
+    def reopen(folder: str | Path, device: torch.device, world: World = ALONE, before: int | None = None) -> Run:
         """Opens a run at its last checkpoint (or the last one at or before step ``before``).
 
         Raises ``UserError`` if the folder is no run or a checkpoint is damaged.

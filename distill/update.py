@@ -120,13 +120,14 @@ class Micro:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step of some roles. ``after`` runs once the step is done (a fake <- student blend, a refill)."""
+    """One optimizer step of some roles. ``after`` runs once it is done, with draws of its own that every process shares
+    (a fake <- student blend, a refill of a buffer by the policy)."""
 
     name: str
     roles: tuple[str, ...]
     terms: Callable[[Micro], Iterator[Term]]
     due: Due = Due()
-    after: Callable[[int], None] | None = None
+    after: Callable[[Draws], None] | None = None
 
 
 @dataclass(frozen=True)

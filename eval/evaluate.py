@@ -58,7 +58,7 @@ def draw(
     condition = Condition.of_labels(labels, model.config.classes)
     return sample(
         model.denoiser, condition, model.config.shape, len(labels), rule=rule, times=times, guidance=Guidance(guidance),
-        seed=seed, first=first, progress=progress,
+        seed=seed, first=first, device=model.device, progress=progress,
     )  # fmt: skip
 
 
@@ -98,10 +98,11 @@ def evaluate(
     samples = draw(model, labels, solver=solver, steps=steps, guidance=guidance, seed=seed, progress=progress)
     seconds = time.monotonic() - started
     few = model.config.few_step
+    used = steps or (len(few.times) if few else 0)
     return [
         Score(
             model=name, role="student" if few else "teacher", solver=solver, nfe=samples.nfe,
-            steps=steps or (len(few.times) if few else 0), guidance=guidance, metric=metric, value=value, n=n, seed=seed,
+            steps=used, guidance=guidance, metric=metric, value=value, n=n, seed=seed,
             seconds=round(seconds, 2), reference=f"{reference.name}/{reference.split}",
             features_sha256=reference.network.sha256,
         )

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 
-WHITE, BLACK = 255, 0
+WHITE = 255
+GREY = (124, 124, 124)  # of labels: as readable on a white page as on a black one
 LABEL_SIZE, LABEL_HEIGHT, MARGIN = 14, 20, 6  # of comparison, in pixels
 
 MOST_POINTS = 60  # of a chart's line; more become stretches
@@ -61,8 +62,10 @@ def grid(images: Tensor, columns: int, scale: int = 2, gap: int = 1) -> Image.Im
 def comparison(rows: Sequence[tuple[str, Tensor]], scale: int = 2, gap: int = 1) -> Image.Image:
     """One row of images a model, its label above it: column k of every row is meant to come from the same noise.
 
+    The ground is transparent, so that the picture suits light and dark pages.
+
     Args:
-        rows: at least one (label, images); the images as for ``grid``, all of one channel count.
+        rows: at least one (label, images); the images as for ``grid``.
 
     Raises ``ValueError`` as ``grid`` does, and when there are no rows.
     """
@@ -72,10 +75,10 @@ def comparison(rows: Sequence[tuple[str, Tensor]], scale: int = 2, gap: int = 1)
     strips = [(label, grid(images, len(images), scale, gap)) for label, images in rows]
     width = max(max(strip.width, math.ceil(font.getlength(label))) for label, strip in strips)
     height = sum(LABEL_HEIGHT + strip.height + MARGIN for _, strip in strips) - MARGIN
-    picture = Image.new(strips[0][1].mode, (width, height), "white")
+    picture = Image.new("RGBA", (width, height), (0, 0, 0, 0))
     draw, top = ImageDraw.Draw(picture), 0
     for label, strip in strips:
-        draw.text((0, top), label, "black", font)
+        draw.text((0, top), label, GREY, font)
         picture.paste(strip, (0, top + LABEL_HEIGHT))
         top += LABEL_HEIGHT + strip.height + MARGIN
     return picture
@@ -118,8 +121,8 @@ class Chart(NamedTuple):
 def chart(caption: str, axis: str, lines: Sequence[Line], marks: Sequence[float] = (), log_x: bool = False) -> Chart:
     """Lines over ``axis`` as an inline SVG in the colours of the page, with dotted lines at ``marks``.
 
-    A line of more than ``MOST_POINTS`` points becomes the mean and the range of as many stretches. y is logarithmic
-    when it is positive and spans a factor of 8. The same arguments always give the same text.
+    A line of more than ``MOST_POINTS`` points becomes the mean and the range of stretches of equal length. y is
+    logarithmic when it is positive and spans a factor of 8. The same arguments always give the same text.
     """
     import matplotlib  # here, for it takes a while and saving a grid does without
     from matplotlib.figure import Figure
@@ -131,13 +134,14 @@ def chart(caption: str, axis: str, lines: Sequence[Line], marks: Sequence[float]
         figure = Figure((4.2, 2.6), layout="constrained")
         axes = figure.add_subplot(xlabel=axis)
         for line, colour in zip(lines, cycle(COLOURS), strict=False):
-            stretches = np.array_split(np.array(line.points), min(len(line.points), MOST_POINTS))
+            length = math.ceil(len(line.points) / MOST_POINTS)
+            stretches = [np.array(line.points[i : i + length]) for i in range(0, len(line.points), length)]
             x, y = np.array([part.mean(0) for part in stretches]).T
             low, high = [part[:, 1].min() for part in stretches], [part[:, 1].max() for part in stretches]
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
             axes.plot(x, y, line.look, color=colour, label=line.name, linewidth=1.4, markersize=4)
         for mark in marks:
-            axes.axvline(mark, color=INK, alpha=0.5, linewidth=0.8, linestyle=":")
+            axes.axvline(mark, color=INK, alpha=0.8, linewidth=1, linestyle=":")
         if log_x:
             ticks = _apart(sorted({x for line in lines for x, _ in line.points}))
             axes.set_xscale("log")

@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
 import yaml
 from PIL import Image
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from fewstep.errors import UserError
 from fewstep.eval.evaluate import Score
@@ -27,17 +27,18 @@ LOWER_IS_BETTER = ("fd", "fid", "kid", "cmmd")
 HIGHER_IS_BETTER = ("precision", "recall", "accuracy", "diversity", "density", "coverage", "clip")
 MOST_SAMPLES = 8
 Entry = dict[str, float]
+ENTRY = TypeAdapter(Entry)
+Setting = tuple[str, str, str, int, int, int, float]
 
 
 class Result(Score):
     """A score, or the mean of several that differ in nothing but their seed."""
 
-    value: FiniteFloat
     seeds: tuple[int, ...] = ()
     spread: float | None = None
 
     @property
-    def setting(self) -> tuple[str, str, str, int, int, int, float]:
+    def setting(self) -> Setting:
         """The row of the table; rows are ordered by it."""
         return self.role, self.model, self.solver, self.n, self.nfe, self.steps, self.guidance
 
@@ -92,7 +93,7 @@ def read_metrics(file: Path, remarks: list[str]) -> tuple[list[Entry], list[Entr
     damaged = lost = 0
     for line in filter(str.strip, _text(file).splitlines()):
         try:
-            entry = TypeAdapter(Entry).validate_json(line)
+            entry = ENTRY.validate_json(line)
             finite = {name: value for name, value in entry.items() if math.isfinite(value)}
             step, _ = finite["step"], finite["seconds"]
         except (ValidationError, KeyError):
@@ -111,24 +112,20 @@ def read_metrics(file: Path, remarks: list[str]) -> tuple[list[Entry], list[Entr
 
 
 def read_scores(file: Path, remarks: list[str]) -> list[Result]:
-    """The scores of ``eval.json`` in the table's order; appends remarks if there are none, or on damaged ones."""
-    found, damaged = [], 0
+    """The scores of ``eval.json`` in the table's order; appends remarks on what cannot be used."""
+    found: list[Result] = []
     try:
-        objects = TypeAdapter(list[Any]).validate_json(_text(file) or "[]")
+        found = TypeAdapter(list[Result]).validate_json(_text(file) or "[]")
     except ValidationError:
-        objects = [None]
-    for item in objects:
-        try:
-            found.append(Result.model_validate(item))
-        except ValidationError:
-            damaged += 1
-    if damaged:
-        remarks.append(f"eval.json: {damaged} damaged entr{'ies' if damaged > 1 else 'y'} skipped.")
+        remarks.append("eval.json is damaged; fewstep eval writes it anew.")
+    if lost := sum(not math.isfinite(result.value) for result in found):
+        remarks.append(f"eval.json: {lost} value{'s'[: lost - 1]} not finite, left out.")
+    found = [result for result in found if math.isfinite(result.value)]
     if not found:
-        remarks.append("No scores: fewstep eval writes them to eval.json.")
+        remarks.append("There are no scores; fewstep eval writes them to eval.json.")
     origins = {(result.metric, result.origin) for result in found}
     twice = {metric for metric, count in Counter(metric for metric, _ in origins).items() if count > 1}
-    seeds: dict[Any, list[Result]] = {}
+    seeds: dict[tuple[Setting, str], list[Result]] = {}
     for result in found:  # a metric of two references is two columns
         metric = f"{result.metric} ({result.origin})" if result.metric in twice else result.metric
         seeds.setdefault((result.setting, metric), []).append(result)
@@ -138,9 +135,13 @@ def read_scores(file: Path, remarks: list[str]) -> list[Result]:
 
 def _mean(group: Sequence[Result]) -> Result:
     values = [result.value for result in group]
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    seeds = tuple(sorted(result.seed for result in group))
-    return group[0].model_copy(update={"value": statistics.fmean(values), "spread": spread, "seeds": seeds})
+    changes = {
+        "value": statistics.fmean(values),
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "seconds": statistics.fmean(result.seconds for result in group),
+        "seeds": tuple(sorted(result.seed for result in group)),
+    }
+    return group[0].model_copy(update=changes)
 
 
 def _text(file: Path) -> str:
@@ -165,7 +166,8 @@ def _samples(folder: Path, remarks: list[str]) -> list[Picture]:
         remarks.append("No sample pictures were made during training.")
     if len(chosen) < len(files):
         remarks.append(f"{len(chosen)} of {len(files)} sample pictures are shown; all are in samples/.")
-    pictures = [_picture(files[i], f"Step {files[i].stem.removeprefix('step-').lstrip('0')}", remarks) for i in chosen]
+    steps = [(files[i], files[i].stem.removeprefix("step-").lstrip("0") or "0") for i in chosen]
+    pictures = [_picture(file, f"Step {step}", remarks) for file, step in steps]
     return [picture for picture in pictures if picture is not None]
 
 
@@ -181,7 +183,7 @@ def best(scores: Sequence[Result]) -> Result:
 
 def number(value: float) -> str:
     """Four significant digits; thousands in full."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"
 
 
 def facts(config: str, environment: str) -> list[str]:
@@ -189,7 +191,7 @@ def facts(config: str, environment: str) -> list[str]:
     try:
         run, machine = yaml.safe_load(config), json.loads(environment or "{}")
         known = {
-            "method": " then ".join(stage["objective"]["name"] for stage in run["stages"]),
+            "method": " then ".join(name for name, _ in groupby(stage["objective"]["name"] for stage in run["stages"])),
             "teacher": run.get("teacher"),
             "seed": run.get("seed"),
             "device": machine.get("processor"),
@@ -217,24 +219,28 @@ def verdict(scores: Sequence[Result]) -> list[str]:
     """The student's best score beside the teacher's at the same and at any NFE, by the first metric that can tell."""
     metric = min((s.metric for s in scores), key=lambda m: (1, -1, 0).index(direction(m)), default=None)
     students = [s for s in scores if s.metric == metric and s.role == "student"]
+    teachers = [s for s in scores if s.metric == metric and s.role == "teacher"]
     if not students:
-        return []
+        return [f"The teacher's best {metric} is {_how(best(teachers))}."] if teachers else []
     student = best(students)
-    teachers = [s for s in scores if s.metric == metric and s.role == "teacher" and s.n == student.n]
-    reached = f"{number(student.value)}, with {student.nfe} NFE ({student.n:,} samples)"
-    sentences = [f"The student's best {metric} is {reached}."]
-    same = [s for s in teachers if s.nfe == student.nfe]
-    for label, group in (("at the same NFE", same), ("at any NFE", teachers)):
+    sentences = [f"The student's best {metric} is {_how(student)}."]
+    fair = [s for s in teachers if s.n == student.n]
+    for label, group in (("at the same NFE", [s for s in fair if s.nfe == student.nfe]), ("at any NFE", fair)):
         if group:
             top = best(group)
             ratio = f"; the student's is {student.value / top.value:.2f} times that" if top.value > 0 else ""
-            how = f"{top.solver}, {top.nfe} NFE, guidance {top.guidance:g}"
-            sentences.append(f"The teacher's best {label} is {number(top.value)} ({how}){ratio}.")
-    if teachers:
-        as_good = [s.nfe for s in teachers if best([s, student]) is s]
+            sentences.append(f"The teacher's best {label} is {_how(top)}{ratio}.")
+    if fair:
+        as_good = [s.nfe for s in fair if best([s, student]) is s]
         needs = f"needs {min(as_good)} NFE to do as well" if as_good else "does as well at no NFE that was measured"
         sentences.append(f"The teacher {needs}.")
+    elif teachers:
+        sentences.append("The teacher was scored on other numbers of samples, so the two are not compared.")
     return sentences
+
+
+def _how(score: Result) -> str:
+    return f"{number(score.value)} ({score.solver}, {score.nfe} NFE, guidance {score.guidance:g}, {score.n:,} samples)"
 
 
 def table(scores: Sequence[Result]) -> list[tuple[str, list[list[tuple[str, bool]]]]]:
@@ -246,10 +252,12 @@ def table(scores: Sequence[Result]) -> list[tuple[str, list[list[tuple[str, bool
         first, cells = group[0], {s.metric: s for s in group}
         texts = [(str(first.nfe), False), (str(first.steps), False), (f"{first.guidance:g}", False)]
         for metric in metrics:
-            s = cells.get(metric)
-            spread = f" ± {s.spread:.2g}" if s and s.spread is not None else ""
-            top = s is not None and direction(metric) != 0 and s.value == tops[metric, s.n]
-            texts.append((number(s.value) + spread if s else "–", top))
+            if (s := cells.get(metric)) is None:
+                texts.append(("–", False))
+                continue
+            text = number(s.value)
+            spread = "" if s.spread is None else f" ± {s.spread:.{len(text.partition('.')[2])}f}"
+            texts.append((text + spread, direction(metric) != 0 and s.value == tops[metric, s.n]))
         seeds, seconds = ", ".join(map(str, first.seeds)), max(s.seconds for s in group)
         return [*texts, (f"{first.n:,}", False), (seeds, False), (f"{seconds:.1f}", False)]
 

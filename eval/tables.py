@@ -22,7 +22,7 @@ def read_scores(file: Path) -> list[Score]:
 
 
 def markdown(scores: Sequence[Score]) -> str:
-    """One row a (model, solver, steps, guidance), averaged over seeds: mean ± standard deviation where there are several."""
+    """One row a (model, solver, steps, guidance): the value, or mean ± standard deviation over several seeds."""
     names = list(dict.fromkeys(score.metric for score in scores))
     head = ["model", "solver", "guidance", "NFE", *names, "n", "seeds", "seconds"]
     rows = [head, ["---"] * len(head)]

@@ -59,6 +59,10 @@ class AdapterView(nn.Module):
         with self._shared.using(self._names):
             return self._shared.base(x_t, t, condition)  # type: ignore[no-any-return]
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """A module of the shared base, where taps are placed."""
+        return self._shared.base.get_submodule(target)
+
     def fork(self) -> AdapterView:
         """A view of the same function with a set of its own: this set's values, or B = 0 where this view has none.
 

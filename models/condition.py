@@ -13,30 +13,30 @@ from torch import Tensor
 class Condition(Mapping[str, Tensor]):
     """Named tensors with a leading batch axis, and for those that guidance drops, their null value.
 
-    ``values``: e.g. ``labels`` [B] int64, ``prompt`` [B, L, D], ``prompt_mask`` [B, L], ``steps`` [B] int64 (the step
+    ``tensors``: e.g. ``labels`` [B] int64, ``prompt`` [B, L, D], ``prompt_mask`` [B, L], ``steps`` [B] int64 (the step
     count of a student that serves several), ``image`` [B, C, ...]. ``nulls``: for a subset of the names, the value that
     stands for "no condition", without the batch axis. A name without a null (a step count, say) survives ``null()``.
     """
 
-    values: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     nulls: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        unknown = set(self.nulls) - set(self.values)
+        unknown = set(self.nulls) - set(self.tensors)
         if unknown:
             raise ValueError(f"null values for names that the condition does not have: {sorted(unknown)}")
-        sizes = {name: value.shape[0] for name, value in self.values.items()}
+        sizes = {name: value.shape[0] for name, value in self.tensors.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the tensors of one condition need one batch size, got {sizes}")
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.values[name]
+        return self.tensors[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.tensors)
 
     def null(self, where: Tensor | None = None) -> Condition:
         """The unconditional condition; with ``where`` ([B] bool), only for the samples it marks (label dropout)."""
@@ -47,21 +47,21 @@ class Condition(Mapping[str, Tensor]):
             null = self.nulls[name].to(value).expand_as(value)
             return null if where is None else torch.where(_column(where.to(value.device), value.ndim), null, value)
 
-        return Condition({name: drop(name, value) for name, value in self.values.items()}, self.nulls)
+        return Condition({name: drop(name, value) for name, value in self.tensors.items()}, self.nulls)
 
     def index(self, rows: Tensor | slice) -> Condition:
         """The condition of some samples: ``rows`` is a slice, an index or a [B] boolean tensor."""
-        return Condition({name: value[rows] for name, value in self.values.items()}, self.nulls)
+        return Condition({name: value[rows] for name, value in self.tensors.items()}, self.nulls)
 
     def to(self, device: torch.device | str) -> Condition:
         return Condition(
-            {name: value.to(device) for name, value in self.values.items()},
+            {name: value.to(device) for name, value in self.tensors.items()},
             {name: value.to(device) for name, value in self.nulls.items()},
         )
 
     def replace(self, **values: Tensor) -> Condition:
         """A condition with some values added or changed, e.g. ``condition.replace(steps=k)``."""
-        return Condition({**self.values, **values}, self.nulls)
+        return Condition({**self.tensors, **values}, self.nulls)
 
     @staticmethod
     def cat(*parts: Condition) -> Condition:

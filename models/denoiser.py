@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -31,13 +32,24 @@ def expand_like(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (x.ndim - 1)) if t.ndim == 1 else t
 
 
+_features: ContextVar[dict[str, Tensor] | None] = ContextVar("features", default=None)
+
+
+def _record(path: str, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+    """The hook of a tap. It belongs to the network and writes for whichever denoiser is reading, so that it holds in
+    deep copies and in networks that several roles share; outside a read (recomputation) it does nothing."""
+    features = _features.get()
+    if features is not None:
+        features[path] = output if isinstance(output, Tensor) else output[0]
+
+
 class Denoiser(nn.Module):
     """A backbone, the noise schedule it was trained on and the quantity it predicts.
 
     ``backbone(x_t, t, condition)`` takes ``t`` float64 in [0, 1] (shape [B], or one that broadcasts against ``x_t``, as
     for video frames at different levels) and returns a tensor like ``x_t``. ``taps`` are paths of the backbone's
     modules whose outputs every prediction carries as ``features``; hooks are placed here, once, so that they also work
-    in a backbone whose blocks are compiled.
+    in a backbone whose blocks are compiled. Tap blocks, not the linear layers inside that an adapter replaces.
     """
 
     def __init__(
@@ -49,27 +61,20 @@ class Denoiser(nn.Module):
         self.backbone = backbone
         self.schedule = schedule
         self.kind: Kind = kind
-        self._features: dict[str, Tensor] | None = None
-        modules = dict(backbone.named_modules())
         for path in taps:
-            if path not in modules:
-                top = [name for name, _ in backbone.named_children()]
-                raise ValueError(f"no module {path!r} to tap; the top ones are {top}")
-            modules[path].register_forward_hook(partial(self._record, path))
-
-    def _record(self, path: str, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        """The hook of a tap: a bound method and no closure, so that a deep copy of this denoiser has its own."""
-        if self._features is not None:  # recomputation under gradient checkpointing runs hooks again: ignored
-            self._features[path] = output if isinstance(output, Tensor) else output[0]
+            try:
+                backbone.get_submodule(path).register_forward_hook(partial(_record, path))
+            except AttributeError as error:
+                raise ValueError(f"no module {path!r} to tap: {error}") from error
 
     def forward(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Prediction:
         times = batch_times(t, x_t)
         features: dict[str, Tensor] = {}
-        self._features = features
+        token = _features.set(features)
         try:
             raw = self.backbone(x_t, times, condition)
         finally:
-            self._features = None
+            _features.reset(token)
         if raw.shape != x_t.shape:
             raise ValueError(f"the backbone returned {tuple(raw.shape)} for an input of {tuple(x_t.shape)}")
         coefficients = Coefficients.at(self.schedule, expand_like(times, x_t))
@@ -79,8 +84,8 @@ class Denoiser(nn.Module):
 class Routed(nn.Module):
     """A backbone made of experts by noise level: ``experts[k]`` serves ``boundaries[k] <= t`` (the first that fits).
 
-    ``boundaries`` fall and end at 0, e.g. ``(0.875, 0.0)`` for a high-noise and a low-noise network. All samples of a
-    call usually share an expert; a mixed batch is split.
+    ``boundaries`` fall and end at 0, e.g. ``(0.875, 0.0)`` for a high-noise and a low-noise network. A boundary belongs
+    to the noisier expert, so that of a few-step student lies strictly between two of its times. A mixed batch is split.
     """
 
     def __init__(self, experts: Sequence[nn.Module], boundaries: Sequence[float]) -> None:

@@ -68,7 +68,8 @@ class GaussianMixture(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log(weight x density) [B, K], ``x_t - alpha mu_k`` [B, K, D], variances [B, K, 1], alpha as a column."""
         device = self.means.device
-        alpha, sigma = (torch.as_tensor(v, dtype=torch.float64, device=device).reshape(-1, 1, 1) for v in (alpha, sigma))
+        levels = (torch.as_tensor(v, dtype=torch.float64, device=device) for v in (alpha, sigma))
+        alpha, sigma = (level.reshape(-1, 1, 1) for level in levels)
         offset = x_t.to(self.means).flatten(1)[:, None] - alpha * self.means
         variance = (alpha * self.stds[:, None]) ** 2 + sigma**2
         prior = self.log_weights[-1 if labels is None else labels]

@@ -68,8 +68,8 @@ class Model(BaseModel):
     path: Path
 
     @property
-    def weights(self) -> Path:
-        return self.path / "model.safetensors"
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
 
 
 def embedded_models() -> list[str]:

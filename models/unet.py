@@ -39,7 +39,8 @@ class Block(nn.Module):
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return x + self.conv2(F.silu(h))
+        residual: Tensor = self.conv2(F.silu(h))
+        return x + residual
 
 
 class Attention(nn.Module):
@@ -57,7 +58,8 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(3, 4)
         out = F.scaled_dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])
-        return x + self.out(out.transpose(2, 3).reshape(b, c, h, w))
+        mixed: Tensor = self.out(out.transpose(2, 3).reshape(b, c, h, w))
+        return x + mixed
 
 
 class UNet(nn.Module):
@@ -94,11 +96,11 @@ class UNet(nn.Module):
             nn.ModuleList([nn.Conv2d(wider, 4 * w, 1), *(Block(w, embedding) for _ in range(n))])
             for w, wider, n in reversed(outer)
         )
-        self.leave = nn.Sequential(
-            nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels * patch**2, 3, padding=1)
-        )
-        nn.init.zeros_(self.leave[-1].weight)
-        self.to(memory_format=torch.channels_last)  # 5-20 % faster on a CPU, the same numbers
+        last = nn.Conv2d(widths[0], channels * patch**2, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        self.leave = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.SiLU(), last)
+        # 5-20 % faster on a CPU, the same numbers
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         e = self.time(sinusoid(t, 64).to(x))  # t is float64: rounded to bfloat16, neighbouring times would be one
@@ -120,4 +122,5 @@ class UNet(nn.Module):
             h = F.pixel_shuffle(grow(h), 2) + skip
             for block in blocks:
                 h = block(h, e)
-        return F.pixel_shuffle(self.leave(h), self.patch)
+        out: Tensor = F.pixel_shuffle(self.leave(h), self.patch)
+        return out

@@ -11,7 +11,7 @@ from fewstep.samplers.predictor import Predictor
 
 
 def heun(predict: Predictor, x: Tensor, times: Sequence[float]) -> Tensor:
-    """Euler to the next time, then the mean of both slopes. The last step, to t = 0, is Euler: N steps, 2N - 1 reads."""
+    """Euler to the next time, then the mean of both slopes; the last step, to 0, is Euler. N steps, 2N - 1 reads."""
     for t, after in pairwise(times):
         slope = predict(x, t).velocity
         guess = x + (after - t) * slope

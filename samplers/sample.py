@@ -82,18 +82,18 @@ def sample(
     seed: int = 0,
     first: int = 0,
     batch: int = 100,
+    device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> Samples:
     """Draws ``n`` samples, one a row of ``condition`` and numbered from ``first``, by ``rule`` over ``times``.
 
     ``rule`` is a key of ``SOLVERS``, ``deterministic`` or ``renoise``. Sample i is the same in any batch size.
     """
-    device = next(denoiser.parameters()).device
     start = float(denoiser.schedule.sigma(torch.tensor(times[0], dtype=torch.float64)))
     parts, nfe = [], 0
     for low in range(0, n, batch):
         rows = slice(low, min(low + batch, n))
-        noise = SampleNoise(seed, range(first + rows.start, first + rows.stop), shape, device)
+        noise = SampleNoise(seed, range(first + rows.start, first + rows.stop), shape, torch.device(device))
         predict = Predictor(denoiser, condition.index(rows).to(device), guidance)
         x = start * noise()
         x = renoise(predict, x, times, noise) if rule == "renoise" else _solver(rule)(predict, x, times)

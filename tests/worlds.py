@@ -1,4 +1,4 @@
-"""Small exact worlds for the tests: Gaussian teachers, an affine student whose law is known, tiny trainable networks."""
+"""Small exact worlds for the tests: Gaussian teachers, an affine student of known law, tiny trainable networks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fewstep.distill.checkpoint import role_tensors
 from fewstep.distill.data import Batch
 from fewstep.distill.draws import Draws
 from fewstep.distill.roles import Role, Roles
+from fewstep.distill.run import Run
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
@@ -124,3 +126,11 @@ def tiny_config(folder: Path, **changes: object) -> dict[str, object]:
         ],
         **changes,
     }
+
+
+def state_of(run: Run) -> dict[str, Tensor]:
+    """Everything that training made: weights, averages, moments."""
+    tensors: dict[str, Tensor] = {}
+    for name in ("student", "fake"):
+        tensors |= role_tensors(name, run.roles[name])
+    return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -118,7 +118,7 @@ def evaluate(
     that cannot be met, before anything is computed.
     """
     model = load(source, device)
-    real = load_reference(reference, "test", next(model.denoiser.parameters()).device)
+    real = load_reference(reference, "test", model.device)
     if n < 2 * model.config.classes:
         raise UserError(f"n must be at least {2 * model.config.classes} (two samples a class), got {n}.")
     solvers = list(solver) or ["student" if model.config.few_step else "euler"]

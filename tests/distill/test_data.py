@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -35,7 +35,6 @@ def write(folder: Path, images: bytes, labels: bytes, split: str = "train") -> N
 # ---- idx files
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4)),
     data=st.data(),
@@ -143,7 +142,7 @@ def numbered() -> Images:
 
 def drawn(source: Source, step: int = 0, shard: int = 0) -> list[Tensor]:
     batch = source(Draws(0, step, "data", shard), 32)
-    return [*batch.condition.values.values(), *batch.tensors.values()]
+    return [*batch.condition.tensors.values(), *batch.tensors.values()]
 
 
 @pytest.mark.parametrize("make", [lambda: Labels(3, (1, 2, 2)), numbered], ids=["labels", "images"])

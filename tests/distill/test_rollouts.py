@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from worlds import FLOW, Points, gaussian, mlp_roles
@@ -44,7 +46,7 @@ def test_ode_segment_follows_euler_and_leaves_each_sample_at_its_own_level(exact
     """A linear student on N(1, 1): every Euler step multiplies x - (1-t) by a number, so all moments are known."""
     a = ode_segment(micro(exact, 400_000, 1), exact, TIMES)
     scale, nodes = 1.0, [*TIMES, 0.0]
-    for t, s in zip(nodes[:-1], nodes[1:], strict=True):
+    for t, s in pairwise(nodes):
         v = (1 - t) ** 2 + t**2
         x0_gain, noise_gain = (1 - t) / v, t / v
         scale *= (1 - s) * x0_gain + s * noise_gain

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from several_processes import one_of_several
 from torch import Tensor
-from worlds import tiny_config
+from worlds import state_of, tiny_config
 
-from fewstep.distill.checkpoint import checkpoints, read_checkpoint, role_tensors
+from fewstep.distill.checkpoint import checkpoints, read_checkpoint
 from fewstep.distill.config import dump_config, parse_config
-from fewstep.distill.loop import World
 from fewstep.distill.run import Interrupted, Run, replay_step
 from fewstep.errors import UserError
 from fewstep.models.store import load_model
@@ -25,14 +25,6 @@ CPU = torch.device("cpu")
 
 def make(folder: Path, **changes: object) -> Run:
     return Run.create(parse_config(tiny_config(folder, **changes), "test"), CPU)
-
-
-def state(run: Run) -> dict[str, Tensor]:
-    """Everything that training made: weights, averages, moments."""
-    tensors: dict[str, Tensor] = {}
-    for name in ("student", "fake"):
-        tensors |= role_tensors(name, run.roles[name])
-    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -75,7 +67,7 @@ def test_resuming_at_a_random_step_equals_not_stopping_bit_for_bit(tmp_path: Pat
     resumed = Run.reopen(tmp_path / "b" / "run", CPU)
     assert resumed.step == stop
     resumed.train()
-    assert same(state(whole), state(resumed))
+    assert same(state_of(whole), state_of(resumed))
     drop = ("seconds",)
     lines = [[{k: v for k, v in line.items() if k not in drop} for line in metrics(tmp_path / x / "run")] for x in "ab"]
     assert lines[0] == lines[1]
@@ -91,20 +83,6 @@ def test_every_logged_step_replays_bit_for_bit(tmp_path: Path) -> None:
         replay_step(tmp_path / "run", 13, CPU)
 
 
-def _process(rank: int, world: int, folder: str, port: int, steps: int) -> None:
-    """One of ``world`` processes on gloo; rank 0 leaves the run's checkpoint behind."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    raw = tiny_config(Path(folder), out=f"{folder}/two", batch=4)
-    raw["stages"][0]["steps"] = steps  # type: ignore[index]
-    run = Run(parse_config(raw, "test"), Path(folder) / "two", CPU, World(rank, world))
-    for step in range(steps):
-        run.loop.step(step)
-    if rank == 0:
-        torch.save(state(run), f"{folder}/two.pt")
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_equal_two_accumulated_shards(tmp_path: Path) -> None:
     """2 gloo processes x b against 1 process x 2 micro-shards of b: 1e-6 after 20 updates."""
     steps = 20
@@ -114,9 +92,9 @@ def test_two_processes_equal_two_accumulated_shards(tmp_path: Path) -> None:
     for step in range(steps):
         one.loop.step(step)
     port = 20_000 + os.getpid() % 20_000
-    torch.multiprocessing.spawn(_process, args=(2, str(tmp_path), port, steps), nprocs=2)
+    torch.multiprocessing.spawn(one_of_several, args=(2, str(tmp_path), port, steps), nprocs=2)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
-    for name, value in state(one).items():
+    for name, value in state_of(one).items():
         if "/optimizer/" not in name:
             assert torch.allclose(value.double(), two[name].double(), atol=1e-6), name
 
@@ -136,7 +114,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(tmp_path: 
     with (last / "state.safetensors").open("r+b") as file:
         file.seek(-5, os.SEEK_END)
         file.write(b"xxxxx")
-    with pytest.raises(UserError, match=f"{last.name}.*damaged.*Delete"):
+    with pytest.raises(UserError, match=rf"{last.name}.*damaged.*Delete"):
         Run.reopen(tmp_path / "run", CPU)
     for file in last.iterdir():
         file.unlink()
@@ -164,13 +142,13 @@ def test_a_full_disk_while_writing_a_checkpoint_leaves_the_last_one_whole(
     resumed.train()
     whole = make(tmp_path / "whole")
     whole.train()
-    assert same(state(resumed), state(whole))
+    assert same(state_of(resumed), state_of(whole))
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     make(tmp_path).train()
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="not empty.*--resume"):
+    with pytest.raises(UserError, match=r"not empty.*--resume"):
         make(tmp_path)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -215,7 +193,7 @@ def test_stages_hand_their_roles_on(tmp_path: Path) -> None:
     resumed = Run.reopen(tmp_path / "run", CPU, before=9)
     assert (resumed.step, resumed.stage) == (9, 1)
     resumed.train()
-    assert same(state(run), state(resumed))
+    assert same(state_of(run), state_of(resumed))
     frozen = resumed.roles["reference"].module.state_dict()
     assert all(torch.equal(frozen[k], v) for k, v in run.roles["reference"].module.state_dict().items())
 
@@ -270,5 +248,5 @@ def test_roles_that_are_missing_or_unknown_are_named(tmp_path: Path) -> None:
         Run.create(parse_config(raw, "a.yaml"), CPU)
     raw = tiny_config(tmp_path)
     raw["stages"][0]["roles"]["student"]["init"] = "techer"  # type: ignore[index]
-    with pytest.raises(UserError, match="starts from 'techer'.*did you mean 'teacher'"):
+    with pytest.raises(UserError, match=r"starts from 'techer'.*did you mean 'teacher'"):
         Run.create(parse_config(raw, "a.yaml"), CPU)

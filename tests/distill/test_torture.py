@@ -376,9 +376,9 @@ def online(base: Denoiser) -> Loop:
         return Batch(size, (2,), NOTHING, {"x0": buffer[draws.integers(size, len(buffer))]})
 
     @torch.no_grad()
-    def refill(step: int) -> None:
-        if step % 20 == 0:
-            noise = Draws(0, step, "refill", 0).normal(buffer.shape)
+    def refill(draws: Draws) -> None:
+        if draws.key[1] % 20 == 0:
+            noise = draws.normal(buffer.shape)
             buffer.copy_(euler(Predictor(roles.denoiser("student"), NOTHING), noise, (1.0, 0.75, 0.5, 0.25, 0.0)))
 
     def student(m: Micro) -> Iterator[Term]:
@@ -386,7 +386,7 @@ def online(base: Denoiser) -> Loop:
         m.note("reward", x0[:, 0])
         yield Term("policy", (x0[:, 0].softmax(0) * flow_matching(m, x0)).sum())
 
-    refill(0)
+    refill(Draws(0, 0, "refill", 0))
     update = Update("student", ("student",), student, after=refill)
     return loop_of(roles, Objective((update,), state={"buffer": buffer}), data=source)
 

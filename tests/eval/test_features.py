@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.eval.classifier import CONFIG, WEIGHTS, Classifier, accuracy, save_classifier, train_classifier
+from fewstep.eval.classifier import CONFIG, WEIGHTS, Classifier, _shifted, accuracy, save_classifier, train_classifier
 from fewstep.eval.features import ClassifierFeatures, extract
 from fewstep.models.store import sha256
 
@@ -43,6 +43,7 @@ def test_training_learns_what_separates_the_classes() -> None:
 
 
 def test_training_is_a_function_of_its_seed_and_leaves_the_global_state() -> None:
+    torch.manual_seed(123)
     before = torch.get_rng_state()
     first = trained(epochs=1).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
@@ -63,6 +64,14 @@ def test_progress_counts_to_the_end() -> None:
         progress=lambda step, steps, _: seen.append((step, steps)),
     )
     assert seen == [(i, 6) for i in range(1, 7)]
+
+
+def test_augmentation_moves_an_image_by_a_pixel_either_way() -> None:
+    images = torch.zeros(300, 1, 5, 5, dtype=torch.uint8)
+    images[:, 0, 2, 2] = 255
+    moved = _shifted(images, 1, torch.Generator().manual_seed(0))
+    assert (moved > 0).sum(dim=(1, 2, 3)).tolist() == [1] * 300
+    assert (moved > 0).any(dim=0)[0].tolist() == [[1 <= i <= 3 and 1 <= j <= 3 for j in range(5)] for i in range(5)]
 
 
 def test_no_batch_holds_a_single_image() -> None:

@@ -208,7 +208,7 @@ def test_too_few_points_for_k_are_refused() -> None:
 
 def test_diversity_by_hand() -> None:
     """Three seeds of two conditions: distances 3, 4, 5 for the first, none for the second."""
-    first = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
+    first = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 4.0]])
     second = torch.ones(3, 2)
     assert cross_seed_diversity(torch.stack([first, second], dim=1)) == pytest.approx((3 + 4 + 5) / 3 / 2)
 

@@ -71,7 +71,7 @@ def test_replace_adds_or_changes_and_leaves_the_original() -> None:
 
 def test_to_moves_values_and_nulls() -> None:
     moved = example().to("meta")
-    assert {value.device.type for value in [*moved.values.values(), *moved.nulls.values()]} == {"meta"}
+    assert {value.device.type for value in [*moved.tensors.values(), *moved.nulls.values()]} == {"meta"}
 
 
 def test_the_empty_condition_is_its_own_null() -> None:

@@ -145,7 +145,7 @@ def test_gradient_checkpointing_leaves_features_and_gradients_alone() -> None:
 
 
 def test_a_tap_on_nothing_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"no module 'third' to tap; the top ones are \['first', 'second'\]"):
+    with pytest.raises(ValueError, match=r"no module 'third' to tap"):
         Denoiser(Layers(), RectifiedFlow(), taps=("third",))
 
 

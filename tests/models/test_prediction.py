@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
@@ -14,7 +14,6 @@ from fewstep.models.schedules import VE, NoiseSchedule, RectifiedFlow, VPCosine,
 
 SCHEDULES = [RectifiedFlow(), VPLinear(), VPCosine(), VPDiscrete.scaled_linear(), VPDiscrete.linear(), VE()]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
-property_test = settings(max_examples=50, deadline=None, derandomize=True)
 number, inside, kinds = st.floats(-3, 3), st.floats(0.02, 0.98), st.sampled_from(KINDS)
 
 
@@ -40,7 +39,6 @@ def quantities(schedule: NoiseSchedule, t: float, x0: Tensor, noise: Tensor) -> 
 
 
 @every_schedule
-@property_test
 @given(source=kinds, t=inside, x0=number, noise=number)
 def test_every_kind_is_recovered_from_every_other(
     schedule: NoiseSchedule, source: Kind, t: float, x0: float, noise: float
@@ -52,7 +50,6 @@ def test_every_kind_is_recovered_from_every_other(
 
 
 @every_schedule
-@property_test
 @given(source=kinds, t=inside, x_t=number, raw=number)
 def test_there_and_back(schedule: NoiseSchedule, source: Kind, t: float, x_t: float, raw: float) -> None:
     """Whatever the network says (it need not be consistent with any data), a conversion loses nothing."""

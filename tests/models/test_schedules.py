@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
@@ -32,7 +32,6 @@ VP = [VPLinear(), VPLinear(1.0, 1.0), VPCosine(), VPDiscrete.scaled_linear(), VP
 SCHEDULES = [RectifiedFlow(), *VP, VE()]
 INSIDE = torch.linspace(0.0137, 0.9931, 97, dtype=torch.float64)  # no node of a discrete schedule, where slopes jump
 unit = st.floats(0, 1)
-property_test = settings(max_examples=50, deadline=None, derandomize=True)
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
 every_vp = pytest.mark.parametrize("schedule", VP, ids=lambda s: type(s).__name__)
@@ -62,14 +61,12 @@ def test_log_snr_is_the_log_of_alpha_over_sigma_and_falls(schedule: NoiseSchedul
 
 
 @every_schedule
-@property_test
 @given(t=unit)
 def test_time_of_log_snr_is_the_inverse_of_log_snr(schedule: NoiseSchedule, t: float) -> None:
     assert schedule.time_of_log_snr(schedule.log_snr(time(t))).item() == pytest.approx(t, rel=0, abs=1e-13)
 
 
 @every_vp
-@property_test
 @given(t=unit)
 def test_variance_is_preserved(schedule: NoiseSchedule, t: float) -> None:
     assert (schedule.alpha(time(t)) ** 2 + schedule.sigma(time(t)) ** 2).item() == pytest.approx(1, rel=1e-14)
@@ -127,7 +124,6 @@ def test_known_values_of_karras(t: float, sigma: float) -> None:
 
 
 @every_schedule
-@property_test
 @given(times=st.lists(unit, min_size=3, max_size=3).map(sorted))
 def test_bridges_compose(schedule: NoiseSchedule, times: list[float]) -> None:
     """From clean to s and on to t is the law of t itself, and s -> u -> t is s -> t."""
@@ -181,17 +177,16 @@ def test_bridge_keeps_its_digits_as_t_meets_s(schedule: NoiseSchedule, exact: An
 
 
 @every_schedule
-@property_test
-@given(s=st.floats(1e-6, 0.999))
-def test_bridge_to_the_next_float_is_a_number(schedule: NoiseSchedule, s: float) -> None:
-    _, std = bridge(schedule, time(s), time(math.nextafter(s, 1)))
-    assert 0 <= std.item() < 1e-3
+def test_bridge_to_the_next_float_is_a_number(schedule: NoiseSchedule) -> None:
+    """Where a difference of variances would round to something negative, its root would be no number."""
+    s = torch.linspace(0.001, 0.999, 5000, dtype=torch.float64)
+    _, std = bridge(schedule, s, torch.nextafter(s, torch.ones_like(s)))
+    assert ((std >= 0) & (std < 1e-4)).all()
 
 
 # ---- the flow shift
 
 
-@property_test
 @given(t=st.floats(0.001, 0.999), factor=st.floats(0.1, 20))
 def test_shift_translates_log_snr(t: float, factor: float) -> None:
     flow = RectifiedFlow()

@@ -61,6 +61,12 @@ def test_every_input_matters(change: str) -> None:
     assert (difference > 1e-3).all()
 
 
+def test_skips_carry_the_image_past_the_middle() -> None:
+    network = perturbed(UNet(classes=3, **TINY))
+    nn.init.zeros_(network.down[0][-1].weight)  # the way down: the middle learns nothing of x_t
+    assert (network(X_T + 0.1, T, LABELS) - network(X_T, T, LABELS)).abs().max() > 1e-3
+
+
 def test_samples_do_not_see_each_other() -> None:
     network = perturbed(UNet(classes=3, **TINY))
     together = network(X_T, T, LABELS)

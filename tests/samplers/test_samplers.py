@@ -118,7 +118,6 @@ def test_grids() -> None:
 def test_a_sample_does_not_depend_on_its_batch(rule: str) -> None:
     condition = Condition.of_labels(torch.arange(10) % 2, 2)
     teacher = Denoiser(MixtureBackbone(MIXTURE, FLOW), FLOW, "x0")
-    teacher.register_parameter("device_of", torch.nn.Parameter(torch.zeros(())))
     draws = [
         sample(teacher, condition, (2,), 10, rule=rule, times=time_uniform(3), seed=5, batch=batch).x0
         for batch in (10, 3)

@@ -1,0 +1,237 @@
+"""The report says what the run folder holds, no more, and works with whatever of it is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep.errors import UserError
+from fewstep.eval.pictures import comparison, save_grid, save_picture
+from fewstep.eval.report import write_report
+
+CONFIG = "teacher: fashion\nseed: 3\nstages:\n- objective: {name: tdm}\n  note: <script>alert(1)</script>\n"
+
+
+def score(role: str, solver: str, nfe: int, value: float, **other: Any) -> dict[str, Any]:
+    return {
+        "model": "fashion" if role == "teacher" else "tdm", "role": role, "solver": solver, "nfe": nfe, "steps": nfe,
+        "guidance": 1.0, "metric": "fd_fashion", "value": value, "n": 10000, "seed": 0, "seconds": 12.5,
+        "reference": "fashion/test", "features_sha256": "0123456789abcdef" * 4,
+    } | other  # fmt: skip
+
+
+SCORES = [
+    score("student", "student", 4, 4.0),
+    score("teacher", "euler", 4, 10.0),
+    score("teacher", "heun", 4, 8.0, guidance=2.0, steps=1),
+    score("teacher", "euler", 8, 5.0),
+    score("teacher", "euler", 32, 3.2),
+]
+
+
+def empty_run(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+def log(run: Path, *entries: dict[str, Any] | str) -> None:
+    lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def report(run: Path) -> str:
+    return write_report(run).read_text(encoding="utf-8")
+
+
+def text(page: str) -> str:
+    """What a reader sees, white space collapsed."""
+    body = page[page.index("<body>") :]
+    return " ".join(re.sub(r"<[^>]*>", " ", body).split())
+
+
+@pytest.fixture
+def full_run(tmp_path: Path) -> Path:
+    run = empty_run(tmp_path / "tdm")
+    (run / "environment.json").write_text(json.dumps({"processor": "slow & steady", "python": "3.11.2"}))
+    steps = [
+        {
+            "step": s,
+            "seconds": s / 4,
+            "stage": s // 30,
+            "loss/match": 1 / s,
+            "grad_norm/student": 2.0,
+            "health/std": 0.9,
+        }
+        for s in (10, 20, 30, 40)
+    ]
+    scored = [{"step": s, "seconds": s / 4, "validation": v} for s, v in ((20, 9.5), (30, 6.25), (40, 7.0))]
+    log(run, *steps, *scored)
+    (run / "eval.json").write_text(json.dumps(SCORES))
+    images = torch.arange(2 * 49, dtype=torch.uint8).reshape(2, 1, 7, 7)
+    save_picture(comparison([("teacher", images), ("student", images)]), run / "samples" / "comparison.png")
+    for step in range(1, 21):
+        save_grid(images, run / "samples" / f"step-{step:07d}.png", columns=2)
+    return run
+
+
+def test_summary_is_computed_from_the_files(full_run: Path) -> None:
+    seen = text(report(full_run))
+    assert "method tdm · teacher fashion · seed 3 · device slow &amp; steady" in seen
+    assert "Trained for 40 steps in 0 min 10 s." in seen
+    assert "Validation began at 9.500 at step 20, was best with 6.250 at step 30 and ended at 7.000 at step 40." in seen
+    assert "The student&#39;s best fd_fashion is 4.000 (student, 4 NFE, guidance 1, 10,000 samples)." in seen
+    assert "at the same NFE is 8.000 (heun, 4 NFE, guidance 2, 10,000 samples); the student&#39;s is 0.50 times" in seen
+    assert "at any NFE is 3.200 (euler, 32 NFE, guidance 1, 10,000 samples); the student&#39;s is 1.25 times" in seen
+    assert "The teacher needs 32 NFE to do as well." in seen
+
+
+def test_page_loads_nothing_from_anywhere(full_run: Path) -> None:
+    """No address of another place, no script; pictures lie inside, each with a text for those who do not see it."""
+    page = report(full_run)
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "<script" not in page
+    assert "default-src 'none'" in page
+    pictures = re.findall(r"<img ([^>]*)>", page)
+    assert len(pictures) == 1 + 8
+    assert all('src="data:image/png;base64,iVBOR' in p and re.search(r'alt="\w', p) for p in pictures)
+    assert 'alt="Step 1"' in page
+    assert 'alt="Step 20"' in page
+    assert "8 of 20 sample pictures are shown" in page
+
+
+def test_what_the_files_say_is_escaped(full_run: Path) -> None:
+    log(full_run, {"step": 1, "seconds": 1.0, "loss/<b>": 1.0})
+    page = report(full_run)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "loss/&lt;b&gt;" in page
+    assert "loss/<b>" not in page
+
+
+def test_page_is_well_formed_and_its_names_are_unique(full_run: Path) -> None:
+    page = report(full_run)
+    opened: list[str] = []
+    alone = {"meta", "img", "br"}
+
+    class Check(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            opened.extend([tag] * (tag not in alone))
+
+        def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            assert opened.pop() == tag
+
+    Check().feed(page)
+    assert opened == []
+    names = re.findall(r' id="([^"]*)"', page)
+    assert len(names) == len(set(names))
+    assert set(re.findall(r'href="#([^"]*)"', page)) <= set(names)
+
+
+def test_curves_are_grouped_by_the_name_before_the_slash_with_losses_first(full_run: Path) -> None:
+    page = report(full_run)
+    assert re.findall(r"<h3>(.*?)</h3>", page) == ["Validation", "loss", "grad_norm", "health"]
+    captions = re.findall(r"<figcaption>(.*?)</figcaption><svg", page)
+    assert captions == ["fd_fashion", "validation", "validation", "loss/match", "grad_norm/student", "health/std"]
+    assert "validation against seconds: validation from 9.5 to 7" in page
+    assert "student from 4 to 4; teacher euler from 10 to 3.2; teacher heun from 8 to 8" in page
+
+
+def rows(page: str) -> list[list[str]]:
+    return [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", page)]
+
+
+def test_table_averages_seeds_and_marks_the_best_of_each_metric(tmp_path: Path) -> None:
+    """Lower is better for distances, higher for precision; other numbers of samples are another competition."""
+    run = empty_run(tmp_path / "run")
+    (run / "eval.json").write_text(
+        json.dumps(
+            [
+                score("student", "student", 4, 4.0),
+                score("student", "student", 4, 4.4, seed=1),
+                score("student", "student", 4, 0.8, metric="precision"),
+                score("teacher", "euler", 32, 3.5),
+                score("teacher", "euler", 32, 0.75, metric="precision"),
+                score("teacher", "euler", 64, 3.0, n=50000),
+            ]
+        )
+    )
+    page = report(run)
+    assert re.findall(r'scope="rowgroup">(.*?)<', page) == ["student tdm · student", "teacher fashion · euler"]
+    assert re.findall(r'scope="col">(.*?)<', page)[3:5] == ["fd_fashion ↓", "precision ↑"]
+    assert rows(page) == [
+        ["4", "4", "1", "4.200 ± 0.283", "<strong>0.8000</strong>", "10,000", "0, 1", "12.5"],
+        ["32", "32", "1", "<strong>3.500</strong>", "0.7500", "10,000", "0", "12.5"],
+        ["64", "64", "1", "<strong>3.000</strong>", "–", "50,000", "0", "12.5"],
+    ]
+    assert "Against fashion/test, features 0123456789ab: fd_fashion, precision." in text(page)
+    assert "The teacher&#39;s best at any NFE is 3.500" in page
+
+
+def test_one_metric_against_two_references_is_two_columns(tmp_path: Path) -> None:
+    run = empty_run(tmp_path / "run")
+    entries = [score("student", "student", 4, 4.0), score("student", "student", 4, 5.0, reference="fashion/train")]
+    (run / "eval.json").write_text(json.dumps(entries))
+    assert [row[3:5] for row in rows(report(run))] == [["<strong>4.000</strong>", "<strong>5.000</strong>"]]
+
+
+def test_scores_from_different_numbers_of_samples_are_not_compared(tmp_path: Path) -> None:
+    run = empty_run(tmp_path / "run")
+    (run / "eval.json").write_text(
+        json.dumps([score("student", "student", 4, 4.0, n=1000), score("teacher", "euler", 32, 3.0)])
+    )
+    seen = text(report(run))
+    assert "The teacher was scored on other numbers of samples, so the two are not compared." in seen
+    assert "times that" not in seen
+
+
+def test_an_empty_run_gives_a_page_that_says_what_is_missing(tmp_path: Path) -> None:
+    page = report(empty_run(tmp_path / "fresh"))
+    seen = text(page)
+    assert "<h1>fresh</h1>" in page
+    for remark in (
+        "No training steps",
+        "There are no scores",
+        "no picture samples/comparison.png",
+        "No sample pictures",
+    ):
+        assert remark in seen
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Settings"]
+
+
+def test_damage_is_skipped_and_counted(full_run: Path) -> None:
+    """A torn line, a line that is no object, a value that is no number: the rest still shows."""
+    good = {"step": 20, "seconds": 5.0, "loss/match": 0.5}
+    log(full_run, '{"step": 10, "sec', "[1, 2]", good, {**good, "step": 30, "loss/match": float("nan")}, "")
+    (full_run / "eval.json").write_text("[{")
+    (full_run / "samples" / "comparison.png").write_bytes(b"\x89PNG")
+    page = report(full_run)
+    assert "metrics.jsonl: 2 damaged lines skipped." in page
+    assert "metrics.jsonl: 1 value not finite, left out of the curves." in page
+    assert "eval.json is damaged" in page
+    assert "no readable picture samples/comparison.png" in page
+    assert "loss/match against step: loss/match from 0.5 to 0.5" in page
+
+
+def test_a_step_that_a_resumed_run_repeats_counts_once(tmp_path: Path) -> None:
+    run = empty_run(tmp_path / "run")
+    log(run, *({"step": s, "seconds": s / 1, "loss/match": v} for s, v in ((10, 3.0), (20, 9.0), (20, 2.0))))
+    assert "loss/match from 3 to 2" in report(run)
+
+
+def test_same_folder_same_bytes(full_run: Path) -> None:
+    assert write_report(full_run).read_bytes() == write_report(full_run).read_bytes()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not a run folder: it has no config\.yaml"):
+        write_report(tmp_path)
