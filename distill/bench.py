@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fewstep.distill.config import Config
 from fewstep.distill.devices import pick_device
-from fewstep.distill.run import Run, environment
+from fewstep.distill.record import environment
+from fewstep.distill.run import Run
 from fewstep.models.condition import Condition
 
 

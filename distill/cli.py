@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -17,12 +18,15 @@ from rich.table import Table
 
 from fewstep import api
 from fewstep.distill.bench import bench_step
-from fewstep.distill.config import find_config, load_config
+from fewstep.distill.config import load_config
+from fewstep.distill.data import read_idx
 from fewstep.distill.devices import pick_device
 from fewstep.distill.run import Interrupted, Run, replay_step, run_config
 from fewstep.errors import UserError
-from fewstep.eval.evaluate import Score
+from fewstep.eval.evaluate import Score, read_scores
 from fewstep.eval.pictures import save_grid
+from fewstep.eval.references import build_reference
+from fewstep.eval.tables import best_teacher, rows
 from fewstep.models.store import write_text
 
 app = typer.Typer(
@@ -136,27 +140,32 @@ def sample(
 def evaluate(
     source: Source,
     reference: Annotated[str, typer.Option(help="An embedded reference or a reference folder.")] = "fashion",
-    steps: Annotated[str, typer.Option(help="One or several, for example 1,2,4.")] = "1,2,4",
+    steps: Annotated[str | None, typer.Option(help="One or several; 1,2,4 by default.")] = None,
+    nfe: Annotated[str | None, typer.Option(help="Instead of --steps: as many as fit in these evaluations.")] = None,
     solver: Annotated[str | None, typer.Option(help="One or several of student, euler, heun, ddim.")] = None,
     guidance: Annotated[str, typer.Option(help="One or several scales, for example 1,2.")] = "1",
     n: Annotated[int, typer.Option("--n", help="Samples a combination.")] = 10_000,
     seed: int = 0,
     file: Annotated[
-        Path | None, typer.Option("--json", help="Where to write the scores (for a run: its eval.json).")
+        Path | None, typer.Option("--json", help="A file to merge the scores into (for a run: its eval.json).")
     ] = None,
     device: Device = "auto",
 ) -> None:
     """Score a model on real images: Fréchet distance, KID, precision, recall, accuracy, diversity."""
-    counts = _numbers(steps, int, "--steps")
+    if steps and nfe:
+        raise UserError("Give --steps or --nfe, not both.")
+    counts = _numbers(steps or "1,2,4", int, "--steps")
+    budgets = _numbers(nfe, int, "--nfe") if nfe else []
     scales = _numbers(guidance, float, "--guidance")
     rules = solver.split(",") if solver else []
     with _bar() as bar:
         task = bar.add_task("sampling", total=n)
         scores = api.evaluate(
-            source, reference=reference, steps=counts, solver=rules, guidance=scales, n=n, seed=seed, device=device,
-            json_file=file, progress=lambda label, done: bar.update(task, description=label, completed=done),
+            source, reference=reference, steps=counts, nfe=budgets, solver=rules, guidance=scales, n=n, seed=seed,
+            device=device, json_file=file,
+            progress=lambda label, done: bar.update(task, description=label, completed=done),
         )  # fmt: skip
-    out.print(score_table(scores))
+    _print_scores(scores)
 
 
 @app.command()
@@ -183,19 +192,38 @@ def replay(run: RunFolder, step: Annotated[int, typer.Option(help="A logged step
 @app.command()
 def demo(folder: Annotated[Path, typer.Option("--out", help="The run folder.")] = Path("runs/demo")) -> None:
     """Distil the embedded teacher, score the student and write a report: a few minutes on a laptop."""
-    file = find_config("configs/fashion/demo.yaml")
-    if (folder / "config.yaml").is_file() and not (folder / "student").exists():
-        out.print(f"{folder} holds an unfinished run: continuing it.")
+    names = (folder if k == 1 else folder.with_name(f"{folder.name}-{k}") for k in count(1))
+    folder = next(name for name in names if not (name / "report.html").exists())
+    if (folder / "config.yaml").is_file():
+        out.print(f"{folder} holds an unfinished demo: continuing it.")
         _train(None, [], folder)
     else:
-        number = 2
-        while folder.exists() and any(folder.iterdir()):
-            folder = folder.with_name(f"{folder.name.split('-')[0]}-{number}")
-            number += 1
-        _train(str(file), [f"out={folder}"], None)
+        _train("configs/fashion/demo.yaml", [f"out={folder}"], None)
     evaluate(str(folder))
     picture = api.compare(folder)
+    out.print("Teacher (its best setting within each number of evaluations) and student:")
+    _print_scores(best_teacher(read_scores(folder / "eval.json")))
     out.print(f"Teacher and student side by side: {picture}\nThe report: {api.report(folder)}")
+
+
+@app.command()
+def reference(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder with the four idx files.")],
+    folder: Annotated[Path, typer.Option("--out", help="A new folder for the reference.")],
+    epochs: Annotated[int, typer.Option(help="Passes of the classifier over the training images.")] = 6,
+    seed: int = 0,
+) -> None:
+    """Train the evaluator's classifier and write a reference: features of real images, and some of the images."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; choose another folder with --out.")
+    train_images, test_images = read_idx(data, "train"), read_idx(data, "test")
+    with _bar() as bar:
+        task = bar.add_task("training the classifier", total=None)
+        result = build_reference(
+            folder, folder.name, train_images, test_images, epochs=epochs, seed=seed,
+            progress=lambda step, steps, loss: bar.update(task, completed=step, total=steps),
+        )  # fmt: skip
+    out.print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
 
 
 @bench.command("step")
@@ -227,16 +255,9 @@ def _numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Numb
         raise UserError(f"{option} takes numbers separated by commas, got {text!r}.") from error
 
 
-def score_table(scores: list[Score]) -> Table:
-    """One row a combination, one column a metric."""
-    names = list(dict.fromkeys(score.metric for score in scores))
-    table = Table("model", "solver", "steps", "guidance", "NFE", *names, "seconds")
-    rows = dict.fromkeys((s.model, s.solver, s.steps, s.guidance, s.nfe, s.seconds) for s in scores)
-    for row in rows:
-        values = {
-            s.metric: s.value for s in scores if (s.model, s.solver, s.steps, s.guidance, s.nfe, s.seconds) == row
-        }
-        model, solver, steps, guidance, nfe, seconds = row
-        cells = [f"{values[name]:.4g}" if name in values else "" for name in names]
-        table.add_row(model, solver, str(steps), f"{guidance:g}", str(nfe), *cells, f"{seconds:.0f}")
-    return table
+def _print_scores(scores: list[Score]) -> None:
+    head, *body = rows(scores)
+    table = Table(*head)
+    for row in body:
+        table.add_row(*row)
+    out.print(table)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +18,7 @@ from fewstep.distill import checkpoint
 from fewstep.distill.config import Config, StageConfig, dump_config, load_config, objective_module
 from fewstep.distill.data import Images, Labels, Source, read_idx
 from fewstep.distill.loop import ALONE, Loop, World
+from fewstep.distill.record import Record, environment
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import enter_stage
 from fewstep.distill.update import Objective
@@ -180,6 +176,7 @@ class Run:
         """
         started = time.monotonic() - self.seconds
         ends = self._ends
+        record = Record(self.folder, self.config.tensorboard) if self.world.rank == 0 else _nothing
         with stop_requests() as stop:
             while self._step < ends[-1]:
                 metrics = self._one_step()
@@ -187,12 +184,13 @@ class Run:
                 values: dict[str, float] = {}
                 if self._step % self.config.log_every == 0 or self._step == ends[-1]:
                     values = {name: value.item() for name, value in metrics.items()}
-                    self._record({"step": self._step, "seconds": round(self.seconds, 3), "stage": self.stage, **values})
+                    record(self._step, {"seconds": round(self.seconds, 3), "stage": self.stage, **values})
                 if progress is not None:
                     progress(self, values)
                 last = self._step == ends[-1]
                 if validate is not None and (last or self._due(self.config.validation.every)):
-                    self._validate(validate)
+                    value = self._validate(validate)
+                    record(self._step, {"seconds": round(self.seconds, 3), "validation": value})
                 if last or stop.requested or self._due(self.config.checkpoint.every) or self._step == ends[self.stage]:
                     self.save()
                 if stop.requested and not last:
@@ -221,14 +219,14 @@ class Run:
     def _due(self, every: int) -> bool:
         return every > 0 and self._step % every == 0
 
-    def _validate(self, validate: Validator) -> None:
+    def _validate(self, validate: Validator) -> float:
         student = self.roles["student"]
         with student.averaged(), torch.no_grad():
             value = validate(self.roles.denoiser("student"), self.student_config, self._step)
-        self._record({"step": self._step, "seconds": round(self.seconds, 3), "validation": value})
         if value < self.best.get("value", float("inf")):
             self.best = {"value": value, "step": self._step}
             self._write_model(self.folder / "best")
+        return value
 
     def _save_student(self) -> None:
         """``student/``: the best validated student, or the last where nothing was validated."""
@@ -244,11 +242,6 @@ class Run:
         if self.world.rank == 0:
             with self.roles["student"].averaged():
                 save_model(self.roles.denoiser("student"), self.student_config, folder)
-
-    def _record(self, entry: dict[str, Any]) -> None:
-        if self.world.rank == 0:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -276,6 +269,10 @@ class Run:
         for name, value in self.objective.state.items():
             value.copy_(tensors[f"objective/{name}"])
         self._step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+
+
+def _nothing(step: int, values: Mapping[str, float]) -> None:
+    """What the other processes of a run record."""
 
 
 def run_config(folder: str | Path) -> Config:
@@ -317,29 +314,6 @@ def stop_requests() -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, machine and revision, for ``environment.json``."""
-    packages = ("fewstep", "torch", "numpy", "safetensors", "pydantic", "accelerate")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": sys.version.split()[0],
-        "versions": versions,
-        "machine": platform.machine(),
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "revision": git.stdout.strip() or None,
-    }
 
 
 def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from fewstep.distill.data import to_bytes
+from fewstep.errors import UserError
 from fewstep.eval.diversity import cross_seed_diversity
 from fewstep.eval.features import extract
 from fewstep.eval.frechet import Statistics, frechet_distance
@@ -42,6 +44,27 @@ class Score(BaseModel):
     seconds: float
     reference: str
     features_sha256: str
+
+
+SCORES = TypeAdapter(list[Score])
+
+
+def read_scores(file: Path) -> list[Score]:
+    """The scores of an ``eval.json``. Raises ``UserError`` if it is none."""
+    try:
+        return SCORES.validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise UserError(f"{file} is no readable file of scores; move it away or name another.") from error
+
+
+def merged(old: list[Score], new: list[Score]) -> list[Score]:
+    """All scores, where a new one takes the place of an old one of the same setting, seed, metric and reference."""
+    replaced = {_identity(score) for score in new}
+    return [score for score in old if _identity(score) not in replaced] + new
+
+
+def _identity(score: Score) -> tuple[object, ...]:
+    return tuple(score.model_dump(exclude={"value", "seconds"}).values())
 
 
 def cycled_labels(n: int, classes: int) -> Tensor:

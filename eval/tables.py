@@ -1,4 +1,4 @@
-"""Markdown tables in the documentation, made from committed result files.
+"""Tables of scores: rows for the terminal, and Markdown in the documentation made from committed result files.
 
 A block ``<!-- scores: FILE ... -->`` … ``<!-- end -->`` holds the table of those files' scores. ``python -m
 fewstep.eval.tables README.md`` writes the blocks anew; a test checks that they agree with the files.
@@ -6,44 +6,50 @@ fewstep.eval.tables README.md`` writes the blocks anew; a test checks that they 
 
 from __future__ import annotations
 
-import json
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.eval.evaluate import Score
+from fewstep.eval.evaluate import Score, read_scores
 
 BLOCK = re.compile(r"(<!-- scores: (?P<files>[^>]*?) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
 
 
-def read_scores(file: Path) -> list[Score]:
-    return [Score.model_validate(entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
+def best_teacher(scores: Sequence[Score]) -> list[Score]:
+    """The students' scores, and of the teachers' only the settings that are best within a budget of 1, 2, 4, 8, … NFE.
+
+    Best is the lowest of the first metric; a setting costs up to the next power of two.
+    """
+    tops: dict[tuple[str, int], Score] = {}
+    for score in scores:
+        if score.role == "teacher" and score.metric == scores[0].metric:
+            budget = (score.model, (score.nfe - 1).bit_length())
+            if budget not in tops or score.value < tops[budget].value:
+                tops[budget] = score
+    chosen = {_setting(score) for score in tops.values()}
+    return [score for score in scores if score.role == "student" or _setting(score) in chosen]
+
+
+def rows(scores: Sequence[Score]) -> list[list[str]]:
+    """The header, then a row a setting by role and NFE: the value, or mean ± standard deviation over several seeds."""
+    names = list(dict.fromkeys(score.metric for score in scores))
+    table = [["model", "solver", "guidance", "NFE", *names, "n", "seeds", "seconds"]]
+    for setting in sorted({_setting(score) for score in scores}, key=lambda s: (s[0] == "student", s[-1])):
+        own = [score for score in scores if _setting(score) == setting]
+        _, model, solver, n, guidance, _, nfe = setting
+        seeds = {score.seed: score.seconds for score in own}
+        cells = [_cell([score.value for score in own if score.metric == name]) for name in names]
+        end = [f"{n:,}", " ".join(map(str, sorted(seeds))), f"{statistics.fmean(seeds.values()):.0f}"]
+        table.append([model, solver, f"{guidance:g}", str(nfe), *cells, *end])
+    return table
 
 
 def markdown(scores: Sequence[Score]) -> str:
-    """One row a (model, solver, steps, guidance): the value, or mean ± standard deviation over several seeds."""
-    names = list(dict.fromkeys(score.metric for score in scores))
-    head = ["model", "solver", "guidance", "NFE", *names, "n", "seeds", "seconds"]
-    rows = [head, ["---"] * len(head)]
-    for key in dict.fromkeys((s.model, s.solver, s.steps, s.guidance, s.nfe, s.n) for s in scores):
-        own = [s for s in scores if (s.model, s.solver, s.steps, s.guidance, s.nfe, s.n) == key]
-        model, solver, _, guidance, nfe, n = key
-        seeds = sorted({s.seed for s in own})
-        seconds = sum({s.seed: s.seconds for s in own}.values()) / len(seeds)
-        cells = [_cell([s.value for s in own if s.metric == name]) for name in names]
-        rows.append(
-            [model, solver, f"{guidance:g}", str(nfe), *cells, str(n), " ".join(map(str, seeds)), f"{seconds:.0f}"]
-        )
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
-
-
-def _cell(values: list[float]) -> str:
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.3f}"
-    spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:.3f} ± {spread:.3f}"
+    """``rows`` as a Markdown table."""
+    head, *body = rows(scores)
+    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *body])
 
 
 def refreshed(text: str, root: Path) -> str:
@@ -51,9 +57,20 @@ def refreshed(text: str, root: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         scores = [score for file in match["files"].split() for score in read_scores(root / file)]
-        return f"{match[1]}{markdown(scores)}{match[4]}"
+        return f"{match[1]}{markdown(best_teacher(scores))}{match[4]}"
 
     return BLOCK.sub(block, text)
+
+
+def _setting(score: Score) -> tuple[str, str, str, int, float, int, int]:
+    return score.role, score.model, score.solver, score.n, score.guidance, score.steps, score.nfe
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 if __name__ == "__main__":

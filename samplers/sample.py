@@ -69,6 +69,15 @@ def plan(solver: str, steps: int | None, few_step: FewStep | None) -> tuple[str,
     return solver, time_uniform(steps)
 
 
+def steps_within(solver: str, nfe: int, guided: bool) -> int:
+    """The most steps of a rule that ``nfe`` evaluations allow. Raises ``UserError`` if they do not allow one."""
+    reads = nfe // 2 if guided else nfe
+    steps = (reads + 1) // 2 if solver == "heun" else reads
+    if steps < 1:
+        raise UserError(f"{nfe} evaluations are too few for one step of {solver!r}{' with guidance' * guided}.")
+    return steps
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,

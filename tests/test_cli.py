@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from PIL import Image
 from worlds import tiny_config, tiny_teacher
 
 from fewstep.distill import cli
+from fewstep.distill.data import IDX_FILES
 from fewstep.models.store import read_tensors, write_tensors
 
 
@@ -47,6 +49,12 @@ def write_config(folder: Path, **changes: object) -> Path:
     file = folder / "config.yaml.txt"
     file.write_text(yaml.safe_dump(tiny_config(folder, **changes)))
     return file
+
+
+def write_idx(folder: Path, images: torch.Tensor, labels: torch.Tensor, split: str) -> None:
+    for name, values in zip(IDX_FILES[split], (images, labels), strict=True):
+        head = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+        (folder / name).write_bytes(head + values.numpy().tobytes())
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +191,29 @@ def test_sample_refuses_bad_requests(
 def test_a_teacher_has_no_student_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = tiny_teacher(tmp_path / "teacher")
     assert "no distilled student" in refused(capsys, "sample", teacher, "--solver", "student", "--steps", "4")
+
+
+def test_a_reference_is_made_from_idx_files_and_a_model_is_scored_on_it(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    numbers = torch.Generator().manual_seed(0)
+    for split, n in (("train", 200), ("test", 100)):
+        labels = torch.arange(n) % 10
+        images = (torch.randint(0, 128, (n, 16, 16), generator=numbers) + 12 * labels[:, None, None]).to(torch.uint8)
+        write_idx(data, images, labels.to(torch.uint8), split)
+    done = fewstep("reference", data, "--out", tmp_path / "squares", "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+    assert "test_accuracy" in done.stdout
+    file = tmp_path / "scores.json"
+    command = ["eval", tiny_teacher(tmp_path / "teacher"), "--reference", tmp_path / "squares", "--json", file]
+    done = fewstep(*command, "--n", 100, "--nfe", 4, "--guidance", "1,2", "--solver", "euler")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(file.read_text())
+    assert {(score["nfe"], score["steps"], score["guidance"]) for score in scores} == {(4, 4, 1.0), (4, 2, 2.0)}
+    assert {score["role"] for score in scores} == {"teacher"}
+    done = fewstep(*command, "--n", 100, "--steps", 4, "--solver", "euler")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(file.read_text())) == len(scores), "the same setting again replaces its scores"
 
 
 def test_eval_refuses_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,13 +15,14 @@ from fewstep.distill.data import to_bytes
 from fewstep.distill.devices import join_world, pick_device
 from fewstep.distill.run import Progress, Run
 from fewstep.errors import UserError
-from fewstep.eval.evaluate import Score, cycled_labels, draw
+from fewstep.eval.evaluate import Score, cycled_labels, draw, merged, read_scores
 from fewstep.eval.evaluate import evaluate as evaluate_model
 from fewstep.eval.pictures import comparison, save_picture
 from fewstep.eval.references import load_reference
 from fewstep.eval.report import write_report
 from fewstep.eval.validation import Validation
 from fewstep.models.store import Model, load_model, write_text
+from fewstep.samplers.sample import plan, steps_within
 
 Source = str | Path
 
@@ -103,6 +104,7 @@ def evaluate(
     *,
     reference: str = "fashion",
     steps: Sequence[int] = (1, 2, 4),
+    nfe: Sequence[int] = (),
     solver: Sequence[str] = (),
     guidance: Sequence[float] = (1.0,),
     n: int = 10_000,
@@ -113,9 +115,9 @@ def evaluate(
 ) -> list[Score]:
     """Scores every combination of ``solver``, ``steps`` and ``guidance`` on the reference's test images.
 
-    Writes ``json_file`` after each combination; for a run folder that is its ``eval.json``, which also takes over the
-    scores that its teacher came with. Raises ``UserError`` on a request
-    that cannot be met, before anything is computed.
+    ``nfe`` takes the place of ``steps``: as many steps as that number of evaluations allows. After each combination the
+    scores are merged into ``json_file``; for a run folder that is its ``eval.json``, which also takes over the scores
+    that its teacher came with. Raises ``UserError`` on a request that cannot be met, before anything is computed.
     """
     model = load(source, device)
     real = load_reference(reference, "test", model.device)
@@ -123,18 +125,22 @@ def evaluate(
         raise UserError(f"n must be at least {2 * model.config.classes} (two samples a class), got {n}.")
     solvers = list(solver) or ["student" if model.config.few_step else "euler"]
     file = Path(json_file) if json_file else _default_json(Path(source))
-    known = _teacher_scores(Path(source), real.network.sha256) if file == _default_json(Path(source)) else []
+    known = read_scores(file) if file and file.is_file() else _teacher_scores(Path(source), real.network.sha256)
+    requests = [
+        (rule, steps_within(rule, count, scale != 1) if nfe else count, scale)
+        for rule in solvers for count in nfe or steps for scale in guidance
+    ]  # fmt: skip
+    for rule, count, _ in requests:
+        plan(rule, count, model.config.few_step)
     scores: list[Score] = []
-    for rule in solvers:
-        for count in steps:
-            for scale in guidance:
-                label = f"{rule} {count} steps, guidance {scale:g}"
-                scores += evaluate_model(
-                    model, real, name=Path(source).name, solver=rule, steps=count, guidance=scale, n=n, seed=seed,
-                    progress=partial(progress, label) if progress else None,
-                )  # fmt: skip
-                if file is not None:
-                    write_text(json.dumps([score.model_dump() for score in known + scores], indent=1) + "\n", file)
+    for rule, count, scale in dict.fromkeys(requests):
+        label = f"{rule} {count} steps, guidance {scale:g}"
+        scores += evaluate_model(
+            model, real, name=Path(source).name, solver=rule, steps=count, guidance=scale, n=n, seed=seed,
+            progress=partial(progress, label) if progress else None,
+        )  # fmt: skip
+        if file is not None:
+            write_text(json.dumps([score.model_dump() for score in merged(known, scores)], indent=1) + "\n", file)
     return scores
 
 
@@ -143,7 +149,7 @@ def _teacher_scores(run: Path, features_sha256: str) -> list[Score]:
     if not (run / "config.yaml").is_file() or (teacher := load_config(run / "config.yaml").teacher) is None:
         return []
     file = load_model(teacher).path / "eval.json"
-    scores = [Score.model_validate(entry) for entry in json.loads(file.read_text())] if file.is_file() else []
+    scores = read_scores(file) if file.is_file() else []
     return [score for score in scores if score.features_sha256 == features_sha256]
 
 

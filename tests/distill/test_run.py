@@ -166,6 +166,18 @@ def test_best_student_is_kept_and_saved(tmp_path: Path) -> None:
         assert all(torch.equal(expected[name], value) for name, value in saved.items())
 
 
+def test_tensorboard_gets_the_logged_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    make(tmp_path, tensorboard=True).train()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    written = {event.step: event.value for event in events.Scalars("loss/match")}
+    logged = {line["step"]: line["loss/match"] for line in metrics(tmp_path / "run")}
+    assert written == pytest.approx(logged)
+
+
 def test_stages_hand_their_roles_on(tmp_path: Path) -> None:
     """8 -> 4 in small: the second stage starts its student from the first one's average, frozen copies stay."""
     stage = {

@@ -22,7 +22,7 @@ from fewstep.samplers.few_step import renoise
 from fewstep.samplers.grids import log_snr_uniform, time_uniform
 from fewstep.samplers.heun import heun
 from fewstep.samplers.predictor import Predictor
-from fewstep.samplers.sample import SOLVERS, SampleNoise, Solver, plan, sample
+from fewstep.samplers.sample import SOLVERS, SampleNoise, Solver, plan, sample, steps_within
 
 MIXTURE = GaussianMixture([0.3, 0.7], [[-1.5, 0.5], [1.0, -0.5]], [0.4, 0.6], labels=[0, 1])
 TEACHER = Denoiser(MixtureBackbone(MIXTURE, FLOW), FLOW, "x0")
@@ -135,6 +135,24 @@ def test_noise_belongs_to_seed_and_number() -> None:
     assert not torch.equal(a, b), "a second draw is fresh"
     assert torch.equal(SampleNoise(0, [2], (4,), torch.device("cpu"))()[0], a[2])
     assert not torch.equal(SampleNoise(1, [2], (4,), torch.device("cpu"))()[0], a[2])
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ddim"])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("nfe", [2, 3, 4, 7, 8, 33])
+def test_the_most_steps_within_a_number_of_evaluations(solver: str, scale: float, nfe: int) -> None:
+    def cost(steps: int) -> int:
+        condition = Condition.of_labels(torch.zeros(1, dtype=torch.long), 2)
+        rule, times = plan(solver, steps, None)
+        return sample(TEACHER, condition, (2,), 1, rule=rule, times=times, guidance=Guidance(scale)).nfe
+
+    steps = steps_within(solver, nfe, scale != 1)
+    assert cost(steps) <= nfe < cost(steps + 1)
+
+
+def test_a_budget_below_one_step_is_refused() -> None:
+    with pytest.raises(UserError, match="1 evaluations are too few for one step of 'euler' with guidance"):
+        steps_within("euler", 1, True)
 
 
 def test_plan() -> None:
