@@ -5,13 +5,14 @@ PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; d
 BIN = .venv/bin
 
 .NOTPARALLEL:
-.PHONY: help demo test lint types clean
+.PHONY: help demo test lint types teacher-scores clean
 
 help:
 	@echo 'make demo    distil the embedded teacher, score the student, write runs/demo/report.html'
 	@echo 'make test    lint, types and tests'
 	@echo 'make lint    ruff: rules and formatting'
 	@echo 'make types   mypy'
+	@echo 'make teacher-scores   score the embedded teacher anew (over an hour on two cores)'
 	@echo 'make clean   remove .venv, caches and build leftovers (never runs/)'
 
 demo: .venv/installed
@@ -32,6 +33,13 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	@echo '== types'
 	@$(BIN)/mypy
+
+# The sweep that students are compared with. Scores are merged into the file, so it can be repeated in parts.
+SCORE = $(BIN)/fewstep eval fashion --json models/pretrained/fashion/eval.json
+teacher-scores: .venv/installed
+	$(SCORE) --solver euler,heun,ddim --nfe 4,8 --guidance 1,1.4,2
+	$(SCORE) --solver heun --nfe 32 --guidance 1.2,1.4,1.6
+	$(SCORE) --solver heun --nfe 64 --guidance 1.4
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

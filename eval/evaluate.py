@@ -88,7 +88,7 @@ def draw(
 def metrics(reference: Reference, images: Tensor, labels: Tensor) -> dict[str, float]:
     """All metrics of images, uint8 [N, C, H, W], drawn for cycled labels [N]."""
     features = extract(reference.network, images)
-    right = reference.network.logits(images).argmax(1).cpu() == labels
+    right = reference.network.classes(features) == labels
     precision, recall = precision_recall(reference.features, features)
     classes = int(labels.max()) + 1
     per_class = min(len(images) // classes, DIVERSITY_SEEDS)

@@ -65,10 +65,10 @@ class ClassifierFeatures:
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             return self.network.features(images.to(self.network.device))
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Class scores [N, classes] of the same images."""
+    def classes(self, features: Tensor) -> Tensor:
+        """The likeliest class of each of these features [N, D], int64 [N] on the host."""
         with torch.no_grad():
-            return self.network.classify(self(images))
+            return self.network.classify(features.to(self.network.device)).argmax(1).cpu()
 
 
 def extract(features: Features, images: Tensor, batch: int = 500) -> Tensor:

@@ -199,7 +199,7 @@ def test_a_reference_is_made_from_idx_files_and_a_model_is_scored_on_it(tmp_path
     numbers = torch.Generator().manual_seed(0)
     for split, n in (("train", 200), ("test", 100)):
         labels = torch.arange(n) % 10
-        images = (torch.randint(0, 128, (n, 16, 16), generator=numbers) + 12 * labels[:, None, None]).to(torch.uint8)
+        images = (torch.randint(0, 128, (n, 8, 8), generator=numbers) + 12 * labels[:, None, None]).to(torch.uint8)
         write_idx(data, images, labels.to(torch.uint8), split)
     done = fewstep("reference", data, "--out", tmp_path / "squares", "--epochs", 1)
     assert done.returncode == 0, done.stderr

@@ -132,6 +132,7 @@ def evaluate(
     ]  # fmt: skip
     for rule, count, _ in requests:
         plan(rule, count, model.config.few_step)
+    real.network(torch.zeros(1, *model.config.shape, dtype=torch.uint8))  # refuses other shapes before any is drawn
     scores: list[Score] = []
     for rule, count, scale in dict.fromkeys(requests):
         label = f"{rule} {count} steps, guidance {scale:g}"
