@@ -54,8 +54,8 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False)
+    here, command = Path(__file__).resolve().parent, ["git", "rev-parse", "--verify", "HEAD"]
+    git = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],

@@ -48,7 +48,8 @@ class Validator(Protocol):
 
 @dataclass
 class Run:
-    """A run folder in use. Make one with ``create`` or ``reopen``, then ``train``."""
+    """A run folder in use. Make one with ``create`` or ``reopen``, then ``train``. ``step`` counts those done so far,
+    over all stages."""
 
     config: Config
     folder: Path
@@ -59,6 +60,7 @@ class Run:
     objective: Objective = field(init=False)
     loop: Loop = field(init=False)
     stage: int = field(init=False, default=-1)
+    step: int = field(init=False, default=0)
     best: dict[str, float] = field(init=False, default_factory=dict)
     seconds: float = field(init=False, default=0.0)
 
@@ -156,13 +158,6 @@ class Run:
         )
 
     @property
-    def step(self) -> int:
-        """Steps done so far, over all stages."""
-        return self._step
-
-    _step: int = field(init=False, default=0)
-
-    @property
     def student_config(self) -> ModelConfig:
         """The config under which the student is saved: the teacher's, and how the objective samples it."""
         return self.origin.model_copy(update={"few_step": self.objective.few_step})
@@ -178,29 +173,29 @@ class Run:
         ends = self._ends
         record = Record(self.folder, self.config.tensorboard) if self.world.rank == 0 else _nothing
         with stop_requests() as stop:
-            while self._step < ends[-1]:
+            while self.step < ends[-1]:
                 metrics = self._one_step()
                 self.seconds = time.monotonic() - started
                 values: dict[str, float] = {}
-                if self._step % self.config.log_every == 0 or self._step == ends[-1]:
+                if self.step % self.config.log_every == 0 or self.step == ends[-1]:
                     values = {name: value.item() for name, value in metrics.items()}
-                    record(self._step, {"seconds": round(self.seconds, 3), "stage": self.stage, **values})
+                    record(self.step, {"seconds": round(self.seconds, 3), "stage": self.stage, **values})
                 if progress is not None:
                     progress(self, values)
-                last = self._step == ends[-1]
+                last = self.step == ends[-1]
                 if validate is not None and (last or self._due(self.config.validation.every)):
                     value = self._validate(validate)
-                    record(self._step, {"seconds": round(self.seconds, 3), "validation": value})
-                if last or stop.requested or self._due(self.config.checkpoint.every) or self._step == ends[self.stage]:
+                    record(self.step, {"seconds": round(self.seconds, 3), "validation": value})
+                if last or stop.requested or self._due(self.config.checkpoint.every) or self.step == ends[self.stage]:
                     self.save()
                 if stop.requested and not last:
-                    raise Interrupted(f"stopped at step {self._step} of {ends[-1]}", self.folder)
+                    raise Interrupted(f"stopped at step {self.step} of {ends[-1]}", self.folder)
         self._save_student()
 
     def advance(self, step: int) -> dict[str, float]:
         """Goes on to ``step`` without recording anything; returns the numbers of the last step."""
         metrics: dict[str, Tensor] = {}
-        while self._step < step:
+        while self.step < step:
             metrics = self._one_step()
         return {name: value.item() for name, value in metrics.items()}
 
@@ -210,21 +205,21 @@ class Run:
         return [sum(stage.steps for stage in self.config.stages[: i + 1]) for i in range(len(self.config.stages))]
 
     def _one_step(self) -> dict[str, Tensor]:
-        if self._step >= self._ends[self.stage]:
+        if self.step >= self._ends[self.stage]:
             self._enter(self.stage + 1)
-        metrics = self.loop.step(self._step)
-        self._step += 1
+        metrics = self.loop.step(self.step)
+        self.step += 1
         return metrics
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self._step % every == 0
+        return every > 0 and self.step % every == 0
 
     def _validate(self, validate: Validator) -> float:
         student = self.roles["student"]
         with student.averaged(), torch.no_grad():
-            value = validate(self.roles.denoiser("student"), self.student_config, self._step)
+            value = validate(self.roles.denoiser("student"), self.student_config, self.step)
         if value < self.best.get("value", float("inf")):
-            self.best = {"value": value, "step": self._step}
+            self.best = {"value": value, "step": self.step}
             self._write_model(self.folder / "best")
         return value
 
@@ -255,9 +250,7 @@ class Run:
                 tensors |= checkpoint.role_tensors(name, role)
         tensors |= {f"objective/{name}": value for name, value in self.objective.state.items()}
         state = {"stage": self.stage, "seconds": self.seconds, "best": self.best}
-        checkpoint.write_checkpoint(
-            self.folder / "checkpoints", self._step, tensors, state, self.config.checkpoint.keep
-        )
+        checkpoint.write_checkpoint(self.folder / "checkpoints", self.step, tensors, state, self.config.checkpoint.keep)
 
     def _restore(self, folder: Path) -> None:
         tensors, state = checkpoint.read_checkpoint(folder)
@@ -268,7 +261,7 @@ class Run:
                 checkpoint.restore_role(name, role, tensors)
         for name, value in self.objective.state.items():
             value.copy_(tensors[f"objective/{name}"])
-        self._step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
 
 
 def _nothing(step: int, values: Mapping[str, float]) -> None:

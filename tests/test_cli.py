@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -16,10 +15,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from worlds import tiny_config, tiny_teacher
+from worlds import tiny_config, tiny_teacher, write_idx
 
 from fewstep.distill import cli
-from fewstep.distill.data import IDX_FILES
 from fewstep.models.store import read_tensors, write_tensors
 
 
@@ -49,12 +47,6 @@ def write_config(folder: Path, **changes: object) -> Path:
     file = folder / "config.yaml.txt"
     file.write_text(yaml.safe_dump(tiny_config(folder, **changes)))
     return file
-
-
-def write_idx(folder: Path, images: torch.Tensor, labels: torch.Tensor, split: str) -> None:
-    for name, values in zip(IDX_FILES[split], (images, labels), strict=True):
-        head = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
-        (folder / name).write_bytes(head + values.numpy().tobytes())
 
 
 @pytest.fixture(scope="module")

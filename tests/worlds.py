@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.distill.checkpoint import role_tensors
-from fewstep.distill.data import Batch
+from fewstep.distill.data import IDX_FILES, Batch
 from fewstep.distill.draws import Draws
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.run import Run
@@ -134,3 +135,10 @@ def state_of(run: Run) -> dict[str, Tensor]:
     for name in ("student", "fake"):
         tensors |= role_tensors(name, run.roles[name])
     return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def write_idx(folder: Path, images: Tensor, labels: Tensor, split: str) -> None:
+    """Images, uint8 [N, H, W], and labels, uint8 [N], as the two files of a split."""
+    for name, values in zip(IDX_FILES[split], (images, labels), strict=True):
+        head = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+        (folder / name).write_bytes(head + values.numpy().tobytes())

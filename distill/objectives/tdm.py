@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from fewstep.distill import matching
 from fewstep.distill.critics import denoising_loss, importance_weight, weighted_clean_loss
@@ -48,7 +49,7 @@ def build(config: Config, roles: Roles) -> Objective:
     times = time_uniform(config.steps, config.shift)[:-1]
     guidance = Guidance(config.guidance)
 
-    def renoised(m: Micro, a: Anchor):  # type: ignore[no-untyped-def]
+    def renoised(m: Micro, a: Anchor) -> tuple[Tensor, Tensor, Tensor]:
         u = m.draws.uniform(len(a.s))
         low, high = a.s + config.margin, a.t_in - config.margin
         t = low + u * (high - low)

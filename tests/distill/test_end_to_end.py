@@ -1,0 +1,96 @@
+"""Every objective through the whole way: config, a few steps, a student on disk, samples from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from worlds import tiny_config, write_idx
+
+import fewstep
+from fewstep.distill.config import load_config, objective_module, objective_names, parse_config
+from fewstep.eval.references import load_reference
+from fewstep.eval.validation import Validation
+from fewstep.models.store import FewStep, load_model
+from fewstep.samplers.grids import time_uniform
+
+MODEL = {"backbone": {"name": "unet", "widths": [8], "blocks": [1], "embedding": 8}, "shape": [1, 8, 8], "classes": 10}
+
+
+def settings(objective: str, folder: Path, device: str, precision: str) -> dict[str, Any]:
+    """Three steps of an objective: on real images and a new network where it needs no teacher, else data-free."""
+    needs = objective_module(objective).NEEDS
+    raw: dict[str, Any] = tiny_config(folder, device=device, precision=precision)
+    raw["stages"] = [
+        {"steps": 3, "objective": objective, "roles": {role: {"lr": 1e-3} for role in needs - {"teacher"}}}
+    ]
+    if "teacher" not in needs:
+        pixels = torch.randint(0, 256, (40, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        write_idx(folder, pixels, (torch.arange(40) % 10).to(torch.uint8), "train")
+        raw |= {"teacher": None, "model": MODEL, "data": {"kind": "idx", "path": str(folder)}}
+        raw["stages"][0]["roles"]["student"]["init"] = "model"
+    return raw
+
+
+def trained(raw: dict[str, Any]) -> tuple[Path, list[dict[str, float]]]:
+    run = fewstep.train(parse_config(raw, "test"))
+    return run, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", objective_names())
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_objective_trains_a_student_that_samples(objective: str, precision: str, tmp_path: Path) -> None:
+    run, lines = trained(settings(objective, tmp_path, "cpu", precision))
+    student = load_model(run / "student")
+    assert len(lines) == 3
+    assert all(torch.tensor(list(line.values())).isfinite().all() for line in lines)
+    assert {p.dtype for p in student.denoiser.parameters()} == {torch.float32}, "only the evaluations are in bfloat16"
+    steps = 2 if student.config.few_step is None else None
+    images = fewstep.sample(run, n=20, steps=steps, device="cpu")
+    assert images.shape == (20, 1, 8, 8)
+    assert images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("objective", objective_names())
+def test_bfloat16_changes_the_losses_by_its_rounding_only(objective: str, tmp_path: Path) -> None:
+    full, half = (
+        trained(settings(objective, tmp_path, "cpu", precision) | {"out": str(tmp_path / precision)})[1]
+        for precision in ("float32", "bfloat16")
+    )
+    losses = [name for name in full[0] if name.startswith("loss/")]
+    assert losses
+    for name in losses:
+        assert half[0][name] == pytest.approx(full[0][name], rel=0.05)
+        assert half[0][name] != full[0][name]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("objective", objective_names())
+def test_a_gpu_computes_what_the_cpu_does(objective: str, tmp_path: Path) -> None:
+    cpu, gpu = (
+        trained(settings(objective, tmp_path, device, "float32") | {"out": str(tmp_path / device)})[1]
+        for device in ("cpu", "cuda")
+    )
+    for a, b in zip(cpu, gpu, strict=True):
+        for name in (name for name in a if name.startswith(("loss/", "grad_norm/"))):
+            assert b[name] == pytest.approx(a[name], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_the_demo_config_distils_the_embedded_teacher(tmp_path: Path) -> None:
+    """The decisive run, at a fifth of its length: 1,000 training images as a yardstick, 4 evaluations a sample.
+
+    The teacher itself needs more than 8 evaluations to come below 1.5; the student starts as the teacher at 4.
+    """
+    changes = ["stages.0.steps=80", "validation.n=1000", "validation.every=40", f"out={tmp_path / 'run'}", "device=cpu"]
+    config = load_config("configs/fashion/demo.yaml", changes)
+    teacher, rule = load_model("fashion"), FewStep(times=time_uniform(4)[:-1], rule="deterministic")
+    validate = Validation(config.validation, load_reference("fashion", "train"), tmp_path)
+    before = validate(teacher.denoiser, teacher.config.model_copy(update={"few_step": rule}), 0)
+    run = fewstep.train(config)
+    after = [line["validation"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "validation" in line]
+    assert before > 3.5
+    assert after[-1] < 0.5 * before
