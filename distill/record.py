@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -54,15 +55,31 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    here, command = Path(__file__).resolve().parent, ["git", "rev-parse", "--verify", "HEAD"]
-    git = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
         "versions": versions,
         "machine": platform.machine(),
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
         "device": device.type,
         "threads": torch.get_num_threads(),
-        "revision": git.stdout.strip() or None,
+        "revision": _revision(),
     }
+
+
+def _revision() -> str | None:
+    """The git commit of this code; None outside a checkout or without git."""
+    here, command = Path(__file__).resolve().parent, ["git", "rev-parse", "--verify", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    """The processor's name; on Linux ``platform`` does not know it."""
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text(errors="replace").splitlines() if listed.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")

@@ -1,0 +1,35 @@
+"""Draws health.png from the ``metrics.jsonl`` of the two runs beside this file: ``python results/health/draw.py``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+RUNS = {"naive": "#d9731a", "demo": "#3a86c8"}
+CURVES = {
+    "validation": "fd_fashion, 500 samples",
+    "health/gap": "teacher - fake, relative",
+    "health/sample_sd": "deviation of the samples",
+}
+
+
+def main() -> None:
+    figure = Figure((9, 2.6), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
+        for name, colour in RUNS.items():
+            lines = [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            axes.plot(*zip(*points, strict=True), color=colour, label=name, linewidth=1.4)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylim(bottom=0)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(HERE / "health.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
