@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from worlds import tiny_config, write_idx
 
 import fewstep
 from fewstep.distill.config import load_config, objective_module, objective_names, parse_config
+from fewstep.distill.draws import Draws
 from fewstep.eval.references import load_reference
 from fewstep.eval.validation import Validation
 from fewstep.models.store import FewStep, load_model
@@ -69,7 +71,11 @@ def test_bfloat16_changes_the_losses_by_its_rounding_only(objective: str, tmp_pa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("objective", objective_names())
-def test_a_gpu_computes_what_the_cpu_does(objective: str, tmp_path: Path) -> None:
+def test_a_gpu_computes_what_the_cpu_does(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_the_host(self: Draws, shape: tuple[int, ...], stream: str = "noise") -> Tensor:
+        return torch.randn(shape, generator=self._generator(stream, torch.device("cpu"))).to(self.device)
+
+    monkeypatch.setattr(Draws, "normal", on_the_host)  # a GPU draws other numbers
     cpu, gpu = (
         trained(settings(objective, tmp_path, device, "float32") | {"out": str(tmp_path / device)})[1]
         for device in ("cpu", "cuda")
