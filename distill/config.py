@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
 from fewstep.distill import objectives
-from fewstep.distill.stage import Frozen, RoleConfig
+from fewstep.distill.stage import Frozen, ObjectiveConfig, RoleConfig
 from fewstep.errors import UserError, nearest
 from fewstep.models.store import ModelConfig
 
@@ -58,7 +58,7 @@ class StageConfig(Frozen):
     """One stage: an objective, the roles that it trains, and for how many steps."""
 
     steps: int = Field(ge=1)
-    objective: SerializeAsAny[Frozen]
+    objective: SerializeAsAny[ObjectiveConfig]
     roles: dict[str, RoleConfig]
     freeze: dict[str, str] = Field(default_factory=dict)
     clip: float | None = Field(1.0, gt=0)
@@ -99,7 +99,7 @@ def objective_names() -> list[str]:
 
 
 def objective_module(name: str) -> types.ModuleType:
-    """The file of an objective: it has ``Config``, ``NEEDS`` and ``build``. Raises ``UserError`` on an unknown name."""
+    """The file of an objective: it has ``Config`` and ``build``. Raises ``UserError`` on an unknown name."""
     if name not in objective_names():
         raise UserError(f"Unknown objective {name!r}{nearest(name, objective_names())}.")
     return importlib.import_module(f"fewstep.distill.objectives.{name}")
@@ -169,12 +169,12 @@ def _with_objective(
         cls = objective_module(settings["name"]).Config
     except UserError as error:
         problems.append(f"{file}: {where}.name: {error}")
-        return {**stage, "objective": Frozen()}
+        return {**stage, "objective": ObjectiveConfig(name=settings["name"])}
     try:
         return {**stage, "objective": cls.model_validate(settings)}
     except ValidationError as error:
         problems.extend(_describe(error, cls, where, file, overridden))
-        return {**stage, "objective": Frozen()}
+        return {**stage, "objective": ObjectiveConfig(name=settings["name"])}
 
 
 def dump_config(config: Config) -> str:

@@ -15,10 +15,12 @@ from fewstep.models.denoiser import expand_like
 from fewstep.models.schedules import NoiseSchedule, bridge
 
 
-def renoise(schedule: NoiseSchedule, anchor: Anchor, t: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-    """``x_t = scale x_s + std n`` at times ``t`` [B]; returns (x_t, n), both of the anchor's shape."""
+def renoise(
+    schedule: NoiseSchedule, anchor: Anchor, t: Tensor, draws: Draws, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``x_t = scale x_s + std n`` at times ``t`` [B], and ``n`` (``noise`` or a fresh draw); both like the anchor."""
     scale, std = bridge(schedule, anchor.s, t)
-    n = draws.normal(anchor.x.shape, "bridge")
+    n = draws.normal(anchor.x.shape, "bridge") if noise is None else noise
     x = anchor.x
     return expand_like(scale, x).to(x) * x + expand_like(std, x).to(x) * n, n
 

@@ -69,6 +69,12 @@ class Role:
             parameter.copy_(values[name])
 
 
+@torch.no_grad()
+def blend(role: Role, towards: Role, share: float) -> None:
+    """Moves the parameters of a role (a copy, not an adapter) by ``share`` of the way to those of another."""
+    torch._foreach_lerp_([p.detach() for p in role.parameters], [p.detach() for p in towards.parameters], share)
+
+
 class Roles(Mapping[str, Role]):
     """The roles of a stage by name, and the one way to read a network of theirs."""
 

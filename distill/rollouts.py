@@ -71,3 +71,28 @@ def ode_segment(m: Micro, roles: Roles, times: Sequence[float]) -> Anchor:
     t_in, s = nodes[segment], nodes[segment + 1]
     p = roles.read("student", x, t_in, condition).out
     return Anchor(noised(schedule, p.x0, p.noise, s), s, p.x0, t_in, condition)
+
+
+def random_ode(m: Micro, roles: Roles, max_steps: int, inner: tuple[float, float]) -> Anchor:
+    """A deterministic trajectory over random times, left at a random one (CDM, arXiv 2605.06376).
+
+    N in 1..max_steps is drawn once for all processes; each sample has its own N - 1 times in ``inner`` below 1, and its
+    own one of the N states. The anchor is the x0 predicted there (s = 0), with the noise that the prediction implies.
+    """
+    schedule = roles.denoiser("student").schedule
+    condition, size = m.batch.condition, m.batch.size
+    n = 1 + int(m.draws.shared.integers(1, max_steps, "steps"))
+    times = m.draws.uniform(size * (n - 1), *inner, "grid").reshape(size, n - 1).sort(1, descending=True).values
+    times = torch.cat([torch.ones(size, 1, dtype=torch.float64), times], 1)
+    last = m.draws.integers(size, n, "state")
+    x = start(m, schedule, 1.0)
+    with torch.no_grad():
+        for i in range(n - 1):
+            rows = (last > i).nonzero()[:, 0]
+            if len(rows):
+                there = rows.to(x.device)
+                p = roles.read("student", x[there], times[rows, i], condition.index(there)).out
+                x[there] = noised(schedule, p.x0, p.noise, times[rows, i + 1])
+    t_in = times[torch.arange(size), last]
+    p = roles.read("student", x, t_in, condition).out
+    return Anchor(p.x0, torch.zeros_like(t_in), p.x0, t_in, condition, noise=p.noise.detach())

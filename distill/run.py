@@ -17,6 +17,7 @@ from torch import Tensor
 from fewstep.distill import checkpoint
 from fewstep.distill.config import Config, StageConfig, dump_config, load_config, objective_module
 from fewstep.distill.data import Images, Labels, Source, read_idx
+from fewstep.distill.draws import Draws
 from fewstep.distill.loop import ALONE, Loop, World
 from fewstep.distill.record import Record, environment
 from fewstep.distill.roles import Role, Roles
@@ -128,18 +129,23 @@ class Run:
     def _enter(self, stage: int) -> None:
         """Builds roles, objective and loop of a stage, from the roles of the one before."""
         settings: StageConfig = self.config.stages[stage]
-        module = objective_module(settings.objective.name)  # type: ignore[attr-defined]
+        wanted = settings.objective
+        module = objective_module(wanted.name)
         before = dict(self.roles) if self.stage >= 0 else self._origins
         roles = enter_stage(before, settings.roles, settings.freeze, settings.steps)
-        missing = module.NEEDS - set(roles)
-        if missing:
+        if missing := wanted.needs - set(roles):
             raise UserError(
-                f"stages.{stage}: the objective {settings.objective.name!r} needs the roles {sorted(module.NEEDS)}, "  # type: ignore[attr-defined]
+                f"stages.{stage}: the objective {wanted.name!r} needs the roles {sorted(wanted.needs)}, "
                 f"but {sorted(missing)} is not there (under roles: or freeze:; known here: {', '.join(roles)})."
+            )
+        if missing := wanted.tensors - set(self._sources["data"](Draws(0, 0, "probe", 0), 1)):
+            raise UserError(
+                f"stages.{stage}: the objective {wanted.name!r} needs {sorted(missing)} with each condition, and "
+                f"data.kind={self.config.data.kind} brings none; use real images (data.kind=idx data.path=FOLDER)."
             )
         self.stage = stage
         self.roles = Roles(roles, PRECISIONS[self.config.precision])
-        self.objective = module.build(settings.objective, self.roles)
+        self.objective = module.build(wanted, self.roles)
         unknown = {role for update in self.objective.updates for role in update.roles} - set(settings.roles)
         if unknown:
             raise UserError(

@@ -21,6 +21,22 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+class ObjectiveConfig(Frozen):
+    """Base of an objective's settings, with what it asks of its stage."""
+
+    name: str
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The roles that it reads."""
+        return frozenset({"teacher", "student", "fake"})
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The tensors, besides the condition, that its batches must bring: none for a data-free method."""
+        return frozenset()
+
+
 class RoleConfig(Frozen):
     """How a trained role starts and learns.
 

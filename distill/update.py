@@ -41,7 +41,8 @@ class Anchor:
 
     ``x`` [B, ...] at noise level ``s`` [B] (0 is clean) is what must have the teacher's law and what is re-noised;
     ``handle`` is the tensor that is pulled (``x`` itself or the ``x0`` it came from); ``t_in`` [B] is the time at which
-    the student was read; ``mask`` (broadcastable to ``x``) marks what counts.
+    the student was read; ``mask`` (broadcastable to ``x``) marks what counts; ``noise`` is the noise that the student's
+    prediction implies, without a graph.
     """
 
     x: Tensor
@@ -50,6 +51,7 @@ class Anchor:
     t_in: Tensor
     condition: Condition
     mask: Tensor | None = None
+    noise: Tensor | None = None
 
     def leaves(self, graph: bool) -> Anchor:
         """The same values cut off from the graph they came from; with ``graph``, as leaves that collect gradients."""

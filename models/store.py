@@ -186,9 +186,3 @@ def _first(error: ValidationError | UnicodeDecodeError | OSError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{where}: {first['msg']}" if where else str(first["msg"])
-
-
-def to_device(model: Model, device: torch.device | str) -> Model:
-    """Moves the weights, in place."""
-    model.denoiser.to(device)
-    return model

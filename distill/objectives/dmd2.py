@@ -22,16 +22,14 @@ from fewstep.distill import matching
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import renoise_simulation
-from fewstep.distill.stage import Frozen
+from fewstep.distill.stage import ObjectiveConfig
 from fewstep.distill.update import Due, Micro, Objective, Term, Update
 from fewstep.models.guidance import Guidance
 from fewstep.models.store import FewStep
 from fewstep.samplers.grids import time_uniform
 
-NEEDS = frozenset({"teacher", "student", "fake"})
 
-
-class Config(Frozen):
+class Config(ObjectiveConfig):
     name: Literal["dmd2"] = "dmd2"
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)

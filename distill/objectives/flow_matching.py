@@ -16,19 +16,25 @@ import torch
 from pydantic import Field
 
 from fewstep.distill.roles import Roles
-from fewstep.distill.stage import Frozen
+from fewstep.distill.stage import ObjectiveConfig
 from fewstep.distill.update import Micro, Objective, Term, Update
 from fewstep.models.denoiser import expand_like
 from fewstep.models.prediction import Coefficients
 
-NEEDS = frozenset({"student"})
 
-
-class Config(Frozen):
+class Config(ObjectiveConfig):
     name: Literal["flow_matching"] = "flow_matching"
     drop_condition: float = Field(0.1, ge=0, le=1)
     time: Literal["uniform", "logit_normal"] = "uniform"
     time_std: float = Field(1.0, gt=0)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"student"})
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        return frozenset({"x0"})
 
 
 def build(config: Config, roles: Roles) -> Objective:

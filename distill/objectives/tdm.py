@@ -24,16 +24,14 @@ from fewstep.distill import matching
 from fewstep.distill.critics import denoising_loss, importance_weight, weighted_clean_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import ode_segment
-from fewstep.distill.stage import Frozen
+from fewstep.distill.stage import ObjectiveConfig
 from fewstep.distill.update import Anchor, Due, Micro, Objective, Term, Update
 from fewstep.models.guidance import Guidance
 from fewstep.models.store import FewStep
 from fewstep.samplers.grids import time_uniform
 
-NEEDS = frozenset({"teacher", "student", "fake"})
 
-
-class Config(Frozen):
+class Config(ObjectiveConfig):
     name: Literal["tdm"] = "tdm"
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)

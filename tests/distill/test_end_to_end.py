@@ -14,6 +14,7 @@ from worlds import tiny_config, write_idx
 import fewstep
 from fewstep.distill.config import load_config, objective_module, objective_names, parse_config
 from fewstep.distill.draws import Draws
+from fewstep.errors import UserError
 from fewstep.eval.references import load_reference
 from fewstep.eval.validation import Validation
 from fewstep.models.store import FewStep, load_model
@@ -24,7 +25,7 @@ MODEL = {"backbone": {"name": "unet", "widths": [8], "blocks": [1], "embedding":
 
 def settings(objective: str, folder: Path, device: str, precision: str) -> dict[str, Any]:
     """Three steps of an objective: on real images and a new network where it needs no teacher, else data-free."""
-    needs = objective_module(objective).NEEDS
+    needs = objective_module(objective).Config().needs
     raw: dict[str, Any] = tiny_config(folder, device=device, precision=precision)
     raw["stages"] = [
         {"steps": 3, "objective": objective, "roles": {role: {"lr": 1e-3} for role in needs - {"teacher"}}}
@@ -54,6 +55,12 @@ def test_an_objective_trains_a_student_that_samples(objective: str, precision: s
     images = fewstep.sample(run, n=20, steps=steps, device="cpu")
     assert images.shape == (20, 1, 8, 8)
     assert images.dtype == torch.uint8
+
+
+def test_an_objective_on_images_is_refused_where_there_are_only_labels(tmp_path: Path) -> None:
+    raw = settings("flow_matching", tmp_path, "cpu", "float32") | {"data": {"kind": "labels"}}
+    with pytest.raises(UserError, match=r"needs \['x0'\] with each condition, and data.kind=labels brings none"):
+        trained(raw)
 
 
 @pytest.mark.parametrize("objective", objective_names())

@@ -1,0 +1,75 @@
+"""CDM: the random grid, the extrapolated input, and the blend of the fake towards the student."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from worlds import FLOW, Affine, Points, gaussian, mlp_roles, trained
+
+from fewstep.distill.draws import Draws
+from fewstep.distill.loop import Loop
+from fewstep.distill.objectives import cdm
+from fewstep.distill.roles import Role, Roles
+from fewstep.distill.rollouts import noised, random_ode
+from fewstep.distill.update import Anchor, Micro
+from fewstep.models.denoiser import Denoiser
+
+
+def anchor(roles: Roles, step: int, batch: int = 16, max_steps: int = 6) -> Anchor:
+    draws = Draws(0, step, "rollout", 0)
+    m = Micro({"data": Points(2)(draws, batch)}, draws, step, roles)
+    with torch.no_grad():
+        return random_ode(m, roles, max_steps, (0.25, 0.95))
+
+
+def test_the_anchor_is_pure_noise_as_often_as_the_law_says() -> None:
+    """P(t_in = 1) = E[1 / N] = (1 + 1/2 + ... + 1/6) / 6; other times lie within the inner range."""
+    roles = Roles({"student": trained(Denoiser(Affine(0.0, 0.5), FLOW, "x0"))})
+    times = torch.cat([anchor(roles, step).t_in for step in range(800)])
+    assert (times == 1).double().mean().item() == pytest.approx(sum(1 / n for n in range(1, 7)) / 6, abs=0.02)
+    inner = times[times < 1]
+    assert inner.min() >= 0.25
+    assert inner.max() <= 0.95
+
+
+def test_a_straight_flow_leads_from_every_state_to_the_same_point() -> None:
+    """Where all data are one point the student's x0 is that point, and extrapolation stays on the true line."""
+    student = Role(gaussian(0.7, 1e-6, 2))
+    a = anchor(Roles({"student": student}), 3, batch=200)
+    assert a.noise is not None
+    torch.testing.assert_close(a.x, torch.full_like(a.x, 0.7), atol=1e-4, rtol=0)
+    for t in (0.1, 0.6, 1.0):
+        times = torch.full((200,), t, dtype=torch.float64)
+        x = noised(FLOW, a.x, a.noise, times)
+        torch.testing.assert_close((x - (1 - t) * 0.7) / t, a.noise, atol=1e-3, rtol=0)
+
+
+def test_the_implied_noise_and_x0_give_the_state_back() -> None:
+    """x_t' = (1 - t') x0 + t' e is e at 1, x0 at 0, and the state itself at its own time."""
+    roles = mlp_roles()
+    draws = Draws(0, 0, "rollout", 0)
+    m = Micro({"data": Points(2)(draws, 50)}, draws, 0, roles)
+    a = random_ode(m, roles, 1, (0.25, 0.95))  # one step: the state is the noise that it started from
+    assert a.noise is not None
+    assert (a.t_in == 1).all()
+    torch.testing.assert_close(noised(FLOW, a.x, a.noise, a.t_in), Draws(0, 0, "rollout", 0).normal((50, 2), "start"))
+
+
+def test_the_fake_moves_towards_the_student_after_its_update() -> None:
+    roles = mlp_roles()
+    roles["fake"].optimizer.param_groups[0]["initial_lr"] = 0.0  # type: ignore[union-attr]
+    before = [p.detach().clone() for p in roles["fake"].parameters]
+    settings = cdm.Config(max_steps=2, guidance=1.0, blend=0.25, critic_updates=7)
+    loop = Loop(roles, cdm.build(settings, roles), {"data": Points(2)}, 8)
+    loop.step(1)  # a step of the fake alone
+    for old, new, student in zip(before, roles["fake"].parameters, roles["student"].parameters, strict=True):
+        torch.testing.assert_close(new.detach(), old + 0.25 * (student.detach() - old))
+
+
+def test_all_three_terms_reach_the_student_and_only_it() -> None:
+    roles = mlp_roles()
+    objective = cdm.build(cdm.Config(max_steps=3, guidance=1.0), roles)
+    metrics = Loop(roles, objective, {"data": Points(2)}, 16)._update(objective.updates[1], 0, {0: {}})
+    assert {"loss/ca", "loss/dm", "loss/cdm"} <= set(metrics)
+    assert all(p.grad is not None for p in roles["student"].parameters)
+    assert all(p.grad is None for name in ("teacher", "fake") for p in roles[name].parameters)
