@@ -20,13 +20,17 @@ from fewstep.models.prediction import Coefficients, Prediction
 from fewstep.models.schedules import NoiseSchedule, bridge
 
 
-def denoising_loss(fake: Prediction, schedule: NoiseSchedule, anchor: Anchor, t: Tensor, n: Tensor) -> Tensor:
+def denoising_loss(
+    fake: Prediction, schedule: NoiseSchedule, anchor: Anchor, t: Tensor, n: Tensor, clamp: float | None = None
+) -> Tensor:
     """Mean squared error [scalar] of the fake's own output against the target, ``t`` [B], ``n`` the bridge's noise.
 
     Weighted by ``std^2 / sigma_t^2``, which is 1 for a clean anchor and keeps the target's variance bounded as
-    ``t -> s`` (the paper clamps ``1 / std^2`` to the same end).
+    ``t -> s``; with ``clamp``, by the paper's ``min(1, clamp std^2)`` to the same end.
     """
     x0, noise, weight = denoising_target(schedule, anchor, t, n)
+    if clamp is not None:
+        weight = (clamp * expand_like(bridge(schedule, anchor.s, t)[1], n).square()).clamp(max=1).to(n)
     c = Coefficients.at(schedule, expand_like(t, n))
     a, b = c.row(fake.kind)
     target = a.to(n) * x0 + b.to(n) * noise

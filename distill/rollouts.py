@@ -96,3 +96,22 @@ def random_ode(m: Micro, roles: Roles, max_steps: int, inner: tuple[float, float
     t_in = times[torch.arange(size), last]
     p = roles.read("student", x, t_in, condition).out
     return Anchor(p.x0, torch.zeros_like(t_in), p.x0, t_in, condition, noise=p.noise.detach())
+
+
+def phase_end(m: Micro, roles: Roles, walkers: Sequence[str], nodes: Sequence[float], first: int, end: int) -> Anchor:
+    """The state at node ``end`` of a trajectory that several experts walk (Phased DMD, arXiv 2510.27684).
+
+    ``walkers[i]`` is the role that takes step i of ``nodes``. One of the steps ``first`` .. ``end - 1``, drawn once for
+    all processes, is the last: from it the student jumps to the end. The anchor is that state, at its own noise level.
+    """
+    schedule = roles.denoiser("student").schedule
+    condition, size = m.batch.condition, m.batch.size
+    last = first + int(m.draws.shared.integers(1, end - first, "exit"))
+    x = start(m, schedule, nodes[0])
+    t_in, s = (torch.full((size,), nodes[i], dtype=torch.float64) for i in (last, end))
+    with torch.no_grad():
+        for i in range(last):
+            p = roles.read(walkers[i], x, nodes[i], condition).out
+            x = noised(schedule, p.x0, p.noise, torch.full((size,), nodes[i + 1], dtype=torch.float64))
+    p = roles.read("student", x, t_in, condition).out
+    return Anchor(noised(schedule, p.x0, p.noise, s), s, p.x0, t_in, condition)

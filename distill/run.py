@@ -24,7 +24,7 @@ from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import enter_stage
 from fewstep.distill.update import Objective
 from fewstep.errors import UserError
-from fewstep.models.denoiser import Denoiser
+from fewstep.models.denoiser import Denoiser, routed
 from fewstep.models.store import Model, ModelConfig, load_model, save_model, write_text
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -166,7 +166,15 @@ class Run:
     @property
     def student_config(self) -> ModelConfig:
         """The config under which the student is saved: the teacher's, and how the objective samples it."""
-        return self.origin.model_copy(update={"few_step": self.objective.few_step})
+        boundaries = tuple(lowest for _, lowest in self.objective.experts)
+        routed = boundaries if len(boundaries) > 1 else None
+        return self.origin.model_copy(update={"few_step": self.objective.few_step, "boundaries": routed})
+
+    @property
+    def generator(self) -> Denoiser:
+        """What is sampled and saved: the student, or experts by noise level with the student among them."""
+        experts = [self.roles.denoiser(role) for role, _ in self.objective.experts]
+        return experts[0] if len(experts) == 1 else routed(experts, [low for _, low in self.objective.experts])
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -213,6 +221,7 @@ class Run:
     def _one_step(self) -> dict[str, Tensor]:
         if self.step >= self._ends[self.stage]:
             self._enter(self.stage + 1)
+            self.best = {}  # of another method or generator, not to be compared
         metrics = self.loop.step(self.step)
         self.step += 1
         return metrics
@@ -223,7 +232,7 @@ class Run:
     def _validate(self, validate: Validator) -> float:
         student = self.roles["student"]
         with student.averaged(), torch.no_grad():
-            value = validate(self.roles.denoiser("student"), self.student_config, self.step)
+            value = validate(self.generator, self.student_config, self.step)
         if value < self.best.get("value", float("inf")):
             self.best = {"value": value, "step": self.step}
             self._write_model(self.folder / "best")
@@ -242,7 +251,7 @@ class Run:
     def _write_model(self, folder: Path) -> None:
         if self.world.rank == 0:
             with self.roles["student"].averaged():
-                save_model(self.roles.denoiser("student"), self.student_config, folder)
+                save_model(self.generator, self.student_config, folder)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -134,13 +134,15 @@ class Update:
 
 @dataclass(frozen=True)
 class Objective:
-    """A method: its updates in order, and the rollout that makes their sample.
+    """A method: its updates in order, the rollout that makes their sample, and how what it trains is sampled.
 
     ``state`` names tensors that must survive a checkpoint besides the roles (a buffer that the policy refills); they
-    are saved and restored in place.
+    are saved and restored in place. ``experts`` lists (role, lowest time) from noise downwards where the generator is
+    not the student alone.
     """
 
     updates: tuple[Update, ...]
     rollout: Rollout | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
     few_step: FewStep | None = None
+    experts: tuple[tuple[str, float], ...] = (("student", 0.0),)

@@ -111,3 +111,9 @@ class Routed(nn.Module):
         outputs = [self.experts[k](x_t[rows], t[rows], condition.index(rows)) for k, rows in parts.items()]
         order = torch.argsort(torch.cat(list(parts.values())))
         return torch.cat(outputs)[order]
+
+
+def routed(experts: Sequence[Denoiser], boundaries: Sequence[float]) -> Denoiser:
+    """One denoiser of several that share schedule and prediction type; raises ``ValueError`` as ``Routed`` does."""
+    first = experts[0]
+    return Denoiser(Routed([expert.backbone for expert in experts], boundaries), first.schedule, first.kind)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError, nearest
-from fewstep.models.denoiser import Denoiser
+from fewstep.models.denoiser import Denoiser, Routed
 from fewstep.models.prediction import Kind
 from fewstep.models.schedules import schedule_from_dict
 from fewstep.models.unet import UNet
@@ -34,7 +34,10 @@ class FewStep(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """``config.json``: everything needed to rebuild a native model and to draw samples of the right shape."""
+    """``config.json``: everything needed to rebuild a native model and to draw samples of the right shape.
+
+    With ``boundaries`` it is several backbones, each for the times down to its boundary (``denoiser.Routed``).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: Literal["fewstep-model"] = "fewstep-model"
@@ -44,6 +47,7 @@ class ModelConfig(BaseModel):
     shape: tuple[PositiveInt, ...] = Field(min_length=1)
     classes: int = Field(0, ge=0)
     few_step: FewStep | None = None
+    boundaries: tuple[float, ...] | None = None
 
     def build(self, taps: tuple[str, ...] = ()) -> Denoiser:
         """A freshly initialised denoiser. Raises ``UserError`` on an unknown backbone, setting or tap."""
@@ -52,7 +56,11 @@ class ModelConfig(BaseModel):
         if name not in BACKBONES:
             raise UserError(f"Unknown backbone {name!r}{nearest(name, BACKBONES)}.")
         try:
-            backbone = BACKBONES[name](channels=self.shape[0], classes=self.classes, **settings)
+            experts = [
+                BACKBONES[name](channels=self.shape[0], classes=self.classes, **settings)
+                for _ in self.boundaries or [0.0]
+            ]
+            backbone = Routed(experts, self.boundaries) if self.boundaries else experts[0]
             schedule = schedule_from_dict(self.noise_schedule)
             return Denoiser(backbone, schedule, self.prediction, taps).eval()
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
