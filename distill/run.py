@@ -185,14 +185,16 @@ class Run:
         """
         started = time.monotonic() - self.seconds
         ends = self._ends
+        latest: dict[str, Tensor] = {}  # since the last line of the log: not every update happens at a logged step
         record = Record(self.folder, self.config.tensorboard) if self.world.rank == 0 else _nothing
         with stop_requests() as stop:
             while self.step < ends[-1]:
-                metrics = self._one_step()
+                latest |= self._one_step()
                 self.seconds = time.monotonic() - started
                 values: dict[str, float] = {}
                 if self.step % self.config.log_every == 0 or self.step == ends[-1]:
-                    values = {name: value.item() for name, value in metrics.items()}
+                    values = {name: value.item() for name, value in latest.items()}
+                    latest = {}
                     record(self.step, {"seconds": round(self.seconds, 3), "stage": self.stage, **values})
                 if progress is not None:
                     progress(self, values)
@@ -325,7 +327,7 @@ def stop_requests() -> Iterator[_Stop]:
 
 
 def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
-    """A logged step's numbers as recorded and as computed again from the checkpoint before it.
+    """A logged step's own numbers as recorded and as computed again from the checkpoint before it.
 
     Raises ``UserError`` if the step was not logged.
     """
@@ -336,5 +338,5 @@ def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str
         raise UserError(
             f"Step {step} was not logged; logged are every {run.config.log_every} up to {max(logged, default=0)}."
         )
-    recorded = {name: value for name, value in logged[step].items() if name not in ("step", "seconds", "stage")}
-    return recorded, run.advance(step)
+    computed = run.advance(step)
+    return {name: logged[step][name] for name in computed if name in logged[step]}, computed

@@ -83,6 +83,17 @@ def test_every_logged_step_replays_bit_for_bit(tmp_path: Path) -> None:
         replay_step(tmp_path / "run", 13, CPU)
 
 
+def test_the_log_has_every_update_though_some_never_fall_on_a_logged_step(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path, log_every=2)
+    raw["stages"][0]["objective"]["critic_updates"] = 2  # type: ignore[index]
+    Run.create(parse_config(raw, "test"), CPU).train()
+    for line in metrics(tmp_path / "run"):
+        assert {"loss/match", "loss/critic"} <= set(line)
+    recorded, computed = replay_step(tmp_path / "run", 6, CPU)
+    assert recorded == computed
+    assert "loss/match" not in computed, "the student learned at the step before"
+
+
 def test_two_processes_equal_two_accumulated_shards(tmp_path: Path) -> None:
     """2 gloo processes x b against 1 process x 2 micro-shards of b: 1e-6 after 20 updates."""
     steps = 20
