@@ -21,7 +21,7 @@ from fewstep.distill.draws import Draws
 from fewstep.distill.loop import ALONE, Loop, World
 from fewstep.distill.record import Record, environment
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.stage import enter_stage
+from fewstep.distill.stage import enter_stage, learning_rate
 from fewstep.distill.update import Objective
 from fewstep.errors import UserError
 from fewstep.models.denoiser import Denoiser, routed
@@ -132,7 +132,7 @@ class Run:
         wanted = settings.objective
         module = objective_module(wanted.name)
         before = dict(self.roles) if self.stage >= 0 else self._origins
-        roles = enter_stage(before, settings.roles, settings.freeze, settings.steps)
+        roles = enter_stage(before, settings.roles, settings.freeze)
         if missing := wanted.needs - set(roles):
             raise UserError(
                 f"stages.{stage}: the objective {wanted.name!r} needs the roles {sorted(wanted.needs)}, "
@@ -151,6 +151,10 @@ class Run:
             raise UserError(
                 f"stages.{stage}.roles: {sorted(unknown)} is trained by the objective, so it needs a learning rate."
             )
+        first, last = self._ends[stage] - settings.steps, self._ends[stage]
+        for name, role_config in settings.roles.items():
+            updates = sum(u.due.count(first, last) for u in self.objective.updates if name in u.roles)
+            self.roles[name].rate = learning_rate(role_config, updates)
         self.loop = Loop(
             self.roles,
             self.objective,

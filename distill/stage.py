@@ -42,7 +42,7 @@ class RoleConfig(Frozen):
 
     ``init`` names the role that it copies (``teacher``, or ``student`` of the stage before), ``model`` for a freshly
     initialised network, or ``keep`` to go on with what the role was. The learning rate is warmed up linearly over
-    ``warmup`` updates and then constant, or falls to zero as a cosine over the stage's updates.
+    ``warmup`` updates and then constant, or falls to zero as a cosine over the updates that the stage gives the role.
     """
 
     init: str = "teacher"
@@ -55,7 +55,7 @@ class RoleConfig(Frozen):
 
 
 def learning_rate(config: RoleConfig, updates: int) -> Callable[[int], float]:
-    """The factor on ``config.lr`` at the n-th of ``updates`` updates."""
+    """The factor on ``config.lr`` at the n-th of ``updates`` updates of the role."""
 
     def factor(n: int) -> float:
         warm = min(1.0, (n + 1) / (config.warmup + 1))
@@ -64,18 +64,18 @@ def learning_rate(config: RoleConfig, updates: int) -> Callable[[int], float]:
     return factor
 
 
-def make_role(module: nn.Module, config: RoleConfig, updates: int) -> Role:
-    """A trained role with its optimizer (AdamW) over ``module``'s parameters."""
+def make_role(module: nn.Module, config: RoleConfig) -> Role:
+    """A trained role with its optimizer (AdamW) over ``module``'s parameters, at a constant rate so far."""
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
     for group in optimizer.param_groups:
         group["initial_lr"] = config.lr
-    return Role(module, optimizer, learning_rate(config, updates), config.ema)
+    return Role(module, optimizer, decay=config.ema)
 
 
 def enter_stage(
-    before: Mapping[str, Role], configs: Mapping[str, RoleConfig], freeze: Mapping[str, str], updates: int
+    before: Mapping[str, Role], configs: Mapping[str, RoleConfig], freeze: Mapping[str, str]
 ) -> dict[str, Role]:
     """The roles of the next stage: frozen copies first (``freeze`` maps new name -> role), then the trained ones.
 
@@ -98,7 +98,7 @@ def enter_stage(
         roles[name] = Role(duplicate(source(origin, name)))
     for name, config in configs.items():
         if config.init == "keep":
-            roles[name] = make_role(source(name, name).module, config, updates)
+            roles[name] = make_role(source(name, name).module, config)
         else:
-            roles[name] = make_role(duplicate(source(config.init, name)), config, updates)
+            roles[name] = make_role(duplicate(source(config.init, name)), config)
     return roles

@@ -24,6 +24,10 @@ class Due:
     offset: int = 0
     start: int = 0
 
+    def count(self, first: int, last: int) -> int:
+        """How often it is due in ``first`` .. ``last - 1``."""
+        return sum(self(step) for step in range(first, last))
+
     def __call__(self, step: int) -> bool:
         return step >= self.start and (step - self.start) % self.every == self.offset
 

@@ -52,6 +52,7 @@ def test_due_counts_updates() -> None:
     """R = 5: twenty student and a hundred critic updates in a hundred steps; offset and start move them."""
     assert sum(Due(every=5)(step) for step in range(100)) == 20
     assert [step for step in range(12) if Due(every=4, offset=1, start=3)(step)] == [4, 8]
+    assert Due(every=4, offset=1, start=3).count(5, 12) == 1
 
 
 def test_the_critic_of_a_step_sees_the_students_own_sample_without_its_graph() -> None:

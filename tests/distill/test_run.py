@@ -94,6 +94,21 @@ def test_the_log_has_every_update_though_some_never_fall_on_a_logged_step(tmp_pa
     assert "loss/match" not in computed, "the student learned at the step before"
 
 
+def test_a_cosine_ends_at_zero_for_the_role_that_learns_less_often_too(tmp_path: Path) -> None:
+    """A student at half the updates once kept half its rate to the end, while its fake's was gone: quality fell."""
+    raw = tiny_config(tmp_path)
+    stage = raw["stages"][0]  # type: ignore[index]
+    stage["objective"]["critic_updates"] = 3
+    for role in stage["roles"].values():
+        role["decay"] = "cosine"
+    run = Run.create(parse_config(raw, "test"), CPU)
+    run.train()
+    assert (run.roles["student"].updates, run.roles["fake"].updates) == (4, 12)
+    for role in ("student", "fake"):
+        assert run.roles[role].rate(run.roles[role].updates) == pytest.approx(0)
+        assert run.roles[role].rate(0) == 1
+
+
 def test_two_processes_equal_two_accumulated_shards(tmp_path: Path) -> None:
     """2 gloo processes x b against 1 process x 2 micro-shards of b: 1e-6 after 20 updates."""
     steps = 20

@@ -66,7 +66,7 @@ def train(loop: Loop, steps: int) -> dict[str, Tensor]:
 
 
 def trained(module: nn.Module, lr: float = 2e-3) -> Role:
-    return make_role(module, RoleConfig(lr=lr, betas=(0.5, 0.99)), 1000)
+    return make_role(module, RoleConfig(lr=lr, betas=(0.5, 0.99)))
 
 
 def loop_of(roles: Roles, objective: Objective, batch: int = 256, **sources: Source) -> Loop:
@@ -264,7 +264,6 @@ def test_phased_dmd_trains_the_second_expert_behind_the_frozen_first(base):
             {"teacher": Role(TEACHER), "base": Role(base)},
             {"student": learns, "fake": learns},
             freeze={},
-            updates=400,
         )
     )
     noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(3))
@@ -278,7 +277,7 @@ def test_phased_dmd_trains_the_second_expert_behind_the_frozen_first(base):
     train(loop_of(first, phase(first, 1.0, MIDDLE)), 400)
     assert distance_at_s(first.denoiser("student")) < 0.3 * distance_at_s(base)
 
-    second = Roles(enter_stage(first, {"student": learns, "fake": learns}, freeze={"expert": "student"}, updates=400))
+    second = Roles(enter_stage(first, {"student": learns, "fake": learns}, freeze={"expert": "student"}))
     expert, student = second.denoiser("expert"), second.denoiser("student")
     before = snapshot(expert)
     assert same(first.denoiser("student"), before)

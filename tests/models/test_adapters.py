@@ -167,11 +167,11 @@ def test_stages_start_roles_from_one_another_and_average_them(x):
     net = Net()
     weights = {name: value.clone() for name, value in net.state_dict().items()}
     teacher = Role(Denoiser(share(net, rank=2, alpha=2, targets=["enter", "leave"]), RectifiedFlow()))
-    first = enter_stage({"teacher": teacher}, {"student": RoleConfig(lr=0.1, ema=0.5)}, {}, 10)
+    first = enter_stage({"teacher": teacher}, {"student": RoleConfig(lr=0.1, ema=0.5)}, {})
     student = first["student"]
     read(student.module.backbone, x).square().sum().backward(inputs=student.parameters)
     student.step()
-    second = enter_stage(first, {"fake": RoleConfig(init="student", lr=0.1)}, {"old": "student"}, 10)
+    second = enter_stage(first, {"fake": RoleConfig(init="student", lr=0.1)}, {"old": "student"})
     for name in ("fake", "old"):
         for own, average in zip(second[name].parameters, student.average.values(), strict=True):
             torch.testing.assert_close(own, average)
@@ -223,8 +223,8 @@ def two_steps(family: Family, teacher: nn.Module, student: nn.Module, fake: nn.M
     roles = Roles(
         {
             "teacher": Role(family.denoiser(teacher)),
-            "student": make_role(family.denoiser(student), config, 2),
-            "fake": make_role(family.denoiser(fake), config, 2),
+            "student": make_role(family.denoiser(student), config),
+            "fake": make_role(family.denoiser(fake), config),
         }
     )
 
