@@ -68,7 +68,8 @@ class Run:
     def __post_init__(self) -> None:
         self._origins: dict[str, Role] = {}
         if self.config.teacher is not None:
-            model: Model = load_model(self.config.teacher)
+            taps = dict.fromkeys(tap for stage in self.config.stages for tap in stage.objective.taps)
+            model: Model = load_model(self.config.teacher, tuple(taps))
             self.origin = model.config
             self._origins["teacher"] = Role(model.denoiser.to(self.device))
         else:
@@ -132,13 +133,19 @@ class Run:
         wanted = settings.objective
         module = objective_module(wanted.name)
         before = dict(self.roles) if self.stage >= 0 else self._origins
-        roles = enter_stage(before, settings.roles, settings.freeze)
+        probe = self._sources["data"](Draws(0, 0, "probe", 0), 1).to(self.device)
+        network = before["teacher" if "teacher" in before else "model"].module
+        assert isinstance(network, Denoiser)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            networks = wanted.networks(network, probe.shape, probe.condition)
+        roles = enter_stage(before, settings.roles, settings.freeze, networks)
         if missing := wanted.needs - set(roles):
             raise UserError(
                 f"stages.{stage}: the objective {wanted.name!r} needs the roles {sorted(wanted.needs)}, "
                 f"but {sorted(missing)} is not there (under roles: or freeze:; known here: {', '.join(roles)})."
             )
-        if missing := wanted.tensors - set(self._sources["data"](Draws(0, 0, "probe", 0), 1)):
+        if missing := wanted.tensors - set(probe):
             raise UserError(
                 f"stages.{stage}: the objective {wanted.name!r} needs {sorted(missing)} with each condition, and "
                 f"data.kind={self.config.data.kind} brings none; use real images (data.kind=idx data.path=FOLDER)."

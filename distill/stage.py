@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 
 from fewstep.distill.roles import Role
 from fewstep.errors import UserError, nearest
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
 
 
 class Frozen(BaseModel):
@@ -36,12 +39,22 @@ class ObjectiveConfig(Frozen):
         """The tensors, besides the condition, that its batches must bring: none for a data-free method."""
         return frozenset()
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The modules of the teacher's network, and of its copies, whose outputs it reads as features."""
+        return ()
+
+    def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
+        """Networks of its own, by the role that starts from them (``init: new``); ``condition`` has one row."""
+        return {}
+
 
 class RoleConfig(Frozen):
     """How a trained role starts and learns.
 
     ``init`` names the role that it copies (``teacher``, or ``student`` of the stage before), ``model`` for a freshly
-    initialised network, or ``keep`` to go on with what the role was. The learning rate is warmed up linearly over
+    initialised network, ``new`` for one that the objective makes (a discriminator), or ``keep`` to go on with what the
+    role was. The learning rate is warmed up linearly over
     ``warmup`` updates and then constant, or falls to zero as a cosine over the updates that the stage gives the role.
     """
 
@@ -75,7 +88,10 @@ def make_role(module: nn.Module, config: RoleConfig) -> Role:
 
 
 def enter_stage(
-    before: Mapping[str, Role], configs: Mapping[str, RoleConfig], freeze: Mapping[str, str]
+    before: Mapping[str, Role],
+    configs: Mapping[str, RoleConfig],
+    freeze: Mapping[str, str],
+    networks: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> dict[str, Role]:
     """The roles of the next stage: frozen copies first (``freeze`` maps new name -> role), then the trained ones.
 
@@ -99,6 +115,10 @@ def enter_stage(
     for name, config in configs.items():
         if config.init == "keep":
             roles[name] = make_role(source(name, name).module, config)
+        elif config.init == "new":
+            if name not in networks:
+                raise UserError(f"The objective makes no network {name!r}{nearest(name, networks)}; init is wrong.")
+            roles[name] = make_role(networks[name], config)
         else:
             roles[name] = make_role(duplicate(source(config.init, name)), config)
     return roles

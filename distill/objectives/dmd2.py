@@ -1,10 +1,14 @@
-"""DMD2: improved distribution matching distillation (Yin et al., arXiv 2405.14867), without its GAN term.
+"""DMD2: improved distribution matching distillation (Yin et al., arXiv 2405.14867).
 
 The student's x0 after a random number of its own steps (backward simulation, re-noising in between) is noised to
 t ~ U(.02, .98) and moved along the difference of the guided teacher and the fake score:
 
     student:  min 1/2 | x - sg(x + k (T_w(x_t) - F(x_t))) |^2,   k = 1 / mean|x - T_w(x_t)|     every R-th step
     fake:     min E | F(x_t) - x |^2 in the network's own prediction type, t ~ U(0, 1)           every step
+
+and with ``gan``, which needs real images, at noised inputs and t ~ U(0, 1)
+
+    student:  + weight softplus(-D(x_t))        fake and D:  + critic_weight (softplus(D(x_t)) + softplus(-D(real_t)))
 
 In a step that trains both, the student goes first and the fake sees the same sample, as in the published code. That
 code, and this, drop the factor alpha_t that the paper's weight leaves. With ``steps: 1`` and ``critic_updates: 1`` the
@@ -17,13 +21,17 @@ from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
+from torch import Tensor, nn
 
 from fewstep.distill import matching
+from fewstep.distill.adversarial import Gan, Heads, fools, tells_apart
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
-from fewstep.distill.rollouts import renoise_simulation
+from fewstep.distill.rollouts import noised, renoise_simulation
 from fewstep.distill.stage import ObjectiveConfig
 from fewstep.distill.update import Due, Micro, Objective, Term, Update
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
 from fewstep.models.store import FewStep
 from fewstep.samplers.grids import time_uniform
@@ -36,12 +44,34 @@ class Config(ObjectiveConfig):
     guidance: float = 2.0
     critic_updates: int = Field(5, ge=1)
     t_range: tuple[float, float] = (0.02, 0.98)
+    gan: Gan | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | ({"discriminator"} if self.gan else set())
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        return frozenset({"x0"} if self.gan else ())
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return self.gan.taps if self.gan else ()
+
+    def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
+        return {"discriminator": Heads.on(teacher, shape, condition)} if self.gan else {}
 
 
 def build(config: Config, roles: Roles) -> Objective:
     schedule = roles.denoiser("teacher").schedule
     times = time_uniform(config.steps, config.shift)[:-1]
     guidance = Guidance(config.guidance)
+    gan = config.gan
+
+    def logits(x_t: Tensor, t: Tensor, condition: Condition, through: bool = False) -> Tensor:
+        assert gan is not None
+        features = roles.read(gan.features, x_t, t, condition, through=through).cond.features
+        return roles["discriminator"].module(features)  # type: ignore[no-any-return]
 
     def student(m: Micro) -> Iterator[Term]:
         a = m.sample
@@ -53,17 +83,28 @@ def build(config: Config, roles: Roles) -> Objective:
         m.note("health/gap", matching.per_sample_mean((T - F).abs()) * weight)
         m.note("health/sample_sd", a.handle.std())
         yield Term("match", matching.pull(a.handle, T - F, weight))
+        if gan:
+            t = m.draws.uniform(len(a.s), stream="gan")
+            x_t, _ = matching.renoise(schedule, a, t, m.draws)
+            yield Term("gan", gan.weight * fools(logits(x_t, t, a.condition, through=True)))
 
     def fake(m: Micro) -> Iterator[Term]:
         a = m.sample
         t = m.draws.uniform(len(a.s))
         x_t, n = matching.renoise(schedule, a, t, m.draws)
         yield Term("critic", denoising_loss(roles.read("fake", x_t, t, a.condition).out, schedule, a, t, n))
+        if gan:
+            real = m.batch["x0"]
+            t, t_real = (m.draws.uniform(len(a.s), stream=stream) for stream in ("generated", "real"))
+            x_t, _ = matching.renoise(schedule, a, t, m.draws)
+            x_real = noised(schedule, real, m.draws.normal(real.shape, "real"), t_real)
+            generated, genuine = logits(x_t, t, a.condition), logits(x_real, t_real, m.batch.condition)
+            yield Term("discriminator", gan.critic_weight * tells_apart(generated, genuine))
 
     return Objective(
         updates=(
             Update("student", ("student",), student, Due(every=config.critic_updates)),
-            Update("fake", ("fake",), fake),
+            Update("fake", ("fake", "discriminator") if gan else ("fake",), fake),
         ),
         rollout=lambda m: renoise_simulation(m, roles, times),
         few_step=FewStep(times=times, rule="renoise"),

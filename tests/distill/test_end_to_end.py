@@ -23,18 +23,21 @@ from fewstep.samplers.grids import time_uniform
 MODEL = {"backbone": {"name": "unet", "widths": [8], "blocks": [1], "embedding": 8}, "shape": [1, 8, 8], "classes": 10}
 
 
-def settings(objective: str, folder: Path, device: str, precision: str) -> dict[str, Any]:
-    """Three steps of an objective: on real images and a new network where it needs no teacher, else data-free."""
-    needs = objective_module(objective).Config().needs
+def settings(objective: str, folder: Path, device: str, precision: str, **changes: object) -> dict[str, Any]:
+    """Three steps of an objective: on real images and a new network where it needs them, else data-free."""
+    wanted = objective_module(objective).Config(**changes)
     raw: dict[str, Any] = tiny_config(folder, device=device, precision=precision)
-    raw["stages"] = [
-        {"steps": 3, "objective": objective, "roles": {role: {"lr": 1e-3} for role in needs - {"teacher"}}}
-    ]
-    if "teacher" not in needs:
+    roles: dict[str, Any] = {role: {"lr": 1e-3} for role in wanted.needs - {"teacher"}}
+    raw["stages"] = [{"steps": 3, "objective": {"name": objective, **changes}, "roles": roles}]
+    if "discriminator" in roles:
+        roles["discriminator"]["init"] = "new"
+    if "x0" in wanted.tensors:
         pixels = torch.randint(0, 256, (40, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         write_idx(folder, pixels, (torch.arange(40) % 10).to(torch.uint8), "train")
-        raw |= {"teacher": None, "model": MODEL, "data": {"kind": "idx", "path": str(folder)}}
-        raw["stages"][0]["roles"]["student"]["init"] = "model"
+        raw["data"] = {"kind": "idx", "path": str(folder)}
+    if "teacher" not in wanted.needs:
+        raw |= {"teacher": None, "model": MODEL}
+        roles["student"]["init"] = "model"
     return raw
 
 
@@ -55,6 +58,17 @@ def test_an_objective_trains_a_student_that_samples(objective: str, precision: s
     images = fewstep.sample(run, n=20, steps=steps, device="cpu")
     assert images.shape == (20, 1, 8, 8)
     assert images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("features", ["fake", "teacher"])
+def test_dmd2_with_its_gan_term(features: str, tmp_path: Path) -> None:
+    raw = settings("dmd2", tmp_path, "cpu", "float32", critic_updates=1, gan={"features": features})
+    run, lines = trained(raw)
+    assert all({"loss/gan", "loss/discriminator", "loss/match", "loss/critic"} <= set(line) for line in lines)
+    assert fewstep.sample(run, n=4, device="cpu").shape == (4, 1, 8, 8)
+    raw["data"] = {"kind": "labels"}
+    with pytest.raises(UserError, match="use real images"):
+        trained(raw | {"out": str(tmp_path / "none")})
 
 
 def test_an_objective_on_images_is_refused_where_there_are_only_labels(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""Discriminators on the features of a denoiser: heads, GAN losses (arXiv 2405.14867), the density ratio they know.
+
+A head reads what a tap gives at a noised sample, so that the discriminator is the denoiser's own view of it. With the
+logistic loss its optimum is ``log p / q``, the log ratio of real to generated density at that noise level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewstep.distill.stage import Frozen
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
+
+
+class Head(nn.Module):
+    """One logit a sample from a feature map [B, C, ...], or from tokens [B, N, C]: a network a position, averaged."""
+
+    def __init__(self, channels: int, width: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = features if features.ndim == 3 else features.movedim(1, -1)
+        logits: Tensor = self.layers(x.float()).flatten(1).mean(1)
+        return logits
+
+
+class Heads(nn.Module):
+    """A ``Head`` for each tap: features by path -> logits [B, taps], float32."""
+
+    def __init__(self, channels: Mapping[str, int]) -> None:
+        super().__init__()
+        self.paths = tuple(channels)
+        self.heads = nn.ModuleList(Head(channels[path]) for path in self.paths)
+
+    @staticmethod
+    @torch.no_grad()
+    def on(denoiser: Denoiser, shape: tuple[int, ...], condition: Condition) -> Heads:
+        """Heads that fit the taps of ``denoiser``, found out by one read; ``condition`` has one row."""
+        device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+        features = denoiser(torch.zeros(1, *shape, device=device), 0.5, condition).features
+        return Heads({path: x.shape[-1] if x.ndim == 3 else x.shape[1] for path, x in features.items()}).to(device)
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([head(features[path]) for path, head in zip(self.paths, self.heads, strict=True)], 1)
+
+
+class Gan(Frozen):
+    """A GAN term: ``weight`` of the student's loss, ``critic_weight`` of the discriminator's, heads on these ``taps``.
+
+    ``features`` says whose: the fake score's, which then learn for the discriminator, too (DMD2), or the frozen
+    teacher's (FastGen, f-distill).
+    """
+
+    weight: float = 3e-3
+    critic_weight: float = 1e-2
+    features: str = "fake"
+    taps: tuple[str, ...] = ("mid.1",)
+
+
+def fools(logits: Tensor) -> Tensor:
+    """The generator's non-saturating loss, ``mean softplus(-logits)``."""
+    return F.softplus(-logits).mean()
+
+
+def tells_apart(generated: Tensor, real: Tensor) -> Tensor:
+    """The discriminator's logistic loss; ``2 log 2`` where it cannot."""
+    return F.softplus(generated).mean() + F.softplus(-real).mean()
+
+
+def density_ratio(logits: Tensor, low: float = 0.1, high: float = 20.0) -> Tensor:
+    """``p / q`` [B] of real to generated density from logits [B, taps], detached, in [low, high]."""
+    return logits.detach().float().mean(1).clamp(-10, 10).exp().clamp(low, high)
