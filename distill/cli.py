@@ -207,6 +207,27 @@ def demo(folder: Annotated[Path, typer.Option("--out", help="The run folder.")] 
 
 
 @app.command()
+def pairs(
+    source: Source,
+    file: Annotated[Path, typer.Option("--out", help="A safetensors file, for data.path with data.kind=pairs.")],
+    n: Annotated[int, typer.Option("--n", help="How many pairs.")] = 10_000,
+    solver: Annotated[str, typer.Option(help="euler, heun or ddim.")] = "heun",
+    steps: int = 18,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 1.0,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Sample a teacher and keep the noise beside the samples: what a regression term learns from."""
+    with _bar() as bar:
+        task = bar.add_task("sampling", total=n)
+        api.make_pairs(
+            source, file, n=n, solver=solver, steps=steps, guidance=guidance, seed=seed, device=device,
+            progress=lambda done: bar.update(task, completed=done),
+        )  # fmt: skip
+    out.print(f"{n} pairs are in {file}.")
+
+
+@app.command()
 def reference(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder with the four idx files.")],
     folder: Annotated[Path, typer.Option("--out", help="A new folder for the reference.")],

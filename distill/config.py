@@ -21,16 +21,17 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class DataConfig(Frozen):
-    """What a step starts from: ``labels`` (drawn uniformly; data-free) or ``idx`` (labelled images from a folder)."""
+    """What a step starts from: ``labels`` (drawn uniformly; data-free), ``idx`` (labelled images from a folder) or
+    ``pairs`` (a file that ``fewstep pairs`` wrote)."""
 
-    kind: Literal["labels", "idx"] = "labels"
+    kind: Literal["labels", "idx", "pairs"] = "labels"
     path: str | None = None
     split: Literal["train", "test"] = "train"
 
     @model_validator(mode="after")
-    def _path_for_idx(self) -> DataConfig:
-        if self.kind == "idx" and self.path is None:
-            raise ValueError("kind idx needs a path")
+    def _path_where_needed(self) -> DataConfig:
+        if self.kind != "labels" and self.path is None:
+            raise ValueError(f"kind {self.kind} needs a path")
         return self
 
 

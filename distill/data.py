@@ -20,6 +20,7 @@ from torch import Tensor
 from fewstep.distill.draws import Draws
 from fewstep.errors import UserError
 from fewstep.models.condition import Condition
+from fewstep.models.store import read_tensors
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,21 @@ class Images:
         return Batch(size, tuple(x0.shape[1:]), condition, {"x0": x0})
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Noise, scaled as at t = 1, and what the teacher's ODE made of it: ``noise`` and ``x0``, float32 [N, ...]."""
+
+    noise: Tensor
+    x0: Tensor
+    labels: Tensor
+    classes: int
+
+    def __call__(self, draws: Draws, size: int) -> Batch:
+        rows = draws.integers(size, len(self.x0))
+        condition = Condition.of_labels(self.labels[rows], self.classes)
+        return Batch(size, tuple(self.x0.shape[1:]), condition, {"noise": self.noise[rows], "x0": self.x0[rows]})
+
+
 def to_unit(images: Tensor) -> Tensor:
     """uint8 0..255 -> float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -127,3 +143,11 @@ def _read_idx_file(folder: Path, name: str) -> Tensor:
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise UserError(f"{file} is not a whole idx file: {error}.") from error
     return torch.frombuffer(bytearray(content[4 + 4 * axes :]), dtype=torch.uint8).reshape(shape)
+
+
+def read_pairs(file: Path, classes: int) -> Pairs:
+    """A file that ``fewstep pairs`` wrote. Raises ``UserError`` if it is none."""
+    tensors = read_tensors(file)
+    if set(tensors) != {"noise", "x0", "labels"} or len({len(tensor) for tensor in tensors.values()}) != 1:
+        raise UserError(f"{file} holds no pairs (noise, x0 and labels of one length): make it with fewstep pairs.")
+    return Pairs(tensors["noise"].float(), tensors["x0"].float(), tensors["labels"].long(), classes)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.distill import checkpoint
 from fewstep.distill.config import Config, StageConfig, dump_config, load_config, objective_module
-from fewstep.distill.data import Images, Labels, Source, read_idx
+from fewstep.distill.data import Images, Labels, Pairs, Source, read_idx, read_pairs
 from fewstep.distill.draws import Draws
 from fewstep.distill.loop import ALONE, Loop, World
 from fewstep.distill.record import Record, environment
@@ -119,13 +119,19 @@ class Run:
         if data.kind == "labels":
             return {"data": Labels(self.origin.classes, self.origin.shape)}
         assert data.path is not None
-        images, labels = read_idx(data.path, data.split)
-        if tuple(images.shape[1:]) != self.origin.shape or int(labels.max()) >= self.origin.classes:
+        source: Images | Pairs
+        if data.kind == "pairs":
+            source = read_pairs(Path(data.path), self.origin.classes)
+            shape = tuple(source.x0.shape[1:])
+        else:
+            source = Images(*read_idx(data.path, data.split), self.origin.classes)
+            shape = tuple(source.images.shape[1:])
+        if shape != self.origin.shape or int(source.labels.max()) >= self.origin.classes:
             raise UserError(
-                f"The images in {data.path} are {list(images.shape[1:])} with labels up to {int(labels.max())}; "
+                f"The images in {data.path} are {list(shape)} with labels up to {int(source.labels.max())}; "
                 f"the model is for {list(self.origin.shape)} and {self.origin.classes} classes."
             )
-        return {"data": Images(images, labels, self.origin.classes)}
+        return {"data": source}
 
     def _enter(self, stage: int) -> None:
         """Builds roles, objective and loop of a stage, from the roles of the one before."""
@@ -148,7 +154,8 @@ class Run:
         if missing := wanted.tensors - set(probe):
             raise UserError(
                 f"stages.{stage}: the objective {wanted.name!r} needs {sorted(missing)} with each condition, and "
-                f"data.kind={self.config.data.kind} brings none; use real images (data.kind=idx data.path=FOLDER)."
+                f"data.kind={self.config.data.kind} brings none; use real images (data.kind=idx data.path=FOLDER)"
+                f"{' or pairs that fewstep pairs makes (data.kind=pairs data.path=FILE)' * ('noise' in missing)}."
             )
         self.stage = stage
         self.roles = Roles(roles, PRECISIONS[self.config.precision])

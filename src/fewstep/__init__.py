@@ -1,6 +1,6 @@
 """fewstep: distil a many-step diffusion or flow model into a few-step generator."""
 
-from fewstep.api import compare, evaluate, load, report, sample, train
+from fewstep.api import compare, evaluate, load, make_pairs, report, sample, train
 from fewstep.errors import UserError
 from fewstep.eval.pictures import save_grid
 from fewstep.models.condition import Condition
@@ -17,6 +17,7 @@ __all__ = [
     "evaluate",
     "load",
     "load_model",
+    "make_pairs",
     "report",
     "sample",
     "save_grid",

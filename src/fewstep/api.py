@@ -21,8 +21,8 @@ from fewstep.eval.pictures import comparison, save_picture
 from fewstep.eval.references import load_reference
 from fewstep.eval.report import write_report
 from fewstep.eval.validation import Validation
-from fewstep.models.store import Model, load_model, write_text
-from fewstep.samplers.sample import plan, steps_within
+from fewstep.models.store import Model, load_model, write_tensors, write_text
+from fewstep.samplers.sample import SampleNoise, plan, steps_within
 
 Source = str | Path
 
@@ -156,6 +156,19 @@ def _teacher_scores(run: Path, features_sha256: str) -> list[Score]:
 
 def _default_json(source: Path) -> Path | None:
     return source / "eval.json" if (source / "config.yaml").is_file() else None
+
+
+def make_pairs(
+    source: Source, file: Source, *, n: int = 10_000, solver: str = "heun", steps: int = 18, guidance: float = 1.0,
+    seed: int = 0, device: str = "auto", progress: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
+    """Noise and what a teacher's solver makes of it, ``n`` pairs with labels in turn, as a safetensors file."""
+    model = load(source, device)
+    labels = cycled_labels(n, model.config.classes)
+    samples = draw(model, labels, solver=solver, steps=steps, guidance=guidance, seed=seed, progress=progress)
+    noise = SampleNoise(seed, range(n), model.config.shape, torch.device("cpu"))()
+    start = float(model.denoiser.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)))
+    write_tensors({"noise": start * noise, "x0": samples.x0, "labels": labels}, Path(file))
 
 
 def compare(run: Source, device: str = "auto", columns: int = 20, seed: int = 0, guidance: float = 1.5) -> Path:

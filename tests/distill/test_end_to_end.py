@@ -31,7 +31,10 @@ def settings(objective: str, folder: Path, device: str, precision: str, **change
     raw["stages"] = [{"steps": 3, "objective": {"name": objective, **changes}, "roles": roles}]
     if "discriminator" in roles:
         roles["discriminator"]["init"] = "new"
-    if "x0" in wanted.tensors:
+    if "noise" in wanted.tensors:
+        fewstep.make_pairs(folder / "teacher", folder / "pairs.safetensors", n=40, steps=2, device="cpu")
+        raw["data"] = {"kind": "pairs", "path": str(folder / "pairs.safetensors")}
+    elif "x0" in wanted.tensors:
         pixels = torch.randint(0, 256, (40, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         write_idx(folder, pixels, (torch.arange(40) % 10).to(torch.uint8), "train")
         raw["data"] = {"kind": "idx", "path": str(folder)}
