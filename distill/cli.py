@@ -209,7 +209,7 @@ def demo(folder: Annotated[Path, typer.Option("--out", help="The run folder.")] 
 @app.command()
 def pairs(
     source: Source,
-    file: Annotated[Path, typer.Option("--out", help="A safetensors file, for data.path with data.kind=pairs.")],
+    file: Annotated[Path, typer.Option("--out", help="A safetensors file, for data.path with data.kind=tensors.")],
     n: Annotated[int, typer.Option("--n", help="How many pairs.")] = 10_000,
     solver: Annotated[str, typer.Option(help="euler, heun or ddim.")] = "heun",
     steps: int = 18,

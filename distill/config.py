@@ -22,9 +22,9 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 class DataConfig(Frozen):
     """What a step starts from: ``labels`` (drawn uniformly; data-free), ``idx`` (labelled images from a folder) or
-    ``pairs`` (a file that ``fewstep pairs`` wrote)."""
+    ``tensors`` (a safetensors file of labelled samples, as ``fewstep pairs`` writes)."""
 
-    kind: Literal["labels", "idx", "pairs"] = "labels"
+    kind: Literal["labels", "idx", "tensors"] = "labels"
     path: str | None = None
     split: Literal["train", "test"] = "train"
 

@@ -73,6 +73,11 @@ class Images:
     labels: Tensor
     classes: int
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image."""
+        return tuple(self.images.shape[1:])
+
     def __call__(self, draws: Draws, size: int) -> Batch:
         rows = draws.integers(size, len(self.images))
         x0 = to_unit(self.images[rows])
@@ -81,18 +86,22 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Noise, scaled as at t = 1, and what the teacher's ODE made of it: ``noise`` and ``x0``, float32 [N, ...]."""
+class Stored:
+    """Named tensors of one sample each, float32 [N, ...], with labels: noise and x0, winner and loser."""
 
-    noise: Tensor
-    x0: Tensor
+    tensors: Mapping[str, Tensor]
     labels: Tensor
     classes: int
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return tuple(next(iter(self.tensors.values())).shape[1:])
+
     def __call__(self, draws: Draws, size: int) -> Batch:
-        rows = draws.integers(size, len(self.x0))
+        rows = draws.integers(size, len(self.labels))
         condition = Condition.of_labels(self.labels[rows], self.classes)
-        return Batch(size, tuple(self.x0.shape[1:]), condition, {"noise": self.noise[rows], "x0": self.x0[rows]})
+        return Batch(size, self.shape, condition, {name: tensor[rows] for name, tensor in self.tensors.items()})
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -145,9 +154,11 @@ def _read_idx_file(folder: Path, name: str) -> Tensor:
     return torch.frombuffer(bytearray(content[4 + 4 * axes :]), dtype=torch.uint8).reshape(shape)
 
 
-def read_pairs(file: Path, classes: int) -> Pairs:
-    """A file that ``fewstep pairs`` wrote. Raises ``UserError`` if it is none."""
+def read_stored(file: Path, classes: int) -> Stored:
+    """A safetensors file with ``labels`` [N] and other tensors [N, ...]. Raises ``UserError`` if it is none."""
     tensors = read_tensors(file)
-    if set(tensors) != {"noise", "x0", "labels"} or len({len(tensor) for tensor in tensors.values()}) != 1:
-        raise UserError(f"{file} holds no pairs (noise, x0 and labels of one length): make it with fewstep pairs.")
-    return Pairs(tensors["noise"].float(), tensors["x0"].float(), tensors["labels"].long(), classes)
+    labels = tensors.pop("labels", None)
+    shapes = {tensor.shape for tensor in tensors.values()}
+    if labels is None or len(shapes) != 1 or len(next(iter(tensors.values()))) != len(labels):
+        raise UserError(f"{file} does not hold labels and samples, all of one number and shape: make it with fewstep.")
+    return Stored({name: tensor.float() for name, tensor in tensors.items()}, labels.long(), classes)

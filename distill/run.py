@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.distill import checkpoint
 from fewstep.distill.config import Config, StageConfig, dump_config, load_config, objective_module
-from fewstep.distill.data import Images, Labels, Pairs, Source, read_idx, read_pairs
+from fewstep.distill.data import Images, Labels, Source, Stored, read_idx, read_stored
 from fewstep.distill.draws import Draws
 from fewstep.distill.loop import ALONE, Loop, World
 from fewstep.distill.record import Record, environment
@@ -25,7 +25,7 @@ from fewstep.distill.stage import enter_stage, learning_rate
 from fewstep.distill.update import Objective
 from fewstep.errors import UserError
 from fewstep.models.denoiser import Denoiser, routed
-from fewstep.models.store import Model, ModelConfig, load_model, save_model, write_text
+from fewstep.models.store import FewStep, Model, ModelConfig, load_model, save_model, write_text
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,6 +60,7 @@ class Run:
     roles: Roles = field(init=False)
     objective: Objective = field(init=False)
     loop: Loop = field(init=False)
+    few_step: FewStep | None = field(init=False, default=None)
     stage: int = field(init=False, default=-1)
     step: int = field(init=False, default=0)
     best: dict[str, float] = field(init=False, default_factory=dict)
@@ -119,16 +120,14 @@ class Run:
         if data.kind == "labels":
             return {"data": Labels(self.origin.classes, self.origin.shape)}
         assert data.path is not None
-        source: Images | Pairs
-        if data.kind == "pairs":
-            source = read_pairs(Path(data.path), self.origin.classes)
-            shape = tuple(source.x0.shape[1:])
+        source: Images | Stored
+        if data.kind == "tensors":
+            source = read_stored(Path(data.path), self.origin.classes)
         else:
             source = Images(*read_idx(data.path, data.split), self.origin.classes)
-            shape = tuple(source.images.shape[1:])
-        if shape != self.origin.shape or int(source.labels.max()) >= self.origin.classes:
+        if source.shape != self.origin.shape or int(source.labels.max()) >= self.origin.classes:
             raise UserError(
-                f"The images in {data.path} are {list(shape)} with labels up to {int(source.labels.max())}; "
+                f"The images in {data.path} are {list(source.shape)} with labels up to {int(source.labels.max())}; "
                 f"the model is for {list(self.origin.shape)} and {self.origin.classes} classes."
             )
         return {"data": source}
@@ -154,8 +153,8 @@ class Run:
         if missing := wanted.tensors - set(probe):
             raise UserError(
                 f"stages.{stage}: the objective {wanted.name!r} needs {sorted(missing)} with each condition, and "
-                f"data.kind={self.config.data.kind} brings none; use real images (data.kind=idx data.path=FOLDER)"
-                f"{' or pairs that fewstep pairs makes (data.kind=pairs data.path=FILE)' * ('noise' in missing)}."
+                f"data.kind={self.config.data.kind} brings {sorted(probe) or 'none'}; use real images (data.kind=idx "
+                "data.path=FOLDER) or a file of samples (data.kind=tensors data.path=FILE; fewstep pairs makes one)."
             )
         self.stage = stage
         self.roles = Roles(roles, PRECISIONS[self.config.precision])
@@ -165,6 +164,7 @@ class Run:
             raise UserError(
                 f"stages.{stage}.roles: {sorted(unknown)} is trained by the objective, so it needs a learning rate."
             )
+        self.few_step = self.objective.few_step or (self.few_step if stage else self.origin.few_step)
         first, last = self._ends[stage] - settings.steps, self._ends[stage]
         for name, role_config in settings.roles.items():
             updates = sum(u.due.count(first, last) for u in self.objective.updates if name in u.roles)
@@ -186,7 +186,7 @@ class Run:
         """The config under which the student is saved: the teacher's, and how the objective samples it."""
         boundaries = tuple(lowest for _, lowest in self.objective.experts)
         routed = boundaries if len(boundaries) > 1 else None
-        return self.origin.model_copy(update={"few_step": self.objective.few_step, "boundaries": routed})
+        return self.origin.model_copy(update={"few_step": self.few_step, "boundaries": routed})
 
     @property
     def generator(self) -> Denoiser:

@@ -141,8 +141,8 @@ class Objective:
     """A method: its updates in order, the rollout that makes their sample, and how what it trains is sampled.
 
     ``state`` names tensors that must survive a checkpoint besides the roles (a buffer that the policy refills); they
-    are saved and restored in place. ``experts`` lists (role, lowest time) from noise downwards where the generator is
-    not the student alone.
+    are saved and restored in place. ``few_step`` is how its student is sampled; None leaves that as it was. ``experts``
+    lists (role, lowest time) from noise downwards where the generator is not the student alone.
     """
 
     updates: tuple[Update, ...]

@@ -6,9 +6,9 @@ guided teacher and the fake score; besides, it must map the noise of known pairs
     student:  min 1/2 | x - sg(x + k (T_w(x_t) - F(x_t))) |^2 + regression |x(noise) - y|^2,  k = 1 / mean|x - T_w(x_t)|
     fake:     min E | F(x_t) - x |^2 in the network's own prediction type, t ~ U(0, 1)
 
-``fewstep pairs`` makes the pairs (``data.kind: pairs``); ``regression: 0`` needs none. Two differences: the distance is
-the mean square (the paper's LPIPS needs weights that are not here), and, as in every published code, the factor alpha_t
-that the paper's weight leaves is dropped.
+``fewstep pairs`` makes the pairs (``data.kind: tensors``); ``regression: 0`` needs none. Two differences: the distance
+is the mean square (the paper's LPIPS needs weights that are not here), and, as in every published code, the factor
+alpha_t that the paper's weight leaves is dropped.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from worlds import FLOW, Affine, gaussian, tiny_config, tiny_teacher, trained
 
 import fewstep
 from fewstep.distill.config import parse_config
-from fewstep.distill.data import Pairs, read_pairs
+from fewstep.distill.data import Stored, read_stored
 from fewstep.distill.loop import Loop
 from fewstep.distill.objectives import dmd
 from fewstep.distill.roles import Role, Roles
@@ -24,19 +24,21 @@ from fewstep.samplers.predictor import Predictor
 def test_a_pair_is_noise_and_what_the_solver_makes_of_it(tmp_path: Path) -> None:
     teacher = tiny_teacher(tmp_path / "teacher")
     fewstep.make_pairs(teacher, tmp_path / "pairs.safetensors", n=25, steps=3, guidance=2.0, device="cpu")
-    pairs = read_pairs(tmp_path / "pairs.safetensors", 10)
+    pairs = read_stored(tmp_path / "pairs.safetensors", 10)
     assert pairs.labels.tolist() == [k % 10 for k in range(25)]
     condition = fewstep.Condition.of_labels(pairs.labels, 10)
     predict = Predictor(load_model(teacher).denoiser, condition, fewstep.Guidance(2.0))
     with torch.no_grad():
-        torch.testing.assert_close(heun(predict, pairs.noise, (1.0, 2 / 3, 1 / 3, 0.0)), pairs.x0, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            heun(predict, pairs.tensors["noise"], (1.0, 2 / 3, 1 / 3, 0.0)), pairs.tensors["x0"], atol=1e-5, rtol=1e-5
+        )
 
 
 def test_the_regression_is_the_mean_square_on_the_pairs() -> None:
     """At the teacher's own law the matching vanishes; mu feels 2 regression mean(mu + rho z - y)."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(100, 4, generator=generator)
-    pairs = Pairs(noise, 2 + noise, torch.zeros(100, dtype=torch.long), 1)
+    pairs = Stored({"noise": noise, "x0": 2 + noise}, torch.zeros(100, dtype=torch.long), 1)
     student = trained(Denoiser(Affine(1.0, 0.8), FLOW, "x0"))
     roles = Roles({"teacher": Role(gaussian(1.0, 0.8, 4)), "student": student, "fake": Role(gaussian(1.0, 0.8, 4))})
     objective = dmd.build(dmd.Config(guidance=1.0, regression=0.5), roles)
@@ -50,11 +52,11 @@ def test_the_regression_is_the_mean_square_on_the_pairs() -> None:
 def test_without_pairs_the_regression_is_refused_and_says_how_to_make_them(tmp_path: Path) -> None:
     raw = tiny_config(tmp_path)
     raw["stages"][0]["objective"] = {"name": "dmd"}  # type: ignore[index]
-    with pytest.raises(UserError, match="pairs that fewstep pairs makes"):
+    with pytest.raises(UserError, match="fewstep pairs makes one"):
         fewstep.train(parse_config(raw, "test"))
 
 
-def test_a_file_without_pairs_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_samples_is_refused(tmp_path: Path) -> None:
     write_tensors({"noise": torch.zeros(3, 1)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="holds no pairs"):
-        read_pairs(tmp_path / "x.safetensors", 10)
+    with pytest.raises(UserError, match="does not hold labels and samples"):
+        read_stored(tmp_path / "x.safetensors", 10)

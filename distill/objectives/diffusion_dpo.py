@@ -1,0 +1,78 @@
+"""Diffusion-DPO: tune a model on pairs of a preferred and a rejected sample (Wallace et al., arXiv 2311.12908).
+
+Both are noised with one t and one noise. What counts is how much better than a frozen reference the policy predicts the
+winner, against how much better it predicts the loser:
+
+    l_i = mean|target - policy(x_i_t)|^2 - mean|target - reference(x_i_t)|^2
+    z   = -beta/2 (l_winner - l_loser)              student:  min E softplus(-z)
+
+As in the released code (in the paper the noises are independent, the error is a sum and the constant beta). ``error``
+is the space of the target: ``noise`` (the paper's), ``v``, or ``velocity`` (Flow-DPO, arXiv 2501.13918); they weigh t
+differently. The reference is a frozen role: ``freeze: {reference: teacher}``, or the student of the stage before, to
+tune a few-step student; then ``times`` are the student's own, the only ones at which it is ever read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from fewstep.distill.matching import per_sample_mean
+from fewstep.distill.roles import Roles
+from fewstep.distill.stage import ObjectiveConfig
+from fewstep.distill.update import Micro, Objective, Term, Update
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import expand_like
+from fewstep.models.prediction import Coefficients
+
+
+class Config(ObjectiveConfig):
+    name: Literal["diffusion_dpo"] = "diffusion_dpo"
+    beta: float = Field(100.0, gt=0)
+    error: Literal["noise", "v", "velocity"] = "velocity"
+    times: tuple[float, ...] | None = None
+    t_range: tuple[float, float] = (0.001, 0.999)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"student", "reference"})
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        return frozenset({"winner", "loser"})
+
+
+def build(config: Config, roles: Roles) -> Objective:
+    schedule = roles.denoiser("student").schedule
+
+    def student(m: Micro) -> Iterator[Term]:
+        x0 = torch.cat([m.batch["winner"], m.batch["loser"]])
+        condition = Condition.cat(m.batch.condition, m.batch.condition)
+        if config.times:
+            t = torch.tensor(config.times, dtype=torch.float64)[m.draws.integers(m.batch.size, len(config.times))]
+        else:
+            t = m.draws.uniform(m.batch.size, *config.t_range)
+        noise = m.draws.normal(m.batch["winner"].shape)
+        t, noise = torch.cat([t, t]), torch.cat([noise, noise])
+        c = Coefficients.at(schedule, expand_like(t, x0))
+        x_t = c.alpha.to(x0) * x0 + c.sigma.to(x0) * noise
+        a, b = c.row(config.error)
+        target = a.to(x0) * x0 + b.to(x0) * noise
+
+        def errors(role: str) -> Tensor:
+            out = roles.read(role, x_t, t, condition).out.view(config.error)
+            return per_sample_mean((target - out).square()).flatten()
+
+        policy, reference = errors("student"), errors("reference")
+        winner, loser = (policy - reference).chunk(2)
+        z = -config.beta / 2 * (winner - loser)
+        m.note("health/accuracy", (z > 0).float())
+        m.note("health/winner_error", policy.chunk(2)[0])  # rising: the likelihood of both is being pushed down
+        yield Term("dpo", F.softplus(-z).mean())
+
+    return Objective(updates=(Update("student", ("student",), student),))
