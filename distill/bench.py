@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from fewstep.distill.devices import pick_device
 from fewstep.distill.record import environment
 from fewstep.distill.run import Run
 from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
 class Call:
-    """One evaluation of a backbone, as a step made it; ``graph`` tells whether it was differentiated."""
+    """One evaluation of a role's backbone, as a step made it; ``graph`` tells whether it was differentiated."""
 
+    role: str
     backbone: nn.Module
     x: Tensor
     t: Tensor
@@ -38,20 +41,21 @@ class Call:
             torch.autograd.backward(output, torch.ones_like(output), inputs=list(self.backbone.parameters()))
 
 
-def record(run: Run, steps: range) -> list[Call]:
-    """The network evaluations of some steps, in order."""
+def calls_of(run: Run, work: Callable[[], object]) -> list[Call]:
+    """The network evaluations that ``work`` makes through the run's roles, in order."""
     calls: list[Call] = []
 
-    def hook(module: nn.Module, inputs: tuple[Tensor, Tensor, Condition], output: Tensor) -> None:
+    def hook(role: str, module: nn.Module, inputs: tuple[Tensor, Tensor, Condition], output: Tensor) -> None:
         x, t, condition = inputs
-        calls.append(Call(module, x.detach(), t, condition, torch.is_grad_enabled()))
+        calls.append(Call(role, module, x.detach(), t, condition, torch.is_grad_enabled()))
 
-    backbones = [run.roles.denoiser(name).backbone for name in run.roles]
-    handles = [backbone.register_forward_hook(hook) for backbone in backbones]
-    for step in steps:
-        run.loop.step(step)
-    for handle in handles:
-        handle.remove()
+    denoisers = {name: role.module for name, role in run.roles.items() if isinstance(role.module, Denoiser)}
+    handles = [module.backbone.register_forward_hook(partial(hook, name)) for name, module in denoisers.items()]
+    try:
+        work()
+    finally:
+        for handle in handles:
+            handle.remove()
     return calls
 
 
@@ -62,11 +66,12 @@ def bench_step(config: Config, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(config, Path(folder), device)
         cycle = range(max(update.due.every for update in run.objective.updates))
-        calls = record(run, cycle)
 
         def full() -> None:
             for step in cycle:
                 run.loop.step(step)
+
+        calls = calls_of(run, full)
 
         def bare() -> None:
             for call in calls:

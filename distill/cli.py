@@ -22,6 +22,7 @@ from fewstep.distill.config import load_config
 from fewstep.distill.data import read_idx
 from fewstep.distill.devices import pick_device
 from fewstep.distill.run import Interrupted, Run, replay_step, run_config
+from fewstep.distill.show import show
 from fewstep.errors import UserError
 from fewstep.eval.evaluate import Score, read_scores
 from fewstep.eval.pictures import save_grid
@@ -245,6 +246,24 @@ def reference(
             progress=lambda step, steps, loss: bar.update(task, completed=step, total=steps),
         )  # fmt: skip
     out.print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
+
+
+@app.command("show")
+def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Explain a config: the method's equations, its updates and what they cost, where it departs from the defaults."""
+    for number, view in enumerate(show(load_config(config, overrides or []))):
+        out.print(f"stages.{number}: {view.text}\n", markup=False, highlight=False)
+        table = Table("update", "trains", "due", "evaluations a sample and update: role without + with gradient")
+        for row in view.updates:
+            costs = ", ".join(f"{role} {plain:.3g} + {graph:.3g}" for role, (plain, graph) in row.evaluations.items())
+            due = "every step" if row.due.every == 1 else f"one step in {row.due.every}"
+            table.add_row(row.name, ", ".join(row.roles), due, costs)
+        out.print(table)
+        out.print(f"Forward passes a sample and step, over all roles: {view.evaluations_a_step:.3g}.")
+        settings = Table("setting", "here", "default")
+        for key, here, default in view.changed:
+            settings.add_row(key, str(here), str(default))
+        out.print(settings if view.changed else "All settings of the objective are its defaults.")
 
 
 @bench.command("step")

@@ -81,6 +81,19 @@ def test_replay_and_report_of_a_run(finished: Path) -> None:
     assert "<html" in (finished / "report.html").read_text()
 
 
+def test_show_explains_a_config_and_counts_its_evaluations(tmp_path: Path) -> None:
+    changes = ["stages.0.objective.name=dmd2", "stages.0.objective.steps=1", "stages.0.objective.critic_updates=2"]
+    done = fewstep("show", write_config(tmp_path), *changes)
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "student: min 1/2 | x - sg(" in text
+    # the student once with gradient, the guided teacher twice, the fake once; then the fake on the same kind of sample
+    assert "student 0 + 1, teacher 2 + 0, fake 1 + 0" in text
+    assert "one step in 2" in text
+    assert "over all roles: 3.5." in text
+    assert "critic_updates" in text
+
+
 def test_bench_step_reports_a_paired_ratio(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     done = fewstep("bench", "step", write_config(tmp_path), "--rounds", 2, "--json", file)
