@@ -38,7 +38,7 @@ types: .venv/installed-dev
 SCORE = $(BIN)/fewstep eval fashion --json models/pretrained/fashion/eval.json
 teacher-scores: .venv/installed
 	$(SCORE) --solver euler,heun,ddim --nfe 4,8 --guidance 1,1.4,2
-	$(SCORE) --solver heun --nfe 64 --guidance 1.2,1.4,1.6
+	$(SCORE) --solver heun --nfe 64 --guidance 1.3,1.4
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

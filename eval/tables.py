@@ -1,7 +1,7 @@
 """Tables of scores: rows for the terminal, and Markdown in the documentation made from committed result files.
 
-A block ``<!-- scores: FILE ... -->`` … ``<!-- end -->`` holds the table of those files' scores. ``python -m
-fewstep.eval.tables README.md`` writes the blocks anew; a test checks that they agree with the files.
+A block ``<!-- best scores: FILE ... -->`` … ``<!-- end -->`` holds the table of those files' scores, of the teachers'
+only the best. ``python -m fewstep.eval.tables README.md`` writes the blocks anew; a test checks that they agree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fewstep.eval.evaluate import Score, read_scores
 
-BLOCK = re.compile(r"(<!-- scores: (?P<files>[^>]*?) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- best scores: (?P<files>[^>]*?) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
 
 
 def best_teacher(scores: Sequence[Score]) -> list[Score]:

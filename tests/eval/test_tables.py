@@ -57,7 +57,7 @@ def test_rows_give_mean_and_deviation_over_seeds() -> None:
 
 def test_a_block_is_made_anew_from_its_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([score(1.25).model_dump()]))
-    page = "Text\n<!-- scores: a.json -->\nold\n<!-- end -->\nmore"
+    page = "Text\n<!-- best scores: a.json -->\nold\n<!-- end -->\nmore"
     made = refreshed(page, tmp_path)
     assert "| fashion | euler | 1 | 4 | 1.250 | 100 | 0 | 2 |\n<!-- end -->\nmore" in made
     assert refreshed(made, tmp_path) == made
