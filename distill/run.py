@@ -144,6 +144,12 @@ class Run:
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             networks = wanted.networks(network, probe.shape, probe.condition)
+        for name in networks:
+            if name in settings.roles and settings.roles[name].init not in ("new", "keep"):
+                raise UserError(
+                    f"stages.{stage}.roles.{name}.init = {settings.roles[name].init!r}: the objective {wanted.name!r} "
+                    "makes this network itself; use init: new."
+                )
         roles = enter_stage(before, settings.roles, settings.freeze, networks)
         if missing := wanted.needs - set(roles):
             raise UserError(
@@ -186,7 +192,10 @@ class Run:
         """The config under which the student is saved: the teacher's, and how the objective samples it."""
         boundaries = tuple(lowest for _, lowest in self.objective.experts)
         routed = boundaries if len(boundaries) > 1 else None
-        return self.origin.model_copy(update={"few_step": self.few_step, "boundaries": routed})
+        backbone = self.origin.backbone | self.objective.backbone
+        return self.origin.model_copy(
+            update={"few_step": self.few_step, "boundaries": routed, "backbone": backbone},
+        )
 
     @property
     def generator(self) -> Denoiser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,7 +142,8 @@ class Objective:
 
     ``state`` names tensors that must survive a checkpoint besides the roles (a buffer that the policy refills); they
     are saved and restored in place. ``few_step`` is how its student is sampled; None leaves that as it was. ``experts``
-    lists (role, lowest time) from noise downwards where the generator is not the student alone.
+    lists (role, lowest time) from noise downwards where the generator is not the student alone. ``backbone`` holds
+    settings of the student's network that differ from the teacher's.
     """
 
     updates: tuple[Update, ...]
@@ -150,3 +151,4 @@ class Objective:
     state: Mapping[str, Tensor] = field(default_factory=dict)
     few_step: FewStep | None = None
     experts: tuple[tuple[str, float], ...] = (("student", 0.0),)
+    backbone: dict[str, Any] = field(default_factory=dict)

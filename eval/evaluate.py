@@ -79,6 +79,8 @@ def draw(
     """One sample for each label [N], numbered from ``first``; raises ``UserError`` as ``plan`` does."""
     rule, times = plan(solver, steps, model.config.few_step)
     condition = Condition.of_labels(labels, model.config.classes)
+    if model.config.few_step and model.config.few_step.counts:
+        condition = condition.replace(steps=torch.full_like(labels, len(times) - 1))
     return sample(
         model.denoiser, condition, model.config.shape, len(labels), rule=rule, times=times, guidance=Guidance(guidance),
         seed=seed, first=first, device=model.device, progress=progress,

@@ -26,11 +26,15 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 class FewStep(BaseModel):
-    """How a distilled student is sampled: its times (from 1 downwards) and the rule between them."""
+    """How a distilled student is sampled: its times (from 1 downwards) and the rule between them.
+
+    ``counts``: the numbers of steps that it serves, told to it as ``condition["steps"]``; none: it is not told.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     times: tuple[float, ...]
     rule: Literal["renoise", "deterministic"]
+    counts: tuple[int, ...] = ()
 
 
 class ModelConfig(BaseModel):

@@ -6,6 +6,7 @@ pixel-unshuffled first, skips are added rather than concatenated, and attention 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -66,7 +67,8 @@ class UNet(nn.Module):
     """Backbone ``(x_t [B, C, H, W], t [B], condition) -> [B, C, H, W]``; reads ``condition["labels"]`` if ``classes``.
 
     ``widths`` and ``blocks`` give one entry a resolution, finest first; the last is the middle and has the attention.
-    Label ``classes`` is the null label of classifier-free guidance.
+    Label ``classes`` is the null label of classifier-free guidance. With ``step_counts`` it also reads
+    ``condition["steps"]``, which is at most that number.
     """
 
     def __init__(
@@ -78,9 +80,11 @@ class UNet(nn.Module):
         patch: int = 2,
         embedding: int = 128,
         heads: int = 4,
+        step_counts: int = 0,
     ) -> None:
         super().__init__()
         self.patch = patch
+        self.steps = step_embedding(step_counts, embedding) if step_counts else None
         self.time = nn.Sequential(nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.labels = nn.Embedding(classes + 1, embedding) if classes else None
         self.enter = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
@@ -106,6 +110,8 @@ class UNet(nn.Module):
         e = self.time(sinusoid(t, 64).to(x))  # t is float64: rounded to bfloat16, neighbouring times would be one
         if self.labels is not None:
             e = e + self.labels(condition["labels"])
+        if self.steps is not None:
+            e = e + self.steps(condition["steps"])
         e = F.silu(e)
         h = self.enter(F.pixel_unshuffle(x, self.patch))
         skips = []
@@ -124,3 +130,16 @@ class UNet(nn.Module):
                 h = block(h, e)
         out: Tensor = F.pixel_shuffle(self.leave(h), self.patch)
         return out
+
+    def for_step_counts(self, most: int) -> UNet:
+        """A copy that also reads ``condition["steps"]`` in 1..most, and computes the same until it learns otherwise."""
+        copied = copy.deepcopy(self)
+        copied.steps = step_embedding(most, self.time[-1].out_features).to(self.enter.weight)  # type: ignore[arg-type]
+        return copied
+
+
+def step_embedding(most: int, embedding: int) -> nn.Embedding:
+    """One vector a step count 0..most, zero at first."""
+    table = nn.Embedding(most + 1, embedding)
+    nn.init.zeros_(table.weight)
+    return table

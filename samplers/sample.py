@@ -52,6 +52,9 @@ def plan(solver: str, steps: int | None, few_step: FewStep | None) -> tuple[str,
     """
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}.")
+    if few_step and few_step.counts and steps is not None and steps not in few_step.counts:
+        served = ", ".join(map(str, few_step.counts))
+        raise UserError(f"This student is told its number of steps and serves {served}, got {steps}.")
     if solver == "student":
         if few_step is None:
             raise UserError(

@@ -9,16 +9,20 @@ law at its own noise level. For a random segment [s, t_in] of the trajectory, t 
 with T_w the guided teacher and F the fake score. As in the released code, the loss is taken on the x0 that the state
 came from (the paper writes x_s), and the segments' ranges are disjoint. ``critic`` chooses the fake's target:
 ``bridge`` is unbiased for the law of x_s diffused to t (Phased DMD's, arXiv 2510.27684); ``importance`` is the paper's,
-regression to x0 with tempered importance weights, whose minimiser is the denoiser of re-noised x0.
+regression to x0 with tempered importance weights, whose minimiser is the denoiser of re-noised x0. ``unify: [1, 2, 4]``
+draws the number of steps anew and tells it to student and fake (both ``init: new``): one student for all of them, where
+a fake that is not told would learn a mixture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
-from pydantic import Field
-from torch import Tensor
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from fewstep.distill import matching
 from fewstep.distill.critics import denoising_loss, importance_weight, weighted_clean_loss
@@ -26,8 +30,12 @@ from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import ode_segment
 from fewstep.distill.stage import ObjectiveConfig
 from fewstep.distill.update import Anchor, Due, Micro, Objective, Term, Update
+from fewstep.errors import UserError
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
 from fewstep.models.store import FewStep
+from fewstep.models.unet import UNet
 from fewstep.samplers.grids import time_uniform
 
 
@@ -40,12 +48,37 @@ class Config(ObjectiveConfig):
     critic_updates: int = Field(1, ge=1)
     huber: float = Field(1e-3, ge=0)
     margin: float = Field(0.02, ge=0, lt=0.2)
+    unify: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _unifies(self) -> Config:
+        if self.unify and self.steps not in self.unify:
+            raise ValueError(f"unify={list(self.unify)} must contain steps={self.steps}, the number used by default")
+        return self
+
+    def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
+        if not self.unify:
+            return {}
+        if not isinstance(teacher.backbone, UNet):
+            raise UserError(
+                f"unify needs a network that can be told a step count, not {type(teacher.backbone).__name__}."
+            )
+        backbones = {role: teacher.backbone.for_step_counts(max(self.unify)) for role in ("student", "fake")}
+        return {role: Denoiser(backbone, teacher.schedule, teacher.kind) for role, backbone in backbones.items()}
 
 
 def build(config: Config, roles: Roles) -> Objective:
     schedule = roles.denoiser("teacher").schedule
-    times = time_uniform(config.steps, config.shift)[:-1]
+    counts = config.unify or (config.steps,)
     guidance = Guidance(config.guidance)
+
+    def rollout(m: Micro) -> Anchor:
+        steps = counts[int(m.draws.shared.integers(1, len(counts), "count"))]
+        if config.unify:
+            told = torch.full((m.batch.size,), steps, device=m.draws.device)
+            batch = replace(m.batch, condition=m.batch.condition.replace(steps=told))
+            m = replace(m, batches={**m.batches, "data": batch})
+        return ode_segment(m, roles, time_uniform(steps, config.shift)[:-1])
 
     def renoised(m: Micro, a: Anchor) -> tuple[Tensor, Tensor, Tensor]:
         u = m.draws.uniform(len(a.s))
@@ -80,6 +113,9 @@ def build(config: Config, roles: Roles) -> Objective:
             Update("student", ("student",), student, Due(every=config.critic_updates)),
             Update("fake", ("fake",), fake),
         ),
-        rollout=lambda m: ode_segment(m, roles, times),
-        few_step=FewStep(times=times, rule="deterministic"),
+        rollout=rollout,
+        few_step=FewStep(
+            times=time_uniform(config.steps, config.shift)[:-1], rule="deterministic", counts=config.unify
+        ),
+        backbone={"step_counts": max(config.unify)} if config.unify else {},
     )

@@ -1,0 +1,63 @@
+"""TDM-unify: one student that is told its number of steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from worlds import tiny_config, tiny_teacher
+
+import fewstep
+from fewstep.distill.config import parse_config
+from fewstep.errors import UserError
+from fewstep.models.condition import Condition
+from fewstep.models.store import load_model
+from fewstep.models.unet import UNet
+
+
+def unified(folder: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = tiny_config(folder)
+    raw["stages"][0] |= {"steps": 6, "objective": {"name": "tdm", "steps": 4, "unify": [1, 2, 4]}}
+    for role in raw["stages"][0]["roles"].values():
+        role["init"] = "new"
+    return raw
+
+
+def test_a_network_that_is_told_the_count_starts_as_the_one_that_is_not(tmp_path: Path) -> None:
+    teacher = load_model(tiny_teacher(tmp_path)).denoiser
+    assert isinstance(teacher.backbone, UNet)
+    told = teacher.backbone.for_step_counts(4)
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)
+    condition = Condition.of_labels(torch.tensor([0, 3, 9]), 10)
+    with torch.no_grad():
+        plain = teacher.backbone(x, t, condition)
+        for steps in (1, 4):
+            assert torch.equal(told(x, t, condition.replace(steps=torch.full((3,), steps))), plain)
+
+
+def test_one_student_serves_its_counts_differently_and_no_others(tmp_path: Path) -> None:
+    run = fewstep.train(parse_config(unified(tmp_path), "test"))
+    model = load_model(run / "student")
+    assert model.config.few_step is not None
+    assert model.config.few_step.counts == (1, 2, 4)
+    assert isinstance(model.denoiser.backbone, UNet)
+    assert model.denoiser.backbone.steps is not None
+    vectors = model.denoiser.backbone.steps.weight
+    assert all(vectors[k].abs().sum() > 0 for k in (1, 2, 4)), "every count was drawn and learned"
+    assert vectors[3].abs().sum() == 0
+    pictures = [fewstep.sample(run, n=10, steps=steps, device="cpu") for steps in (1, 2, 4)]
+    assert not torch.equal(pictures[0], pictures[1])
+    with pytest.raises(UserError, match="serves 1, 2, 4, got 3"):
+        fewstep.sample(run, n=10, steps=3, device="cpu")
+
+
+def test_unify_wants_networks_of_its_own(tmp_path: Path) -> None:
+    raw = unified(tmp_path)
+    raw["stages"][0]["roles"]["fake"]["init"] = "teacher"
+    with pytest.raises(UserError, match=r"stages\.0\.roles\.fake\.init = 'teacher'.*use init: new"):
+        fewstep.train(parse_config(raw, "test"))
+    raw["stages"][0]["objective"]["unify"] = [1, 2]
+    with pytest.raises(UserError, match="must contain steps=4"):
+        parse_config(raw, "test")
