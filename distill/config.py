@@ -21,10 +21,10 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class DataConfig(Frozen):
-    """What a step starts from: ``labels`` (drawn uniformly; data-free), ``idx`` (labelled images from a folder) or
-    ``tensors`` (a safetensors file of labelled samples, as ``fewstep pairs`` writes)."""
+    """What a step starts from: ``labels`` (drawn uniformly; data-free), ``idx`` (a folder of idx files), ``folder``
+    (pictures, a subfolder a class) or ``tensors`` (a safetensors file of labelled samples: ``fewstep pairs``)."""
 
-    kind: Literal["labels", "idx", "tensors"] = "labels"
+    kind: Literal["labels", "idx", "folder", "tensors"] = "labels"
     path: str | None = None
     split: Literal["train", "test"] = "train"
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fewstep.distill.draws import Draws
@@ -162,3 +164,38 @@ def read_stored(file: Path, classes: int) -> Stored:
     if labels is None or len(shapes) != 1 or len(next(iter(tensors.values()))) != len(labels):
         raise UserError(f"{file} does not hold labels and samples, all of one number and shape: make it with fewstep.")
     return Stored({name: tensor.float() for name, tensor in tensors.items()}, labels.long(), classes)
+
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def read_folder(folder: str | Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Pictures of ``shape`` [C, H, W] as uint8 [N, C, H, W], and labels int64 [N].
+
+    Each subfolder is a class, in alphabetical order; pictures in ``folder`` itself are all of class 0. Raises
+    ``UserError`` that names the first file that is damaged or of another size.
+    """
+    root = Path(folder)
+    classes = sorted(child for child in root.iterdir() if child.is_dir()) if root.is_dir() else []
+    files = [
+        (file, label)
+        for label, place in enumerate(classes or [root])
+        for file in (sorted(place.iterdir()) if place.is_dir() else [])
+        if file.suffix.lower() in PICTURES
+    ]
+    if not files:
+        raise UserError(f"No pictures ({', '.join(PICTURES)}) in {folder} or its subfolders; set data.path.")
+    channels, height, width = shape
+    images = torch.empty(len(files), channels, height, width, dtype=torch.uint8)
+    for row, (file, _) in enumerate(files):
+        try:
+            with Image.open(file) as picture:
+                pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
+        except OSError as error:
+            raise UserError(f"{file} is no readable picture ({error}).") from error
+        if pixels.shape[:2] != (height, width):
+            raise UserError(
+                f"{file} is {pixels.shape[1]} x {pixels.shape[0]}, the model needs {width} x {height}: resize."
+            )
+        images[row] = torch.from_numpy(pixels.reshape(height, width, channels)).permute(2, 0, 1)
+    return images, torch.tensor([label for _, label in files])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.distill import checkpoint
 from fewstep.distill.config import Config, StageConfig, dump_config, load_config, objective_module
-from fewstep.distill.data import Images, Labels, Source, Stored, read_idx, read_stored
+from fewstep.distill.data import Images, Labels, Source, Stored, read_folder, read_idx, read_stored
 from fewstep.distill.draws import Draws
 from fewstep.distill.loop import ALONE, Loop, World
 from fewstep.distill.record import Record, environment
@@ -123,6 +123,8 @@ class Run:
         source: Images | Stored
         if data.kind == "tensors":
             source = read_stored(Path(data.path), self.origin.classes)
+        elif data.kind == "folder":
+            source = Images(*read_folder(data.path, self.origin.shape), self.origin.classes)
         else:
             source = Images(*read_idx(data.path, data.split), self.origin.classes)
         if source.shape != self.origin.shape or int(source.labels.max()) >= self.origin.classes:
@@ -159,8 +161,9 @@ class Run:
         if missing := wanted.tensors - set(probe):
             raise UserError(
                 f"stages.{stage}: the objective {wanted.name!r} needs {sorted(missing)} with each condition, and "
-                f"data.kind={self.config.data.kind} brings {sorted(probe) or 'none'}; use real images (data.kind=idx "
-                "data.path=FOLDER) or a file of samples (data.kind=tensors data.path=FILE; fewstep pairs makes one)."
+                f"data.kind={self.config.data.kind} brings {sorted(probe) or 'none'}; use real images "
+                "(data.kind=idx or folder, data.path=FOLDER) or a file of samples (data.kind=tensors data.path=FILE; "
+                "fewstep pairs makes one)."
             )
         self.stage = stage
         self.roles = Roles(roles, PRECISIONS[self.config.precision])

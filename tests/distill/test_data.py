@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
-from fewstep.distill.data import IDX_FILES, Images, Labels, Source, read_idx, to_bytes, to_unit
+from fewstep.distill.data import IDX_FILES, Images, Labels, Source, read_folder, read_idx, to_bytes, to_unit
 from fewstep.distill.draws import Draws
 from fewstep.errors import UserError
 
@@ -121,6 +122,33 @@ def test_a_missing_file_says_where_to_find_one(tmp_path: Path) -> None:
 
 
 # ---- pixels
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 3), ("P", 1)])
+def test_a_folder_of_pictures_has_a_class_a_subfolder(mode: str, channels: int, tmp_path: Path) -> None:
+    for label, name in enumerate(("boot", "shirt")):
+        (tmp_path / name).mkdir()
+        for k in range(2):
+            Image.new("L", (4, 3), 100 * label + k).convert(mode).save(tmp_path / name / f"{k}.png")
+    (tmp_path / "boot" / "notes.txt").write_text("no picture")
+    images, labels = read_folder(tmp_path, (channels, 3, 4))
+    assert labels.tolist() == [0, 0, 1, 1]
+    assert images.shape == (4, channels, 3, 4)
+    if mode != "P":
+        assert [int(image.max()) for image in images] == [0, 1, 100, 101]
+    flat, classes = read_folder(tmp_path / "shirt", (channels, 3, 4))
+    assert (len(flat), classes.tolist()) == (2, [0, 0])
+
+
+def test_pictures_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No pictures"):
+        read_folder(tmp_path / "none", (1, 3, 4))
+    Image.new("L", (5, 3)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png is 5 x 3, the model needs 4 x 3"):
+        read_folder(tmp_path, (1, 3, 4))
+    (tmp_path / "a.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"a\.png is no readable picture"):
+        read_folder(tmp_path, (1, 3, 4))
 
 
 def test_bytes_survive_the_unit_interval() -> None:
