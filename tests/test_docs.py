@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import typer
+from worlds import tiny_teacher
 
+import fewstep
+from fewstep.distill import objectives
 from fewstep.distill.cli import app
 from fewstep.distill.config import CONFIGS, find_config, load_config
 from fewstep.eval.tables import BLOCK, refreshed
@@ -35,7 +38,8 @@ def test_the_commands_of_the_readme_exist() -> None:
     group = typer.main.get_command(app)
     known = set(group.commands)  # type: ignore[attr-defined]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"^fewstep (\w+)(.*)", text, re.MULTILINE)
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    named = re.findall(r"^fewstep (\w+)(.*)", "\n".join(blocks), re.MULTILINE)
     assert len(named) >= 6
     for command, rest in named:
         assert command in known
@@ -46,3 +50,21 @@ def test_the_commands_of_the_readme_exist() -> None:
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_that_ships_is_valid(file: Path) -> None:
     assert load_config(file).steps > 0
+
+
+def test_the_method_of_contributing_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code, settings = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)[0] for kind in ("python", "yaml"))
+    assert len(code[code.index("class Config") :].splitlines()) <= 35
+    (tmp_path / "objectives").mkdir()
+    (tmp_path / "objectives" / "diff_instruct.py").write_text(code)
+    monkeypatch.setattr(objectives, "__path__", [*objectives.__path__, str(tmp_path / "objectives")])
+    (tmp_path / "config.yaml").write_text(settings)
+    changes = [
+        f"teacher={tiny_teacher(tmp_path / 'teacher')}",
+        f"out={tmp_path / 'run'}",
+        "stages.0.steps=3",
+        "batch=4",
+    ]
+    run = fewstep.train(tmp_path / "config.yaml", *changes, "device=cpu")
+    assert fewstep.sample(run, n=3, device="cpu").shape == (3, 1, 8, 8)
