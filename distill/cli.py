@@ -159,12 +159,10 @@ def evaluate(
     budgets = _numbers(nfe, int, "--nfe") if nfe else []
     scales = _numbers(guidance, float, "--guidance")
     rules = solver.split(",") if solver else []
-    with _bar() as bar:
-        task = bar.add_task("sampling", total=n)
+    with _sampling_bar(n) as progress:
         scores = api.evaluate(
             source, reference=reference, steps=counts, nfe=budgets, solver=rules, guidance=scales, n=n, seed=seed,
-            device=device, json_file=file,
-            progress=lambda label, done: bar.update(task, description=label, completed=done),
+            device=device, json_file=file, progress=progress,
         )  # fmt: skip
     _print_scores(scores)
 
@@ -200,7 +198,8 @@ def demo(folder: Annotated[Path, typer.Option("--out", help="The run folder.")] 
         _train(None, [], folder)
     else:
         _train("configs/fashion/demo.yaml", [f"out={folder}"], None)
-    evaluate(str(folder))
+    with _sampling_bar(10_000) as progress:
+        api.evaluate(folder, progress=progress)
     picture = api.compare(folder)
     out.print("Teacher (its best setting within each number of evaluations) and student:")
     _print_scores(best_teacher(read_scores(folder / "eval.json")))
@@ -286,6 +285,14 @@ def _bar() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, transient=True) as bar:
         yield bar
+
+
+@contextmanager
+def _sampling_bar(n: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar over ``n`` samples, and the function that moves it: (what is sampled, how many are done)."""
+    with _bar() as bar:
+        task = bar.add_task("sampling", total=n)
+        yield lambda label, done: bar.update(task, description=label, completed=done)
 
 
 def _numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Number]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.eval.evaluate import Score, read_scores
+from fewstep.eval.evaluate import Score, merged, read_scores
 
 BLOCK = re.compile(r"(<!-- best scores: (?P<files>[^>]*?) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
 
@@ -33,10 +33,15 @@ def best_teacher(scores: Sequence[Score]) -> list[Score]:
 
 
 def rows(scores: Sequence[Score]) -> list[list[str]]:
-    """The header, then a row a setting by role and NFE: the value, or mean ± standard deviation over several seeds."""
+    """The header, then a row a setting: the value, or mean ± standard deviation over several seeds.
+
+    Teachers come first; models are in the order in which they come, a model's rows in that of NFE.
+    """
     names = list(dict.fromkeys(score.metric for score in scores))
     table = [["model", "solver", "guidance", "NFE", *names, "n", "seeds", "seconds"]]
-    for setting in sorted({_setting(score) for score in scores}, key=lambda s: (s[0] == "student", s[-1])):
+    models = list(dict.fromkeys(score.model for score in scores))
+    settings = dict.fromkeys(_setting(score) for score in scores)
+    for setting in sorted(settings, key=lambda s: (s[0] == "student", models.index(s[1]), s[-1])):
         own = [score for score in scores if _setting(score) == setting]
         _, model, solver, n, guidance, _, nfe = setting
         seeds = {score.seed: score.seconds for score in own}
@@ -56,7 +61,9 @@ def refreshed(text: str, root: Path) -> str:
     """The text with every block's table made anew from the files it names (relative to ``root``)."""
 
     def block(match: re.Match[str]) -> str:
-        scores = [score for file in match["files"].split() for score in read_scores(root / file)]
+        scores: list[Score] = []
+        for file in match["files"].split():
+            scores = merged(scores, read_scores(root / file))
         return f"{match[1]}{markdown(best_teacher(scores))}{match[4]}"
 
     return BLOCK.sub(block, text)
