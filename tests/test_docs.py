@@ -12,11 +12,11 @@ from worlds import tiny_teacher
 import fewstep
 from fewstep.distill import objectives
 from fewstep.distill.cli import app
-from fewstep.distill.config import CONFIGS, find_config, load_config
+from fewstep.distill.config import CONFIGS, find_config, load_config, objective_names
 from fewstep.eval.tables import BLOCK, refreshed
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")]
+PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/methods.md")]
 CARD = ROOT / "models" / "pretrained" / "fashion" / "README.md"
 
 
@@ -32,6 +32,11 @@ def test_tables_are_those_of_the_committed_results(page: Path) -> None:
 def test_linked_files_exist(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_every_objective_is_in_the_table_of_methods() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert {name for name in objective_names() if f"| `{name}` |" not in text} == set()
 
 
 def test_the_commands_of_the_readme_exist() -> None:
