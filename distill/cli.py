@@ -247,6 +247,19 @@ def reference(
     out.print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
 
 
+@app.command()
+def shootout(config: ConfigFile, device: Device = "auto") -> None:
+    """Train several methods from one teacher at one budget of evaluations, several seeds each, and compare them."""
+    with _bar() as bar:
+
+        def progress(name: str) -> Callable[[Run, dict[str, float]], None]:
+            task = bar.add_task(name)
+            return lambda run, metrics: bar.update(task, completed=run.step, total=run.config.steps)
+
+        scores = api.shootout(config, progress, device)
+    _print_scores(scores)
+
+
 @app.command("show")
 def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
     """Explain a config: the method's equations, its updates and what they cost, where it departs from the defaults."""

@@ -72,7 +72,9 @@ def learning_rate(config: RoleConfig, updates: int) -> Callable[[int], float]:
 
     def factor(n: int) -> float:
         warm = min(1.0, (n + 1) / (config.warmup + 1))
-        return warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, n / updates)) if config.decay == "cosine" else 1.0)
+        return warm * (
+            0.5 + 0.5 * math.cos(math.pi * min(1.0, n / max(1, updates))) if config.decay == "cosine" else 1.0
+        )
 
     return factor
 

@@ -18,6 +18,8 @@ from PIL import Image
 from worlds import tiny_config, tiny_teacher, write_idx
 
 from fewstep.distill import cli
+from fewstep.distill.config import load_config
+from fewstep.distill.show import show
 from fewstep.models.store import read_tensors, write_tensors
 
 
@@ -198,19 +200,24 @@ def test_a_teacher_has_no_student_rule(tmp_path: Path, capsys: pytest.CaptureFix
     assert "no distilled student" in refused(capsys, "sample", teacher, "--solver", "student", "--steps", "4")
 
 
-def test_a_reference_is_made_from_idx_files_and_a_model_is_scored_on_it(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reference of 8 x 8 images, made by the command from idx files."""
+    folder = tmp_path_factory.mktemp("squares")
     numbers = torch.Generator().manual_seed(0)
     for split, n in (("train", 200), ("test", 100)):
         labels = torch.arange(n) % 10
         images = (torch.randint(0, 128, (n, 8, 8), generator=numbers) + 12 * labels[:, None, None]).to(torch.uint8)
-        write_idx(data, images, labels.to(torch.uint8), split)
-    done = fewstep("reference", data, "--out", tmp_path / "squares", "--epochs", 1)
+        write_idx(folder, images, labels.to(torch.uint8), split)
+    done = fewstep("reference", folder, "--out", folder / "squares", "--epochs", 1)
     assert done.returncode == 0, done.stderr
     assert "test_accuracy" in done.stdout
+    return folder / "squares"
+
+
+def test_scores_are_merged_into_their_file(squares: Path, tmp_path: Path) -> None:
     file = tmp_path / "scores.json"
-    command = ["eval", tiny_teacher(tmp_path / "teacher"), "--reference", tmp_path / "squares", "--json", file]
+    command = ["eval", tiny_teacher(tmp_path / "teacher"), "--reference", squares, "--json", file]
     done = fewstep(*command, "--n", 100, "--nfe", 4, "--guidance", "1,2", "--solver", "euler")
     assert done.returncode == 0, done.stderr
     scores = json.loads(file.read_text())
@@ -219,6 +226,37 @@ def test_a_reference_is_made_from_idx_files_and_a_model_is_scored_on_it(tmp_path
     done = fewstep(*command, "--n", 100, "--steps", 4, "--solver", "euler")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(file.read_text())) == len(scores), "the same setting again replaces its scores"
+
+
+def test_a_shootout_gives_every_method_the_same_evaluations_and_keeps_what_is_finished(
+    squares: Path, tmp_path: Path
+) -> None:
+    roles = {"student": {"lr": 1e-3}, "fake": {"lr": 1e-3}}
+    phase = {"objective": {"name": "phased_dmd", "critic_updates": 1}, "roles": roles}
+    second = {"objective": {"name": "phased_dmd", "critic_updates": 1, "phase": 2}, "roles": roles}
+    settings = {
+        "out": str(tmp_path / "out"), "evaluations": 600, "seeds": [0, 1], "steps": [2], "n": 100,
+        "reference": str(squares), "base": {"teacher": str(tiny_teacher(tmp_path / "teacher")), "batch": 8},
+        "methods": {
+            "tdm": [{"objective": {"name": "tdm", "steps": 2}, "roles": roles}],
+            "phased": [phase, {**second, "freeze": {"expert1": "student"}}],
+        },
+    }  # fmt: skip
+    (tmp_path / "shootout.yaml").write_text(yaml.safe_dump(settings))
+    done = fewstep("shootout", tmp_path / "shootout.yaml")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "out" / "shootout.json").read_text())
+    distances = {(score["model"], score["seed"]): score["value"] for score in scores if score["metric"] == "fd_squares"}
+    assert set(distances) == {("tdm", 0), ("tdm", 1), ("phased", 0), ("phased", 1)}
+    assert "±" in done.stdout
+    for name in ("tdm", "phased"):
+        config = load_config(tmp_path / "out" / f"{name}-0" / "config.yaml")
+        views = show(config)
+        spent = sum(8 * stage.steps * view.evaluations_a_step for stage, view in zip(config.stages, views, strict=True))
+        assert spent == pytest.approx(600, abs=8 * 5)  # each stage to half a step
+    before = (tmp_path / "out" / "tdm-0" / "metrics.jsonl").stat().st_mtime_ns
+    assert fewstep("shootout", tmp_path / "shootout.yaml").returncode == 0
+    assert (tmp_path / "out" / "tdm-0" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
 def test_eval_refuses_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

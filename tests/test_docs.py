@@ -12,7 +12,8 @@ from worlds import tiny_teacher
 import fewstep
 from fewstep.distill import objectives
 from fewstep.distill.cli import app
-from fewstep.distill.config import CONFIGS, find_config, load_config, objective_names
+from fewstep.distill.config import CONFIGS, find_config, load_config, objective_names, parse_config
+from fewstep.distill.shootout import entry, load_shootout
 from fewstep.eval.tables import BLOCK, refreshed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +55,15 @@ def test_the_commands_of_the_readme_exist() -> None:
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_that_ships_is_valid(file: Path) -> None:
-    assert load_config(file).steps > 0
+    if file.stem == "shootout":
+        settings = load_shootout(file)
+        assert {entry(settings, method, 0).steps > 100 for method in ("tdm", "phased_dmd")} == {True}
+        for stages in settings.methods.values():
+            parse_config(
+                {**settings.base, "out": "x", "stages": [{**stage, "steps": 1} for stage in stages]}, str(file)
+            )
+    else:
+        assert load_config(file).steps > 0
 
 
 def test_the_method_of_contributing_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from fewstep.distill.config import Config, load_config
 from fewstep.distill.data import to_bytes
 from fewstep.distill.devices import join_world, pick_device
 from fewstep.distill.run import Progress, Run
+from fewstep.distill.shootout import load_shootout, run_all
 from fewstep.errors import UserError
 from fewstep.eval.evaluate import Score, cycled_labels, draw, merged, read_scores
 from fewstep.eval.evaluate import evaluate as evaluate_model
@@ -156,6 +157,35 @@ def _teacher_scores(run: Path, features_sha256: str) -> list[Score]:
 
 def _default_json(source: Path) -> Path | None:
     return source / "eval.json" if (source / "config.yaml").is_file() else None
+
+
+def shootout(config: Source, progress: Callable[[str], Progress] | None = None, device: str = "auto") -> list[Score]:
+    """Trains and scores every method and seed of a shootout file; writes ``shootout.json`` into its folder.
+
+    A score's ``model`` is the method and its ``seed`` that of the training, so that tables show mean and deviation.
+    What is finished is kept: call it again after an interruption. ``progress(run name)`` makes a run's callback.
+    """
+    settings = load_shootout(config)
+    runs = run_all(
+        settings, lambda entry, resume: train_run(entry, resume, progress(Path(entry.out).name) if progress else None)
+    )
+    entries = []
+    for method, seed, folder in runs:
+        file = folder / "eval.json"
+        own = [score for score in read_scores(file) if score.role == "student"] if file.is_file() else []
+        missing = [k for k in settings.steps if (k, settings.n) not in {(score.steps, score.n) for score in own}]
+        if missing:
+            own += evaluate(folder, reference=settings.reference, steps=missing, n=settings.n, device=device)
+        last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        training = {"training_seconds": last["seconds"], "training_evaluations": settings.evaluations}
+        entries += [
+            score.model_copy(update={"model": method, "seed": seed}).model_dump() | training
+            for score in own
+            if score.steps in settings.steps and score.n == settings.n
+        ]
+    file = Path(settings.out) / "shootout.json"
+    write_text(json.dumps(entries, indent=1) + "\n", file)
+    return read_scores(file)
 
 
 def make_pairs(
