@@ -28,13 +28,15 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 class FewStep(BaseModel):
     """How a distilled student is sampled: its times (from 1 downwards) and the rule between them.
 
-    ``counts``: the numbers of steps that it serves, told to it as ``condition["steps"]``; none: it is not told.
+    ``shift`` is that of the times, for grids of another number of steps. ``counts``: the numbers of steps that it
+    serves, told to it as ``condition["steps"]``; none: it is not told.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     times: tuple[float, ...]
     rule: Literal["renoise", "deterministic"]
     counts: tuple[int, ...] = ()
+    shift: float = 1.0
 
 
 class ModelConfig(BaseModel):

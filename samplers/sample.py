@@ -47,8 +47,8 @@ class SampleNoise:
 def plan(solver: str, steps: int | None, few_step: FewStep | None) -> tuple[str, tuple[float, ...]]:
     """The rule and the nodes of a request: ``student`` takes both from how the model was distilled.
 
-    A student of K steps may be asked for any number of steps; other numbers than K spread evenly over its own times'
-    law. Raises ``UserError`` for an unknown solver, a missing step count, or a student's solver on a teacher.
+    A student of K steps may be asked for any number of steps; other numbers than K spread as its own
+    times do. Raises ``UserError`` for an unknown solver, a missing step count, or a student's solver on a teacher.
     """
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}.")
@@ -64,7 +64,7 @@ def plan(solver: str, steps: int | None, few_step: FewStep | None) -> tuple[str,
             )
         if steps is None or steps == len(few_step.times):
             return few_step.rule, (*few_step.times, 0.0)
-        return few_step.rule, time_uniform(steps)
+        return few_step.rule, time_uniform(steps, few_step.shift)
     if solver not in SOLVERS:
         raise UserError(f"Unknown solver {solver!r}{nearest(solver, ['student', *SOLVERS])}.")
     if steps is None:

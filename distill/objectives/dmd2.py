@@ -107,5 +107,5 @@ def build(config: Config, roles: Roles) -> Objective:
             Update("fake", ("fake", "discriminator") if gan else ("fake",), fake),
         ),
         rollout=lambda m: renoise_simulation(m, roles, times),
-        few_step=FewStep(times=times, rule="renoise"),
+        few_step=FewStep(times=times, rule="renoise", shift=config.shift),
     )

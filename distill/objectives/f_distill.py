@@ -125,5 +125,5 @@ def build(config: Config, roles: Roles) -> Objective:
             Update("discriminator", ("discriminator",), discriminator),
         ),
         rollout=lambda m: renoise_simulation(m, roles, times),
-        few_step=FewStep(times=times, rule="renoise"),
+        few_step=FewStep(times=times, rule="renoise", shift=config.shift),
     )

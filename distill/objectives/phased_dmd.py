@@ -99,6 +99,6 @@ def build(config: Config, roles: Roles) -> Objective:
             Update("fake", ("fake",), fake),
         ),
         rollout=lambda m: phase_end(m, roles, walkers, times, end - length, end),
-        few_step=FewStep(times=times[:-1], rule="deterministic"),
+        few_step=FewStep(times=times[:-1], rule="deterministic", shift=config.shift),
         experts=tuple(zip(config.experts, [*cuts, 0.0], strict=True)),
     )

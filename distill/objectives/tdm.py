@@ -115,7 +115,10 @@ def build(config: Config, roles: Roles) -> Objective:
         ),
         rollout=rollout,
         few_step=FewStep(
-            times=time_uniform(config.steps, config.shift)[:-1], rule="deterministic", counts=config.unify
+            times=time_uniform(config.steps, config.shift)[:-1],
+            rule="deterministic",
+            counts=config.unify,
+            shift=config.shift,
         ),
         backbone={"step_counts": max(config.unify)} if config.unify else {},
     )

@@ -159,6 +159,8 @@ def test_plan() -> None:
     student = FewStep(times=(1.0, 0.6), rule="renoise")
     assert plan("student", None, student) == ("renoise", (1.0, 0.6, 0.0))
     assert plan("student", 4, student) == ("renoise", time_uniform(4))
+    shifted = FewStep(times=time_uniform(4, 3.0)[:-1], rule="renoise", shift=3.0)
+    assert plan("student", 2, shifted) == ("renoise", time_uniform(2, 3.0))
     assert plan("heun", 3, student) == ("heun", time_uniform(3))
     for solver, steps, few, message in (
         ("student", 4, None, "no distilled student"),
