@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.distill.stage import Frozen
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 
@@ -48,19 +47,6 @@ class Heads(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([head(features[path]) for path, head in zip(self.paths, self.heads, strict=True)], 1)
-
-
-class Gan(Frozen):
-    """A GAN term: ``weight`` of the student's loss, ``critic_weight`` of the discriminator's, heads on these ``taps``.
-
-    ``features`` says whose: the fake score's, which then learn for the discriminator, too (DMD2), or the frozen
-    teacher's (FastGen, f-distill).
-    """
-
-    weight: float = 3e-3
-    critic_weight: float = 1e-2
-    features: str = "fake"
-    taps: tuple[str, ...] = ("mid.1",)
 
 
 def fools(logits: Tensor) -> Tensor:

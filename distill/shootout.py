@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from fewstep.distill.config import Config, find_config, parse_config
+from fewstep.distill.run import run_config
 from fewstep.distill.show import show
 from fewstep.distill.stage import Frozen
 from fewstep.errors import UserError
@@ -42,13 +43,13 @@ def load_shootout(path: str | Path) -> Shootout:
         raise UserError(f"{file} is no shootout: {' '.join(str(error).split())}.") from error
 
 
-def entry(shootout: Shootout, method: str, seed: int) -> Config:
-    """The run of one method and seed, each stage with an equal share of the evaluations.
+def entry(shootout: Shootout, method: str) -> Config:
+    """The run of a method with the first seed, each stage with an equal share of the evaluations.
 
     Raises ``UserError`` if the settings are wrong or the budget is less than a step a stage.
     """
     stages = shootout.methods[method]
-    raw = {**shootout.base, "out": f"{shootout.out}/{method}-{seed}", "seed": seed}
+    raw = {**shootout.base, "out": shootout.out, "seed": shootout.seeds[0]}
     origin = f"the shootout's method {method!r}"
     probe = parse_config({**raw, "stages": [{**stage, "steps": 1} for stage in stages]}, origin)
     share = shootout.evaluations / len(stages) / probe.batch / probe.accumulate
@@ -62,13 +63,20 @@ def entry(shootout: Shootout, method: str, seed: int) -> Config:
 
 def run_all(shootout: Shootout, train: Callable[[Config, Path | None], object]) -> list[tuple[str, int, Path]]:
     """Trains what is not finished by ``train(config, resume)``; returns (method, seed, run folder), seeds outermost, so
-    that an interrupted shootout has every method before it has a second seed of one."""
+    that an interrupted shootout has every method before it has a second seed of one.
+
+    Raises ``UserError`` where a folder holds a run of other settings.
+    """
+    configs = {method: entry(shootout, method) for method in shootout.methods}
     runs = []
     for seed in shootout.seeds:
-        for method in shootout.methods:
-            folder = Path(f"{shootout.out}/{method}-{seed}")
+        for method, config in configs.items():
+            wanted = config.model_copy(update={"out": f"{shootout.out}/{method}-{seed}", "seed": seed})
+            folder = Path(wanted.out)
+            started = (folder / "config.yaml").is_file()
+            if started and run_config(folder) != wanted:
+                raise UserError(f"{folder} is a run of other settings than the shootout's; choose another out.")
             if not (folder / "student" / "config.json").is_file():
-                started = (folder / "config.yaml").is_file()
-                train(entry(shootout, method, seed), folder if started else None)
+                train(wanted, folder if started else None)
             runs.append((method, seed, folder))
     return runs

@@ -229,7 +229,7 @@ def test_scores_are_merged_into_their_file(squares: Path, tmp_path: Path) -> Non
 
 
 def test_a_shootout_gives_every_method_the_same_evaluations_and_keeps_what_is_finished(
-    squares: Path, tmp_path: Path
+    squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     roles = {"student": {"lr": 1e-3}, "fake": {"lr": 1e-3}}
     phase = {"objective": {"name": "phased_dmd", "critic_updates": 1}, "roles": roles}
@@ -257,6 +257,8 @@ def test_a_shootout_gives_every_method_the_same_evaluations_and_keeps_what_is_fi
     before = (tmp_path / "out" / "tdm-0" / "metrics.jsonl").stat().st_mtime_ns
     assert fewstep("shootout", tmp_path / "shootout.yaml").returncode == 0
     assert (tmp_path / "out" / "tdm-0" / "metrics.jsonl").stat().st_mtime_ns == before
+    (tmp_path / "shootout.yaml").write_text(yaml.safe_dump(settings | {"evaluations": 900}))
+    assert "a run of other settings" in refused(capsys, "shootout", tmp_path / "shootout.yaml")
 
 
 def test_eval_refuses_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,17 +24,27 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fewstep.distill import matching
-from fewstep.distill.adversarial import Gan, Heads, fools, tells_apart
+from fewstep.distill.adversarial import Heads, fools, tells_apart
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import noised, renoise_simulation
-from fewstep.distill.stage import ObjectiveConfig
+from fewstep.distill.stage import Frozen, ObjectiveConfig
 from fewstep.distill.update import Due, Micro, Objective, Term, Update
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
 from fewstep.models.store import FewStep
 from fewstep.samplers.grids import time_uniform
+
+
+class Gan(Frozen):
+    """``weight`` of the student's term and ``critic_weight`` of the discriminator's. The heads sit on these ``taps`` of
+    the fake score, which then learns for the discriminator, too, or of the frozen teacher (FastGen's choice)."""
+
+    weight: float = 3e-3
+    critic_weight: float = 1e-2
+    features: Literal["fake", "teacher"] = "fake"
+    taps: tuple[str, ...] = Field(("mid.1",), min_length=1)
 
 
 class Config(ObjectiveConfig):

@@ -4,7 +4,8 @@ The gradient of D_f(p | q) is that of the reverse KL (DMD2's) with one weight a 
 density ratio r = p / q of real to generated samples at x_t, which the discriminator knows. An increasing h follows the
 regions that the data cover: less mode seeking.
 
-    student:  min 1/2 | x - sg(x + k h (T_w(x_t) - F(x_t))) |^2 + weight softplus(-D(x_t)),   k = 1 / mean|x - T_w(x_t)|
+    student:  min 1/2 | x - sg(x + k h (T_w(x_t) - F(x_t))) |^2 + gan_weight softplus(-D(x_t))
+              with k = 1 / mean|x - T_w(x_t)|
     fake:     min E | F(x_t) - x |^2           discriminator:  min softplus(D(x_t)) + softplus(-D(real_t))
 
 r is divided by its mean at about the same time (ten bins; its expectation under q is 1 at every t), h by its mean over
@@ -22,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fewstep.distill import matching
-from fewstep.distill.adversarial import Gan, Heads, density_ratio, fools, tells_apart
+from fewstep.distill.adversarial import Heads, density_ratio, fools, tells_apart
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import noised, renoise_simulation
@@ -56,7 +57,8 @@ class Config(ObjectiveConfig):
     critic_updates: int = Field(5, ge=1)
     t_range: tuple[float, float] = (0.02, 0.98)
     bins: int = Field(10, ge=1)
-    gan: Gan = Gan(weight=1e-3, critic_weight=1.0, features="teacher")
+    gan_weight: float = 1e-3
+    heads: tuple[str, ...] = Field(("mid.1",), min_length=1)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -68,7 +70,7 @@ class Config(ObjectiveConfig):
 
     @property
     def taps(self) -> tuple[str, ...]:
-        return self.gan.taps
+        return self.heads
 
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
         return {"discriminator": Heads.on(teacher, shape, condition)}
@@ -101,7 +103,7 @@ def build(config: Config, roles: Roles) -> Objective:
         m.note("health/sample_sd", a.handle.std())
         weight = expand_like(h, a.handle) * matching.l1_weight(a.handle, T.out.x0)
         match = matching.pull(a.handle, T.out.x0.detach() - F, weight)
-        yield Term("match", match + config.gan.weight * fools(logits))
+        yield Term("match", match + config.gan_weight * fools(logits))
 
     def fake(m: Micro) -> Iterator[Term]:
         a = m.sample
@@ -116,7 +118,7 @@ def build(config: Config, roles: Roles) -> Objective:
         x_real = noised(schedule, real, m.draws.normal(real.shape, "real"), t_real)
         generated = roles.read("teacher", x_t, t, a.condition).cond.features
         genuine = roles.read("teacher", x_real, t_real, m.batch.condition).cond.features
-        yield Term("discriminator", config.gan.critic_weight * tells_apart(heads(generated), heads(genuine)))
+        yield Term("discriminator", tells_apart(heads(generated), heads(genuine)))
 
     return Objective(
         updates=(

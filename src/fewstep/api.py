@@ -193,6 +193,8 @@ def make_pairs(
     seed: int = 0, device: str = "auto", progress: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
     """Noise and what a teacher's solver makes of it, ``n`` pairs with labels in turn, as a safetensors file."""
+    if n < 1:
+        raise UserError(f"n must be at least 1, got {n}.")
     model = load(source, device)
     labels = cycled_labels(n, model.config.classes)
     samples = draw(model, labels, solver=solver, steps=steps, guidance=guidance, seed=seed, progress=progress)

@@ -133,7 +133,7 @@ def student_gradient(objective: str, weight: float = 0.0) -> float:
     )
     shared = {"steps": 1, "guidance": 1.0, "critic_updates": 1}
     module = {"dmd2": dmd2, "f_distill": f_distill}[objective]
-    settings = module.Config(**shared) if objective == "dmd2" else module.Config(**shared, gan={"weight": weight})
+    settings = module.Config(**shared) if objective == "dmd2" else module.Config(**shared, gan_weight=weight)
     built = module.build(settings, roles)
     Loop(roles, built, {"data": images}, 64)._update(built.updates[0], 0, {0: {}})
     grad = roles.denoiser("student").backbone.mu.grad
