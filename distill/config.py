@@ -55,6 +55,16 @@ class ValidationConfig(Frozen):
     guidance: float = 1.0
 
 
+class HealthConfig(Frozen):
+    """Every ``every`` steps (0: never) ``seeds`` samples for each of ``conditions`` conditions are drawn from the averaged
+    student and compared with the teacher's, which takes ``teacher_steps`` steps with the objective's guidance."""
+
+    every: int = Field(50, ge=0)
+    conditions: int = Field(8, ge=1)
+    seeds: int = Field(8, ge=2)
+    teacher_steps: int = Field(16, ge=1)
+
+
 class StageConfig(Frozen):
     """One stage: an objective, the roles that it trains, and for how many steps."""
 
@@ -81,6 +91,7 @@ class Config(Frozen):
     tensorboard: bool = False
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
+    health: HealthConfig = HealthConfig()
     stages: tuple[StageConfig, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

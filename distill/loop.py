@@ -70,7 +70,7 @@ class Loop:
         parameters = [p for role in update.roles for p in self.roles[role].parameters]
         for parameter in parameters:
             parameter.grad = None
-        seen: dict[str, Tensor] = {}
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
         with self.roles.updating(update.roles):
             for shard, anchors in kept.items():
                 micro = self._micro(update, step, shard, anchors)
@@ -80,8 +80,9 @@ class Loop:
                     (loss / self.accumulate).backward(inputs=inputs)
                     micro.note(f"loss/{name}", loss)
                 micro.finish(parameters)
-                for name, value in micro.notes.items():
-                    seen[name] = seen.get(name, 0) + value / self.accumulate
+                for name, (value, among) in micro.notes.items():
+                    before = sums.get(name, (0, 0))
+                    sums[name] = before[0] + value, before[1] + among
         reached = [p.grad for p in parameters if p.grad is not None]
         if not reached:
             raise RuntimeError(
@@ -89,7 +90,8 @@ class Loop:
                 "does a read between the loss and the student lack through=True?"
             )
         self.world.mean_(reached)
-        self.world.mean_(list(seen.values()))
+        self.world.mean_([part for pair in sums.values() for part in pair])
+        seen = {name: value / among for name, (value, among) in sums.items()}
         limit = self.clip if self.clip is not None else float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         seen[f"grad_norm/{update.name}"] = norm.detach()

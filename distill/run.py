@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +19,11 @@ from fewstep.distill import checkpoint
 from fewstep.distill.config import Config, StageConfig, dump_config, load_config, objective_module
 from fewstep.distill.data import Images, Labels, Source, Stored, read_folder, read_idx, read_stored
 from fewstep.distill.draws import Draws
+from fewstep.distill.health import Probe
 from fewstep.distill.loop import ALONE, Loop, World
 from fewstep.distill.record import Record, environment
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.stage import enter_stage, learning_rate
+from fewstep.distill.stage import MatchingConfig, enter_stage, learning_rate
 from fewstep.distill.update import Objective
 from fewstep.errors import UserError
 from fewstep.models.denoiser import Denoiser, routed
@@ -80,6 +82,9 @@ class Run:
                 torch.manual_seed(self.config.seed)
                 self._origins["model"] = Role(self.origin.build().to(self.device))
         self._sources = self._make_sources()
+        health = self.config.health
+        rows = self._sources["data"](Draws(0, 0, "health", 0), health.conditions).condition.to(self.device)
+        self._probe = Probe(rows, health.conditions, health.seeds, self.origin.shape, self.device, health.teacher_steps)
         self._enter(0)
 
     @staticmethod
@@ -216,15 +221,18 @@ class Run:
         started = time.monotonic() - self.seconds
         ends = self._ends
         latest: dict[str, Tensor] = {}  # since the last line of the log: not every update happens at a logged step
+        drift: dict[str, float] = {}
         record = Record(self.folder, self.config.tensorboard) if self.world.rank == 0 else _nothing
         with stop_requests() as stop:
             while self.step < ends[-1]:
                 latest |= self._one_step()
+                if self.world.rank == 0 and self._due(self.config.health.every):
+                    drift = self._drift()
                 self.seconds = time.monotonic() - started
                 values: dict[str, float] = {}
                 if self.step % self.config.log_every == 0 or self.step == ends[-1]:
-                    values = {name: value.item() for name, value in latest.items()}
-                    latest = {}
+                    values = numbers(latest) | drift
+                    latest, drift = {}, {}
                     record(self.step, {"seconds": round(self.seconds, 3), "stage": self.stage, **values})
                 if progress is not None:
                     progress(self, values)
@@ -243,7 +251,7 @@ class Run:
         metrics: dict[str, Tensor] = {}
         while self.step < step:
             metrics = self._one_step()
-        return {name: value.item() for name, value in metrics.items()}
+        return numbers(metrics)
 
     @property
     def _ends(self) -> list[int]:
@@ -260,6 +268,15 @@ class Run:
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
+
+    def _drift(self) -> dict[str, float]:
+        """How samples of the averaged student differ from the teacher's; nothing where there is no teacher."""
+        if "teacher" not in self._origins:
+            return {}
+        objective = self.config.stages[self.stage].objective
+        scale = objective.guidance if isinstance(objective, MatchingConfig) else 1.0
+        with self.roles["student"].averaged():
+            return self._probe(self.generator, self.few_step, self.roles.denoiser("teacher"), scale)
 
     def _validate(self, validate: Validator) -> float:
         student = self.roles["student"]
@@ -309,6 +326,12 @@ class Run:
         for name, value in self.objective.state.items():
             value.copy_(tensors[f"objective/{name}"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+
+
+def numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """The metrics as numbers, without the diagnostics that nothing fell to (no sample in a range of times)."""
+    values = {name: value.item() for name, value in metrics.items()}
+    return {name: value for name, value in values.items() if not (name.startswith("health/") and math.isnan(value))}
 
 
 def _nothing(step: int, values: Mapping[str, float]) -> None:

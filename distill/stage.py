@@ -49,6 +49,14 @@ class ObjectiveConfig(Frozen):
         return {}
 
 
+class MatchingConfig(ObjectiveConfig):
+    """Base of the settings of distribution matching: the teacher is read with ``guidance`` (w), and the fake score is
+    updated ``critic_updates`` times for one update of the student."""
+
+    guidance: float = 2.0
+    critic_updates: int = Field(5, ge=1)
+
+
 class RoleConfig(Frozen):
     """How a trained role starts and learns.
 

@@ -82,7 +82,7 @@ class Micro:
     roles: Roles
     rollout: Rollout | None = None
     kept: dict[str, Anchor] = field(default_factory=dict)
-    notes: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _source: Anchor | None = None
 
     @property
@@ -119,9 +119,11 @@ class Micro:
             torch.autograd.backward([t for t, _ in used], [g for _, g in used], inputs=parameters)
         self._source = None
 
-    def note(self, name: str, value: Tensor) -> None:
-        """Records a diagnostic (its mean is logged)."""
-        self.notes[name] = value.detach().float().mean()
+    def note(self, name: str, value: Tensor, among: Tensor | None = None) -> None:
+        """Records a diagnostic: what is logged is ``sum(value) / sum(among)`` over all shards, by default the mean."""
+        value = value.detach().float()
+        among = torch.ones_like(value) if among is None else among.detach().to(value)
+        self.notes[name] = value.sum(), among.sum()
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,18 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from fewstep.distill import matching
+from fewstep.distill import health, matching
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles, blend
 from fewstep.distill.rollouts import noised, random_ode
-from fewstep.distill.stage import ObjectiveConfig
+from fewstep.distill.stage import MatchingConfig
 from fewstep.distill.update import Anchor, Due, Micro, Objective, Term, Update
 from fewstep.models.guidance import Guidance
 from fewstep.models.store import FewStep
 from fewstep.samplers.grids import time_uniform
 
 
-class Config(ObjectiveConfig):
+class Config(MatchingConfig):
     name: Literal["cdm"] = "cdm"
     steps: int = Field(4, ge=1)  # of sampling; training has no grid
     guidance: float = 8.0
@@ -61,15 +61,15 @@ def build(config: Config, roles: Roles) -> Objective:
 
     def distribution(m: Micro, a: Anchor) -> Tensor:
         t = m.draws.uniform(len(a.s), low, high)
-        x_t, _ = matching.renoise(schedule, a, t, m.draws)
-        T = roles.read("teacher", x_t.detach(), t, a.condition).out.x0
+        x_t, n = matching.renoise(schedule, a, t, m.draws)
+        T = roles.read("teacher", x_t.detach(), t, a.condition)
         F = roles.read("fake", x_t.detach(), t, a.condition).out.x0
-        m.note("health/gap", matching.per_sample_mean((T - F).abs()) * matching.l1_weight(a.handle, T, config.floor))
-        return moved(a.handle, T - F, T)
+        if a is m.sample:  # the fake does not learn what lies off the trajectory
+            health.observe(m, schedule, a, t, n, T, F)
+        return moved(a.handle, T.out.x0 - F, T.out.x0)
 
     def student(m: Micro) -> Iterator[Term]:
         a = m.sample
-        m.note("health/sample_sd", a.handle.std())
         yield Term("ca", augmentation(m, a))
         yield Term("dm", distribution(m, a))
         if config.off_trajectory:

@@ -21,11 +21,11 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from fewstep.distill import matching
+from fewstep.distill import health, matching
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import renoise_simulation
-from fewstep.distill.stage import ObjectiveConfig
+from fewstep.distill.stage import MatchingConfig
 from fewstep.distill.update import Anchor, Due, Micro, Objective, Term, Update
 from fewstep.models.guidance import OFF, Guidance
 from fewstep.models.store import FewStep
@@ -34,12 +34,10 @@ from fewstep.samplers.grids import time_uniform
 Times = Literal["all", "cleaner"]
 
 
-class Config(ObjectiveConfig):
+class Config(MatchingConfig):
     name: Literal["decoupled_dmd"] = "decoupled_dmd"
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)
-    guidance: float = 2.0
-    critic_updates: int = Field(5, ge=1)
     dm_times: Times = "all"
     ca_times: Times = "cleaner"
     normaliser: Literal["joint", "separate"] = "joint"
@@ -59,14 +57,15 @@ def build(config: Config, roles: Roles) -> Objective:
     def student(m: Micro) -> Iterator[Term]:
         a = m.sample
         t_dm, t_ca = draw(m, a, config.dm_times), draw(m, a, config.ca_times)
-        x_dm, _ = matching.renoise(schedule, a, t_dm, m.draws)
+        x_dm, n = matching.renoise(schedule, a, t_dm, m.draws)
         x_ca, _ = matching.renoise(schedule, a, t_ca, m.draws)
         joint = config.normaliser == "joint"
         T = roles.read("teacher", x_dm.detach(), t_dm, a.condition, guidance=guidance if joint else OFF)
-        F = roles.read("fake", x_dm.detach(), t_dm, a.condition).out
+        F = roles.read("fake", x_dm.detach(), t_dm, a.condition).out.x0
         C = roles.read("teacher", x_ca.detach(), t_ca, a.condition, guidance=guidance)
-        dm, ca = T.cond.x0 - F.x0, C.out.x0 - C.cond.x0
-        m.note("health/sample_sd", a.handle.std())
+        dm, ca = T.cond.x0 - F, C.out.x0 - C.cond.x0
+        health.observe(m, schedule, a, t_dm, n, T, F)
+        health.note_split(m, ca, dm)
         if joint:
             yield Term("match", matching.pull(a.handle, dm + ca, matching.l1_weight(a.handle, T.out.x0)))
         else:

@@ -18,19 +18,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from fewstep.distill import matching
+from fewstep.distill import health, matching
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import renoise_simulation
-from fewstep.distill.stage import ObjectiveConfig
+from fewstep.distill.stage import MatchingConfig
 from fewstep.distill.update import Due, Micro, Objective, Term, Update
 from fewstep.models.guidance import Guidance
 from fewstep.models.store import FewStep
 
 
-class Config(ObjectiveConfig):
+class Config(MatchingConfig):
     name: Literal["dmd"] = "dmd"
-    guidance: float = 2.0
     regression: float = Field(0.25, ge=0)
     critic_updates: int = Field(1, ge=1)
     t_range: tuple[float, float] = (0.02, 0.98)
@@ -47,13 +46,11 @@ def build(config: Config, roles: Roles) -> Objective:
     def student(m: Micro) -> Iterator[Term]:
         a = m.sample
         t = m.draws.uniform(len(a.s), *config.t_range)
-        x_t, _ = matching.renoise(schedule, a, t, m.draws)
-        T = roles.read("teacher", x_t.detach(), t, a.condition, guidance=guidance).out.x0
+        x_t, n = matching.renoise(schedule, a, t, m.draws)
+        T = roles.read("teacher", x_t.detach(), t, a.condition, guidance=guidance)
         F = roles.read("fake", x_t.detach(), t, a.condition).out.x0
-        weight = matching.l1_weight(a.handle, T)
-        m.note("health/gap", matching.per_sample_mean((T - F).abs()) * weight)
-        m.note("health/sample_sd", a.handle.std())
-        yield Term("match", matching.pull(a.handle, T - F, weight))
+        health.observe(m, schedule, a, t, n, T, F)
+        yield Term("match", matching.pull(a.handle, T.out.x0 - F, matching.l1_weight(a.handle, T.out.x0)))
         if config.regression:
             x = roles.read("student", m.batch["noise"], 1.0, m.batch.condition).out.x0
             yield Term("regression", config.regression * (x - m.batch["x0"]).square().mean())

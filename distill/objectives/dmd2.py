@@ -23,12 +23,12 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from fewstep.distill import matching
+from fewstep.distill import health, matching
 from fewstep.distill.adversarial import Heads, fools, tells_apart
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import noised, renoise_simulation
-from fewstep.distill.stage import Frozen, ObjectiveConfig
+from fewstep.distill.stage import Frozen, MatchingConfig
 from fewstep.distill.update import Due, Micro, Objective, Term, Update
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
@@ -47,12 +47,10 @@ class Gan(Frozen):
     taps: tuple[str, ...] = Field(("mid.1",), min_length=1)
 
 
-class Config(ObjectiveConfig):
+class Config(MatchingConfig):
     name: Literal["dmd2"] = "dmd2"
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)
-    guidance: float = 2.0
-    critic_updates: int = Field(5, ge=1)
     t_range: tuple[float, float] = (0.02, 0.98)
     gan: Gan | None = None
 
@@ -86,13 +84,11 @@ def build(config: Config, roles: Roles) -> Objective:
     def student(m: Micro) -> Iterator[Term]:
         a = m.sample
         t = m.draws.uniform(len(a.s), *config.t_range)
-        x_t, _ = matching.renoise(schedule, a, t, m.draws)
-        T = roles.read("teacher", x_t.detach(), t, a.condition, guidance=guidance).out.x0
+        x_t, n = matching.renoise(schedule, a, t, m.draws)
+        T = roles.read("teacher", x_t.detach(), t, a.condition, guidance=guidance)
         F = roles.read("fake", x_t.detach(), t, a.condition).out.x0
-        weight = matching.l1_weight(a.handle, T)
-        m.note("health/gap", matching.per_sample_mean((T - F).abs()) * weight)
-        m.note("health/sample_sd", a.handle.std())
-        yield Term("match", matching.pull(a.handle, T - F, weight))
+        health.observe(m, schedule, a, t, n, T, F)
+        yield Term("match", matching.pull(a.handle, T.out.x0 - F, matching.l1_weight(a.handle, T.out.x0)))
         if gan:
             t = m.draws.uniform(len(a.s), stream="gan")
             x_t, _ = matching.renoise(schedule, a, t, m.draws)

@@ -22,12 +22,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fewstep.distill import matching
+from fewstep.distill import health, matching
 from fewstep.distill.adversarial import Heads, density_ratio, fools, tells_apart
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import noised, renoise_simulation
-from fewstep.distill.stage import ObjectiveConfig
+from fewstep.distill.stage import MatchingConfig
 from fewstep.distill.update import Due, Micro, Objective, Term, Update
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, expand_like
@@ -46,15 +46,13 @@ H: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Config(ObjectiveConfig):
+class Config(MatchingConfig):
     name: Literal["f_distill"] = "f_distill"
     divergence: Literal[
         "reverse_kl", "softened_reverse_kl", "jensen_shannon", "squared_hellinger", "forward_kl", "jeffreys", "neyman"
     ] = "jensen_shannon"
     steps: int = Field(1, ge=1)
     shift: float = Field(1.0, gt=0)
-    guidance: float = 2.0
-    critic_updates: int = Field(5, ge=1)
     t_range: tuple[float, float] = (0.02, 0.98)
     bins: int = Field(10, ge=1)
     gan_weight: float = 1e-3
@@ -94,13 +92,13 @@ def build(config: Config, roles: Roles) -> Objective:
     def student(m: Micro) -> Iterator[Term]:
         a = m.sample
         t = m.draws.uniform(len(a.s), *config.t_range)
-        x_t, _ = matching.renoise(schedule, a, t, m.draws)
+        x_t, n = matching.renoise(schedule, a, t, m.draws)
         T = roles.read("teacher", x_t, t, a.condition, guidance=guidance, through=True)
         F = roles.read("fake", x_t.detach(), t, a.condition).out.x0
         logits = heads(T.cond.features)
         h = divergence_weight(config.divergence, density_ratio(logits), t, config.t_range, config.bins)
         m.note("health/h_max", h.max())
-        m.note("health/sample_sd", a.handle.std())
+        health.observe(m, schedule, a, t, n, T, F)
         weight = expand_like(h, a.handle) * matching.l1_weight(a.handle, T.out.x0)
         match = matching.pull(a.handle, T.out.x0.detach() - F, weight)
         yield Term("match", match + config.gan_weight * fools(logits))

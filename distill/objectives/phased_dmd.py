@@ -21,11 +21,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fewstep.distill import matching
+from fewstep.distill import health, matching
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import phase_end
-from fewstep.distill.stage import ObjectiveConfig
+from fewstep.distill.stage import MatchingConfig
 from fewstep.distill.update import Anchor, Due, Micro, Objective, Term, Update
 from fewstep.models.denoiser import expand_like
 from fewstep.models.guidance import Guidance
@@ -34,14 +34,12 @@ from fewstep.models.store import FewStep
 from fewstep.samplers.grids import time_uniform
 
 
-class Config(ObjectiveConfig):
+class Config(MatchingConfig):
     name: Literal["phased_dmd"] = "phased_dmd"
     steps: int = Field(4, ge=1)
     phases: int = Field(2, ge=1)
     phase: int = Field(1, ge=1)
     shift: float = Field(1.0, gt=0)
-    guidance: float = 2.0
-    critic_updates: int = Field(5, ge=1)
     clamp: float = Field(10.0, gt=0)
     pull: Literal["x0", "x_s"] = "x0"
 
@@ -77,15 +75,16 @@ def build(config: Config, roles: Roles) -> Objective:
 
     def student(m: Micro) -> Iterator[Term]:
         a = m.sample
-        t, x_t, _ = renoised(m, a)
-        T = roles.read("teacher", x_t.detach(), t, a.condition, guidance=guidance).out.x0
+        t, x_t, n = renoised(m, a)
+        T = roles.read("teacher", x_t.detach(), t, a.condition, guidance=guidance)
         F = roles.read("fake", x_t.detach(), t, a.condition).out.x0
-        m.note("health/sample_sd", a.handle.std())
+        health.observe(m, schedule, a, t, n, T, F)
+        direction = T.out.x0 - F
         if config.pull == "x0":
-            yield Term("match", matching.pull(a.handle, T - F, matching.l1_weight(a.handle, T, 1e-4)))
+            yield Term("match", matching.pull(a.handle, direction, matching.l1_weight(a.handle, T.out.x0, 1e-4)))
         else:
             weight = bridge(schedule, a.s, t)[0] * schedule.alpha(t) / schedule.sigma(t).square()
-            yield Term("match", matching.pull(a.x, T - F, expand_like(weight, a.x).to(a.x)))
+            yield Term("match", matching.pull(a.x, direction, expand_like(weight, a.x).to(a.x)))
 
     def fake(m: Micro) -> Iterator[Term]:
         a = m.sample

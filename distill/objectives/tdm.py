@@ -24,11 +24,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fewstep.distill import matching
+from fewstep.distill import health, matching
 from fewstep.distill.critics import denoising_loss, importance_weight, weighted_clean_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import ode_segment
-from fewstep.distill.stage import ObjectiveConfig
+from fewstep.distill.stage import MatchingConfig
 from fewstep.distill.update import Anchor, Due, Micro, Objective, Term, Update
 from fewstep.errors import UserError
 from fewstep.models.condition import Condition
@@ -39,11 +39,10 @@ from fewstep.models.unet import UNet
 from fewstep.samplers.grids import time_uniform
 
 
-class Config(ObjectiveConfig):
+class Config(MatchingConfig):
     name: Literal["tdm"] = "tdm"
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)
-    guidance: float = 2.0
     critic: Literal["bridge", "importance"] = "bridge"
     critic_updates: int = Field(1, ge=1)
     huber: float = Field(1e-3, ge=0)
@@ -88,16 +87,15 @@ def build(config: Config, roles: Roles) -> Objective:
 
     def student(m: Micro) -> Iterator[Term]:
         a = m.sample
-        t, x_t, _ = renoised(m, a)
-        T = roles.read("teacher", x_t.detach(), t, a.condition, guidance=guidance).out.x0
+        t, x_t, n = renoised(m, a)
+        T = roles.read("teacher", x_t.detach(), t, a.condition, guidance=guidance)
         F = roles.read("fake", x_t.detach(), t, a.condition).out.x0
-        weight = matching.l1_weight(a.handle, T)
-        m.note("health/gap", matching.per_sample_mean((T - F).abs()) * weight)
-        m.note("health/sample_sd", a.handle.std())
+        health.observe(m, schedule, a, t, n, T, F)
+        direction, weight = T.out.x0 - F, matching.l1_weight(a.handle, T.out.x0)
         if config.huber:
-            yield Term("match", matching.huber_pull(a.handle, T - F, weight, config.huber))
+            yield Term("match", matching.huber_pull(a.handle, direction, weight, config.huber))
         else:
-            yield Term("match", matching.pull(a.handle, T - F, weight))
+            yield Term("match", matching.pull(a.handle, direction, weight))
 
     def fake(m: Micro) -> Iterator[Term]:
         a = m.sample

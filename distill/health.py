@@ -1,0 +1,136 @@
+"""What tells a sick run from a healthy one: numbers that training records, and what they mean in plain words.
+
+``observe`` notes, where a student is matched, how teacher and fake differ; ``Probe`` compares samples of the student with
+the teacher's; ``diagnose`` reads what was logged of both.
+
+The critic's slope. With the fake's optimum F* = E[x0 | x_t] on the student's samples, E<T - x0, T - F> = E<T - F*, T - F>,
+so the slope of the regression of T - x0 on T - F is 1 for a fake that is up to date. One that has gone a share q of the
+way from the teacher to the student has slope 1 / q: much above 1 it lags, and below 0 it points where the student was.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewstep.distill.critics import denoising_target
+from fewstep.distill.matching import l1_weight, per_sample_mean
+from fewstep.distill.update import Anchor, Micro
+from fewstep.eval.diversity import cross_seed_diversity
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.guidance import OFF, Guidance, Guided
+from fewstep.models.schedules import NoiseSchedule
+from fewstep.models.store import FewStep
+from fewstep.samplers.grids import time_uniform
+from fewstep.samplers.sample import sample
+
+BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def observe(m: Micro, schedule: NoiseSchedule, a: Anchor, t: Tensor, n: Tensor, teacher: Guided, fake: Tensor) -> None:
+    """Notes what a matching update sees at ``x_t`` (``n`` is the bridge's noise, ``fake`` the fake's x0): the gap
+    between guided teacher and fake relative to the pull's normaliser, also by time; the critic's slope; the cosine
+    of guidance (CA) and distribution matching (DM); the deviation of the samples."""
+    gap = (per_sample_mean((teacher.out.x0 - fake).abs()) * l1_weight(a.handle, teacher.out.x0)).flatten()
+    m.note("health/gap", gap)
+    for low, high in pairwise(BUCKETS):
+        inside = ((t > low) & (t <= high)).to(gap)
+        m.note(f"health/gap at t {low:g} to {high:g}", gap * inside, inside)
+    dm = teacher.cond.x0 - fake
+    x0, _, weight = denoising_target(schedule, a, t, n)
+    m.note("health/critic_slope", weight * dm * (teacher.cond.x0 - x0), weight * dm.square())
+    if teacher.null is not None:
+        note_split(m, teacher.out.x0 - teacher.cond.x0, dm)
+    m.note("health/sample_sd", a.handle.std())
+
+
+def note_split(m: Micro, ca: Tensor, dm: Tensor) -> None:
+    """Notes how guidance and distribution matching stand to each other: -1 where they are in balance."""
+    m.note("health/ca_dm_cosine", F.cosine_similarity(ca.flatten(1), dm.flatten(1)))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What samples [S, N, C, ...] of S seeds for N conditions are like: mean and deviation of each channel, and the
+    distance between seeds."""
+
+    mean: Tensor
+    sd: Tensor
+    diversity: float
+
+    @staticmethod
+    def of(samples: Tensor) -> Profile:
+        channels = samples.float().flatten(0, 1).transpose(0, 1).flatten(1)
+        return Profile(channels.mean(1), channels.std(1), cross_seed_diversity(samples.flatten(2)))
+
+    def against(self, teacher: Profile) -> dict[str, float]:
+        """Mean drift in the teacher's deviations, and the ratios of deviation and of diversity to the teacher's."""
+        return {
+            "health/mean_drift": ((self.mean - teacher.mean) / teacher.sd).square().mean().sqrt().item(),
+            "health/sd_ratio": (self.sd.mean() / teacher.sd.mean()).item(),
+            "health/diversity_ratio": self.diversity / teacher.diversity,
+        }
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Draws ``seeds`` samples for each row of ``condition``, always from the same noise. The teacher's profile, which
+    students are compared with, is drawn once for each guidance scale."""
+
+    condition: Condition
+    rows: int
+    seeds: int
+    shape: tuple[int, ...]
+    device: torch.device
+    teacher_steps: int
+    _known: dict[float, Profile] = field(default_factory=dict)
+
+    def __call__(
+        self, student: Denoiser, few_step: FewStep | None, teacher: Denoiser, scale: float
+    ) -> dict[str, float]:
+        """The student's samples against those of the teacher with guidance ``scale``; a student without a few-step rule
+        of its own (a tuned teacher) is sampled as the teacher is."""
+        many = time_uniform(self.teacher_steps)
+        if scale not in self._known:
+            self._known[scale] = self._profile(teacher, self.condition, "heun", many, Guidance(scale))
+        if few_step is None:
+            own = self._profile(student, self.condition, "heun", many, Guidance(scale))
+        else:
+            told = torch.full((self.rows,), len(few_step.times), device=self.device)
+            condition = self.condition.replace(steps=told) if few_step.counts else self.condition
+            own = self._profile(student, condition, few_step.rule, (*few_step.times, 0.0), OFF)
+        return own.against(self._known[scale])
+
+    def _profile(
+        self, denoiser: Denoiser, condition: Condition, rule: str, times: Sequence[float], guidance: Guidance
+    ) -> Profile:
+        rows = torch.arange(self.rows, device=self.device).repeat(self.seeds)
+        samples = sample(
+            denoiser, condition.index(rows), self.shape, len(rows), rule=rule, times=times, guidance=guidance,
+            device=self.device,
+        )  # fmt: skip
+        return Profile.of(samples.x0.reshape(self.seeds, self.rows, *self.shape))
+
+
+WINDOW = 20  # logged lines that a diagnosis looks back on
+
+
+def diagnose(logged: Sequence[Mapping[str, float]]) -> list[str]:
+    """What the last lines of a log say about the run's health, worst first; empty where nothing looks wrong."""
+    recent = logged[-WINDOW:]
+
+    def values(name: str) -> list[float]:
+        return [line[name] for line in recent if name in line]
+
+    def median(name: str, default: float) -> float:
+        return statistics.median(values(name) or [default])
+
+    findings = []
+    return findings
