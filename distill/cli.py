@@ -21,6 +21,7 @@ from fewstep.distill.bench import bench_step
 from fewstep.distill.config import load_config
 from fewstep.distill.data import read_idx
 from fewstep.distill.devices import pick_device
+from fewstep.distill.health import diagnose
 from fewstep.distill.run import Interrupted, Run, replay_step, run_config
 from fewstep.distill.show import show
 from fewstep.errors import UserError
@@ -99,6 +100,8 @@ def _train(config: str | None, overrides: list[str], resume: Path | None) -> Pat
     if resume is not None and overrides:
         raise UserError("With --resume the run's own config counts, so it takes no key=value.")
     settings = run_config(resume) if resume is not None else load_config(config or "", overrides)
+    logged: list[dict[str, float]] = []
+    told: set[str] = set()
     with _bar() as bar:
         task = bar.add_task("training", total=settings.steps)
 
@@ -110,6 +113,12 @@ def _train(config: str | None, overrides: list[str], resume: Path | None) -> Pat
             bar.update(task, completed=run.step, description=losses + best if metrics else None)
             if metrics and not out.is_terminal and run.step % (20 * run.config.log_every) == 0:
                 out.print(f"step {run.step}/{settings.steps}  {run.seconds:.0f} s  {losses}{best}")
+            if metrics:
+                logged.append(metrics)
+                for finding in diagnose(logged):
+                    if finding.name not in told:
+                        told.add(finding.name)
+                        out.print(f"step {run.step}: {finding.text}", style="yellow", markup=False, highlight=False)
 
         run = api.train_run(settings, resume, progress)
     out.print(f"Trained {run.step} steps in {run.seconds:.0f} s. The student is in {run.folder / 'student'}.")
@@ -225,6 +234,56 @@ def pairs(
             progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
     out.print(f"{n} pairs are in {file}.")
+
+
+@app.command()
+def prefer(
+    source: Source,
+    file: Annotated[Path, typer.Option("--out", help="A safetensors file, for data.path with data.kind=tensors.")],
+    reward: Annotated[str, typer.Option(help="confidence, symmetry or brightness.")],
+    n: Annotated[int, typer.Option("--n", help="How many pairs.")] = 2_000,
+    candidates: Annotated[int, typer.Option(help="Samples for each pair, of which the best and the worst count.")] = 4,
+    solver: Annotated[
+        str | None, typer.Option(help="student, euler, heun or ddim; a student's own by default.")
+    ] = None,
+    steps: int | None = None,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 1.0,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Sample a model several times a label, keep the best and the worst by a reward: what diffusion_dpo learns from."""
+    with _bar() as bar:
+        task = bar.add_task("sampling", total=n * candidates)
+        api.make_preferences(
+            source, file, reward=reward, n=n, candidates=candidates, solver=solver, steps=steps, guidance=guidance,
+            seed=seed, device=device, progress=lambda done: bar.update(task, completed=done),
+        )  # fmt: skip
+    out.print(f"{n} pairs are in {file}.")
+
+
+@app.command()
+def wins(
+    ours: Source,
+    theirs: Annotated[str, typer.Argument(metavar="OTHER", help="What it is compared with.")],
+    n: Annotated[int, typer.Option("--n", help="Samples of each.")] = 2_000,
+    solver: Annotated[
+        str | None, typer.Option(help="student, euler, heun or ddim; a student's own by default.")
+    ] = None,
+    steps: int | None = None,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 1.0,
+    seed: int = 1,
+    file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
+    device: Device = "auto",
+) -> None:
+    """How often a model's samples get more of each reward than another model's, on the same labels and noise."""
+    results = api.win_rates(
+        ours, theirs, n=n, solver=solver, steps=steps, guidance=guidance, seed=seed, device=device, json_file=file
+    )
+    table = Table("reward", "win rate", "95 % interval", "mean", "mean of the other")
+    for r in results:
+        interval = f"{r['low']:.3f} to {r['high']:.3f}"
+        table.add_row(r["reward"], f"{r['win_rate']:.3f}", interval, f"{r['ours']:.3f}", f"{r['theirs']:.3f}")
+    out.print(table)
 
 
 @app.command()

@@ -22,7 +22,8 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 class DataConfig(Frozen):
     """What a step starts from: ``labels`` (drawn uniformly; data-free), ``idx`` (a folder of idx files), ``folder``
-    (pictures, a subfolder a class) or ``tensors`` (a safetensors file of labelled samples: ``fewstep pairs``)."""
+    (pictures, a subfolder a class) or ``tensors`` (a safetensors file of labelled samples: ``fewstep pairs``, ``fewstep
+    prefer``, or the few real images of a reference, ``eval/reference/fashion/real.safetensors``)."""
 
     kind: Literal["labels", "idx", "folder", "tensors"] = "labels"
     path: str | None = None
@@ -56,8 +57,8 @@ class ValidationConfig(Frozen):
 
 
 class HealthConfig(Frozen):
-    """Every ``every`` steps (0: never) ``seeds`` samples for each of ``conditions`` conditions are drawn from the averaged
-    student and compared with the teacher's, which takes ``teacher_steps`` steps with the objective's guidance."""
+    """Every ``every`` steps (0: never) ``seeds`` samples for each of ``conditions`` conditions are drawn from the
+    averaged student and compared with the teacher's: ``teacher_steps`` Heun steps with the objective's guidance."""
 
     every: int = Field(50, ge=0)
     conditions: int = Field(8, ge=1)

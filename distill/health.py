@@ -1,19 +1,21 @@
 """What tells a sick run from a healthy one: numbers that training records, and what they mean in plain words.
 
-``observe`` notes, where a student is matched, how teacher and fake differ; ``Probe`` compares samples of the student with
-the teacher's; ``diagnose`` reads what was logged of both.
+``observe`` notes, where a student is matched, how teacher and fake differ; ``Probe`` compares samples of the student
+with the teacher's; ``diagnose`` reads what was logged of both.
 
-The critic's slope. With the fake's optimum F* = E[x0 | x_t] on the student's samples, E<T - x0, T - F> = E<T - F*, T - F>,
-so the slope of the regression of T - x0 on T - F is 1 for a fake that is up to date. One that has gone a share q of the
-way from the teacher to the student has slope 1 / q: much above 1 it lags, and below 0 it points where the student was.
+The critic's slope. With F* = E[x0 | x_t] on the student's samples, E<T - x0, T - F> = E<T - F*, T - F> for any F,
+so the slope of the regression of T - x0 on T - F is 1 for a fake that is up to date. One that has gone a share q of
+the way from the teacher to the student has slope 1 / q: above 1 it lags, near 0 and below it points elsewhere.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,6 @@ from torch import Tensor
 from fewstep.distill.critics import denoising_target
 from fewstep.distill.matching import l1_weight, per_sample_mean
 from fewstep.distill.update import Anchor, Micro
-from fewstep.eval.diversity import cross_seed_diversity
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import OFF, Guidance, Guided
@@ -52,8 +53,10 @@ def observe(m: Micro, schedule: NoiseSchedule, a: Anchor, t: Tensor, n: Tensor, 
 
 
 def note_split(m: Micro, ca: Tensor, dm: Tensor) -> None:
-    """Notes how guidance and distribution matching stand to each other: -1 where they are in balance."""
-    m.note("health/ca_dm_cosine", F.cosine_similarity(ca.flatten(1), dm.flatten(1)))
+    """Notes how guidance and distribution matching stand to each other: in balance, cosine -1 and a share of 1/2."""
+    ca, dm = ca.flatten(1), dm.flatten(1)
+    m.note("health/ca_dm_cosine", F.cosine_similarity(ca, dm))
+    m.note("health/ca_share", ca.norm(dim=1), ca.norm(dim=1) + dm.norm(dim=1))
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,11 @@ class Profile:
     @staticmethod
     def of(samples: Tensor) -> Profile:
         channels = samples.float().flatten(0, 1).transpose(0, 1).flatten(1)
-        return Profile(channels.mean(1), channels.std(1), cross_seed_diversity(samples.flatten(2)))
+        rows = samples.float().flatten(2).transpose(0, 1)
+        apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum((1, 2)).mean() / (
+            len(samples) * (len(samples) - 1)
+        )
+        return Profile(channels.mean(1), channels.std(1), apart.item())
 
     def against(self, teacher: Profile) -> dict[str, float]:
         """Mean drift in the teacher's deviations, and the ratios of deviation and of diversity to the teacher's."""
@@ -120,17 +127,54 @@ class Probe:
 
 
 WINDOW = 20  # logged lines that a diagnosis looks back on
+ENOUGH = 5  # values of a quantity without which it says nothing
 
 
-def diagnose(logged: Sequence[Mapping[str, float]]) -> list[str]:
-    """What the last lines of a log say about the run's health, worst first; empty where nothing looks wrong."""
-    recent = logged[-WINDOW:]
+class Finding(NamedTuple):
+    """Something that looks wrong: a short name, and a sentence with the numbers, their meaning and what helps."""
+
+    name: str
+    text: str
+
+
+def diagnose(logged: Sequence[Mapping[str, float]]) -> list[Finding]:
+    """What the last lines of a log say about a run's health; empty where nothing looks wrong.
+
+    The thresholds lie between runs that were made sick on purpose and healthy ones (tests/distill/test_health.py,
+    results/health); they are hints, not verdicts.
+    """
 
     def values(name: str) -> list[float]:
-        return [line[name] for line in recent if name in line]
+        return [line[f"health/{name}"] for line in logged[-WINDOW:] if f"health/{name}" in line]
 
-    def median(name: str, default: float) -> float:
-        return statistics.median(values(name) or [default])
+    def latest(name: str) -> float:
+        return next((line[f"health/{name}"] for line in reversed(logged) if f"health/{name}" in line), math.nan)
 
-    findings = []
-    return findings
+    found = []
+    if (diversity := latest("diversity_ratio")) < 0.5:
+        text = f"samples of one condition differ {diversity:.2f} times as much as the teacher's: the student collapses"
+        found.append(Finding("collapse", f"{text}. More critic updates or a lower student rate keep modes."))
+    if (ratio := latest("sd_ratio")) > 1.25 or ratio < 0.75:
+        what = "saturate" if ratio > 1 else "wash out"
+        text = f"the deviation of the samples is {ratio:.2f} times the teacher's: they {what}"
+        found.append(Finding("contrast", f"{text}. Look at guidance and at the student's rate."))
+    if (drift := latest("mean_drift")) > 0.5:
+        text = f"the mean of the samples is {drift:.2f} deviations away from the teacher's"
+        found.append(Finding("drift", f"{text}: lower the student's rate, or give the critic more updates."))
+    shares = values("ca_share")
+    too_guided = len(shares) >= ENOUGH and statistics.median(shares) > 0.7
+    if too_guided:
+        text = f"guidance makes {statistics.median(shares):.0%} of the direction and matching does not balance it"
+        found.append(Finding("guidance", f"{text}: lower guidance, or give the critic more updates."))
+    slopes, deviations = values("critic_slope"), values("sample_sd")
+    slope = statistics.median(slopes) if len(slopes) >= ENOUGH else 1.0
+    swing = statistics.pstdev(deviations) / statistics.mean(deviations) if len(deviations) >= ENOUGH else 0.0
+    if slope > 1.6 or (swing > 0.12 and not too_guided):
+        text = f"the critic's slope is {slope:.2f} (1 is up to date) and the samples' deviation swings by {swing:.0%}"
+        found.append(Finding("critic", f"{text}: the fake score lags; raise its rate or critic_updates."))
+    for update in sorted({name for line in logged[-WINDOW:] for name in line if name.startswith("grad_norm/")}):
+        norms = [line[update] for line in logged[-WINDOW:] if update in line]
+        if len(norms) >= ENOUGH and norms[-1] > 10 * statistics.median(norms):
+            text = f"the last {update} is {norms[-1] / statistics.median(norms):.0f} times its median"
+            found.append(Finding("gradient", f"{text}: one more sign of a rate that is too high."))
+    return found

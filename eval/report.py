@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
+from fewstep.distill.health import diagnose
 from fewstep.errors import UserError
 from fewstep.eval.evaluate import Score
 from fewstep.eval.pictures import Chart, Line, chart
@@ -77,6 +78,7 @@ def write_report(run: str | Path) -> Path:
         quality=quality_curves(scores),
         validation=[_curve("validation", validations, axis, look="o-") for axis in ("step", "seconds") if validations],
         training=training_curves(logged),
+        health=health(logged),
         samples=_samples(run / "samples", remarks),
         config=config,
         environment=environment,
@@ -213,6 +215,13 @@ def training_summary(logged: Sequence[Entry], validations: Sequence[Entry]) -> l
         points = [f"{number(e['validation'])} at step {e['step']:,.0f}" for e in (scored[0], lowest, scored[-1])]
         sentences.append("Validation began at {}, was best with {} and ended at {}.".format(*points))
     return sentences
+
+
+def health(logged: Sequence[Entry]) -> list[str]:
+    """What the diagnostics say at the end of training, in words; empty where nothing was recorded."""
+    if not any(name.startswith("health/") for entry in logged for name in entry):
+        return []
+    return [finding.text for finding in diagnose(logged)] or ["nothing in the recorded diagnostics looks wrong."]
 
 
 def verdict(scores: Sequence[Result]) -> list[str]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from fewstep.eval.evaluate import evaluate as evaluate_model
 from fewstep.eval.pictures import comparison, save_picture
 from fewstep.eval.references import load_reference
 from fewstep.eval.report import write_report
+from fewstep.eval.rewards import REWARDS, find_reward, win_rate
 from fewstep.eval.validation import Validation
 from fewstep.models.store import Model, load_model, write_tensors, write_text
 from fewstep.samplers.sample import SampleNoise, plan, steps_within
@@ -201,6 +203,61 @@ def make_pairs(
     noise = SampleNoise(seed, range(n), model.config.shape, torch.device("cpu"))()
     start = float(model.denoiser.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)))
     write_tensors({"noise": start * noise, "x0": samples.x0, "labels": labels}, Path(file))
+
+
+def make_preferences(
+    source: Source, file: Source, *, reward: str, n: int = 2_000, candidates: int = 4, solver: str | None = None,
+    steps: int | None = None, guidance: float = 1.0, reference: str = "fashion", seed: int = 0, device: str = "auto",
+    progress: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
+    """Preference pairs as a safetensors file: of ``candidates`` samples for each of ``n`` labels, that of the highest
+    ``reward`` is the ``winner`` and that of the lowest the ``loser``.
+
+    A student uses its own rule unless told otherwise; a teacher needs ``solver`` and ``steps``. Raises ``UserError`` on
+    an unknown reward or fewer than two candidates.
+    """
+    judge = find_reward(reward)
+    if n < 1 or candidates < 2:
+        raise UserError(f"A pair needs two candidates and n at least 1, got {candidates} and {n}.")
+    model = load(source, device)
+    network = load_reference(reference, "train", model.device).network
+    labels = cycled_labels(n, model.config.classes)
+    x0 = torch.stack([
+        draw(
+            model, labels, solver=solver or "student", steps=steps, guidance=guidance, seed=seed, first=k * n,
+            progress=partial(lambda before, done: progress(before + done), k * n) if progress else None,
+        ).x0
+        for k in range(candidates)
+    ])  # fmt: skip
+    rewards = torch.stack([judge(network, to_bytes(images), labels) for images in x0])
+    each = torch.arange(n)
+    pairs = {"winner": x0[rewards.argmax(0), each], "loser": x0[rewards.argmin(0), each], "labels": labels}
+    write_tensors(pairs, Path(file))
+
+
+def win_rates(
+    ours: Source, theirs: Source, *, n: int = 2_000, solver: str | None = None, steps: int | None = None,
+    guidance: float = 1.0, reference: str = "fashion", seed: int = 1, device: str = "auto",
+    json_file: Source | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """For every reward, how often ``ours`` gets more of it than ``theirs`` on the same label and noise, with Wilson's
+    95 % interval, and both means. Sampled as in ``make_preferences``, with another seed by default."""
+    drawn = []
+    for source in (ours, theirs):
+        model = load(source, device)
+        labels = cycled_labels(n, model.config.classes)
+        samples = draw(model, labels, solver=solver or "student", steps=steps, guidance=guidance, seed=seed)
+        drawn.append(to_bytes(samples.x0))
+    network = load_reference(reference, "train", model.device).network
+    results = []
+    for name, judge in REWARDS.items():
+        a, b = (judge(network, images, labels) for images in drawn)
+        rate, low, high = win_rate(a, b)
+        means = {"ours": a.mean().item(), "theirs": b.mean().item()}
+        results.append({"reward": name, "win_rate": rate, "low": low, "high": high, **means, "n": n, "seed": seed})
+    if json_file is not None:
+        write_text(json.dumps(results, indent=1) + "\n", Path(json_file))
+    return results
 
 
 def compare(run: Source, device: str = "auto", columns: int = 20, seed: int = 0, guidance: float = 1.5) -> Path:

@@ -92,3 +92,29 @@ def test_augmentation_alone_has_no_fixed_point() -> None:
     x_t = torch.linspace(-5, 5, 8)[:, None]
     cond, null = teacher(x_t, 0.5, condition), teacher(x_t, 0.5, condition.null())
     torch.testing.assert_close(cond.x0 - null.x0, torch.full_like(x_t, 0.5))
+
+
+def mean_after(fake: Role, steps: int, monkeypatch: pytest.MonkeyPatch, rate: float = 0.1) -> float:
+    """The student's mean, from 0, after plain gradient descent at t = 0.5 with w = 5 and no normaliser."""
+    monkeypatch.setattr(matching, "l1_weight", lambda *_: 1.0)
+    roles = world(0.0)
+    student = roles["student"]
+    student.optimizer = torch.optim.SGD(student.parameters, rate)
+    student.optimizer.param_groups[0]["initial_lr"] = rate
+    roles = Roles({**roles, "fake": fake})
+    settings = decoupled_dmd.Config(steps=1, guidance=5.0, critic_updates=1, t_range=(0.5, 0.5))
+    objective = decoupled_dmd.build(settings, roles)
+    matching_only = dataclasses.replace(objective, updates=objective.updates[:1])
+    loop = Loop(roles, matching_only, {"data": labelled}, 8)
+    for step in range(steps):
+        loop.step(step)
+    affine = roles.denoiser("student").backbone
+    assert isinstance(affine, Affine)
+    return affine.mu.item()
+
+
+def test_augmentation_without_matching_runs_away_linearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With DM = 0 (a fake that is the conditional teacher) the mean is n eta (w - 1) h (m_c - m_0), h = .5 at .5."""
+    for steps in (10, 40):
+        fake = Role(Denoiser(Conditional(), FLOW, "x0"))
+        assert mean_after(fake, steps, monkeypatch) == pytest.approx(steps * 0.1 * 4 * 0.5, rel=1e-5)
