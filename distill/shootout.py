@@ -6,7 +6,9 @@ every stage: ``show`` measures how many a step makes. Runs that are finished are
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,28 @@ from fewstep.distill.stage import Frozen
 from fewstep.errors import UserError
 
 
+class Entrant(Frozen):
+    """A method: its stages without their ``steps``, its ``data`` if it needs more than labels, and how many evaluations
+    that data has ``spent`` already (of the teacher, on pairs)."""
+
+    stages: list[dict[str, Any]] = Field(min_length=1)
+    data: dict[str, Any] = Field(default_factory=dict)
+    spent: int = Field(0, ge=0)
+
+
 class Shootout(Frozen):
-    """``base`` holds the settings that all runs share, ``methods`` the stages of each, whose ``steps`` are set from
-    ``evaluations`` (of samples, over all stages). Students are scored with each of ``steps`` on ``n`` samples."""
+    """``base`` holds the settings that all runs share, ``methods`` those of each, whose ``steps`` are set from
+    ``evaluations`` (of samples, over all stages). Students are scored on ``n`` samples with each of ``steps``, or if
+    there are none with the number of steps that they were made for."""
 
     out: str
     evaluations: int = Field(ge=1)
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
-    steps: tuple[int, ...] = (4,)
+    steps: tuple[int, ...] = ()
     n: int = Field(10_000, ge=20)
     reference: str = "fashion"
     base: dict[str, Any]
-    methods: dict[str, list[dict[str, Any]]] = Field(min_length=1)
+    methods: dict[str, Entrant] = Field(min_length=1)
 
 
 def load_shootout(path: str | Path) -> Shootout:
@@ -48,11 +60,12 @@ def entry(shootout: Shootout, method: str) -> Config:
 
     Raises ``UserError`` if the settings are wrong or the budget is less than a step a stage.
     """
-    stages = shootout.methods[method]
-    raw = {**shootout.base, "out": shootout.out, "seed": shootout.seeds[0]}
+    entrant = shootout.methods[method]
+    stages = entrant.stages
+    raw = {**shootout.base, "data": entrant.data, "out": shootout.out, "seed": shootout.seeds[0]}
     origin = f"the shootout's method {method!r}"
     probe = parse_config({**raw, "stages": [{**stage, "steps": 1} for stage in stages]}, origin)
-    share = shootout.evaluations / len(stages) / probe.batch / probe.accumulate
+    share = (shootout.evaluations - entrant.spent) / len(stages) / probe.batch / probe.accumulate
     steps = [round(share / view.evaluations_a_step) for view in show(probe)]
     if min(steps) < 1:
         raise UserError(f"{shootout.evaluations} evaluations are less than one step of {method!r}.")
@@ -80,3 +93,18 @@ def run_all(shootout: Shootout, train: Callable[[Config, Path | None], object]) 
                 train(wanted, folder if started else None)
             runs.append((method, seed, folder))
     return runs
+
+
+def curve(shootout: Shootout, method: str, folder: Path) -> list[tuple[float, float]]:
+    """(training evaluations so far, validation) of a finished run."""
+    config = run_config(folder)
+    costs = [view.evaluations_a_step * config.batch * config.accumulate for view in show(config)]
+    ends = [0, *accumulate(stage.steps for stage in config.stages)]
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    found = {line["step"]: line["validation"] for line in lines if "validation" in line}
+
+    def evaluations(step: int) -> float:
+        inside = (min(max(step - first, 0), last - first) for first, last in pairwise(ends))
+        return shootout.methods[method].spent + sum(n * cost for n, cost in zip(inside, costs, strict=True))
+
+    return [(evaluations(step), value) for step, value in found.items()]

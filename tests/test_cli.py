@@ -236,10 +236,14 @@ def test_a_shootout_gives_every_method_the_same_evaluations_and_keeps_what_is_fi
     second = {"objective": {"name": "phased_dmd", "critic_updates": 1, "phase": 2}, "roles": roles}
     settings = {
         "out": str(tmp_path / "out"), "evaluations": 600, "seeds": [0, 1], "steps": [2], "n": 100,
-        "reference": str(squares), "base": {"teacher": str(tiny_teacher(tmp_path / "teacher")), "batch": 8},
+        "reference": str(squares),
+        "base": {
+            "teacher": str(tiny_teacher(tmp_path / "teacher")), "batch": 8,
+            "validation": {"every": 2, "n": 20, "reference": str(squares)},
+        },
         "methods": {
-            "tdm": [{"objective": {"name": "tdm", "steps": 2}, "roles": roles}],
-            "phased": [phase, {**second, "freeze": {"expert1": "student"}}],
+            "tdm": {"stages": [{"objective": {"name": "tdm", "steps": 2}, "roles": roles}]},
+            "phased": {"stages": [phase, {**second, "freeze": {"expert1": "student"}}]},
         },
     }  # fmt: skip
     (tmp_path / "shootout.yaml").write_text(yaml.safe_dump(settings))
@@ -254,6 +258,11 @@ def test_a_shootout_gives_every_method_the_same_evaluations_and_keeps_what_is_fi
         views = show(config)
         spent = sum(8 * stage.steps * view.evaluations_a_step for stage, view in zip(config.stages, views, strict=True))
         assert spent == pytest.approx(600, abs=8 * 5)  # each stage to half a step
+    curves = json.loads((tmp_path / "out" / "curves.json").read_text())
+    assert {method: len(seeds) for method, seeds in curves.items()} == {"tdm": 2, "phased": 2}
+    assert all(points[-1][0] == pytest.approx(600, abs=8 * 5) for seeds in curves.values() for points in seeds)
+    with Image.open(tmp_path / "out" / "frontier.png") as picture:
+        assert picture.width == 1300
     before = (tmp_path / "out" / "tdm-0" / "metrics.jsonl").stat().st_mtime_ns
     assert fewstep("shootout", tmp_path / "shootout.yaml").returncode == 0
     assert (tmp_path / "out" / "tdm-0" / "metrics.jsonl").stat().st_mtime_ns == before

@@ -76,10 +76,9 @@ def test_every_config_that_ships_is_valid(file: Path) -> None:
     if file.stem == "shootout":
         settings = load_shootout(file)
         assert {entry(settings, method).steps > 100 for method in ("tdm", "phased_dmd")} == {True}
-        for stages in settings.methods.values():
-            parse_config(
-                {**settings.base, "out": "x", "stages": [{**stage, "steps": 1} for stage in stages]}, str(file)
-            )
+        for entrant in settings.methods.values():
+            stages = [{**stage, "steps": 1} for stage in entrant.stages]
+            parse_config({**settings.base, "data": entrant.data, "out": "x", "stages": stages}, str(file))
     else:
         assert load_config(file).steps > 0
 

@@ -15,10 +15,11 @@ from fewstep.distill.config import Config, load_config
 from fewstep.distill.data import to_bytes
 from fewstep.distill.devices import join_world, pick_device
 from fewstep.distill.run import Progress, Run
-from fewstep.distill.shootout import load_shootout, run_all
+from fewstep.distill.shootout import curve, load_shootout, run_all
 from fewstep.errors import UserError
 from fewstep.eval.evaluate import Score, cycled_labels, draw, merged, read_scores
 from fewstep.eval.evaluate import evaluate as evaluate_model
+from fewstep.eval.frontier import draw_frontier
 from fewstep.eval.pictures import comparison, save_picture
 from fewstep.eval.references import load_reference
 from fewstep.eval.report import write_report
@@ -162,7 +163,8 @@ def _default_json(source: Path) -> Path | None:
 
 
 def shootout(config: Source, progress: Callable[[str], Progress] | None = None, device: str = "auto") -> list[Score]:
-    """Trains and scores every method and seed of a shootout file; writes ``shootout.json`` into its folder.
+    """Trains and scores every method and seed of a shootout file; writes ``shootout.json``, ``curves.json`` (validation
+    over training evaluations, by method and seed) and ``frontier.png`` into its folder.
 
     A score's ``model`` is the method and its ``seed`` that of the training, so that tables show mean and deviation.
     What is finished is kept: call it again after an interruption. ``progress(run name)`` makes a run's callback.
@@ -172,10 +174,14 @@ def shootout(config: Source, progress: Callable[[str], Progress] | None = None, 
         settings, lambda entry, resume: train_run(entry, resume, progress(Path(entry.out).name) if progress else None)
     )
     entries = []
+    curves: dict[str, list[list[tuple[float, float]]]] = {method: [] for method in settings.methods}
     for method, seed, folder in runs:
+        curves[method].append(curve(settings, method, folder))
         file = folder / "eval.json"
         own = [score for score in read_scores(file) if score.role == "student"] if file.is_file() else []
-        missing = [k for k in settings.steps if (k, settings.n) not in {(score.steps, score.n) for score in own}]
+        few = load_model(folder / "student").config.few_step
+        wanted = settings.steps or ((len(few.times),) if few else ())
+        missing = [k for k in wanted if (k, settings.n) not in {(score.steps, score.n) for score in own}]
         if missing:
             own += evaluate(folder, reference=settings.reference, steps=missing, n=settings.n, device=device)
         last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
@@ -183,11 +189,15 @@ def shootout(config: Source, progress: Callable[[str], Progress] | None = None, 
         entries += [
             score.model_copy(update={"model": method, "seed": seed}).model_dump() | training
             for score in own
-            if score.steps in settings.steps and score.n == settings.n
+            if score.steps in wanted and score.n == settings.n
         ]
-    file = Path(settings.out) / "shootout.json"
-    write_text(json.dumps(entries, indent=1) + "\n", file)
-    return read_scores(file)
+    folder = Path(settings.out)
+    write_text(json.dumps(entries, indent=1) + "\n", folder / "shootout.json")
+    write_text(json.dumps(curves) + "\n", folder / "curves.json")
+    scores = read_scores(folder / "shootout.json")
+    features = scores[0].features_sha256
+    draw_frontier([*scores, *_teacher_scores(runs[0][2], features)], curves, folder / "frontier.png")
+    return scores
 
 
 def make_pairs(
