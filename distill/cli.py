@@ -242,6 +242,7 @@ def prefer(
     file: Annotated[Path, typer.Option("--out", help="A safetensors file, for data.path with data.kind=tensors.")],
     reward: Annotated[str, typer.Option(help="confidence, symmetry or brightness.")],
     n: Annotated[int, typer.Option("--n", help="How many pairs.")] = 2_000,
+    reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",
     candidates: Annotated[int, typer.Option(help="Samples for each pair, of which the best and the worst count.")] = 4,
     solver: Annotated[
         str | None, typer.Option(help="student, euler, heun or ddim; a student's own by default.")
@@ -256,7 +257,7 @@ def prefer(
         task = bar.add_task("sampling", total=n * candidates)
         api.make_preferences(
             source, file, reward=reward, n=n, candidates=candidates, solver=solver, steps=steps, guidance=guidance,
-            seed=seed, device=device, progress=lambda done: bar.update(task, completed=done),
+            reference=reference, seed=seed, device=device, progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
     out.print(f"{n} pairs are in {file}.")
 
@@ -266,6 +267,7 @@ def wins(
     ours: Source,
     theirs: Annotated[str, typer.Argument(metavar="OTHER", help="What it is compared with.")],
     n: Annotated[int, typer.Option("--n", help="Samples of each.")] = 2_000,
+    reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",
     solver: Annotated[
         str | None, typer.Option(help="student, euler, heun or ddim; a student's own by default.")
     ] = None,
@@ -277,8 +279,9 @@ def wins(
 ) -> None:
     """How often a model's samples get more of each reward than another model's, on the same labels and noise."""
     results = api.win_rates(
-        ours, theirs, n=n, solver=solver, steps=steps, guidance=guidance, seed=seed, device=device, json_file=file
-    )
+        ours, theirs, n=n, solver=solver, steps=steps, guidance=guidance, reference=reference, seed=seed, device=device,
+        json_file=file,
+    )  # fmt: skip
     table = Table("reward", "win rate", "95 % interval", "mean", "mean of the other")
     for r in results:
         interval = f"{r['low']:.3f} to {r['high']:.3f}"

@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep.distill.config import HealthConfig
 from fewstep.distill.critics import denoising_target
 from fewstep.distill.matching import l1_weight, per_sample_mean
 from fewstep.distill.update import Anchor, Micro
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.guidance import OFF, Guidance, Guided
+from fewstep.models.guidance import Guidance, Guided
 from fewstep.models.schedules import NoiseSchedule
-from fewstep.models.store import FewStep
+from fewstep.models.store import FewStep, ModelConfig
 from fewstep.samplers.grids import time_uniform
 from fewstep.samplers.sample import sample
 
@@ -88,42 +89,38 @@ class Profile:
 
 @dataclass(frozen=True)
 class Probe:
-    """Draws ``seeds`` samples for each row of ``condition``, always from the same noise. The teacher's profile, which
-    students are compared with, is drawn once for each guidance scale."""
+    """Draws samples for the rows of ``condition`` [conditions], always from the same noise, in the shape of the
+    teacher's config ``origin``. The teacher's profile is drawn once for each guidance scale."""
 
     condition: Condition
-    rows: int
-    seeds: int
-    shape: tuple[int, ...]
+    settings: HealthConfig
+    origin: ModelConfig
     device: torch.device
-    teacher_steps: int
     _known: dict[float, Profile] = field(default_factory=dict)
 
     def __call__(
         self, student: Denoiser, few_step: FewStep | None, teacher: Denoiser, scale: float
     ) -> dict[str, float]:
-        """The student's samples against those of the teacher with guidance ``scale``; a student without a few-step rule
-        of its own (a tuned teacher) is sampled as the teacher is."""
-        many = time_uniform(self.teacher_steps)
+        """The student's samples against those of the teacher with guidance ``scale``, each by its own few-step rule; a
+        model without one (a teacher, a tuned teacher) takes ``teacher_steps`` steps of Heun's."""
         if scale not in self._known:
-            self._known[scale] = self._profile(teacher, self.condition, "heun", many, Guidance(scale))
-        if few_step is None:
-            own = self._profile(student, self.condition, "heun", many, Guidance(scale))
-        else:
-            told = torch.full((self.rows,), len(few_step.times), device=self.device)
-            condition = self.condition.replace(steps=told) if few_step.counts else self.condition
-            own = self._profile(student, condition, few_step.rule, (*few_step.times, 0.0), OFF)
-        return own.against(self._known[scale])
+            self._known[scale] = self._profile(teacher, self.origin.few_step, scale)
+        return self._profile(student, few_step, scale).against(self._known[scale])
 
-    def _profile(
-        self, denoiser: Denoiser, condition: Condition, rule: str, times: Sequence[float], guidance: Guidance
-    ) -> Profile:
-        rows = torch.arange(self.rows, device=self.device).repeat(self.seeds)
+    def _profile(self, denoiser: Denoiser, few_step: FewStep | None, scale: float) -> Profile:
+        settings, condition = self.settings, self.condition
+        rule, times = "heun", time_uniform(settings.teacher_steps)
+        if few_step is not None:
+            rule, times, scale = few_step.rule, (*few_step.times, 0.0), 1.0
+            if few_step.counts:
+                told = torch.full((settings.conditions,), len(few_step.times), device=self.device)
+                condition = condition.replace(steps=told)
+        rows = torch.arange(settings.conditions, device=self.device).repeat(settings.seeds)
         samples = sample(
-            denoiser, condition.index(rows), self.shape, len(rows), rule=rule, times=times, guidance=guidance,
-            device=self.device,
+            denoiser, condition.index(rows), self.origin.shape, len(rows), rule=rule, times=times,
+            guidance=Guidance(scale), device=self.device,
         )  # fmt: skip
-        return Profile.of(samples.x0.reshape(self.seeds, self.rows, *self.shape))
+        return Profile.of(samples.x0.reshape(settings.seeds, settings.conditions, *self.origin.shape))
 
 
 WINDOW = 20  # logged lines that a diagnosis looks back on

@@ -82,9 +82,8 @@ class Run:
                 torch.manual_seed(self.config.seed)
                 self._origins["model"] = Role(self.origin.build().to(self.device))
         self._sources = self._make_sources()
-        health = self.config.health
-        rows = self._sources["data"](Draws(0, 0, "health", 0), health.conditions).condition.to(self.device)
-        self._probe = Probe(rows, health.conditions, health.seeds, self.origin.shape, self.device, health.teacher_steps)
+        rows = self._sources["data"](Draws(0, 0, "health", 0), self.config.health.conditions).condition
+        self._probe = Probe(rows.to(self.device), self.config.health, self.origin, self.device)
         self._enter(0)
 
     @staticmethod

@@ -270,6 +270,37 @@ def test_a_shootout_gives_every_method_the_same_evaluations_and_keeps_what_is_fi
     assert "a run of other settings" in refused(capsys, "shootout", tmp_path / "shootout.yaml")
 
 
+def test_preferences_are_made_learned_and_measured(
+    squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, pairs = tiny_teacher(tmp_path / "teacher"), tmp_path / "pairs.safetensors"
+    way = ["--reference", squares, "--solver", "euler", "--steps", 2]
+    done = fewstep("prefer", teacher, "--out", pairs, "--reward", "brightness", "--n", 30, "--candidates", 3, *way)
+    assert done.returncode == 0, done.stderr
+    tensors = read_tensors(pairs)
+    winner, loser = (tensors[name].flatten(1).clamp(-1, 1).mean(1) for name in ("winner", "loser"))
+    assert (winner >= loser).all()
+    assert (winner > loser).any()
+    assert tensors["labels"].tolist() == [k % 10 for k in range(30)]
+    raw = tiny_config(tmp_path, data={"kind": "tensors", "path": str(pairs)})
+    objective = {"name": "diffusion_dpo", "beta": 1000}
+    role = {"student": {"lr": 1e-3}}
+    raw["stages"] = [{"steps": 60, "objective": objective, "roles": role, "freeze": {"reference": "teacher"}}]
+    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(raw))
+    assert fewstep("train", tmp_path / "dpo.yaml").returncode == 0
+    file = tmp_path / "wins.json"
+    done = fewstep("wins", tmp_path / "run", teacher, "--n", 200, "--json", file, *way)
+    assert done.returncode == 0, done.stderr
+    wins = {row["reward"]: row for row in json.loads(file.read_text())}
+    assert wins["brightness"]["low"] > 0.5
+    assert wins["brightness"]["ours"] > wins["brightness"]["theirs"]
+    assert f"{wins['symmetry']['win_rate']:.3f}" in done.stdout
+    bad = ["prefer", teacher, "--out", tmp_path / "x", *way, "--n", 2]
+    assert "brightness" in refused(capsys, *bad, "--reward", "brightnes")
+    assert "two candidates" in refused(capsys, *bad, "--reward", "brightness", "--candidates", 1)
+    assert not (tmp_path / "x").exists()
+
+
 def test_eval_refuses_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = tiny_teacher(tmp_path / "teacher")
     assert "No reference 'fashon'" in refused(capsys, "eval", teacher, "--reference", "fashon")

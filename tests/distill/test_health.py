@@ -10,6 +10,7 @@ import torch
 from mixtures import CLASSES, guided_ring, pretrained_guided
 from worlds import FLOW, Affine, Points, gaussian, trained
 
+from fewstep.distill.config import HealthConfig
 from fewstep.distill.data import Labels
 from fewstep.distill.draws import Draws
 from fewstep.distill.health import Probe, Profile, diagnose
@@ -19,6 +20,7 @@ from fewstep.distill.roles import Role, Roles
 from fewstep.distill.run import numbers
 from fewstep.distill.stage import RoleConfig, make_role
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.store import ModelConfig
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.25, -0.5])
@@ -84,7 +86,8 @@ def names(
     objective = module.build(module.Config(steps=4, **settings), roles)
     source = Labels(CLASSES, (2,))
     loop = Loop(roles, objective, {"data": source}, 128)
-    probe = Probe(source(Draws(0, 0, "health", 0), 8).condition, 8, 16, (2,), torch.device("cpu"), 16)
+    shape = ModelConfig(backbone={"name": "none"}, shape=(2,), classes=CLASSES)
+    probe = Probe(source(Draws(0, 0, "health", 0), 8).condition, HealthConfig(seeds=16), shape, torch.device("cpu"))
     logged: list[dict[str, float]] = []
     latest: dict[str, float] = {}
     for step in range(steps):
