@@ -334,10 +334,10 @@ def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
             table.add_row(row.name, ", ".join(row.roles), due, costs)
         out.print(table)
         out.print(f"Forward passes a sample and step, over all roles: {view.evaluations_a_step:.3g}.")
-        settings = Table("setting", "here", "default")
-        for key, here, default in view.changed:
-            settings.add_row(key, str(here), str(default))
-        out.print(settings if view.changed else "All settings of the objective are its defaults.")
+        settings = Table("setting", "here", "default", "published")
+        for row_of_settings in view.settings:
+            settings.add_row(*row_of_settings)
+        out.print(settings if view.settings else "All settings of the objective are its defaults.")
 
 
 @bench.command("step")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fewstep.distill.bench import calls_of
-from fewstep.distill.config import Config, objective_module
+from fewstep.distill.config import Config, StageConfig, objective_module
 from fewstep.distill.run import Run
 from fewstep.distill.update import Anchor, Due
 
@@ -33,11 +33,12 @@ class UpdateRow:
 
 @dataclass(frozen=True)
 class StageView:
-    """A stage: the objective's own words, its updates, and (setting, here, default) where the two differ."""
+    """A stage: the objective's own words, its updates, and (setting, here, default, published) where something was
+    published or the setting is not the default."""
 
     text: str
     updates: list[UpdateRow]
-    changed: list[tuple[str, object, object]]
+    settings: list[tuple[str, str, str, str]]
 
     @property
     def evaluations_a_step(self) -> float:
@@ -53,13 +54,18 @@ def show(config: Config) -> list[StageView]:
         for number, stage in enumerate(config.stages):
             if number:
                 run._enter(number)
-            settings, defaults = stage.objective, type(stage.objective)(name=stage.objective.name)
-            changed = [
-                (name, value, getattr(defaults, name)) for name, value in settings if value != getattr(defaults, name)
-            ]
-            doc = inspect.getdoc(objective_module(settings.name)) or ""
-            views.append(StageView(doc, _rows(run), changed))
+            doc = inspect.getdoc(objective_module(stage.objective.name)) or ""
+            views.append(StageView(doc, _rows(run), _settings(config, stage)))
     return views
+
+
+def _settings(config: Config, stage: StageConfig) -> list[tuple[str, str, str, str]]:
+    objective = stage.objective
+    defaults = dict(type(objective)(name=objective.name))
+    here = dict(objective) | {f"{name}.lr": role.lr for name, role in stage.roles.items()}
+    here["batch"] = config.batch * config.accumulate
+    told = [name for name in here if name in objective.published or here[name] != defaults.get(name, here[name])]
+    return [(name, str(here[name]), str(defaults.get(name, "")), objective.published.get(name, "")) for name in told]
 
 
 def _rows(run: Run) -> list[UpdateRow]:

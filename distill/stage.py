@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,8 +25,12 @@ class Frozen(BaseModel):
 
 
 class ObjectiveConfig(Frozen):
-    """Base of an objective's settings, with what it asks of its stage."""
+    """Base of an objective's settings, with what it asks of its stage.
 
+    ``published``: the values of the paper or its code in words, by setting (also ``batch``, ``ROLE.lr``), for ``show``.
+    """
+
+    published: ClassVar[Mapping[str, str]] = MappingProxyType({})
     name: str
 
     @property

@@ -18,7 +18,7 @@ from PIL import Image
 from worlds import tiny_config, tiny_teacher, write_idx
 
 from fewstep.distill import cli
-from fewstep.distill.config import load_config
+from fewstep.distill.config import load_config, objective_module, objective_names
 from fewstep.distill.show import show
 from fewstep.models.store import read_tensors, write_tensors
 
@@ -93,7 +93,15 @@ def test_show_explains_a_config_and_counts_its_evaluations(tmp_path: Path) -> No
     assert "student 0 + 1, teacher 2 + 0, fake 1 + 0" in text
     assert "one step in 2" in text
     assert "over all roles: 3.5." in text
-    assert "critic_updates" in text
+    assert "critic_updates │ 2 │ 5 │ 5, 10 (SD1.5)" in text, "here, by default, published"
+    assert "student.lr │ 0.001 │ │ 2e-6 (ImageNet-64), 1e-5 (SD1.5), 5e-7 (SDXL)" in text
+
+
+@pytest.mark.parametrize("objective", objective_names())
+def test_what_is_published_belongs_to_a_setting_that_exists(objective: str) -> None:
+    config = objective_module(objective).Config
+    others = {"batch"} | {f"{role}.lr" for role in config().needs}
+    assert set(config.published) <= set(config.model_fields) | others
 
 
 def test_bench_step_reports_a_paired_ratio(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ squares carry no 1/2 and no gradient runs through x'. The paper's CFG factor a =
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -33,6 +33,15 @@ from fewstep.samplers.grids import time_uniform
 
 
 class Config(MatchingConfig):
+    published: ClassVar = {
+        "guidance": "8 (the text's a = 7)",
+        "max_steps": "28",
+        "critic_updates": "2",
+        "blend": "1e-3",
+        "batch": "128 (SD3), 64 (LongCat-Image)",
+        "student.lr": "1e-5",
+        "fake.lr": "5e-6",
+    }
     name: Literal["cdm"] = "cdm"
     steps: int = Field(4, ge=1)  # of sampling; training has no grid
     guidance: float = 8.0

@@ -16,7 +16,7 @@ that equal times and noise give DMD2 exactly. ``separate``: a = mean|x - T_c| at
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -35,6 +35,14 @@ Times = Literal["all", "cleaner"]
 
 
 class Config(MatchingConfig):
+    published: ClassVar = {
+        "guidance": "8 (SDXL)",
+        "ca_times": "cleaner",
+        "dm_times": "all",
+        "critic_updates": "5 (SDXL)",
+        "batch": "128 (SDXL)",
+        "student.lr": "5e-7 (SDXL)",
+    }
     name: Literal["decoupled_dmd"] = "decoupled_dmd"
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)

@@ -15,7 +15,7 @@ tune a few-step student; then ``times`` are the student's own, the only ones at 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,12 @@ from fewstep.models.prediction import Coefficients
 
 
 class Config(ObjectiveConfig):
+    published: ClassVar = {
+        "beta": "2000 or 5000 (SD1.5), 5000 (SDXL), with the noise error",
+        "error": "noise",
+        "batch": "2048 pairs",
+        "student.lr": "2e-5 with warm-up (the launchers' 1e-8 times their scaling)",
+    }
     name: Literal["diffusion_dpo"] = "diffusion_dpo"
     beta: float = Field(100.0, gt=0)
     error: Literal["noise", "v", "velocity"] = "velocity"

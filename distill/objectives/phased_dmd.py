@@ -16,7 +16,7 @@ start from the teacher again. Sampling routes by noise level; below a phase in t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -35,6 +35,15 @@ from fewstep.samplers.grids import time_uniform
 
 
 class Config(MatchingConfig):
+    published: ClassVar = {
+        "guidance": "4 (Wan, Qwen-Image)",
+        "critic_updates": "5",
+        "clamp": "10",
+        "pull": "x_s; x0 in the released trainer",
+        "batch": "64",
+        "student.lr": "5e-5 (adapter)",
+        "fake.lr": "4e-7",
+    }
     name: Literal["phased_dmd"] = "phased_dmd"
     steps: int = Field(4, ge=1)
     phases: int = Field(2, ge=1)

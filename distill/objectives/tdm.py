@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -40,6 +40,15 @@ from fewstep.samplers.grids import time_uniform
 
 
 class Config(MatchingConfig):
+    published: ClassVar = {
+        "guidance": "3.5 (SD1.5, PixArt; code 4.5), 8 (SDXL)",
+        "critic": "importance",
+        "critic_updates": "1",
+        "huber": "1e-3",
+        "batch": "256 (SD1.5), 64 (SDXL), 32 (PixArt)",
+        "student.lr": "2e-6 (SD1.5, PixArt), 1e-6 (SDXL)",
+        "fake.lr": "2e-5 (SD1.5, PixArt), 5e-6 (SDXL)",
+    }
     name: Literal["tdm"] = "tdm"
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)

@@ -17,7 +17,7 @@ import torch
 from worlds import FLOW, Affine, Points, gaussian, trained
 
 from fewstep.distill.config import objective_module
-from fewstep.distill.critics import denoising_loss, importance_weight
+from fewstep.distill.critics import denoising_loss, denoising_target, importance_weight
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.update import Anchor
@@ -161,14 +161,24 @@ def test_three_critics_have_three_different_slopes(critic: str, slope: float) ->
 
 def test_a_clean_anchor_makes_the_bridge_target_the_ordinary_one() -> None:
     """At s = 0 the unbiased target is (x, n) itself and the weight is 1: clean is a value of the one function."""
-    from fewstep.distill.critics import denoising_target
-
     x, n = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
     zero, t = torch.zeros(5, dtype=torch.float64), torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
     x0, noise, weight = denoising_target(FLOW, Anchor(x, zero, x, t, Condition()), t, n)
     assert torch.equal(x0, x)
     assert torch.allclose(noise, n)
     assert torch.allclose(weight, torch.ones(5, 1))
+
+
+@pytest.mark.parametrize("s", [1e-3, 1e-5, 1e-7])
+def test_the_bridge_target_tends_to_the_clean_one(s: float) -> None:
+    """Linearly in s^2: nothing jumps between a clean anchor and an almost clean one."""
+    x, n = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    level = torch.full((5,), s, dtype=torch.float64)
+    anchor = Anchor((1 - s) * x, level, x, t, Condition())
+    x0, noise, weight = denoising_target(FLOW, anchor, t, n)
+    for value, limit in ((x0, x), (noise, n), (weight, torch.ones(5, 1))):
+        torch.testing.assert_close(value, limit.to(value), rtol=0, atol=max(300 * s * s, 1e-12))
 
 
 def test_tempered_importance_weight_is_the_dth_root_of_the_exact_one() -> None:

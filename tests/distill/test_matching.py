@@ -34,6 +34,16 @@ def test_huber_pull_is_zero_at_rest_and_its_gradient_is_bounded_by_the_weight() 
     assert x.grad.abs().max() <= 2.0 / x.numel()
 
 
+def test_huber_pull_is_the_sign_for_a_small_constant_and_the_square_for_a_large_one() -> None:
+    """Its gradient is -w d / sqrt(d^2 + c^2) / numel: -w sign(d) / numel as c -> 0, -w d / c / numel as c -> oo."""
+    direction = torch.tensor([[0.5, -2.0, 1e-3, 0.0]])
+    for c, limit in ((1e-8, direction.sign()), (1e4, direction / 1e4)):
+        x = torch.zeros(1, 4, requires_grad=True)
+        huber_pull(x, direction, 3.0, c).backward()
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad, -3.0 * limit / 4, rtol=1e-5, atol=1e-12)
+
+
 def test_l1_weight_is_per_sample_and_scale_free() -> None:
     x, reference = torch.randn(2, 3, 4, generator=GENERATOR)
     weight = l1_weight(x, reference)
