@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -43,8 +44,23 @@ def _record(path: str, module: nn.Module, inputs: object, output: Tensor | tuple
         features[path] = output if isinstance(output, Tensor) else output[0]
 
 
+@dataclass(frozen=True)
+class GuidanceStyle:
+    """How a model wants to be guided, where that is not the plain way.
+
+    ``embedded``: the network is told the scale as ``condition["guidance"]`` and read once (guidance-distilled models).
+    ``finish(cond, out)`` changes the guided output [B, ...] (Qwen-Image restores norms).
+    """
+
+    embedded: bool = False
+    finish: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+PLAIN = GuidanceStyle()
+
+
 class Denoiser(nn.Module):
-    """A backbone, the noise schedule it was trained on and the quantity it predicts.
+    """A backbone, the noise schedule it was trained on, the quantity it predicts, and how it wants to be guided.
 
     ``backbone(x_t, t, condition)`` takes ``t`` float64 in [0, 1] (shape [B], or one that broadcasts against ``x_t``, as
     for video frames at different levels) and returns a tensor like ``x_t``. ``taps`` are paths of the backbone's
@@ -53,7 +69,12 @@ class Denoiser(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, schedule: NoiseSchedule, kind: Kind = "velocity", taps: Sequence[str] = ()
+        self,
+        backbone: nn.Module,
+        schedule: NoiseSchedule,
+        kind: Kind = "velocity",
+        taps: Sequence[str] = (),
+        style: GuidanceStyle = PLAIN,
     ) -> None:
         super().__init__()
         if kind not in KINDS:
@@ -61,6 +82,7 @@ class Denoiser(nn.Module):
         self.backbone = backbone
         self.schedule = schedule
         self.kind: Kind = kind
+        self.style = style
         for path in taps:
             try:
                 backbone.get_submodule(path).register_forward_hook(partial(_record, path))
@@ -114,6 +136,7 @@ class Routed(nn.Module):
 
 
 def routed(experts: Sequence[Denoiser], boundaries: Sequence[float]) -> Denoiser:
-    """One denoiser of several that share schedule and prediction type; raises ``ValueError`` as ``Routed`` does."""
+    """One denoiser of several that share all but the backbone; raises ``ValueError`` as ``Routed`` does."""
     first = experts[0]
-    return Denoiser(Routed([expert.backbone for expert in experts], boundaries), first.schedule, first.kind)
+    backbone = Routed([expert.backbone for expert in experts], boundaries)
+    return Denoiser(backbone, first.schedule, first.kind, style=first.style)

@@ -17,18 +17,12 @@ from fewstep.models.prediction import Prediction
 class Guidance:
     """``scale`` w (below 0 pushes away from the condition: SiD's anti-guidance), used for times within ``interval``
     (Kynkäänniemi et al., 2404.07724). ``rescale`` in [0, 1] moves the standard deviation of the result back to the
-    conditional one's (Lin et al., 2305.08891). ``embedded`` hands w to the network as ``condition["guidance"]`` instead
-    of a second evaluation (guidance-distilled teachers)."""
+    conditional one's (Lin et al., 2305.08891). How the
+    scale is applied is the model's own ``GuidanceStyle``."""
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
-    embedded: bool = False
-
-    @property
-    def doubles(self) -> bool:
-        """Whether a read needs the unconditional branch, and so counts two network evaluations."""
-        return self.scale != 1.0 and not self.embedded
 
 
 OFF = Guidance()
@@ -50,17 +44,21 @@ class Guided(NamedTuple):
 
 
 def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor | float, condition: Condition, guidance: Guidance = OFF) -> Guided:
-    """Reads ``denoiser`` at ``x_t`` [B, ...] with guidance; both branches go through it as one batch of 2B."""
-    if guidance.embedded:
+    """Reads ``denoiser`` at ``x_t`` [B, ...] with guidance; both branches go through it as one batch of 2B. A model
+    that embeds guidance is read once, off or not, and its ``out`` is its ``cond``."""
+    if denoiser.style.embedded:
         scale = torch.full((x_t.shape[0],), guidance.scale, device=x_t.device)
         condition = condition.replace(guidance=scale)
-    if not guidance.doubles:
+    if guidance.scale == 1.0 or denoiser.style.embedded:
         cond = denoiser(x_t, t, condition)
         return Guided(cond, None, cond)
     times = batch_times(t, x_t)
     both = denoiser(torch.cat([x_t, x_t]), torch.cat([times, times]), Condition.cat(condition, condition.null()))
     cond, null = both.split(x_t.shape[0])
-    return Guided(cond, null, combine(cond, null, times, guidance))
+    out = combine(cond, null, times, guidance)
+    if denoiser.style.finish is not None:
+        out = out.with_raw(denoiser.style.finish(cond.raw, out.raw))
+    return Guided(cond, null, out)
 
 
 def combine(cond: Prediction, null: Prediction, t: Tensor, guidance: Guidance) -> Prediction:

@@ -72,7 +72,10 @@ class Config(MatchingConfig):
                 f"unify needs a network that can be told a step count, not {type(teacher.backbone).__name__}."
             )
         backbones = {role: teacher.backbone.for_step_counts(max(self.unify)) for role in ("student", "fake")}
-        return {role: Denoiser(backbone, teacher.schedule, teacher.kind) for role, backbone in backbones.items()}
+        return {
+            role: Denoiser(backbone, teacher.schedule, teacher.kind, style=teacher.style)
+            for role, backbone in backbones.items()
+        }
 
 
 def build(config: Config, roles: Roles) -> Objective:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from fewstep.models.condition import Condition
-from fewstep.models.denoiser import Denoiser, expand_like
+from fewstep.models.denoiser import Denoiser, GuidanceStyle, expand_like
 from fewstep.models.guidance import OFF, Guidance, guide
 from fewstep.models.prediction import KINDS
 from fewstep.models.schedules import RectifiedFlow
@@ -43,7 +43,6 @@ def test_off_is_one_evaluation_of_the_condition_alone(denoiser: Denoiser) -> Non
     read = guide(denoiser, X_T, 0.5, LABELS, OFF)
     assert read.out is read.cond
     assert denoiser.backbone.evaluations == 3
-    assert not OFF.doubles
     with pytest.raises(ValueError, match="not guided, so it has no unconditional part"):
         _ = read.unconditional
 
@@ -89,7 +88,8 @@ def test_rescale_moves_the_spread_back_to_the_conditional_one(denoiser: Denoiser
 
 @pytest.mark.parametrize("w", [1.0, 3.5])
 def test_embedded_guidance_is_told_to_the_network_which_is_read_once(denoiser: Denoiser, w: float) -> None:
-    read = guide(denoiser, X_T, 0.5, LABELS, Guidance(w, embedded=True))
+    denoiser.style = GuidanceStyle(embedded=True)
+    read = guide(denoiser, X_T, 0.5, LABELS, Guidance(w))
     (asked,) = denoiser.backbone.asked
     assert asked["guidance"].tolist() == [w] * 3
     assert (read.null, denoiser.backbone.evaluations) == (None, 3)

@@ -1,0 +1,222 @@
+"""What a family of diffusers pipelines must tell: how its denoiser is called, and what surrounds it.
+
+A family is a file in this folder with a subclass of ``Family``. It says nothing about weights: those, and the noise
+schedule, come from the pipeline's folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+from fewstep.models import hub
+from fewstep.models.condition import Condition
+from fewstep.models.prediction import Kind
+from fewstep.models.schedules import NoiseSchedule, RectifiedFlow, VPDiscrete
+
+Settings = Mapping[str, Any]
+
+
+class Family(ABC):
+    """A family, for the configs of one pipeline's denoiser (``network``) and VAE.
+
+    ``pipelines`` are the classes that it serves, ``part`` names the denoiser in them, ``targets`` are the linear layers
+    that LoRA adapts, as PEFT takes them.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    part: ClassVar[str] = "transformer"
+    targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(self, network: Settings, vae: Settings) -> None:
+        self.network = network
+        self.vae = vae
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network is told the guidance scale, as ``condition["guidance"]``, instead of being read twice."""
+        return False
+
+    @property
+    @abstractmethod
+    def taps(self) -> tuple[str, ...]:
+        """Modules whose outputs heads may read, at about a quarter, half and three quarters of the depth."""
+
+    @abstractmethod
+    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's output for latents ``x_t`` [B, C, ...] at times ``t`` [B], float64, in the shape of ``x_t``."""
+
+    @abstractmethod
+    def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
+        """The latent shape [C, h, w] or [C, F, h, w] of a picture or video in pixels."""
+
+    @abstractmethod
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The condition's tensors [N, ...], by the text encoders of ``pipeline``; ``""`` gives the null condition."""
+
+    @abstractmethod
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1], by the VAE of ``pipeline``."""
+
+    @abstractmethod
+    def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
+        """Latents of pictures [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1]: what ``decode`` takes back."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, in height and width."""
+        return int(2 ** (len(self.vae.get("block_out_channels", (0,) * 4)) - 1))
+
+    def guided(self, cond: Tensor, out: Tensor) -> Tensor:
+        """What the pipeline does to a guided output besides guiding it; by default nothing."""
+        return out
+
+
+class HubBackbone(nn.Module):
+    """A diffusers denoiser as a backbone ``(x_t, t, condition) -> tensor``."""
+
+    def __init__(self, family: Family, network: nn.Module) -> None:
+        super().__init__()
+        self.family = family
+        self.network = network
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        dtype = next(self.network.parameters()).dtype
+        held = Condition(
+            {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
+        )
+        return self.family.read(self.network, x_t.to(dtype), t, held)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A module by its path inside the diffusers network."""
+        return self.network.get_submodule(target)
+
+
+def families() -> dict[str, type[Family]]:
+    """The families by the file's name."""
+    found: dict[str, type[Family]] = {}
+    for file in pkgutil.iter_modules(hub.__path__):
+        module = importlib.import_module(f"fewstep.models.hub.{file.name}")
+        for content in vars(module).values():
+            if isinstance(content, type) and issubclass(content, Family) and content.__module__ == module.__name__:
+                found[file.name] = content
+    found.pop("family")
+    return found
+
+
+@cache
+def _by_pipeline() -> dict[str, type[Family]]:
+    return {pipeline: family for family in families().values() for pipeline in family.pipelines}
+
+
+def family_of(pipeline: str) -> type[Family]:
+    """The family of a pipeline class by name. Raises ``UserError`` that lists those supported."""
+    if pipeline not in _by_pipeline():
+        known = ", ".join(sorted(_by_pipeline()))
+        raise UserError(f"Pipelines of class {pipeline!r} are not supported; those that are: {known}.")
+    return _by_pipeline()[pipeline]
+
+
+class Noising(NamedTuple):
+    """The noise schedule of a pipeline, what its network predicts, and the shift of its time grid."""
+
+    schedule: NoiseSchedule
+    kind: Kind
+    shift: float
+
+
+def noising(scheduler: Settings) -> Noising:
+    """Read off a scheduler's config: its sampling rule does not matter, only what the network was trained with.
+
+    Raises ``UserError`` on settings that are not understood.
+    """
+    name = str(scheduler.get("_class_name", ""))
+    if name.startswith("FlowMatch") or scheduler.get("use_flow_sigmas"):
+        static = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
+        shift = 1.0 if scheduler.get("use_dynamic_shifting") else float(static)
+        return Noising(RectifiedFlow(), "velocity", shift)
+    kinds: dict[str, Kind] = {"epsilon": "noise", "v_prediction": "v", "sample": "x0"}
+    kind = kinds.get(str(scheduler.get("prediction_type", "epsilon")))
+    if kind is None:
+        raise UserError(f"The scheduler {name} predicts {scheduler['prediction_type']!r}; known: {', '.join(kinds)}.")
+    return Noising(VPDiscrete(tuple(_betas(scheduler).tolist())), kind, 1.0)
+
+
+def _betas(scheduler: Settings) -> Tensor:
+    steps = int(scheduler.get("num_train_timesteps", 1000))
+    start, end = float(scheduler.get("beta_start", 1e-4)), float(scheduler.get("beta_end", 0.02))
+    law = scheduler.get("beta_schedule", "linear")
+    if scheduler.get("trained_betas") is not None:
+        betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
+    elif law == "linear":
+        betas = torch.linspace(start, end, steps, dtype=torch.float64)
+    elif law == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    else:
+        raise UserError(f"The scheduler's beta_schedule {law!r} is not supported; known: linear, scaled_linear.")
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise UserError("A scheduler with rescale_betas_zero_snr is not supported: at pure noise x0 is undefined.")
+    return betas
+
+
+def label(t: Tensor, x: Tensor, steps: int = 1000) -> Tensor:
+    """The label 0..steps-1 [B] of times of a discrete schedule, as float32 on the device of ``x``."""
+    return (steps * t - 1).clamp(min=0).to(x.device, torch.float32)
+
+
+def sigma(t: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
+    """The noise level of a flow [B] times ``scale``, as float32 on the device of ``x``."""
+    return (scale * t).to(x.device, torch.float32)
+
+
+def pack(x: Tensor) -> Tensor:
+    """Latents [B, C, h, w] as tokens [B, h/2 w/2, 4 C], channels slowest (FLUX, Qwen-Image)."""
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * c)
+
+
+def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of ``pack`` for latents of ``shape`` [B, C, h, w]."""
+    b, c, h, w = shape
+    return tokens.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+def depths(path: str, count: int) -> tuple[str, ...]:
+    """``path`` with the numbers of the blocks at a quarter, half and three quarters of ``count``."""
+    return tuple(dict.fromkeys(f"{path}.{min(count - 1, round(count * share))}" for share in (0.25, 0.5, 0.75)))
+
+
+def pad(rows: Tensor, length: int) -> Tensor:
+    """[N, L, ...] filled with zeros to [N, length, ...]."""
+    return torch.cat([rows, rows.new_zeros(len(rows), length - rows.shape[1], *rows.shape[2:])], 1)
+
+
+def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:
+    """Latent height and width; raises ``UserError`` where the pixels do not divide by ``factor``."""
+    if height % factor or width % factor:
+        raise UserError(f"{height} x {width} pixels do not divide by {factor}, as this model needs.")
+    return height // factor, width // factor
+
+
+def decode_scaled(pipeline: Any, latents: Tensor) -> Tensor:
+    """Pictures of latents scaled by the VAE's ``scaling_factor`` and ``shift_factor``."""
+    vae = pipeline.vae
+    shift = vae.config.get("shift_factor") or 0.0
+    scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
+    return vae.decode(scaled, return_dict=False)[0].float()  # type: ignore[no-any-return]
+
+
+def encode_scaled(pipeline: Any, images: Tensor) -> Tensor:
+    """The inverse of ``decode_scaled``: the mean of the VAE's posterior, scaled."""
+    vae = pipeline.vae
+    shift = vae.config.get("shift_factor") or 0.0
+    z = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
+    return ((z - shift) * vae.config.scaling_factor).float()  # type: ignore[no-any-return]

@@ -1,0 +1,53 @@
+"""FLUX.1 (Black Forest Labs, 2024): a rectified flow on packed latents; the dev model is told its guidance scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.condition import Condition
+from fewstep.models.hub.family import Family, decode_scaled, depths, encode_scaled, grid_of, pack, sigma, unpack
+from fewstep.models.hub.sd3 import ADDED, JOINT
+
+
+class Flux(Family):
+    pipelines = ("FluxPipeline",)
+    targets = (*JOINT, *ADDED, "proj_mlp", "proj_out")
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return bool(self.network["guidance_embeds"])
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return depths("transformer_blocks", self.network["num_layers"])
+
+    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        prompt = condition["prompt"]
+        rows, columns = (n // 2 for n in x_t.shape[-2:])
+        places = torch.zeros(rows, columns, 3, device=x_t.device, dtype=x_t.dtype)
+        places[..., 1] += torch.arange(rows, device=x_t.device)[:, None]
+        places[..., 2] += torch.arange(columns, device=x_t.device)
+        out: Tensor = network(
+            hidden_states=pack(x_t), timestep=sigma(t, x_t), guidance=condition.get("guidance"),
+            pooled_projections=condition["pooled"], encoder_hidden_states=prompt, img_ids=places.flatten(0, 1),
+            txt_ids=places.new_zeros(prompt.shape[1], 3), return_dict=False,
+        )[0]  # fmt: skip
+        return unpack(out, x_t.shape)
+
+    def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
+        rows, columns = grid_of(height, width, 2 * self.factor)
+        return self.network["in_channels"] // 4, 2 * rows, 2 * columns
+
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        prompt, pooled, _ = pipeline.encode_prompt(list(prompts), None)
+        return {"prompt": prompt, "pooled": pooled}
+
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        return decode_scaled(pipeline, latents)
+
+    def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
+        return encode_scaled(pipeline, images)

@@ -1,0 +1,118 @@
+"""A diffusers pipeline on disk, or by its hub id: its family, its denoiser, and the parts around it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.errors import UserError
+from fewstep.models.denoiser import Denoiser, GuidanceStyle
+from fewstep.models.hub.family import Family, HubBackbone, Noising, family_of, noising
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A folder that ``DiffusionPipeline.from_pretrained`` would load."""
+
+    path: Path
+
+    @staticmethod
+    def open(source: str | Path) -> PipelineFolder:
+        """A local folder, or a hub id (``owner/name``), whose files are fetched if they are not in the hub's cache.
+
+        Raises ``UserError`` if there is none, or if its family is not supported.
+        """
+        path = Path(source)
+        if not (path / "model_index.json").is_file():
+            path = _fetched(str(source))
+        folder = PipelineFolder(path)
+        _ = folder.family
+        return folder
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """``model_index.json``."""
+        return _read(self.path / "model_index.json")
+
+    @cached_property
+    def family(self) -> Family:
+        cls = family_of(str(self.index.get("_class_name")))
+        if self.holds("transformer_2"):
+            raise UserError(f"{self.path} has two experts by noise level (Wan 2.2); this version distils one network.")
+        vae = _read(self.path / "vae" / "config.json") if self.holds("vae") else {}
+        return cls(_read(self.path / cls.part / "config.json"), vae)
+
+    @cached_property
+    def noising(self) -> Noising:
+        return noising(_read(self.path / "scheduler" / "scheduler_config.json"))
+
+    def holds(self, component: str) -> bool:
+        """Whether the folder has a component; those that it was saved without are null."""
+        return (self.index.get(component) or [None])[0] is not None
+
+    def denoiser(self, dtype: torch.dtype = torch.float32, taps: Sequence[str] = ()) -> Denoiser:
+        """The pipeline's denoiser with its weights, in eval mode on the CPU."""
+        diffusers = require_diffusers()
+        module = getattr(diffusers, self.index[self.family.part][1])
+        try:
+            network = module.from_pretrained(self.path, subfolder=self.family.part, dtype=dtype)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"The {self.family.part} in {self.path} cannot be loaded: {_first_line(error)}") from error
+        finish = None if type(self.family).guided is Family.guided else self.family.guided
+        style = GuidanceStyle(self.family.embeds_guidance, finish)
+        return Denoiser(HubBackbone(self.family, network), self.noising.schedule, self.noising.kind, taps, style).eval()
+
+    def pipeline(self, denoiser: Any = None, dtype: torch.dtype = torch.float32) -> Any:
+        """The whole diffusers pipeline, with ``denoiser`` (None: none, which encoding and decoding do not need)."""
+        diffusers = require_diffusers()
+        absent = {name: None for name, entry in self.index.items() if isinstance(entry, list) and entry[0] is None}
+        parts = absent | {self.family.part: denoiser}
+        cls = getattr(diffusers, self.index["_class_name"])
+        try:
+            return cls.from_pretrained(self.path, dtype=dtype, **parts)
+        except (OSError, RuntimeError, ValueError, ImportError) as error:
+            raise UserError(f"The pipeline in {self.path} cannot be loaded: {_first_line(error)}") from error
+
+
+def require_diffusers() -> Any:
+    """The diffusers package. Raises ``UserError`` if it is not installed."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError("Diffusers pipelines need an extra: pip install 'fewstep[diffusers]'.") from error
+    return diffusers
+
+
+def _fetched(name: str) -> Path:
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"{name} is no diffusers pipeline: it has no model_index.json.")
+    diffusers = require_diffusers()
+    try:
+        return Path(diffusers.DiffusionPipeline.download(name))
+    except Exception as error:  # of many kinds: no network, no such model, no access
+        raise UserError(
+            f"{name!r} is neither a folder nor a pipeline in the hub's cache, and it cannot be fetched: "
+            f"{_first_line(error)} Download it, and give the folder."
+        ) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is missing or damaged ({_first_line(error)}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds {type(content).__name__}, settings were expected.")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

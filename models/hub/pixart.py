@@ -1,0 +1,48 @@
+"""PixArt-alpha and PixArt-Sigma (Chen et al., arXiv 2310.00426, 2403.04692): a transformer, prompts by T5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.condition import Condition
+from fewstep.models.hub.family import Family, decode_scaled, depths, encode_scaled, grid_of, label
+
+
+class PixArt(Family):
+    pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return depths("transformer_blocks", self.network["num_layers"])
+
+    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.network.get("use_additional_conditions") or self.network["sample_size"] == 128:
+            height, width = (self.factor * n for n in x_t.shape[-2:])
+            added["resolution"] = x_t.new_tensor([[height, width]]).expand(len(x_t), -1)
+            added["aspect_ratio"] = x_t.new_tensor([[height / width]]).expand(len(x_t), -1)
+        out: Tensor = network(
+            x_t, encoder_hidden_states=condition["prompt"], timestep=label(t, x_t), added_cond_kwargs=added,
+            encoder_attention_mask=condition["mask"], return_dict=False,
+        )[0]  # fmt: skip
+        return out[:, : x_t.shape[1]]  # what follows is a learned variance
+
+    def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
+        return self.network["in_channels"], *grid_of(height, width, self.factor)
+
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        length = 300 if type(pipeline).__name__ == "PixArtSigmaPipeline" else 120
+        prompt, mask, _, _ = pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=length
+        )
+        return {"prompt": prompt, "mask": mask.to(torch.int64)}
+
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        return decode_scaled(pipeline, latents)
+
+    def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
+        return encode_scaled(pipeline, images)

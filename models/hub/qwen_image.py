@@ -1,0 +1,58 @@
+"""Qwen-Image (Wu et al., arXiv 2508.02324): packed latents, prompts by a language model, guidance that keeps norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.models.condition import Condition
+from fewstep.models.hub.family import Family, depths, grid_of, pack, pad, sigma, unpack
+from fewstep.models.hub.sd3 import ADDED, JOINT
+from fewstep.models.hub.wan import decode_standardised, encode_standardised
+
+
+class QwenImage(Family):
+    pipelines = ("QwenImagePipeline",)
+    targets = (*JOINT, *ADDED)
+    tokens = 512  # prompts are padded to; the mask tells what they say
+
+    @property
+    def factor(self) -> int:
+        return int(2 ** len(self.vae.get("temperal_downsample", (0,) * 3)))
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return depths("transformer_blocks", self.network["num_layers"])
+
+    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        rows, columns = (n // 2 for n in x_t.shape[-2:])
+        out: Tensor = network(
+            hidden_states=pack(x_t), timestep=sigma(t, x_t), guidance=None, encoder_hidden_states=condition["prompt"],
+            encoder_hidden_states_mask=condition["mask"], img_shapes=[[(1, rows, columns)]] * len(x_t),
+            return_dict=False,
+        )[0]  # fmt: skip
+        return unpack(out, x_t.shape)
+
+    def guided(self, cond: Tensor, out: Tensor) -> Tensor:
+        """Each token of the guided output gets the norm of the conditional one."""
+        c, g = pack(cond), pack(out)
+        return unpack(g * (c.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)), out.shape)
+
+    def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
+        rows, columns = grid_of(height, width, 2 * self.factor)
+        return self.network["in_channels"] // 4, 2 * rows, 2 * columns
+
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        prompt, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=self.tokens)
+        if mask is None:  # the pipeline's word for a mask of ones
+            mask = torch.ones(prompt.shape[:2], device=prompt.device)
+        return {"prompt": pad(prompt, self.tokens), "mask": pad(mask, self.tokens).to(torch.int64)}
+
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        return decode_standardised(pipeline, latents[:, :, None])[:, :, 0]
+
+    def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
+        return encode_standardised(pipeline, images[:, :, None])[:, :, 0]

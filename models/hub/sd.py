@@ -1,0 +1,36 @@
+"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752): a U-Net on latents, prompts by CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewstep.models.condition import Condition
+from fewstep.models.hub.family import Family, decode_scaled, encode_scaled, grid_of, label
+
+
+class StableDiffusion(Family):
+    pipelines = ("StableDiffusionPipeline",)
+    part = "unet"
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return ("mid_block",)
+
+    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        out: Tensor = network(x_t, label(t, x_t), encoder_hidden_states=condition["prompt"], return_dict=False)[0]
+        return out
+
+    def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
+        return self.network["in_channels"], *grid_of(height, width, self.factor)
+
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"prompt": pipeline.encode_prompt(list(prompts), pipeline.device, 1, False)[0]}
+
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        return decode_scaled(pipeline, latents)
+
+    def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
+        return encode_scaled(pipeline, images)

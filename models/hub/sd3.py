@@ -1,0 +1,47 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206): a rectified flow, prompts by two CLIPs and T5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewstep.models.condition import Condition
+from fewstep.models.hub.family import Family, decode_scaled, depths, encode_scaled, grid_of, sigma
+
+JOINT = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+
+
+class StableDiffusion3(Family):
+    pipelines = ("StableDiffusion3Pipeline",)
+    targets = (*JOINT, *ADDED)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return depths("transformer_blocks", self.network["num_layers"])
+
+    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        out: Tensor = network(
+            hidden_states=x_t, timestep=sigma(t, x_t, 1000), encoder_hidden_states=condition["prompt"],
+            pooled_projections=condition["pooled"], return_dict=False,
+        )[0]  # fmt: skip
+        return out
+
+    def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
+        return self.network["in_channels"], *grid_of(height, width, self.factor)
+
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        said = list(prompts)
+        if pipeline.transformer is None:  # without T5 the pipeline asks its transformer's config for T5's width
+            pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**self.network))
+        prompt, _, pooled, _ = pipeline.encode_prompt(said, None, None, do_classifier_free_guidance=False)
+        return {"prompt": prompt, "pooled": pooled}
+
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        return decode_scaled(pipeline, latents)
+
+    def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
+        return encode_scaled(pipeline, images)

@@ -1,0 +1,68 @@
+"""Wan 2.1 text to video (Wan team, arXiv 2503.20314): a rectified flow on video latents, prompts by UMT5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+from fewstep.models.condition import Condition
+from fewstep.models.hub.family import Family, depths, grid_of, sigma
+
+
+class Wan(Family):
+    pipelines = ("WanPipeline",)
+    targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+    @property
+    def factor(self) -> int:
+        return int(2 ** len(self.vae.get("temperal_downsample", (0,) * 3)))
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return depths("blocks", self.network["num_layers"])
+
+    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        out: Tensor = network(x_t, sigma(t, x_t, 1000), condition["prompt"], return_dict=False)[0]
+        return out
+
+    def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
+        every = 2 ** sum(self.vae.get("temperal_downsample", (False, True, True)))
+        if (frames - 1) % every:
+            raise UserError(f"{frames} frames are not 1 more than a multiple of {every}, as this model needs.")
+        rows, columns = grid_of(height, width, 2 * self.factor)
+        return self.network["in_channels"], (frames - 1) // every + 1, 2 * rows, 2 * columns
+
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        prompt, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=512)
+        return {"prompt": prompt}
+
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        return decode_standardised(pipeline, latents)
+
+    def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
+        return encode_standardised(pipeline, images)
+
+
+def _standard(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each latent channel [1, C, 1, 1, 1]."""
+    values = (torch.tensor(v).reshape(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (v.to(vae.device, vae.dtype) for v in values)
+    return mean, std
+
+
+def decode_standardised(pipeline: Any, latents: Tensor) -> Tensor:
+    """Videos of latents whose channels were standardised by the VAE's own mean and deviation."""
+    vae = pipeline.vae
+    mean, std = _standard(vae)
+    return vae.decode(latents.to(mean) * std + mean, return_dict=False)[0].float()  # type: ignore[no-any-return]
+
+
+def encode_standardised(pipeline: Any, videos: Tensor) -> Tensor:
+    """The inverse of ``decode_standardised``: the mean of the VAE's posterior, standardised."""
+    vae = pipeline.vae
+    mean, std = _standard(vae)
+    return ((vae.encode(videos.to(mean)).latent_dist.mode() - mean) / std).float()  # type: ignore[no-any-return]
