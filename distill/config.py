@@ -23,9 +23,10 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 class DataConfig(Frozen):
     """What a step starts from: ``labels`` (drawn uniformly; data-free), ``idx`` (a folder of idx files), ``folder``
     (pictures, a subfolder a class) or ``tensors`` (a safetensors file of labelled samples: ``fewstep pairs``, ``fewstep
-    prefer``, or the few real images of a reference, ``eval/reference/fashion/real.safetensors``)."""
+    prefer``, or the few real images of a reference, ``eval/reference/fashion/real.safetensors``) or ``prompts`` (a
+    folder that ``fewstep encode`` made; data-free)."""
 
-    kind: Literal["labels", "idx", "folder", "tensors"] = "labels"
+    kind: Literal["labels", "idx", "folder", "tensors", "prompts"] = "labels"
     path: str | None = None
     split: Literal["train", "test"] = "train"
 
@@ -76,11 +77,25 @@ class StageConfig(Frozen):
     clip: float | None = Field(1.0, gt=0)
 
 
+class AdapterConfig(Frozen):
+    """Trained roles as LoRA sets on the teacher's one frozen network, instead of copies of it. ``alpha`` defaults to
+    the rank (a scale of 1, which every loader reads right), ``targets`` to what the family adapts."""
+
+    rank: int = Field(64, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    targets: tuple[str, ...] | None = None
+
+
 class Config(Frozen):
-    """The whole run. Either ``teacher`` (a folder or an embedded name) is given or ``model`` (a new network)."""
+    """The whole run. Either ``teacher`` is given (a folder, an embedded name, a diffusers pipeline by folder or hub id)
+    or ``model`` (a new network). ``size`` (height, width and frames in pixels) and ``weights`` (the teacher's, and what
+    its copies are in) are for pipelines."""
 
     out: str
     teacher: str | None = None
+    size: tuple[int, int, int] | None = None
+    weights: Literal["float32", "bfloat16"] = "float32"
+    adapters: AdapterConfig | None = None
     model: ModelConfig | None = None
     data: DataConfig = DataConfig()
     batch: int = Field(64, ge=1)

@@ -22,6 +22,7 @@ from torch import Tensor
 from fewstep.distill.draws import Draws
 from fewstep.errors import UserError
 from fewstep.models.condition import Condition
+from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.store import read_tensors
 
 
@@ -104,6 +105,17 @@ class Stored:
         rows = draws.integers(size, len(self.labels))
         condition = Condition.of_labels(self.labels[rows], self.classes)
         return Batch(size, self.shape, condition, {name: tensor[rows] for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Encoded prompts drawn uniformly: all that a data-free method needs of a text-conditioned teacher."""
+
+    prompts: EncodedPrompts
+    shape: tuple[int, ...]
+
+    def __call__(self, draws: Draws, size: int) -> Batch:
+        return Batch(size, self.shape, self.prompts(draws.integers(size, len(self.prompts))))
 
 
 def to_unit(images: Tensor) -> Tensor:

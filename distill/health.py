@@ -109,7 +109,7 @@ class Probe:
 
     def _profile(self, denoiser: Denoiser, few_step: FewStep | None, scale: float) -> Profile:
         settings, condition = self.settings, self.condition
-        rule, times = "heun", time_uniform(settings.teacher_steps)
+        rule, times = "heun", time_uniform(settings.teacher_steps, self.origin.shift)
         if few_step is not None:
             rule, times, scale = few_step.rule, (*few_step.times, 0.0), 1.0
             if few_step.counts:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.distill import checkpoint
 from fewstep.distill.config import Config, StageConfig, dump_config, load_config, objective_module
-from fewstep.distill.data import Images, Labels, Source, Stored, read_folder, read_idx, read_stored
+from fewstep.distill.data import Images, Labels, Prompts, Source, Stored, read_folder, read_idx, read_stored
 from fewstep.distill.draws import Draws
 from fewstep.distill.health import Probe
 from fewstep.distill.loop import ALONE, Loop, World
@@ -27,7 +27,8 @@ from fewstep.distill.stage import MatchingConfig, enter_stage, learning_rate
 from fewstep.distill.update import Objective
 from fewstep.errors import UserError
 from fewstep.models.denoiser import Denoiser, routed
-from fewstep.models.store import FewStep, Model, ModelConfig, load_model, save_model, write_text
+from fewstep.models.hub.encoded import EncodedPrompts
+from fewstep.models.store import FewStep, ModelConfig, load_model, save_model, share_network, write_text
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -72,8 +73,11 @@ class Run:
         self._origins: dict[str, Role] = {}
         if self.config.teacher is not None:
             taps = dict.fromkeys(tap for stage in self.config.stages for tap in stage.objective.taps)
-            model: Model = load_model(self.config.teacher, tuple(taps))
+            model = load_model(self.config.teacher, tuple(taps), self.config.size, PRECISIONS[self.config.weights])
             self.origin = model.config
+            if self.config.adapters is not None:
+                lora = share_network(model.denoiser, **dict(self.config.adapters))
+                self.origin = model.config.model_copy(update={"base": self.config.teacher, "lora": lora})
             self._origins["teacher"] = Role(model.denoiser.to(self.device))
         else:
             assert self.config.model is not None
@@ -124,6 +128,8 @@ class Run:
         if data.kind == "labels":
             return {"data": Labels(self.origin.classes, self.origin.shape)}
         assert data.path is not None
+        if data.kind == "prompts":
+            return {"data": Prompts(EncodedPrompts(Path(data.path)), self.origin.shape)}
         source: Images | Stored
         if data.kind == "tensors":
             source = read_stored(Path(data.path), self.origin.classes)

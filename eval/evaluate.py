@@ -77,7 +77,7 @@ def draw(
     first: int = 0, progress: Callable[[int], None] | None = None,
 ) -> Samples:  # fmt: skip
     """One sample for each label [N], numbered from ``first``; raises ``UserError`` as ``plan`` does."""
-    rule, times = plan(solver, steps, model.config.few_step)
+    rule, times = plan(solver, steps, model.config.few_step, model.config.shift)
     condition = Condition.of_labels(labels, model.config.classes)
     if model.config.few_step and model.config.few_step.counts:
         condition = condition.replace(steps=torch.full_like(labels, len(times) - 1))

@@ -10,6 +10,7 @@ trainable, and the view that reads decides which one it goes through.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -72,6 +73,22 @@ class AdapterView(nn.Module):
         if self._names:
             fork.load_state_dict(self.state_dict())
         return fork
+
+    def merged(self) -> nn.Module:
+        """A plain network of its own that computes what this view does: its set added to a copy of the weights, in
+        float32 and then in the base's type."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        copied = copy.deepcopy(self._shared.base)
+        for path, layer in list(copied.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                inner = layer.get_base_layer()
+                dtype = next(inner.parameters()).dtype
+                inner.float()
+                layer.merge(adapter_names=list(self._names))
+                parent, _, name = path.rpartition(".")
+                setattr(copied.get_submodule(parent), name, inner.to(dtype))
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterView:
         return self.fork()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError, nearest
+from fewstep.models.adapters import AdapterView, share
 from fewstep.models.denoiser import Denoiser, Routed
+from fewstep.models.hub.family import HubBackbone
 from fewstep.models.prediction import Kind
-from fewstep.models.schedules import schedule_from_dict
+from fewstep.models.schedules import schedule_from_dict, schedule_to_dict
 from fewstep.models.unet import UNet
 
+Size = tuple[int, int, int]
 BACKBONES: dict[str, type[nn.Module]] = {"unet": UNet}
 PRETRAINED = Path(__file__).parent / "pretrained"
 
@@ -39,10 +43,21 @@ class FewStep(BaseModel):
     shift: float = 1.0
 
 
-class ModelConfig(BaseModel):
-    """``config.json``: everything needed to rebuild a native model and to draw samples of the right shape.
+class Lora(BaseModel):
+    """An adapter's settings, as PEFT takes them."""
 
-    With ``boundaries`` it is several backbones, each for the times down to its boundary (``denoiser.Routed``).
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    rank: PositiveInt
+    alpha: float = Field(gt=0)
+    targets: tuple[str, ...] = Field(min_length=1)
+
+
+class ModelConfig(BaseModel):
+    """``config.json``: everything needed to rebuild a model and to draw samples of the right shape.
+
+    With ``boundaries`` it is several backbones, each for the times down to its boundary (``denoiser.Routed``). With
+    ``base``, another model's folder or name, the network is that model's: with other weights or, with ``lora``, its
+    own under an adapter. ``shift`` is that of a teacher's time grid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +67,9 @@ class ModelConfig(BaseModel):
     prediction: Kind = "velocity"
     shape: tuple[PositiveInt, ...] = Field(min_length=1)
     classes: int = Field(0, ge=0)
+    shift: float = Field(1.0, gt=0)
+    base: str | None = None
+    lora: Lora | None = None
     few_step: FewStep | None = None
     boundaries: tuple[float, ...] | None = None
 
@@ -90,29 +108,87 @@ def embedded_models() -> list[str]:
     return sorted(config.parent.name for config in PRETRAINED.glob("*/config.json"))
 
 
-def load_model(source: str | Path, taps: tuple[str, ...] = ()) -> Model:
-    """Loads a model folder or an embedded model by name, in eval mode on the CPU.
+def load_model(
+    source: str | Path, taps: tuple[str, ...] = (), size: Size | None = None, dtype: torch.dtype = torch.float32
+) -> Model:
+    """Loads a model folder, an embedded model by name, or a diffusers pipeline by folder or hub id, in eval mode on the
+    CPU. ``size`` (height, width, frames in pixels) and ``dtype`` of the weights are for pipelines.
 
     Raises ``UserError`` if there is none, if a file is damaged, or if the weights do not fit the config.
     """
     folder = Path(source)
     if not folder.exists() and str(source) in embedded_models():
         folder = PRETRAINED / str(source)
+    if (folder / "model_index.json").exists() or is_hub_id(str(source)):
+        return _load_pipeline(source, taps, size, dtype)
     config_file = folder / "config.json"
-    if (folder / "model_index.json").exists():
-        raise UserError(f"{folder} is a diffusers pipeline; this version loads fewstep model folders only.")
     if not config_file.exists():
         hint = nearest(str(source), embedded_models())
-        raise UserError(f"No model at {str(source)!r}: neither a folder with config.json nor an embedded model{hint}.")
+        raise UserError(
+            f"No model at {str(source)!r}: neither a folder with config.json (a model of fewstep) or model_index.json "
+            f"(a diffusers pipeline) nor an embedded model{hint}."
+        )
     try:
         config = ModelConfig.model_validate_json(config_file.read_text(encoding="utf-8"))
-        denoiser = config.build(taps)
+        denoiser = _network(config, taps, dtype)
     except (ValidationError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{config_file} is not a fewstep model config: {_first(error)}.") from error
     except UserError as error:
         raise UserError(f"{config_file}: {error}") from error
     load_weights(denoiser.backbone, folder / "model.safetensors")
     return Model(denoiser=denoiser, config=config, path=folder)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a string that is no path can be a pipeline's id on the hub: ``owner/name``, no folder ``owner`` here."""
+    parts = source.split("/")
+    return len(parts) == 2 and all(parts) and not Path(source).exists() and not Path(parts[0]).exists()
+
+
+def _load_pipeline(source: str | Path, taps: tuple[str, ...], size: Size | None, dtype: torch.dtype) -> Model:
+    from fewstep.models.hub.folder import PipelineFolder  # needs the extra
+
+    folder = PipelineFolder.open(source)
+    config = ModelConfig(
+        backbone={"name": "diffusers"},
+        noise_schedule=schedule_to_dict(folder.noising.schedule),
+        prediction=folder.noising.kind,
+        shape=folder.family.shape(*(size or folder.family.default_size)),
+        shift=folder.noising.shift,
+        base=str(source) if is_hub_id(str(source)) else str(folder.path.resolve()),
+    )
+    return Model(denoiser=folder.denoiser(dtype, taps), config=config, path=folder.path)
+
+
+def _network(config: ModelConfig, taps: tuple[str, ...], dtype: torch.dtype) -> Denoiser:
+    """The network that the weights of a model folder belong to."""
+    if config.base is None:
+        return config.build(taps)
+    denoiser = load_model(config.base, taps, dtype=dtype).denoiser
+    if lora := config.lora:
+        share_network(denoiser, lora.rank, lora.alpha, lora.targets)
+        denoiser = copy.deepcopy(denoiser)
+    return denoiser.eval()
+
+
+def share_network(denoiser: Denoiser, rank: int, alpha: float | None, targets: Sequence[str] | None) -> Lora:
+    """Freezes the network of ``denoiser``, which becomes the view of it without a set; copies of it are adapters.
+
+    A network that is itself under an adapter is merged first. Returns the settings with their defaults filled in: alpha
+    is the rank, targets what is adapted in such a network. Raises ``UserError`` if that is not known.
+    """
+    network = denoiser.backbone
+    if isinstance(network, AdapterView):
+        network = network.merged()
+    if targets is None and isinstance(network, HubBackbone):
+        targets = network.family.targets
+    elif targets is None and isinstance(network, UNet):
+        targets = UNet.TARGETS
+    elif targets is None:
+        raise UserError(f"Which layers of a {type(network).__name__} should be adapted? Set adapters.targets.")
+    lora = Lora(rank=rank, alpha=alpha or rank, targets=tuple(targets))
+    denoiser.backbone = share(network, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    return lora
 
 
 def load_weights(module: nn.Module, file: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +69,10 @@ class UNet(nn.Module):
 
     ``widths`` and ``blocks`` give one entry a resolution, finest first; the last is the middle and has the attention.
     Label ``classes`` is the null label of classifier-free guidance. With ``step_counts`` it also reads
-    ``condition["steps"]``, which is at most that number.
+    ``condition["steps"]``, which is at most that number. ``TARGETS`` are the layers that LoRA adapts.
     """
+
+    TARGETS: ClassVar[tuple[str, ...]] = ("conv1", "conv2", "modulation", "qkv", "out", "time.0", "time.2")
 
     def __init__(
         self,

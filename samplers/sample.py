@@ -44,8 +44,9 @@ class SampleNoise:
         return torch.stack([draws.normal(self._shape) for draws in self._draws]).to(self._device)
 
 
-def plan(solver: str, steps: int | None, few_step: FewStep | None) -> tuple[str, tuple[float, ...]]:
-    """The rule and the nodes of a request: ``student`` takes both from how the model was distilled.
+def plan(solver: str, steps: int | None, few_step: FewStep | None, shift: float = 1.0) -> tuple[str, tuple[float, ...]]:
+    """The rule and the nodes of a request: ``student`` takes both from how the model was distilled; ``shift`` is that
+    of a teacher's grid.
 
     A student of K steps may be asked for any number of steps; other numbers than K spread as its own
     times do. Raises ``UserError`` for an unknown solver, a missing step count, or a student's solver on a teacher.
@@ -69,7 +70,7 @@ def plan(solver: str, steps: int | None, few_step: FewStep | None) -> tuple[str,
         raise UserError(f"Unknown solver {solver!r}{nearest(solver, ['student', *SOLVERS])}.")
     if steps is None:
         raise UserError(f"The solver {solver!r} needs a number of steps.")
-    return solver, time_uniform(steps)
+    return solver, time_uniform(steps, shift)
 
 
 def steps_within(solver: str, nfe: int, guided: bool) -> int:

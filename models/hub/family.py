@@ -71,6 +71,11 @@ class Family(ABC):
         """Latents of pictures [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1]: what ``decode`` takes back."""
 
     @property
+    @abstractmethod
+    def default_size(self) -> tuple[int, int, int]:
+        """Height, width and frames in pixels that the model is made for."""
+
+    @property
     def factor(self) -> int:
         """Pixels a latent, in height and width."""
         return int(2 ** (len(self.vae.get("block_out_channels", (0,) * 4)) - 1))
@@ -94,10 +99,6 @@ class HubBackbone(nn.Module):
             {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
         )
         return self.family.read(self.network, x_t.to(dtype), t, held)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """A module by its path inside the diffusers network."""
-        return self.network.get_submodule(target)
 
 
 def families() -> dict[str, type[Family]]:

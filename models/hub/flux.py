@@ -38,6 +38,10 @@ class Flux(Family):
         )[0]  # fmt: skip
         return unpack(out, x_t.shape)
 
+    @property
+    def default_size(self) -> tuple[int, int, int]:
+        return 1024, 1024, 1
+
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         rows, columns = grid_of(height, width, 2 * self.factor)
         return self.network["in_channels"] // 4, 2 * rows, 2 * columns

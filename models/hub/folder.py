@@ -68,7 +68,9 @@ class PipelineFolder:
             raise UserError(f"The {self.family.part} in {self.path} cannot be loaded: {_first_line(error)}") from error
         finish = None if type(self.family).guided is Family.guided else self.family.guided
         style = GuidanceStyle(self.family.embeds_guidance, finish)
-        return Denoiser(HubBackbone(self.family, network), self.noising.schedule, self.noising.kind, taps, style).eval()
+        inside = [f"network.{path}" for path in taps]
+        backbone = HubBackbone(self.family, network)
+        return Denoiser(backbone, self.noising.schedule, self.noising.kind, inside, style).eval()
 
     def pipeline(self, denoiser: Any = None, dtype: torch.dtype = torch.float32) -> Any:
         """The whole diffusers pipeline, with ``denoiser`` (None: none, which encoding and decoding do not need)."""

@@ -31,6 +31,11 @@ class PixArt(Family):
         )[0]  # fmt: skip
         return out[:, : x_t.shape[1]]  # what follows is a learned variance
 
+    @property
+    def default_size(self) -> tuple[int, int, int]:
+        side = self.factor * int(self.network["sample_size"])
+        return side, side, 1
+
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         return self.network["in_channels"], *grid_of(height, width, self.factor)
 

@@ -41,6 +41,10 @@ class QwenImage(Family):
         c, g = pack(cond), pack(out)
         return unpack(g * (c.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)), out.shape)
 
+    @property
+    def default_size(self) -> tuple[int, int, int]:
+        return 1024, 1024, 1
+
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         rows, columns = grid_of(height, width, 2 * self.factor)
         return self.network["in_channels"] // 4, 2 * rows, 2 * columns

@@ -23,6 +23,11 @@ class StableDiffusion(Family):
         out: Tensor = network(x_t, label(t, x_t), encoder_hidden_states=condition["prompt"], return_dict=False)[0]
         return out
 
+    @property
+    def default_size(self) -> tuple[int, int, int]:
+        side = self.factor * int(self.network["sample_size"])
+        return side, side, 1
+
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         return self.network["in_channels"], *grid_of(height, width, self.factor)
 

@@ -30,6 +30,11 @@ class StableDiffusion3(Family):
         )[0]  # fmt: skip
         return out
 
+    @property
+    def default_size(self) -> tuple[int, int, int]:
+        side = self.factor * int(self.network["sample_size"])
+        return side, side, 1
+
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         return self.network["in_channels"], *grid_of(height, width, self.factor)
 

@@ -29,6 +29,10 @@ class Wan(Family):
         out: Tensor = network(x_t, sigma(t, x_t, 1000), condition["prompt"], return_dict=False)[0]
         return out
 
+    @property
+    def default_size(self) -> tuple[int, int, int]:
+        return 480, 832, 81
+
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         every = 2 ** sum(self.vae.get("temperal_downsample", (False, True, True)))
         if (frames - 1) % every:

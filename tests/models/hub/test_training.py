@@ -1,0 +1,103 @@
+"""Diffusers teachers in the one loop: every family, as copies and as adapters, saved and reloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import TINY
+
+import fewstep
+from fewstep.distill.config import parse_config
+from fewstep.distill.draws import Draws
+from fewstep.distill.run import Run
+from fewstep.models.adapters import AdapterView
+from fewstep.models.guidance import guide
+from fewstep.models.store import load_model, read_tensors
+
+pytest.importorskip("peft")
+Saved = Callable[[str], Path]
+ADAPTERS = {"rank": 2}
+CPU = torch.device("cpu")
+
+
+def settings(folder: Path, name: str, out: Path, adapters: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
+    rate = {"lr": 1e-3}
+    stage = {"steps": 2, "objective": {"name": "tdm", "steps": 2}, "roles": {"student": rate, "fake": rate}}
+    return {
+        "out": str(out), "teacher": str(folder), "size": TINY[name].size, "adapters": adapters, "batch": 2,
+        "log_every": 1, "data": {"kind": "prompts", "path": str(folder / "prompts")},
+        "health": {"every": 2, "conditions": 2, "seeds": 2, "teacher_steps": 2}, "stages": [stage], **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["copies", "adapters"])
+@pytest.mark.parametrize("name", list(TINY))
+def test_a_family_trains_and_its_student_comes_back(
+    saved: Saved, name: str, adapters: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    config = parse_config(settings(saved(name), name, tmp_path / "run", adapters), "test")
+    run = Run.create(config, CPU)
+    before = {key: value.clone() for key, value in run.roles.denoiser("teacher").state_dict().items()}
+    run.train()
+    after = run.roles.denoiser("teacher").state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items()), "the teacher changed"
+    student = load_model(tmp_path / "run" / "student")
+    assert isinstance(student.denoiser.backbone, AdapterView) == bool(adapters)
+    trained, reloaded = run.generator.backbone.state_dict(), student.denoiser.backbone.state_dict()
+    assert trained.keys() == reloaded.keys()
+    assert all(torch.equal(trained[key], value) for key, value in reloaded.items())
+    with torch.no_grad():
+        x = torch.randn(2, *student.config.shape, generator=torch.Generator().manual_seed(0))
+        condition = run.loop.sources["data"](Draws(0, 0, "test", 0), 2).condition
+        readers = (run.generator, student.denoiser, run.roles.denoiser("teacher"))
+        ours, theirs, teacher = (guide(denoiser, x, 0.5, condition).out.raw for denoiser in readers)
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, teacher)
+    if adapters:
+        assert all(".lora_" in key for key in read_tensors(tmp_path / "run" / "student" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "wan"])
+def test_a_merged_adapter_computes_the_same(saved: Saved, name: str, tmp_path: Path) -> None:
+    config = parse_config(settings(saved(name), name, tmp_path / "run", ADAPTERS), "test")
+    run = Run.create(config, CPU)
+    run.train()
+    view = run.roles.denoiser("student").backbone
+    assert isinstance(view, AdapterView)
+    x = torch.randn(2, *run.origin.shape, generator=torch.Generator().manual_seed(0))
+    t = torch.full((2,), 0.5, dtype=torch.float64)
+    condition = run.loop.sources["data"](Draws(0, 0, "test", 0), 2).condition.replace(guidance=torch.ones(2))
+    merged = view.merged()
+    assert not [key for key in merged.state_dict() if "lora" in key]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(x, t, condition), view(x, t, condition), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["copies", "adapters"])
+def test_stopping_and_resuming_equals_not_stopping(
+    saved: Saved, adapters: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    raw = settings(saved("sd3"), "sd3", tmp_path / "whole", adapters, checkpoint={"every": 1})
+    raw["stages"][0]["steps"] = 4
+    whole = fewstep.train(parse_config(raw, "test"))
+    half = Run.create(parse_config(raw | {"out": str(tmp_path / "half")}, "test"), CPU)
+    half.advance(2)
+    half.save()
+    Run.reopen(tmp_path / "half", CPU).train()
+    a, b = (read_tensors(run / "student" / "model.safetensors") for run in (whole, tmp_path / "half"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_student_is_distilled_again_from_its_own_adapter(saved: Saved, tmp_path: Path) -> None:
+    """8 -> 4 -> 2: the second run's teacher is the first run's student, merged under new sets."""
+    first = fewstep.train(parse_config(settings(saved("sd"), "sd", tmp_path / "first", ADAPTERS), "test"))
+    again = settings(first / "student", "sd", tmp_path / "second", ADAPTERS)
+    again |= {"data": {"kind": "prompts", "path": str(saved("sd") / "prompts")}}
+    second = fewstep.train(parse_config(again, "test"))
+    student = load_model(second / "student")
+    assert student.config.base == str(first / "student")
+    assert isinstance(student.denoiser.backbone, AdapterView)
