@@ -29,7 +29,8 @@ from fewstep.eval.evaluate import Score, read_scores
 from fewstep.eval.pictures import save_grid
 from fewstep.eval.references import build_reference
 from fewstep.eval.tables import best_teacher, rows
-from fewstep.models.store import write_text
+from fewstep.models.hub.encoded import read_prompts
+from fewstep.models.store import Size, write_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -128,22 +129,58 @@ def _train(config: str | None, overrides: list[str], resume: Path | None) -> Pat
 @app.command()
 def sample(
     source: Source,
-    n: Annotated[int, typer.Option("--n", help="How many images.")] = 80,
+    n: Annotated[int, typer.Option("--n", help="How many images of labels; of prompts see --seeds.")] = 80,
     steps: Annotated[int | None, typer.Option(help="Steps; a student's own number by default.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to show, for a text-conditioned model.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds for each prompt: 0-3 or 0,5,7. By default --seed.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for a pipeline.")] = None,
+    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     labels: Annotated[str | None, typer.Option(help="Class labels, for example 0,1,2; all in turn by default.")] = None,
     solver: Annotated[str | None, typer.Option(help="student, euler, heun or ddim.")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 1.0,
     seed: int = 0,
-    file: Annotated[Path, typer.Option("--out", help="A PNG file.")] = Path("grid.png"),
+    file: Annotated[Path, typer.Option("--out", help="A PNG file; for prompts, a folder.")] = Path("grid.png"),
     device: Device = "auto",
 ) -> None:
-    """Generate images and write them as one picture."""
+    """Generate images: of labels as one picture, of prompts as a file each (what is there already is kept)."""
     numbers = _numbers(labels, int, "--labels") if labels is not None else None
-    model = api.load(source, device)
+    model = api.load(source, device, _size(size))
+    if prompt is not None or prompts is not None:
+        if file.suffix:
+            raise UserError(f"--out is a folder for prompts, a file each; {file} looks like a file.")
+        lines = [prompt] if prompt is not None else read_prompts(prompts or Path())
+        with _bar() as bar:
+            task = bar.add_task("sampling", total=len(lines))
+            written = api.sample_files(
+                model, lines, file, seeds=_seeds(seeds, seed), batch=batch, steps=steps, solver=solver,
+                guidance=guidance, progress=lambda done: bar.update(task, completed=done),
+            )  # fmt: skip
+        out.print(f"{len(written)} samples are in {file}.")
+        return
     images = api.sample(model, n=n, labels=numbers, steps=steps, solver=solver, guidance=guidance, seed=seed)
     columns = len(numbers) if numbers and len(numbers) > 1 else min(n, model.config.classes or 10)
     save_grid(images, file, columns=columns)
     out.print(f"{n} images are in {file}.")
+
+
+@app.command()
+def encode(
+    prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="A text file, one prompt a line.")],
+    teacher: Annotated[str, typer.Option(help="A diffusers pipeline, by folder or hub id.")],
+    folder: Annotated[Path, typer.Option("--out", help="A folder, for data.path with data.kind=prompts.")],
+    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 16,
+    rows: Annotated[int, typer.Option(help="Prompts a file.")] = 512,
+    device: Device = "auto",
+) -> None:
+    """Encode prompts once, so that training needs no text encoder. An interrupted run goes on where it stopped."""
+    with _bar() as bar:
+        task = bar.add_task("encoding")
+        n = api.encode(
+            teacher, prompts, folder, batch=batch, rows=rows, device=device,
+            progress=lambda total, done: bar.update(task, total=total, completed=done),
+        )  # fmt: skip
+    out.print(f"{n} prompts are encoded in {folder}.")
 
 
 @app.command("eval")
@@ -368,6 +405,24 @@ def _sampling_bar(n: int) -> Iterator[Callable[[str, int], None]]:
     with _bar() as bar:
         task = bar.add_task("sampling", total=n)
         yield lambda label, done: bar.update(task, description=label, completed=done)
+
+
+def _size(text: str | None) -> Size | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) not in (2, 3) or not all(part.isdigit() and int(part) for part in parts):
+        raise UserError(f"--size is HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for example 512x512, got {text!r}.")
+    height, width, frames = (*map(int, parts), 1)[:3]
+    return height, width, frames
+
+
+def _seeds(text: str | None, seed: int) -> list[int]:
+    """``0-3`` or ``0,5,7``; without a text, the one seed."""
+    first, dash, last = (text or "").partition("-")
+    if dash and first.isdigit() and last.isdigit():
+        return list(range(int(first), int(last) + 1))
+    return _numbers(text, int, "--seeds") if text else [seed]
 
 
 def _numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Number]:

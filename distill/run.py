@@ -28,7 +28,7 @@ from fewstep.distill.update import Objective
 from fewstep.errors import UserError
 from fewstep.models.denoiser import Denoiser, routed
 from fewstep.models.hub.encoded import EncodedPrompts
-from fewstep.models.store import FewStep, ModelConfig, load_model, save_model, share_network, write_text
+from fewstep.models.store import FewStep, ModelConfig, load_model, pipeline_of, save_model, share_network, write_text
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -75,6 +75,8 @@ class Run:
             taps = dict.fromkeys(tap for stage in self.config.stages for tap in stage.objective.taps)
             model = load_model(self.config.teacher, tuple(taps), self.config.size, PRECISIONS[self.config.weights])
             self.origin = model.config
+            if self.config.data.kind == "prompts":
+                self._pipeline = pipeline_of(model)
             if self.config.adapters is not None:
                 lora = share_network(model.denoiser, **dict(self.config.adapters))
                 self.origin = model.config.model_copy(update={"base": self.config.teacher, "lora": lora})
@@ -129,7 +131,9 @@ class Run:
             return {"data": Labels(self.origin.classes, self.origin.shape)}
         assert data.path is not None
         if data.kind == "prompts":
-            return {"data": Prompts(EncodedPrompts(Path(data.path)), self.origin.shape)}
+            prompts = EncodedPrompts(Path(data.path))
+            prompts.check(self._pipeline)
+            return {"data": Prompts(prompts, self.origin.shape)}
         source: Images | Stored
         if data.kind == "tensors":
             source = read_stored(Path(data.path), self.origin.classes)

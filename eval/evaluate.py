@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -77,13 +77,25 @@ def draw(
     first: int = 0, progress: Callable[[int], None] | None = None,
 ) -> Samples:  # fmt: skip
     """One sample for each label [N], numbered from ``first``; raises ``UserError`` as ``plan`` does."""
-    rule, times = plan(solver, steps, model.config.few_step, model.config.shift)
     condition = Condition.of_labels(labels, model.config.classes)
+    return draw_from(
+        model, condition, range(first, first + len(labels)), solver=solver, steps=steps, guidance=guidance, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+
+
+def draw_from(
+    model: Model, condition: Condition, numbers: Sequence[int], *, solver: str, steps: int | None, guidance: float,
+    seed: int, batch: int = 100, progress: Callable[[int], None] | None = None,
+) -> Samples:  # fmt: skip
+    """One sample for each row of ``condition`` [n] and its number; raises ``UserError`` as ``plan`` does."""
+    n = len(numbers)
+    rule, times = plan(solver, steps, model.config.few_step, model.config.shift)
     if model.config.few_step and model.config.few_step.counts:
-        condition = condition.replace(steps=torch.full_like(labels, len(times) - 1))
+        condition = condition.replace(steps=torch.full((n,), len(times) - 1))
     return sample(
-        model.denoiser, condition, model.config.shape, len(labels), rule=rule, times=times, guidance=Guidance(guidance),
-        seed=seed, first=first, device=model.device, progress=progress,
+        model.denoiser, condition, model.config.shape, n, rule=rule, times=times, guidance=Guidance(guidance),
+        seed=seed, numbers=numbers, batch=batch, device=model.device, progress=progress,
     )  # fmt: skip
 
 

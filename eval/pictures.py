@@ -84,13 +84,23 @@ def comparison(rows: Sequence[tuple[str, Tensor]], scale: int = 2, gap: int = 1)
     return picture
 
 
-def save_picture(picture: Image.Image, file: str | Path) -> None:
-    """Writes a PNG aside, then renames it; makes the folder. Raises ``UserError`` when the place cannot be written."""
+def save_sample(sample: Tensor, file: str | Path, fps: int = 16) -> None:
+    """A picture, uint8 [C, H, W], as PNG, or a video, uint8 [F, C, H, W], as GIF that repeats for ever."""
+    if sample.ndim == 3:
+        save_grid(sample[None], file, columns=1, scale=1, gap=0)
+    else:
+        frames = [grid(frame[None], columns=1, scale=1, gap=0) for frame in sample]
+        save_picture(frames[0], file, "GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
+
+
+def save_picture(picture: Image.Image, file: str | Path, kind: str = "PNG", **settings: Any) -> None:
+    """Writes a file aside, then renames it; makes the folder. ``kind`` and ``settings`` are Pillow's. Raises
+    ``UserError`` when the place cannot be written."""
     file = Path(file)
     aside = file.with_name(file.name + ".part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(aside, format="PNG")
+        picture.save(aside, format=kind, **settings)
         aside.replace(file)
     except OSError as error:
         with suppress(OSError):

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -23,6 +23,9 @@ from fewstep.models.hub.family import HubBackbone
 from fewstep.models.prediction import Kind
 from fewstep.models.schedules import schedule_from_dict, schedule_to_dict
 from fewstep.models.unet import UNet
+
+if TYPE_CHECKING:
+    from fewstep.models.hub.folder import PipelineFolder
 
 Size = tuple[int, int, int]
 BACKBONES: dict[str, type[nn.Module]] = {"unet": UNet}
@@ -119,22 +122,19 @@ def load_model(
     folder = Path(source)
     if not folder.exists() and str(source) in embedded_models():
         folder = PRETRAINED / str(source)
-    if (folder / "model_index.json").exists() or is_hub_id(str(source)):
+    if _is_pipeline(folder) or is_hub_id(str(source)):
         return _load_pipeline(source, taps, size, dtype)
-    config_file = folder / "config.json"
-    if not config_file.exists():
+    if not (folder / "config.json").exists():
         hint = nearest(str(source), embedded_models())
         raise UserError(
             f"No model at {str(source)!r}: neither a folder with config.json (a model of fewstep) or model_index.json "
             f"(a diffusers pipeline) nor an embedded model{hint}."
         )
+    config = _read_config(folder)
     try:
-        config = ModelConfig.model_validate_json(config_file.read_text(encoding="utf-8"))
         denoiser = _network(config, taps, dtype)
-    except (ValidationError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{config_file} is not a fewstep model config: {_first(error)}.") from error
     except UserError as error:
-        raise UserError(f"{config_file}: {error}") from error
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
     load_weights(denoiser.backbone, folder / "model.safetensors")
     return Model(denoiser=denoiser, config=config, path=folder)
 
@@ -143,6 +143,33 @@ def is_hub_id(source: str) -> bool:
     """Whether a string that is no path can be a pipeline's id on the hub: ``owner/name``, no folder ``owner`` here."""
     parts = source.split("/")
     return len(parts) == 2 and all(parts) and not Path(source).exists() and not Path(parts[0]).exists()
+
+
+def pipeline_of(model: Model) -> PipelineFolder:
+    """The diffusers pipeline whose text encoders and VAE belong to a model: its own, or that of its base's base.
+
+    Raises ``UserError`` for a native model, which has none.
+    """
+    from fewstep.models.hub.folder import PipelineFolder  # needs the extra
+
+    config = model.config
+    while config.base is not None:
+        if config.backbone.get("name") == "diffusers" and (is_hub_id(config.base) or _is_pipeline(Path(config.base))):
+            return PipelineFolder.open(config.base)
+        config = _read_config(Path(config.base))
+    raise UserError("This model takes class labels, not prompts.")
+
+
+def _is_pipeline(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file()
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    file = (folder if folder.exists() else PRETRAINED / folder) / "config.json"
+    try:
+        return ModelConfig.model_validate_json(file.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not a fewstep model config: {_first(error)}.") from error
 
 
 def _load_pipeline(source: str | Path, taps: tuple[str, ...], size: Size | None, dtype: torch.dtype) -> Model:

@@ -93,20 +93,22 @@ def sample(
     times: Sequence[float],
     guidance: Guidance = OFF,
     seed: int = 0,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
     batch: int = 100,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> Samples:
-    """Draws ``n`` samples, one a row of ``condition`` and numbered from ``first``, by ``rule`` over ``times``.
+    """Draws ``n`` samples, one a row of ``condition``, by ``rule`` over ``times``.
 
-    ``rule`` is a key of ``SOLVERS``, ``deterministic`` or ``renoise``. Sample i is the same in any batch size.
+    ``rule`` is a key of ``SOLVERS``, ``deterministic`` or ``renoise``. A sample's noise depends on ``seed`` and its
+    number alone (``numbers``; 0 to n - 1 by default), whatever the batch.
     """
     start = float(denoiser.schedule.sigma(torch.tensor(times[0], dtype=torch.float64)))
+    numbers = range(n) if numbers is None else numbers
     parts, nfe = [], 0
     for low in range(0, n, batch):
         rows = slice(low, min(low + batch, n))
-        noise = SampleNoise(seed, range(first + rows.start, first + rows.stop), shape, torch.device(device))
+        noise = SampleNoise(seed, numbers[rows], shape, torch.device(device))
         predict = Predictor(denoiser, condition.index(rows).to(device), guidance)
         x = start * noise()
         x = renoise(predict, x, times, noise) if rule == "renoise" else _solver(rule)(predict, x, times)

@@ -122,9 +122,18 @@ class EncodedPrompts:
         self.index = read_index(folder)
         self._folder = folder
         self._null = read_tensors(folder / "null.safetensors")
-        last = (len(self) - 1) // self.index.rows
-        if not (folder / f"shard-{last:05d}.safetensors").is_file():
+        shards = -(-len(self) // self.index.rows)
+        if not all((folder / f"shard-{shard:05d}.safetensors").is_file() for shard in range(shards)):
             raise UserError(f"{folder} is incomplete: run fewstep encode again, it goes on where it stopped.")
+
+    def check(self, pipeline: PipelineFolder) -> None:
+        """Raises ``UserError`` if these are not the embeddings of the pipeline's text encoders (if it has some)."""
+        wanted = fingerprint(pipeline)
+        if wanted and wanted != self.index.encoders:
+            raise UserError(
+                f"The prompts in {self._folder} were encoded by another pipeline's text encoders than those of "
+                f"{pipeline.path}; encode them again with --teacher {pipeline.path}."
+            )
 
     def __len__(self) -> int:
         return self.index.count

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, GuidanceStyle
 from fewstep.models.hub.family import Family, HubBackbone, Noising, family_of, noising
 
@@ -82,6 +84,20 @@ class PipelineFolder:
             return cls.from_pretrained(self.path, dtype=dtype, **parts)
         except (OSError, RuntimeError, ValueError, ImportError) as error:
             raise UserError(f"The pipeline in {self.path} cannot be loaded: {_first_line(error)}") from error
+
+    @torch.no_grad()
+    def condition(self, pipeline: Any, prompts: Sequence[str], batch: int = 16) -> Condition:
+        """The condition of prompts, with the pipeline's own null one, by the text encoders of ``pipeline``."""
+        parts = [self.family.encode(pipeline, prompts[low : low + batch]) for low in range(0, len(prompts), batch)]
+        null = self.family.encode(pipeline, [""])
+        return Condition({name: torch.cat([part[name] for part in parts]) for name in null}, null)
+
+    @torch.no_grad()
+    def pictures(self, pipeline: Any, latents: Tensor, batch: int = 8) -> Tensor:
+        """Pictures, uint8 [N, 3, H, W], or videos, uint8 [N, F, 3, H, W], of latents, by the VAE of ``pipeline``."""
+        parts = [self.family.decode(pipeline, latents[low : low + batch]) for low in range(0, len(latents), batch)]
+        pixels = ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+        return pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
 
 
 def require_diffusers() -> Any:

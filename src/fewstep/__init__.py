@@ -1,6 +1,6 @@
 """fewstep: distil a many-step diffusion or flow model into a few-step generator."""
 
-from fewstep.api import compare, evaluate, load, make_pairs, report, sample, train
+from fewstep.api import compare, encode, evaluate, load, make_pairs, report, sample, sample_files, train
 from fewstep.errors import UserError
 from fewstep.eval.pictures import save_grid
 from fewstep.models.condition import Condition
@@ -14,12 +14,14 @@ __all__ = [
     "Guidance",
     "UserError",
     "compare",
+    "encode",
     "evaluate",
     "load",
     "load_model",
     "make_pairs",
     "report",
     "sample",
+    "sample_files",
     "save_grid",
     "save_model",
     "train",

@@ -17,15 +17,17 @@ from fewstep.distill.devices import join_world, pick_device
 from fewstep.distill.run import Progress, Run
 from fewstep.distill.shootout import curve, load_shootout, run_all
 from fewstep.errors import UserError
-from fewstep.eval.evaluate import Score, cycled_labels, draw, merged, read_scores
+from fewstep.eval.evaluate import Score, cycled_labels, draw, draw_from, merged, read_scores
 from fewstep.eval.evaluate import evaluate as evaluate_model
 from fewstep.eval.frontier import draw_frontier
-from fewstep.eval.pictures import comparison, save_picture
+from fewstep.eval.pictures import comparison, save_picture, save_sample
 from fewstep.eval.references import load_reference
 from fewstep.eval.report import write_report
 from fewstep.eval.rewards import REWARDS, find_reward, win_rate
 from fewstep.eval.validation import Validation
-from fewstep.models.store import Model, load_model, write_tensors, write_text
+from fewstep.models.hub.encoded import encode_prompts, read_prompts
+from fewstep.models.hub.folder import PipelineFolder
+from fewstep.models.store import Model, Size, load_model, pipeline_of, write_tensors, write_text
 from fewstep.samplers.sample import SampleNoise, plan, steps_within
 
 Source = str | Path
@@ -56,8 +58,9 @@ def train_run(config: Config, resume: Source | None, progress: Progress | None) 
     return run
 
 
-def load(source: Source, device: str = "auto") -> Model:
-    """The student of a run folder, a model folder, or an embedded model by name, on its device.
+def load(source: Source, device: str = "auto", size: Size | None = None) -> Model:
+    """The student of a run folder, a model folder, an embedded model by name, or a diffusers pipeline, on its device.
+    ``size`` (height, width, frames in pixels) is for pipelines.
 
     Raises ``UserError`` if there is no such model, or the run has no student yet.
     """
@@ -68,7 +71,7 @@ def load(source: Source, device: str = "auto") -> Model:
                 f"The run {folder} has no student yet: it did not finish. Continue it with --resume {folder}."
             )
         source = folder / "student"
-    model = load_model(source)
+    model = load_model(source, size=size)
     model.denoiser.to(pick_device(device))
     return model
 
@@ -78,17 +81,32 @@ def sample(
     *,
     n: int = 80,
     labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
     steps: int | None = None,
     solver: str | None = None,
     guidance: float = 1.0,
     seed: int = 0,
     device: str = "auto",
 ) -> Tensor:
-    """``n`` images, uint8 [n, C, H, W]; the labels are repeated in turn (all classes, if none are given).
+    """``n`` images, uint8 [n, C, H, W]; the labels are repeated in turn (all classes, if none are given). Of a
+    text-conditioned model, an image for each of ``prompts`` instead, or a video, uint8 [n, F, 3, H, W].
 
     A student uses its own rule and times unless told otherwise; a teacher defaults to 32 Euler steps.
     """
     model = source if isinstance(source, Model) else load(source, device)
+    few = model.config.few_step
+    solver = solver or ("student" if few else "euler")
+    steps = steps if steps is not None or few else 32
+    if prompts is not None or model.config.backbone.get("name") == "diffusers":
+        if not prompts:
+            raise UserError("This model takes prompts: give at least one.")
+        folder = pipeline_of(model)
+        pipeline = folder.pipeline().to(model.device)
+        condition = folder.condition(pipeline, prompts)
+        x0 = draw_from(
+            model, condition, range(len(prompts)), solver=solver, steps=steps, guidance=guidance, seed=seed, batch=8
+        ).x0
+        return folder.pictures(pipeline, x0)
     classes = model.config.classes
     wanted = list(range(classes)) if labels is None else list(labels)
     wrong = [label for label in wanted if not 0 <= label < classes]
@@ -96,11 +114,40 @@ def sample(
         raise UserError(f"Labels must be between 0 and {classes - 1}, got {wrong or 'none'}.")
     if n < 1:
         raise UserError(f"n must be at least 1, got {n}.")
-    few = model.config.few_step
-    solver = solver or ("student" if few else "euler")
-    steps = steps if steps is not None or few else 32
     row = torch.tensor(wanted)[torch.arange(n) % len(wanted)]
     return to_bytes(draw(model, row, solver=solver, steps=steps, guidance=guidance, seed=seed).x0)
+
+
+def sample_files(
+    source: Source | Model, prompts: Sequence[str], folder: Source, *, seeds: Sequence[int] = (0,), batch: int = 8,
+    steps: int | None = None, solver: str | None = None, guidance: float = 1.0, device: str = "auto",
+    progress: Callable[[int], None] | None = None,
+) -> list[Path]:  # fmt: skip
+    """A file for each prompt and seed, ``00000-0.png`` (a video: ``.gif``), whatever the batch. Those that are there
+    already are kept, so that a run can be continued."""
+    model = source if isinstance(source, Model) else load(source, device)
+    pipeline_folder, few = pipeline_of(model), model.config.few_step
+    solver = solver or ("student" if few else "euler")
+    steps = steps if steps is not None or few else 32
+    plan(solver, steps, few)
+    suffix = "gif" if len(model.config.shape) == 4 else "png"
+    files = {seed: [Path(folder) / f"{number:05d}-{seed}.{suffix}" for number in range(len(prompts))] for seed in seeds}
+    left = {seed: [number for number, file in enumerate(own) if not file.is_file()] for seed, own in files.items()}
+    written = sum(len(own) - len(left[seed]) for seed, own in files.items())
+    if any(left.values()):
+        pipeline = pipeline_folder.pipeline().to(model.device)
+        condition = pipeline_folder.condition(pipeline, prompts)
+    for seed, numbers in left.items():
+        for low in range(0, len(numbers), batch):
+            some = numbers[low : low + batch]
+            rows = condition.index(torch.tensor(some, device=model.device))
+            x0 = draw_from(model, rows, some, solver=solver, steps=steps, guidance=guidance, seed=seed).x0
+            for number, picture in zip(some, pipeline_folder.pictures(pipeline, x0), strict=True):
+                save_sample(picture, files[seed][number])
+            written += len(some)
+            if progress is not None:
+                progress(written)
+    return [file for own in files.values() for file in own]
 
 
 def evaluate(
@@ -198,6 +245,23 @@ def shootout(config: Source, progress: Callable[[str], Progress] | None = None, 
     features = scores[0].features_sha256
     draw_frontier([*scores, *_teacher_scores(runs[0][2], features)], curves, folder / "frontier.png")
     return scores
+
+
+def encode(
+    teacher: Source, prompts: Source, out: Source, *, batch: int = 16, rows: int = 512, device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> int:  # fmt: skip
+    """Encodes the prompts of a text file, one a line, with a pipeline's text encoders, for ``data.kind=prompts``.
+
+    Returns their number. What is there already is kept. Raises ``UserError`` on a line that is empty or not UTF-8, on
+    a pipeline without text encoders, and on a folder of other prompts.
+    """
+    lines = read_prompts(Path(prompts))
+    encode_prompts(
+        PipelineFolder.open(teacher), lines, Path(out), batch=batch, rows=rows, device=pick_device(device),
+        progress=partial(progress, len(lines)) if progress else None,
+    )  # fmt: skip
+    return len(lines)
 
 
 def make_pairs(

@@ -125,7 +125,9 @@ def test_a_sample_does_not_depend_on_its_batch(rule: str) -> None:
     assert torch.allclose(*draws, atol=1e-6)
     later = condition.index(slice(4, 10))
     assert torch.allclose(
-        sample(teacher, later, (2,), 6, rule=rule, times=time_uniform(3), seed=5, first=4).x0, draws[0][4:], atol=1e-6
+        sample(teacher, later, (2,), 6, rule=rule, times=time_uniform(3), seed=5, numbers=range(4, 10)).x0,
+        draws[0][4:],
+        atol=1e-6,
     )
 
 

@@ -1,0 +1,148 @@
+"""Prompts through the commands: encoding once, training on them, sampling from words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny_pipelines import TINY
+
+import fewstep
+from fewstep.distill.draws import Draws
+from fewstep.errors import UserError
+from fewstep.models.hub.encoded import EncodedPrompts
+from fewstep.models.hub.folder import PipelineFolder
+from fewstep.models.store import load_model, pipeline_of, read_tensors
+
+pytest.importorskip("diffusers")
+Saved = Callable[[str], Path]
+LINES = ["a cat", "two dogs", "the sea", "a red cat", "nothing at all"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart", "sd3", "flux"])
+def test_encoded_prompts_are_what_the_pipeline_encodes(saved: Saved, name: str, prompts: Path, tmp_path: Path) -> None:
+    assert fewstep.encode(saved(name), prompts, tmp_path / "out", rows=2, batch=1, device="cpu") == 5
+    stored = EncodedPrompts(tmp_path / "out")
+    rows = torch.tensor([4, 0, 2])
+    condition = stored(rows)
+    folder = PipelineFolder.open(saved(name))
+    expected = folder.condition(folder.pipeline(), [LINES[k] for k in rows])
+    for key in expected:
+        torch.testing.assert_close(condition[key], expected[key], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(condition.null()[key], expected.null()[key], rtol=1e-4, atol=1e-4)
+
+
+def test_encoding_goes_on_where_it_stopped(saved: Saved, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fewstep.encode(saved("sd"), prompts, out, rows=2, device="cpu")
+    whole = {file.name: read_tensors(file) for file in out.glob("*.safetensors")}
+    assert len(whole) == 4
+    (out / "shard-00001.safetensors").unlink()
+    kept = (out / "shard-00000.safetensors").stat().st_mtime_ns
+    with pytest.raises(UserError, match="incomplete"):
+        EncodedPrompts(out)
+    fewstep.encode(saved("sd"), prompts, out, rows=2, device="cpu")
+    assert (out / "shard-00000.safetensors").stat().st_mtime_ns == kept
+    again = read_tensors(out / "shard-00001.safetensors")
+    assert torch.equal(again["prompt"], whole["shard-00001.safetensors"]["prompt"])
+
+
+def test_mistakes_in_prompts_are_named_by_line(saved: Saved, prompts: Path, tmp_path: Path) -> None:
+    prompts.write_bytes(b"a cat\n\na dog\n")
+    with pytest.raises(UserError, match=r"prompts.txt, line 2 is empty"):
+        fewstep.encode(saved("sd"), prompts, tmp_path / "out")
+    prompts.write_bytes("a cat\nein Kätzchen\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"prompts.txt, line 2 is not UTF-8"):
+        fewstep.encode(saved("sd"), prompts, tmp_path / "out")
+    prompts.write_bytes(b"")
+    with pytest.raises(UserError, match="holds no prompts"):
+        fewstep.encode(saved("sd"), prompts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_prompts_or_encoders_are_refused(saved: Saved, prompts: Path, tmp_path: Path) -> None:
+    fewstep.encode(saved("sd"), prompts, tmp_path / "out", device="cpu")
+    with pytest.raises(UserError, match="another encoder"):
+        fewstep.encode(saved("sdxl"), prompts, tmp_path / "out", device="cpu")
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "out": str(tmp_path / "run"), "teacher": str(saved("sdxl")), "size": [16, 16, 1],
+                "data": {"kind": "prompts", "path": str(tmp_path / "out")},
+                "stages": [{"steps": 1, "objective": "tdm", "roles": {"student": {"lr": 1e-3}, "fake": {"lr": 1e-3}}}],
+            }
+        )
+    )  # fmt: skip
+    with pytest.raises(UserError, match="encoded by another pipeline's text encoders"):
+        fewstep.train(tmp_path / "config.yaml")
+
+
+def test_samples_are_files_that_do_not_depend_on_the_batch(saved: Saved, tmp_path: Path) -> None:
+    model = load_model(saved("sd"), size=TINY["sd"].size)
+    settings = {"seeds": [0, 3], "steps": 2, "guidance": 2.0}
+    files = fewstep.sample_files(model, LINES[:3], tmp_path / "one", batch=1, **settings)
+    assert [file.name for file in files] == [f"{k:05d}-{seed}.png" for seed in (0, 3) for k in range(3)]
+    many = fewstep.sample_files(model, LINES[:3], tmp_path / "many", batch=3, **settings)
+    for a, b in zip(files, many, strict=True):
+        with Image.open(a) as left, Image.open(b) as right:
+            assert left.size == (16, 16)
+            difference = np.asarray(left).astype(int) - np.asarray(right)
+            assert abs(difference).max() <= 2
+    kept = files[1].stat().st_mtime_ns
+    files[2].unlink()
+    fewstep.sample_files(model, LINES[:3], tmp_path / "one", batch=2, **settings)
+    assert files[1].stat().st_mtime_ns == kept
+    assert files[2].is_file()
+    assert fewstep.sample(model, prompts=LINES[:2], steps=2).shape == (2, 3, 16, 16)
+
+
+def test_a_model_of_labels_takes_no_prompts_and_the_other_way_round(saved: Saved) -> None:
+    with pytest.raises(UserError, match="takes class labels"):
+        fewstep.sample("fashion", prompts=["a shoe"])
+    with pytest.raises(UserError, match="takes prompts"):
+        fewstep.sample(load_model(saved("sd"), size=(16, 16, 1)), n=2)
+
+
+def test_a_video_is_a_gif_that_moves(tmp_path: Path) -> None:
+    from fewstep.eval.pictures import save_sample
+
+    video = torch.randint(0, 256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    save_sample(video, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as picture:
+        assert picture.n_frames == 5
+        assert picture.size == (8, 8)
+
+
+def test_a_folder_that_is_no_pipeline_and_an_unsupported_family(tmp_path: Path, saved: Saved) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"model_index.json"):
+        load_model(tmp_path / "empty")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    with pytest.raises(UserError, match=r"'DiTPipeline' are not supported.*FluxPipeline.*WanPipeline"):
+        load_model(tmp_path / "other")
+    with pytest.raises(UserError, match="do not divide by 2"):
+        load_model(saved("sd"), size=(15, 16, 1))
+    assert pipeline_of(load_model(saved("sd"))).path == saved("sd")
+
+
+def test_a_stored_prompt_is_drawn_as_a_label_is(saved: Saved) -> None:
+    from fewstep.distill.data import Prompts
+
+    source = Prompts(EncodedPrompts(saved("sd") / "prompts"), (4, 8, 8))
+    batch = source(Draws(0, 1, "data", 0), 3)
+    again = source(Draws(0, 1, "data", 0), 3)
+    assert torch.equal(batch.condition["prompt"], again.condition["prompt"])
+    assert batch.condition["prompt"].shape == (3, 5, 32)
