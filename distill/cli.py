@@ -30,6 +30,7 @@ from fewstep.eval.pictures import save_grid
 from fewstep.eval.references import build_reference
 from fewstep.eval.tables import best_teacher, rows
 from fewstep.models.hub.encoded import read_prompts
+from fewstep.models.hub.export import Form
 from fewstep.models.store import Size, write_text
 
 app = typer.Typer(
@@ -181,6 +182,17 @@ def encode(
             progress=lambda total, done: bar.update(task, total=total, completed=done),
         )  # fmt: skip
     out.print(f"{n} prompts are encoded in {folder}.")
+
+
+@app.command()
+def export(
+    run: Source,
+    folder: Annotated[Path, typer.Option("--out", help="A new folder.")],
+    form: Annotated[Form, typer.Option("--to", help="diffusers, merged, lora or comfyui.")] = Form.diffusers,
+    device: Device = "cpu",
+) -> None:
+    """Write a student as a diffusers pipeline, a bare network or a LoRA file, and check it against the student."""
+    out.print(f"The student is in {api.export(run, form, folder, device)}: reloaded, and the same.")
 
 
 @app.command("eval")

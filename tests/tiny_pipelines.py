@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.models.hub.folder import PipelineFolder
+
 WIDTH = 32  # of prompt embeddings, but SDXL's
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -237,3 +239,52 @@ TINY: dict[str, Tiny] = {
     ),
     "wan": Tiny(wan, (32, 32, 9), {"prompt": (5, WIDTH)}, PROMPT),
 }  # fmt: skip
+
+
+N, STEPS = 2, 4
+ADAPTERS = {"rank": 2}
+
+
+def nodes(pipeline: Any) -> list[float]:
+    """The times of the pipeline's last run, from its scheduler."""
+    scheduler = pipeline.scheduler
+    if type(scheduler).__name__ == "DDIMScheduler":
+        return [(int(t) + 1) / 1000 for t in scheduler.timesteps] + [0.0]
+    return [float(sigma) for sigma in scheduler.sigmas]
+
+
+def packed(pipeline: Any, latents: Tensor) -> Tensor:
+    """Latents as the pipeline hands them around."""
+    if type(pipeline).__name__ not in ("FluxPipeline", "QwenImagePipeline"):
+        return latents
+    return pipeline._pack_latents(latents, *latents.shape)
+
+
+def called(tiny: Tiny, folder: PipelineFolder, pipeline: Any, scale: float, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """The noise [N, ...] that a run of the pipeline starts from, and what it gives."""
+    height, width, frames = tiny.size
+    noise = torch.randn(N, *folder.family.shape(height, width, frames), generator=torch.Generator().manual_seed(0))
+    if type(pipeline).__name__.startswith("PixArt"):
+        arguments["use_resolution_binning"] = False
+    if frames > 1:
+        arguments["num_frames"] = frames
+    out = pipeline(
+        height=height, width=width, num_inference_steps=STEPS, latents=packed(pipeline, noise), **arguments,
+        **{tiny.scale: scale},
+    )  # fmt: skip
+    return noise, torch.as_tensor(out[0])
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def settings(folder: Path, name: str, out: Path, adapters: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
+    rate = {"lr": 1e-3}
+    stage = {"steps": 2, "objective": {"name": "tdm", "steps": 2}, "roles": {"student": rate, "fake": rate}}
+    return {
+        "out": str(out), "teacher": str(folder), "size": TINY[name].size, "adapters": adapters, "batch": 2,
+        "log_every": 1, "data": {"kind": "prompts", "path": str(folder / "prompts")},
+        "health": {"every": 2, "conditions": 2, "seeds": 2, "teacher_steps": 2}, "stages": [stage], **changes,
+    }  # fmt: skip

@@ -29,12 +29,15 @@ class Family(ABC):
     """A family, for the configs of one pipeline's denoiser (``network``) and VAE.
 
     ``pipelines`` are the classes that it serves, ``part`` names the denoiser in them, ``targets`` are the linear layers
-    that LoRA adapts, as PEFT takes them.
+    that LoRA adapts, as PEFT takes them. ``passes_sigmas``: the pipeline's call tells its scheduler 1, 1 - 1/n, ...
+    instead of leaving the times to it. ``loads_lora``: the pipeline has ``load_lora_weights``.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
     part: ClassVar[str] = "transformer"
     targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    passes_sigmas: ClassVar[bool] = False
+    loads_lora: ClassVar[bool] = True
 
     def __init__(self, network: Settings, vae: Settings) -> None:
         self.network = network
@@ -58,6 +61,11 @@ class Family(ABC):
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         """The latent shape [C, h, w] or [C, F, h, w] of a picture or video in pixels."""
 
+    @property
+    @abstractmethod
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the condition's tensors, without batch, for a prompt of eight tokens."""
+
     @abstractmethod
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The condition's tensors [N, ...], by the text encoders of ``pipeline``; ``""`` gives the null condition."""
@@ -79,6 +87,10 @@ class Family(ABC):
     def factor(self) -> int:
         """Pixels a latent, in height and width."""
         return int(2 ** (len(self.vae.get("block_out_channels", (0,) * 4)) - 1))
+
+    def comfyui(self, path: str) -> str:
+        """The name that ComfyUI (and kohya's scripts) give the LoRA of the layer ``path`` of the denoiser."""
+        return f"lora_{self.part}_{path.replace('.', '_')}"
 
     def guided(self, cond: Tensor, out: Tensor) -> Tensor:
         """What the pipeline does to a guided output besides guiding it; by default nothing."""
@@ -109,7 +121,7 @@ def families() -> dict[str, type[Family]]:
         for content in vars(module).values():
             if isinstance(content, type) and issubclass(content, Family) and content.__module__ == module.__name__:
                 found[file.name] = content
-    found.pop("family")
+    found.pop("family")  # the base itself
     return found
 
 

@@ -15,7 +15,8 @@ from fewstep.models.hub.sd3 import ADDED, JOINT
 
 class Flux(Family):
     pipelines = ("FluxPipeline",)
-    targets = (*JOINT, *ADDED, "proj_mlp", "proj_out")
+    passes_sigmas = True
+    targets = (*JOINT, *ADDED)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -45,6 +46,10 @@ class Flux(Family):
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         rows, columns = grid_of(height, width, 2 * self.factor)
         return self.network["in_channels"] // 4, 2 * rows, 2 * columns
+
+    @property
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt": (8, self.network["joint_attention_dim"]), "pooled": (self.network["pooled_projection_dim"],)}
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         prompt, pooled, _ = pipeline.encode_prompt(list(prompts), None)

@@ -14,6 +14,7 @@ from fewstep.models.hub.family import Family, decode_scaled, depths, encode_scal
 
 class PixArt(Family):
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    loads_lora = False
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -38,6 +39,10 @@ class PixArt(Family):
 
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         return self.network["in_channels"], *grid_of(height, width, self.factor)
+
+    @property
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt": (8, self.network["caption_channels"]), "mask": (8,)}
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         length = 300 if type(pipeline).__name__ == "PixArtSigmaPipeline" else 120

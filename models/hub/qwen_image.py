@@ -16,6 +16,7 @@ from fewstep.models.hub.wan import decode_standardised, encode_standardised
 
 class QwenImage(Family):
     pipelines = ("QwenImagePipeline",)
+    passes_sigmas = True
     targets = (*JOINT, *ADDED)
     tokens = 512  # prompts are padded to; the mask tells what they say
 
@@ -36,6 +37,9 @@ class QwenImage(Family):
         )[0]  # fmt: skip
         return unpack(out, x_t.shape)
 
+    def comfyui(self, path: str) -> str:
+        return f"diffusion_model.{path}"
+
     def guided(self, cond: Tensor, out: Tensor) -> Tensor:
         """Each token of the guided output gets the norm of the conditional one."""
         c, g = pack(cond), pack(out)
@@ -48,6 +52,10 @@ class QwenImage(Family):
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         rows, columns = grid_of(height, width, 2 * self.factor)
         return self.network["in_channels"] // 4, 2 * rows, 2 * columns
+
+    @property
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt": (8, self.network["joint_attention_dim"]), "mask": (8,)}
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         prompt, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=self.tokens)

@@ -31,6 +31,10 @@ class StableDiffusion(Family):
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         return self.network["in_channels"], *grid_of(height, width, self.factor)
 
+    @property
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt": (8, self.network["cross_attention_dim"])}
+
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         return {"prompt": pipeline.encode_prompt(list(prompts), pipeline.device, 1, False)[0]}
 

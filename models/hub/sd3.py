@@ -38,12 +38,19 @@ class StableDiffusion3(Family):
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         return self.network["in_channels"], *grid_of(height, width, self.factor)
 
+    @property
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt": (8, self.network["joint_attention_dim"]), "pooled": (self.network["pooled_projection_dim"],)}
+
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         said = list(prompts)
         if pipeline.transformer is None:  # without T5 the pipeline asks its transformer's config for T5's width
             pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**self.network))
         prompt, _, pooled, _ = pipeline.encode_prompt(said, None, None, do_classifier_free_guidance=False)
         return {"prompt": prompt, "pooled": pooled}
+
+    def comfyui(self, path: str) -> str:
+        return f"transformer.{path}"
 
     def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
         return decode_scaled(pipeline, latents)

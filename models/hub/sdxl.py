@@ -24,6 +24,14 @@ class StableDiffusionXL(StableDiffusion):
         )[0]
         return out
 
+    @property
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt": (8, self.network["cross_attention_dim"]), "pooled": (self._pooled,)}
+
+    @property
+    def _pooled(self) -> int:
+        return int(self.network["projection_class_embeddings_input_dim"] - 6 * self.network["addition_time_embed_dim"])
+
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         prompt, _, pooled, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
         if pipeline.config.force_zeros_for_empty_prompt:  # the pipeline's own null condition

@@ -12,6 +12,11 @@ from fewstep.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.hub.family import Family, depths, grid_of, sigma
 
+ORIGINAL = (  # diffusers' names and those of Wan's own code
+    ("attn1.to_out.0", "self_attn.o"), ("attn1.to_", "self_attn."), ("attn2.to_out.0", "cross_attn.o"),
+    ("attn2.to_", "cross_attn."), ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"),
+)  # fmt: skip
+
 
 class Wan(Family):
     pipelines = ("WanPipeline",)
@@ -40,9 +45,18 @@ class Wan(Family):
         rows, columns = grid_of(height, width, 2 * self.factor)
         return self.network["in_channels"], (frames - 1) // every + 1, 2 * rows, 2 * columns
 
+    @property
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt": (8, self.network["text_dim"])}
+
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         prompt, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=512)
         return {"prompt": prompt}
+
+    def comfyui(self, path: str) -> str:
+        for ours, theirs in ORIGINAL:
+            path = path.replace(ours, theirs)
+        return f"diffusion_model.{path}"
 
     def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
         return decode_standardised(pipeline, latents)

@@ -1,6 +1,6 @@
 """fewstep: distil a many-step diffusion or flow model into a few-step generator."""
 
-from fewstep.api import compare, encode, evaluate, load, make_pairs, report, sample, sample_files, train
+from fewstep.api import compare, encode, evaluate, export, load, make_pairs, report, sample, sample_files, train
 from fewstep.errors import UserError
 from fewstep.eval.pictures import save_grid
 from fewstep.models.condition import Condition
@@ -16,6 +16,7 @@ __all__ = [
     "compare",
     "encode",
     "evaluate",
+    "export",
     "load",
     "load_model",
     "make_pairs",

@@ -24,8 +24,11 @@ from fewstep.eval.pictures import comparison, save_picture, save_sample
 from fewstep.eval.references import load_reference
 from fewstep.eval.report import write_report
 from fewstep.eval.rewards import REWARDS, find_reward, win_rate
+from fewstep.eval.tables import markdown
 from fewstep.eval.validation import Validation
 from fewstep.models.hub.encoded import encode_prompts, read_prompts
+from fewstep.models.hub.export import Form
+from fewstep.models.hub.export import export as export_model
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.store import Model, Size, load_model, pipeline_of, write_tensors, write_text
 from fewstep.samplers.sample import SampleNoise, plan, steps_within
@@ -262,6 +265,17 @@ def encode(
         progress=partial(progress, len(lines)) if progress else None,
     )  # fmt: skip
     return len(lines)
+
+
+def export(run: Source, form: Form, out: Source, device: str = "cpu") -> Path:
+    """A student as a diffusers pipeline, its denoiser alone (``merged``), a LoRA file, or one for ComfyUI, compared
+    with the student before it gets its name. A run's config and scores go into the model card."""
+    folder, card = Path(run), ""
+    if (folder / "config.yaml").is_file():
+        card = f"## Config\n\n```yaml\n{(folder / 'config.yaml').read_text(encoding='utf-8')}```\n"
+        if (folder / "eval.json").is_file():
+            card += f"\n## Scores\n\n{markdown(read_scores(folder / 'eval.json'))}"
+    return export_model(load(run, device), form, Path(out), card)
 
 
 def make_pairs(

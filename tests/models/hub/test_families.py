@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import TINY, Tiny
+from tiny_pipelines import TINY, N, Tiny, called, difference, nodes, packed
 from torch import Tensor
 
 from fewstep.models.condition import Condition
@@ -16,7 +16,6 @@ from fewstep.samplers.ddim import ddim
 from fewstep.samplers.predictor import Predictor
 
 pytest.importorskip("diffusers")
-N, STEPS = 2, 4
 
 
 @pytest.fixture(scope="module", params=list(TINY))
@@ -29,44 +28,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return tiny, PipelineFolder.open(path), pipeline
 
 
-def nodes(pipeline: Any) -> list[float]:
-    """The times of the pipeline's last run, from its scheduler."""
-    scheduler = pipeline.scheduler
-    if type(scheduler).__name__ == "DDIMScheduler":
-        return [(int(t) + 1) / 1000 for t in scheduler.timesteps] + [0.0]
-    return [float(sigma) for sigma in scheduler.sigmas]
-
-
-def packed(pipeline: Any, latents: Tensor) -> Tensor:
-    """Latents as the pipeline hands them around."""
-    if type(pipeline).__name__ not in ("FluxPipeline", "QwenImagePipeline"):
-        return latents
-    return pipeline._pack_latents(latents, *latents.shape)
-
-
-def called(tiny: Tiny, folder: PipelineFolder, pipeline: Any, scale: float, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """The noise [N, ...] that a run of the pipeline starts from, and what it gives."""
-    height, width, frames = tiny.size
-    noise = torch.randn(N, *folder.family.shape(height, width, frames), generator=torch.Generator().manual_seed(0))
-    if type(pipeline).__name__.startswith("PixArt"):
-        arguments["use_resolution_binning"] = False
-    if frames > 1:
-        arguments["num_frames"] = frames
-    out = pipeline(
-        height=height, width=width, num_inference_steps=STEPS, latents=packed(pipeline, noise), **arguments,
-        **{tiny.scale: scale},
-    )  # fmt: skip
-    return noise, torch.as_tensor(out[0])
-
-
 @torch.no_grad()
 def sampled(folder: PipelineFolder, pipeline: Any, condition: Condition, noise: Tensor, scale: float) -> Tensor:
     return ddim(Predictor(folder.denoiser(), condition, Guidance(scale)), noise, nodes(pipeline))
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import TINY
+from tiny_pipelines import ADAPTERS, TINY, settings
 
 import fewstep
 from fewstep.distill.config import parse_config
@@ -20,18 +20,7 @@ from fewstep.models.store import load_model, read_tensors
 
 pytest.importorskip("peft")
 Saved = Callable[[str], Path]
-ADAPTERS = {"rank": 2}
 CPU = torch.device("cpu")
-
-
-def settings(folder: Path, name: str, out: Path, adapters: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
-    rate = {"lr": 1e-3}
-    stage = {"steps": 2, "objective": {"name": "tdm", "steps": 2}, "roles": {"student": rate, "fake": rate}}
-    return {
-        "out": str(out), "teacher": str(folder), "size": TINY[name].size, "adapters": adapters, "batch": 2,
-        "log_every": 1, "data": {"kind": "prompts", "path": str(folder / "prompts")},
-        "health": {"every": 2, "conditions": 2, "seeds": 2, "teacher_steps": 2}, "stages": [stage], **changes,
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["copies", "adapters"])

@@ -1,0 +1,184 @@
+"""Students leave as what diffusers loads: read back here as a user would, by the pipelines' own classes and calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from tiny_pipelines import ADAPTERS, STEPS, TINY, called, difference, packed, settings
+
+import fewstep
+from fewstep.distill.config import parse_config
+from fewstep.errors import UserError
+from fewstep.models.condition import Condition
+from fewstep.models.guidance import OFF
+from fewstep.models.hub import export as module
+from fewstep.models.hub.export import Form
+from fewstep.models.hub.folder import PipelineFolder
+from fewstep.models.store import load_model, pipeline_of, read_metadata
+from fewstep.samplers.ddim import ddim
+from fewstep.samplers.predictor import Predictor
+
+pytest.importorskip("peft")
+Saved = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def runs(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a run's folder, once for each setting."""
+    made: dict[Any, Path] = {}
+
+    def make(family: str, adapters: dict[str, Any] | None = ADAPTERS, name: str = "tdm", **objective: Any) -> Path:
+        key = family, str(adapters), name, tuple(objective.items())
+        if key not in made:
+            raw = settings(saved(family), family, tmp_path_factory.mktemp("run") / "run", adapters)
+            raw["stages"][0]["objective"] = {"name": name, "steps": STEPS, **objective}
+            made[key] = fewstep.train(parse_config(raw, "test"))
+        return made[key]
+
+    return make
+
+
+def ours(name: str, run: Path, noise: torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The student's own samples from this noise."""
+    model = load_model(run / "student")
+    few = model.config.few_step
+    assert few is not None
+    with torch.no_grad():
+        return ddim(Predictor(model.denoiser, Condition(cond), OFF), noise, (*few.times, 0.0))
+
+
+@pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["copies", "adapters"])
+@pytest.mark.parametrize("name", list(TINY))
+def test_the_exported_pipelines_default_call_samples_as_the_student(
+    runs: Callable[..., Path], name: str, adapters: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """Only the number of steps and guidance off are said, as the model card tells."""
+    run, tiny = runs(name, adapters), TINY[name]
+    out = fewstep.export(run, Form.diffusers, tmp_path / "out")
+    absent = {"text_encoder": None, "tokenizer": None} if name in ("qwen_image", "wan") else {}
+    if name == "sd3":
+        absent = {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(out, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    cond = tiny.embeddings(2, 1)
+    arguments = {tiny.arguments[key]: value for key, value in cond.items()}
+    if type(pipeline).__name__.startswith("PixArt"):
+        arguments["negative_prompt"] = None
+    folder = PipelineFolder.open(out)
+    noise, theirs = called(tiny, folder, pipeline, 1.0, output_type="latent", **arguments)
+    assert difference(packed(pipeline, ours(name, run, noise, cond)), theirs) < 1e-4
+    manifest = json.loads((out / "fewstep.json").read_text())
+    assert manifest["num_inference_steps"] == STEPS
+    card = (out / "README.md").read_text()
+    assert f"num_inference_steps={STEPS}" in card
+    assert "name: tdm" in card
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+def test_shifted_times_are_the_default_where_the_pipeline_passes_them(
+    runs: Callable[..., Path], name: str, tmp_path: Path
+) -> None:
+    run, tiny = runs(name, shift=3.0), TINY[name]
+    folder = PipelineFolder.open(fewstep.export(run, Form.diffusers, tmp_path / "out"))
+    pipeline = folder.pipeline(folder.denoiser().backbone.network)
+    pipeline.set_progress_bar_config(disable=True)
+    cond = tiny.embeddings(2, 1)
+    noise, theirs = called(
+        tiny, folder, pipeline, 1.0, output_type="latent", **{tiny.arguments[k]: v for k, v in cond.items()}
+    )
+    assert difference(packed(pipeline, ours(name, run, noise, cond)), theirs) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan"])
+def test_shifted_times_are_nearly_met_where_the_scheduler_chooses_them(
+    runs: Callable[..., Path], name: str, tmp_path: Path
+) -> None:
+    """A first-order scheduler that counts times in whole labels, from 0.999 down, stands in."""
+    run = runs(name, shift=3.0)
+    folder = PipelineFolder.open(fewstep.export(run, Form.diffusers, tmp_path / "out"))
+    scheduler = folder.pipeline().scheduler
+    scheduler.set_timesteps(STEPS)
+    assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0], abs=1e-3)
+    assert (scheduler.timesteps / 1000).tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5], abs=2e-3)
+
+
+@pytest.mark.parametrize("form", [Form.lora, Form.comfyui, Form.merged])
+@pytest.mark.parametrize("name", list(TINY))
+def test_adapters_and_bare_networks_are_read_back(
+    runs: Callable[..., Path], saved: Saved, name: str, form: Form, tmp_path: Path
+) -> None:
+    run = runs(name, {"rank": 2, "alpha": 6.0})
+    if name == "pixart" and form is Form.comfyui:
+        with pytest.raises(UserError, match="no ComfyUI keys"):
+            fewstep.export(run, form, tmp_path / "out")
+        assert not list(tmp_path.glob("out*"))
+        return
+    out = fewstep.export(run, form, tmp_path / "out")
+    if form is Form.merged:
+        assert (out / "config.json").is_file()
+        return
+    metadata = read_metadata(out / "pytorch_lora_weights.safetensors")
+    assert json.loads(metadata["num_inference_steps"]) == STEPS
+    assert json.loads(metadata["times"]) == [1.0, 0.75, 0.5, 0.25]
+    assert len(metadata["base_sha256"]) == 64
+    assert metadata["lora_scale"] == "1.0"
+
+
+def test_a_renoising_student_of_a_discrete_schedule_gets_the_lcm_scheduler(
+    runs: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = runs("sd", name="dmd2")
+    out = fewstep.export(run, Form.diffusers, tmp_path / "out")
+    scheduler = diffusers.LCMScheduler.from_pretrained(out / "scheduler")
+    for steps, labels in ((4, [999, 749, 499, 249]), (2, [999, 499]), (1, [999])):
+        scheduler.set_timesteps(steps)
+        assert scheduler.timesteps.tolist() == labels
+
+
+def test_what_cannot_be_exported_says_why(
+    runs: Callable[..., Path], saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="no distilled student"):
+        module.export(load_model(saved("sd")), Form.diffusers, tmp_path / "a")
+    with pytest.raises(UserError, match="no adapter"):
+        fewstep.export(runs("sd", None), Form.lora, tmp_path / "b")
+    with pytest.raises(UserError, match="takes no times from outside"):
+        fewstep.export(runs("wan", name="dmd2", shift=3.0), Form.diffusers, tmp_path / "c")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("kept")
+    with pytest.raises(UserError, match="not empty"):
+        fewstep.export(runs("sd"), Form.lora, tmp_path / "full")
+    monkeypatch.setattr(module, "TOLERANCE", -1.0)
+    with pytest.raises(UserError, match="differs from the student"):
+        fewstep.export(runs("sd"), Form.lora, tmp_path / "d")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"], "nothing half-written is left"
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    runs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.shutil, "copytree", full)
+    with pytest.raises(UserError, match="No space left"):
+        fewstep.export(runs("sd"), Form.diffusers, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_for_another_base_is_refused(runs: Callable[..., Path], saved: Saved, tmp_path: Path) -> None:
+    student = runs("sd") / "student"
+    config = json.loads((student / "config.json").read_text())
+    other = tmp_path / "student"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes((student / "model.safetensors").read_bytes())
+    (other / "config.json").write_text(json.dumps(config | {"base": str(saved("sdxl"))}))
+    with pytest.raises(UserError, match=r"does not belong to this network|has shape"):
+        load_model(other)
+    assert pipeline_of(load_model(student)).path == saved("sd").resolve()
