@@ -1,8 +1,11 @@
-"""What the loop costs: a full step against the same network evaluations run bare, paired in one process."""
+"""What the loop costs: a full step against its bare network evaluations, and the memory of adapters and copies."""
 
 from __future__ import annotations
 
+import multiprocessing
+import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from fewstep.distill.config import Config
 from fewstep.distill.devices import pick_device
 from fewstep.distill.record import environment
 from fewstep.distill.run import Run
+from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 
@@ -101,3 +105,44 @@ def timed(work: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
+
+
+def bench_memory(config: Config) -> dict[str, Any]:
+    """Bytes of parameters (each storage once) and the peak of a cycle of updates, as configured and, where that has
+    adapters, with copies instead; each in a process of its own."""
+    modes = {"adapters": config, "copies": config.model_copy(update={"adapters": None})}
+    if config.adapters is None:
+        del modes["adapters"]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        result: dict[str, Any] = {name: pool.apply(memory_of, (mode,)) for name, mode in modes.items()}
+    if len(result) == 2:
+        for quantity in ("parameters", "peak"):
+            result[f"{quantity}_ratio"] = result["adapters"][quantity] / result["copies"][quantity]
+    return result | environment(pick_device(config.device))
+
+
+def memory_of(config: Config) -> dict[str, int]:
+    """``parameters``: bytes of all roles' weights, each storage once; ``peak``: bytes above those before the run, at
+    the most, of weights, gradients, moments and activations."""
+    device = pick_device(config.device)
+    before = _most_memory(device)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(config, Path(folder), device)
+        for step in range(2 * max(update.due.every for update in run.objective.updates)):
+            run.loop.step(step)
+        storages = {}
+        for role in run.roles.values():
+            backbone = role.module.backbone if isinstance(role.module, Denoiser) else role.module
+            module = backbone.shared_network if isinstance(backbone, AdapterView) else role.module
+            for parameter in module.parameters():
+                storages[parameter.untyped_storage().data_ptr()] = parameter.untyped_storage().nbytes()
+    return {"parameters": sum(storages.values()), "peak": _most_memory(device) - before}
+
+
+def _most_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of the accelerator, or resident in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

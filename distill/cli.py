@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fewstep import api
-from fewstep.distill.bench import bench_step
+from fewstep.distill.bench import bench_memory, bench_step
 from fewstep.distill.config import load_config
 from fewstep.distill.data import read_idx
 from fewstep.distill.devices import pick_device
@@ -398,6 +398,20 @@ def step(
 ) -> None:
     """Time a full update against the same network evaluations run bare, paired in one process."""
     result = bench_step(load_config(config, overrides or []), rounds)
+    for name, value in result.items():
+        out.print(f"{name}: {value}")
+    if file is not None:
+        write_text(json.dumps(result, indent=1) + "\n", file)
+
+
+@bench.command("memory")
+def memory(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
+) -> None:
+    """Bytes of weights and the peak of training, with adapters (where the config has them) and with copies."""
+    result = bench_memory(load_config(config, overrides or []))
     for name, value in result.items():
         out.print(f"{name}: {value}")
     if file is not None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_va
 from fewstep.distill import objectives
 from fewstep.distill.stage import Frozen, ObjectiveConfig, RoleConfig
 from fewstep.errors import UserError, nearest
+from fewstep.models.attention import Backend
 from fewstep.models.store import ModelConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -88,14 +89,16 @@ class AdapterConfig(Frozen):
 
 class Config(Frozen):
     """The whole run. Either ``teacher`` is given (a folder, an embedded name, a diffusers pipeline by folder or hub id)
-    or ``model`` (a new network). ``size`` (height, width and frames in pixels) and ``weights`` (the teacher's, and what
-    its copies are in) are for pipelines."""
+    or ``model`` (a new network). ``size`` (height, width and frames in pixels), ``weights`` (the type of the teacher's,
+    and of its copies') and ``gradient_checkpointing`` are for pipelines."""
 
     out: str
     teacher: str | None = None
     size: tuple[int, int, int] | None = None
     weights: Literal["float32", "bfloat16"] = "float32"
     adapters: AdapterConfig | None = None
+    attention: Backend = "sdpa"
+    gradient_checkpointing: bool = False
     model: ModelConfig | None = None
     data: DataConfig = DataConfig()
     batch: int = Field(64, ge=1)

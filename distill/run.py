@@ -26,6 +26,8 @@ from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import MatchingConfig, enter_stage, learning_rate
 from fewstep.distill.update import Objective
 from fewstep.errors import UserError
+from fewstep.models.adapters import checkpoint_gradients
+from fewstep.models.attention import set_attention
 from fewstep.models.denoiser import Denoiser, routed
 from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.store import FewStep, ModelConfig, load_model, pipeline_of, save_model, share_network, write_text
@@ -75,11 +77,14 @@ class Run:
             taps = dict.fromkeys(tap for stage in self.config.stages for tap in stage.objective.taps)
             model = load_model(self.config.teacher, tuple(taps), self.config.size, PRECISIONS[self.config.weights])
             self.origin = model.config
+            set_attention(model.denoiser.backbone, self.config.attention, self.device)
             if self.config.data.kind == "prompts":
                 self._pipeline = pipeline_of(model)
             if self.config.adapters is not None:
                 lora = share_network(model.denoiser, **dict(self.config.adapters))
                 self.origin = model.config.model_copy(update={"base": self.config.teacher, "lora": lora})
+            if self.config.gradient_checkpointing:
+                checkpoint_gradients(model.denoiser.backbone)
             self._origins["teacher"] = Role(model.denoiser.to(self.device))
         else:
             assert self.config.model is not None

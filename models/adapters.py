@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.errors import UserError
 from fewstep.models.condition import Condition
+from fewstep.models.hub.family import HubBackbone
 
 
 def share(base: nn.Module, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int = 0) -> AdapterView:
@@ -33,6 +34,22 @@ def share(base: nn.Module, *, rank: int, alpha: float, targets: str | Sequence[s
     """
     base.requires_grad_(False).eval()
     return AdapterView(_Shared(base, rank, alpha, targets, seed), ())
+
+
+def checkpoint_gradients(backbone: nn.Module) -> None:
+    """Makes a diffusers network recompute its blocks in the backward pass instead of keeping their activations.
+
+    Copies made afterwards do so, too. Raises ``UserError`` for a network that cannot.
+    """
+    inner = backbone.shared_network if isinstance(backbone, AdapterView) else backbone
+    if not isinstance(inner, HubBackbone):
+        raise UserError("gradient_checkpointing is for diffusers pipelines; this network keeps its activations.")
+    function = backbone.checkpoint if isinstance(backbone, AdapterView) else _recompute
+    inner.network.enable_gradient_checkpointing(function)
+
+
+def _recompute(function: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False)
 
 
 class AdapterView(nn.Module):
@@ -97,6 +114,11 @@ class AdapterView(nn.Module):
         # the sets are parameters of layers inside the base, so this moves them too, in place
         self._shared.base._apply(fn, recurse)
         return self
+
+    @property
+    def shared_network(self) -> nn.Module:
+        """The shared network, with the LoRA layers of all sets."""
+        return self._shared.base
 
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
         """Gradient checkpointing that recomputes under the set of the forward, whichever is active by then.

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.models.attention import Attends, attention
 from fewstep.models.condition import Condition
 
 
@@ -45,7 +46,7 @@ class Block(nn.Module):
         return x + residual
 
 
-class Attention(nn.Module):
+class Attention(Attends):
     """Residual self-attention over the positions of a feature map [B, C, H, W]."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -59,7 +60,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(3, 4)
-        out = F.scaled_dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])
+        out = attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], self.backend)
         mixed: Tensor = self.out(out.transpose(2, 3).reshape(b, c, h, w))
         return x + mixed
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.models.hub.encoded import Index, fingerprint
 from fewstep.models.hub.folder import PipelineFolder
+from fewstep.models.store import write_tensors, write_text
 
 WIDTH = 32  # of prompt embeddings, but SDXL's
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -73,11 +75,11 @@ def ddim() -> Any:
     return DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, steps_offset=1)
 
 
-def stable_diffusion(prediction: str = "epsilon") -> Any:
+def stable_diffusion(prediction: str = "epsilon", widths: tuple[int, int] = (32, 64)) -> Any:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     unet = UNet2DConditionModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8, cross_attention_dim=WIDTH,
+        sample_size=8, layers_per_block=1, block_out_channels=widths, norm_num_groups=8, cross_attention_dim=WIDTH,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=8,
     )  # fmt: skip
@@ -288,3 +290,13 @@ def settings(folder: Path, name: str, out: Path, adapters: dict[str, Any] | None
         "log_every": 1, "data": {"kind": "prompts", "path": str(folder / "prompts")},
         "health": {"every": 2, "conditions": 2, "seeds": 2, "teacher_steps": 2}, "stages": [stage], **changes,
     }  # fmt: skip
+
+
+def write_embeddings(name: str, folder: Path) -> None:
+    """``prompts/`` of random embeddings in a pipeline's folder, as ``fewstep encode`` would lay it out."""
+    prompts, opened = folder / "prompts", PipelineFolder.open(folder)
+    prompts.mkdir()
+    write_tensors(TINY[name].embeddings(8, 1), prompts / "shard-00000.safetensors")
+    write_tensors(TINY[name].embeddings(1, 2), prompts / "null.safetensors")
+    index = Index(pipeline=opened.index["_class_name"], encoders=fingerprint(opened), prompts="", count=8, rows=8)
+    write_text(index.model_dump_json(), prompts / "index.json")

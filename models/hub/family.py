@@ -103,7 +103,7 @@ class HubBackbone(nn.Module):
     def __init__(self, family: Family, network: nn.Module) -> None:
         super().__init__()
         self.family = family
-        self.network = network
+        self.network: Any = network
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(self.network.parameters()).dtype

@@ -4,11 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_pipelines import TINY
-
-from fewstep.models.hub.encoded import Index, fingerprint
-from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.store import write_tensors, write_text
+from tiny_pipelines import TINY, write_embeddings
 
 
 @pytest.fixture(scope="session")
@@ -18,19 +14,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def make(name: str) -> Path:
         if name not in made:
-            tiny = TINY[name]
-            folder = tmp_path_factory.mktemp(name)
-            tiny.build().save_pretrained(folder)
-            prompts = folder / "prompts"
-            prompts.mkdir()
-            write_tensors(tiny.embeddings(8, 1), prompts / "shard-00000.safetensors")
-            write_tensors(tiny.embeddings(1, 2), prompts / "null.safetensors")
-            opened = PipelineFolder.open(folder)
-            index = Index(
-                pipeline=opened.index["_class_name"], encoders=fingerprint(opened), prompts="", count=8, rows=8
-            )
-            write_text(index.model_dump_json(), prompts / "index.json")
-            made[name] = folder
+            made[name] = tmp_path_factory.mktemp(name)
+            TINY[name].build().save_pretrained(made[name])
+            write_embeddings(name, made[name])
         return made[name]
 
     return make

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import ADAPTERS, TINY, settings
+from tiny_pipelines import ADAPTERS, TINY, settings, stable_diffusion, write_embeddings
 
 import fewstep
+from fewstep.distill.bench import bench_memory
 from fewstep.distill.config import parse_config
 from fewstep.distill.draws import Draws
 from fewstep.distill.run import Run
@@ -90,3 +91,42 @@ def test_a_student_is_distilled_again_from_its_own_adapter(saved: Saved, tmp_pat
     student = load_model(second / "student")
     assert student.config.base == str(first / "student")
     assert isinstance(student.denoiser.backbone, AdapterView)
+
+
+@pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["copies", "adapters"])
+@pytest.mark.parametrize("name", list(TINY))
+def test_recomputing_activations_changes_no_gradient(
+    saved: Saved, name: str, adapters: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """And with it, too, only the trained sets or copies get one."""
+    gradients = []
+    for checkpointing in (False, True):
+        raw = settings(saved(name), name, tmp_path / str(checkpointing), adapters)
+        run = Run.create(parse_config(raw | {"gradient_checkpointing": checkpointing}, "test"), CPU)
+        run.loop._update(run.objective.updates[0], 0, {0: {}})
+        gradients.append({key: p.grad for key, p in run.generator.named_parameters() if p.grad is not None})
+        assert all(p.grad is None for role in ("teacher", "fake") for p in run.roles[role].parameters)
+        if adapters:
+            network = run.roles.denoiser("teacher").backbone.shared_network
+            reached = [key for key, p in network.named_parameters() if p.grad is not None]
+            assert reached
+            assert all(".lora_" in key for key in reached)
+    plain, recomputed = gradients
+    assert plain.keys() == recomputed.keys()
+    assert plain
+    for key, value in plain.items():
+        torch.testing.assert_close(recomputed[key], value, rtol=1e-4, atol=1e-7)
+
+
+def test_an_adapter_run_holds_one_base_and_its_peak_is_a_quarter(tmp_path: Path) -> None:
+    """A U-Net of 44 M parameters on tiny latents, so that weights dominate."""
+    pipeline = stable_diffusion(widths=(256, 512))
+    folder = tmp_path / "wide"
+    pipeline.save_pretrained(folder)
+    write_embeddings("sd", folder)
+    config = parse_config(settings(folder, "sd", tmp_path / "run", {"rank": 4}), "test")
+    result = bench_memory(config)
+    base = 4 * sum(p.numel() for p in pipeline.unet.parameters())
+    assert base < result["adapters"]["parameters"] < 1.05 * base
+    assert result["copies"]["parameters"] == 3 * base
+    assert result["peak_ratio"] < 0.25
