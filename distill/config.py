@@ -48,7 +48,8 @@ class CheckpointConfig(Frozen):
 class ValidationConfig(Frozen):
     """Every ``every`` steps (0: never) ``n`` samples of the averaged student are scored against the *training*-image
     statistics of ``reference``, and the best student so far is kept. ``solver``, ``steps`` and ``guidance`` say how
-    they are drawn; ``student`` is the student's own few-step rule."""
+    they are drawn; ``student`` is the student's own few-step rule. A pipeline's student is not scored: ``pictures`` of
+    the first prompts are drawn."""
 
     every: int = Field(0, ge=0)
     n: int = Field(1000, ge=10)
@@ -56,6 +57,7 @@ class ValidationConfig(Frozen):
     solver: str = "student"
     steps: int | None = Field(None, ge=1)
     guidance: float = 1.0
+    pictures: int = Field(4, ge=1)
 
 
 class HealthConfig(Frozen):
@@ -117,6 +119,8 @@ class Config(Frozen):
     def _one_origin(self) -> Config:
         if (self.teacher is None) == (self.model is None):
             raise ValueError("give either teacher (to distil) or model (to pretrain), not both and not neither")
+        if self.data.kind == "prompts" and self.teacher is None:
+            raise ValueError("data.kind: prompts is for a teacher that is a diffusers pipeline")
         return self
 
     @property

@@ -30,6 +30,7 @@ from fewstep.models.adapters import checkpoint_gradients
 from fewstep.models.attention import set_attention
 from fewstep.models.denoiser import Denoiser, routed
 from fewstep.models.hub.encoded import EncodedPrompts
+from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.store import FewStep, ModelConfig, load_model, pipeline_of, save_model, share_network, write_text
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,9 +48,10 @@ Progress = Callable[["Run", dict[str, float]], None]
 
 
 class Validator(Protocol):
-    """Scores the student (its averaged weights in place): a number, lower is better, and pictures for ``samples/``."""
+    """Looks at the student (its averaged weights in place): pictures for ``samples/``, and a number, lower is better,
+    or None where nothing can be scored."""
 
-    def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> float: ...
+    def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> float | None: ...
 
 
 @dataclass
@@ -66,6 +68,8 @@ class Run:
     objective: Objective = field(init=False)
     loop: Loop = field(init=False)
     few_step: FewStep | None = field(init=False, default=None)
+    prompts: EncodedPrompts | None = field(init=False, default=None)
+    pipeline: PipelineFolder = field(init=False)
     stage: int = field(init=False, default=-1)
     step: int = field(init=False, default=0)
     best: dict[str, float] = field(init=False, default_factory=dict)
@@ -79,7 +83,7 @@ class Run:
             self.origin = model.config
             set_attention(model.denoiser.backbone, self.config.attention, self.device)
             if self.config.data.kind == "prompts":
-                self._pipeline = pipeline_of(model)
+                self.pipeline = pipeline_of(model)
             if self.config.adapters is not None:
                 lora = share_network(model.denoiser, **dict(self.config.adapters))
                 self.origin = model.config.model_copy(update={"base": self.config.teacher, "lora": lora})
@@ -132,13 +136,15 @@ class Run:
 
     def _make_sources(self) -> dict[str, Source]:
         data = self.config.data
+        if data.kind == "labels" and not self.origin.classes and self.origin.base is not None:
+            raise UserError("This teacher takes prompts: fewstep encode them, then data.kind=prompts data.path=FOLDER.")
         if data.kind == "labels":
             return {"data": Labels(self.origin.classes, self.origin.shape)}
         assert data.path is not None
         if data.kind == "prompts":
-            prompts = EncodedPrompts(Path(data.path))
-            prompts.check(self._pipeline)
-            return {"data": Prompts(prompts, self.origin.shape)}
+            self.prompts = EncodedPrompts(Path(data.path))
+            self.prompts.check(self.pipeline)
+            return {"data": Prompts(self.prompts, self.origin.shape)}
         source: Images | Stored
         if data.kind == "tensors":
             source = read_stored(Path(data.path), self.origin.classes)
@@ -253,7 +259,8 @@ class Run:
                 last = self.step == ends[-1]
                 if validate is not None and (last or self._due(self.config.validation.every)):
                     value = self._validate(validate)
-                    record(self.step, {"seconds": round(self.seconds, 3), "validation": value})
+                    if value is not None:
+                        record(self.step, {"seconds": round(self.seconds, 3), "validation": value})
                 if last or stop.requested or self._due(self.config.checkpoint.every) or self.step == ends[self.stage]:
                     self.save()
                 if stop.requested and not last:
@@ -292,11 +299,11 @@ class Run:
         with self.roles["student"].averaged():
             return self._probe(self.generator, self.few_step, self.roles.denoiser("teacher"), scale)
 
-    def _validate(self, validate: Validator) -> float:
+    def _validate(self, validate: Validator) -> float | None:
         student = self.roles["student"]
         with student.averaged(), torch.no_grad():
             value = validate(self.generator, self.student_config, self.step)
-        if value < self.best.get("value", float("inf")):
+        if value is not None and value < self.best.get("value", float("inf")):
             self.best = {"value": value, "step": self.step}
             self._write_model(self.folder / "best")
         return value

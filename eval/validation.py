@@ -9,12 +9,14 @@ import torch
 
 from fewstep.distill.config import ValidationConfig
 from fewstep.distill.data import to_bytes
-from fewstep.eval.evaluate import cycled_labels, draw
+from fewstep.eval.evaluate import cycled_labels, draw, draw_from
 from fewstep.eval.features import extract
 from fewstep.eval.frechet import Statistics, frechet_distance
 from fewstep.eval.pictures import grid, save_picture
 from fewstep.eval.references import Reference
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.hub.encoded import EncodedPrompts
+from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.store import Model, ModelConfig
 
 SHOWN = 80
@@ -40,3 +42,27 @@ class Validation:
         save_picture(grid(shown, columns=columns), self.folder / "samples" / f"step-{step:07d}.png")
         features = extract(self.reference.network, images)
         return frechet_distance(Statistics.of(features), self.reference.statistics)
+
+
+@dataclass(frozen=True)
+class PromptValidation:
+    """The same for a pipeline's student: pictures of the first encoded prompts, one noise each, and no score."""
+
+    settings: ValidationConfig
+    pipeline: PipelineFolder
+    prompts: EncodedPrompts
+    folder: Path
+
+    def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> None:
+        model = Model(denoiser=student, config=config, path=self.folder)
+        s = self.settings
+        numbers = range(min(s.pictures, len(self.prompts)))
+        condition = self.prompts(torch.tensor(numbers)).to(model.device)
+        samples = draw_from(
+            model, condition, numbers, solver=s.solver, steps=s.steps, guidance=s.guidance, seed=SEED, batch=4
+        )
+        pictures = self.pipeline.pictures(self.pipeline.pipeline(), samples.x0)
+        if pictures.ndim == 5:
+            pictures = pictures.flatten(0, 1)  # a video is a row of frames
+        columns = len(pictures) // len(numbers) if samples.x0.ndim == 5 else len(numbers)
+        save_picture(grid(pictures, columns=columns, scale=1), self.folder / "samples" / f"step-{step:07d}.png")

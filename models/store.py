@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError, nearest
 from fewstep.models.adapters import AdapterView, share
-from fewstep.models.denoiser import Denoiser, Routed
+from fewstep.models.denoiser import Denoiser, Routed, routed
 from fewstep.models.hub.family import HubBackbone
 from fewstep.models.prediction import Kind
 from fewstep.models.schedules import schedule_from_dict, schedule_to_dict
@@ -132,7 +132,8 @@ def load_model(
         )
     config = _read_config(folder)
     try:
-        denoiser = _network(config, taps, dtype)
+        stored = tensor_names(folder / "model.safetensors") if config.base else set()
+        denoiser = _network(config, taps, dtype, stored)
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     load_weights(denoiser.backbone, folder / "model.safetensors")
@@ -187,15 +188,18 @@ def _load_pipeline(source: str | Path, taps: tuple[str, ...], size: Size | None,
     return Model(denoiser=folder.denoiser(dtype, taps), config=config, path=folder.path)
 
 
-def _network(config: ModelConfig, taps: tuple[str, ...], dtype: torch.dtype) -> Denoiser:
-    """The network that the weights of a model folder belong to."""
+def _network(config: ModelConfig, taps: tuple[str, ...], dtype: torch.dtype, stored: set[str]) -> Denoiser:
+    """The network that the weights of a model folder, named in ``stored``, belong to."""
     if config.base is None:
         return config.build(taps)
     denoiser = load_model(config.base, taps, dtype=dtype).denoiser
     if lora := config.lora:
         share_network(denoiser, lora.rank, lora.alpha, lora.targets)
-        denoiser = copy.deepcopy(denoiser)
-    return denoiser.eval()
+    if config.boundaries:  # an expert without weights of its own is the base
+        own = [any(name.startswith(f"experts.{k}.") for name in stored) for k in range(len(config.boundaries))]
+        experts = [copy.deepcopy(denoiser) if its_own else denoiser for its_own in own]
+        return routed(experts, config.boundaries).eval()
+    return (copy.deepcopy(denoiser) if lora else denoiser).eval()
 
 
 def share_network(denoiser: Denoiser, rank: int, alpha: float | None, targets: Sequence[str] | None) -> Lora:
@@ -244,6 +248,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} is not a readable safetensors file ({error}). Restore it or make it again.") from error
+
+
+def tensor_names(file: Path) -> set[str]:
+    """The names in a safetensors file. Raises ``UserError`` if it is missing or damaged."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return set(handle.keys())
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file ({error}). Restore it or make it again.") from error
 
 

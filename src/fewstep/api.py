@@ -25,7 +25,7 @@ from fewstep.eval.references import load_reference
 from fewstep.eval.report import write_report
 from fewstep.eval.rewards import REWARDS, find_reward, win_rate
 from fewstep.eval.tables import markdown
-from fewstep.eval.validation import Validation
+from fewstep.eval.validation import PromptValidation, Validation
 from fewstep.models.hub.encoded import encode_prompts, read_prompts
 from fewstep.models.hub.export import Form
 from fewstep.models.hub.export import export as export_model
@@ -53,8 +53,10 @@ def train_run(config: Config, resume: Source | None, progress: Progress | None) 
     world, device = join_world(config.device)
     run = Run.reopen(resume, device, world) if resume else Run.create(config, device, world)
     settings = run.config.validation
-    validate = None
-    if settings.every:
+    validate: Validation | PromptValidation | None = None
+    if settings.every and run.prompts is not None:
+        validate = PromptValidation(settings, run.pipeline, run.prompts, run.folder)
+    elif settings.every:
         reference = load_reference(settings.reference, "train", device)
         validate = Validation(settings, reference, run.folder)
     run.train(validate, progress)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tiny_pipelines import ADAPTERS, TINY, settings, stable_diffusion, write_embeddings
 
 import fewstep
@@ -15,6 +17,7 @@ from fewstep.distill.bench import bench_memory
 from fewstep.distill.config import parse_config
 from fewstep.distill.draws import Draws
 from fewstep.distill.run import Run
+from fewstep.errors import UserError
 from fewstep.models.adapters import AdapterView
 from fewstep.models.guidance import guide
 from fewstep.models.store import load_model, read_tensors
@@ -130,3 +133,47 @@ def test_an_adapter_run_holds_one_base_and_its_peak_is_a_quarter(tmp_path: Path)
     assert base < result["adapters"]["parameters"] < 1.05 * base
     assert result["copies"]["parameters"] == 3 * base
     assert result["peak_ratio"] < 0.25
+
+
+@pytest.mark.parametrize("name", ["sd", "wan"])
+def test_pictures_of_prompts_are_drawn_while_it_trains(saved: Saved, name: str, tmp_path: Path) -> None:
+    raw = settings(saved(name), name, tmp_path / "run", ADAPTERS, validation={"every": 1, "pictures": 3})
+    run = fewstep.train(parse_config(raw, "test"))
+    assert [file.name for file in sorted((run / "samples").iterdir())] == ["step-0000001.png", "step-0000002.png"]
+    height, width, frames = TINY[name].size
+    with Image.open(run / "samples" / "step-0000002.png") as picture:
+        across, down = (3, 1) if frames == 1 else (frames, 3)
+        assert picture.size == (across * width + across - 1, down * height + down - 1)
+    assert (run / "student" / "model.safetensors").is_file()
+
+
+DATA_FREE = {
+    "dmd": {"regression": 0.0},
+    "dmd2": {"steps": 2},
+    "decoupled_dmd": {"steps": 2},
+    "phased_dmd": {"steps": 2},
+    "cdm": {"max_steps": 2},
+    "tdm": {"steps": 2, "critic": "importance"},
+}
+
+
+@pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["copies", "adapters"])
+@pytest.mark.parametrize("objective", list(DATA_FREE))
+def test_every_data_free_objective_trains_a_pipeline(
+    saved: Saved, objective: str, adapters: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    raw = settings(saved("sd"), "sd", tmp_path / "run", adapters)
+    raw["stages"][0]["objective"] = {"name": objective, "critic_updates": 1, "guidance": 2.0, **DATA_FREE[objective]}
+    run = fewstep.train(parse_config(raw, "test"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert all(torch.tensor(list(line.values())).isfinite().all() for line in lines)
+    assert fewstep.sample(run, prompts=["a cat"], device="cpu").shape == (1, 3, 16, 16)
+
+
+def test_a_pipeline_needs_prompts_and_prompts_need_a_pipeline(saved: Saved, tmp_path: Path) -> None:
+    raw = settings(saved("sd"), "sd", tmp_path / "run", None)
+    with pytest.raises(UserError, match="takes prompts"):
+        fewstep.train(parse_config(raw | {"data": {"kind": "labels"}}, "test"))
+    with pytest.raises(UserError, match="takes class labels"):
+        fewstep.train(parse_config(raw | {"teacher": "fashion", "size": None}, "test"))
