@@ -175,8 +175,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_diffusers_pipeline_is_recognised(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(UserError, match="is a diffusers pipeline"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AudioPipeline"}')
+    with pytest.raises(UserError, match="'AudioPipeline' are not supported; those that are: FluxPipeline"):
         load_model(tmp_path)
 
 
