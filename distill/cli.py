@@ -167,21 +167,23 @@ def sample(
 
 @app.command()
 def encode(
-    prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="A text file, one prompt a line.")],
+    prompts: Annotated[
+        Path, typer.Argument(metavar="PROMPTS", help="A text file, a prompt a line; or pictures with .txt.")
+    ],
     teacher: Annotated[str, typer.Option(help="A diffusers pipeline, by folder or hub id.")],
     folder: Annotated[Path, typer.Option("--out", help="A folder, for data.path with data.kind=prompts.")],
     batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 16,
     rows: Annotated[int, typer.Option(help="Prompts a file.")] = 512,
     device: Device = "auto",
 ) -> None:
-    """Encode prompts once, so that training needs no text encoder. An interrupted run goes on where it stopped."""
+    """Encode prompts (and pictures) once, so that training needs no encoder. An interrupted run goes on."""
     with _bar() as bar:
         task = bar.add_task("encoding")
         n = api.encode(
             teacher, prompts, folder, batch=batch, rows=rows, device=device,
             progress=lambda total, done: bar.update(task, total=total, completed=done),
         )  # fmt: skip
-    out.print(f"{n} prompts are encoded in {folder}.")
+    out.print(f"{n} are encoded in {folder}.")
 
 
 @app.command()

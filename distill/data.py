@@ -109,13 +109,18 @@ class Stored:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Encoded prompts drawn uniformly: all that a data-free method needs of a text-conditioned teacher."""
+    """Encoded prompts drawn uniformly: all that a data-free method needs of a text-conditioned teacher. Of captioned
+    images, an image and its prompt; ``x0`` is its latents."""
 
     prompts: EncodedPrompts
     shape: tuple[int, ...]
 
     def __call__(self, draws: Draws, size: int) -> Batch:
-        return Batch(size, self.shape, self.prompts(draws.integers(size, len(self.prompts))))
+        if self.prompts.latents is None:
+            return Batch(size, self.shape, self.prompts(draws.integers(size, len(self.prompts))))
+        x0, prompts = self.prompts.latents
+        rows = draws.integers(size, len(x0))
+        return Batch(size, self.shape, self.prompts(prompts[rows]), {"x0": x0[rows]})
 
 
 def to_unit(images: Tensor) -> Tensor:

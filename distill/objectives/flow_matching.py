@@ -2,9 +2,10 @@
 
     L = E_{x0, noise, t} | velocity_theta(x_t, t, c) - velocity |^2,   x_t = alpha x0 + sigma noise
 
-with the condition dropped at random so that the network also learns the unconditional field that guidance needs.
-``t`` is uniform, or logit-normal as in Stable Diffusion 3 (Esser et al., arXiv 2403.03206) with a spread ``time_std``
-that may be wider than theirs: a distilled student also reads its teacher near ``t = 1``, which 1.0 hardly visits.
+or the same in what the network predicts (noise, v), with the condition dropped at random so that it also learns the
+unconditional field that guidance needs. ``t`` is uniform, or logit-normal as in Stable Diffusion 3 (Esser et al., arXiv
+2403.03206) with a spread ``time_std`` that may be wider than theirs: a distilled student also reads its teacher near
+``t = 1``, which 1.0 hardly visits.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ def build(config: Config, roles: Roles) -> Objective:
         noise = m.draws.normal(x0.shape)
         c = Coefficients.at(schedule, expand_like(t, x0))
         x_t = c.alpha.to(x0) * x0 + c.sigma.to(x0) * noise
-        velocity = c.d_alpha.to(x0) * x0 + c.d_sigma.to(x0) * noise
         dropped = m.draws.uniform(len(x0), stream="drop") < config.drop_condition
         out = roles.read("student", x_t, t, m.batch.condition.null(dropped)).out
-        yield Term("flow_matching", (out.velocity - velocity).square().mean())
+        a, b = c.row(out.kind)
+        target = a.to(x0) * x0 + b.to(x0) * noise
+        yield Term("flow_matching", (out.raw - target).square().mean())
 
     return Objective(updates=(Update("student", ("student",), student),))

@@ -1,4 +1,4 @@
-"""Draws health.png from the ``metrics.jsonl`` of the two runs beside this file: ``python results/health/draw.py``."""
+"""Draws health.png from the ``metrics.jsonl`` of the three runs beside this file: ``python results/health/draw.py``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
-RUNS = {"naive": "#d9731a", "demo": "#3a86c8"}
+RUNS = {"lagging": "#d9731a", "strong": "#b3679b", "demo": "#3a86c8"}
 CURVES = {
     "validation": "fd_fashion, 500 samples",
-    "health/gap": "teacher - fake, relative",
-    "health/sample_sd": "deviation of the samples",
+    "health/sample_sd": "deviation of the training samples",
+    "health/sd_ratio": "deviation, times the teacher's",
+    "health/ca_share": "share of guidance in the pull",
 }
 
 
 def main() -> None:
-    figure = Figure((9, 2.6), layout="constrained")
+    figure = Figure((11, 2.6), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
         for name, colour in RUNS.items():
             lines = [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]

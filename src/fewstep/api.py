@@ -26,7 +26,7 @@ from fewstep.eval.report import write_report
 from fewstep.eval.rewards import REWARDS, find_reward, win_rate
 from fewstep.eval.tables import markdown
 from fewstep.eval.validation import PromptValidation, Validation
-from fewstep.models.hub.encoded import encode_prompts, read_prompts
+from fewstep.models.hub.encoded import encode_images, encode_prompts, read_prompts
 from fewstep.models.hub.export import Form
 from fewstep.models.hub.export import export as export_model
 from fewstep.models.hub.folder import PipelineFolder
@@ -256,11 +256,15 @@ def encode(
     teacher: Source, prompts: Source, out: Source, *, batch: int = 16, rows: int = 512, device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> int:  # fmt: skip
-    """Encodes the prompts of a text file, one a line, with a pipeline's text encoders, for ``data.kind=prompts``.
+    """Encodes the prompts of a text file, one a line, with a pipeline's text encoders, for ``data.kind=prompts``; of a
+    folder of pictures with captions beside them (``a.png``, ``a.txt``), also the pictures, with its VAE.
 
-    Returns their number. What is there already is kept. Raises ``UserError`` on a line that is empty or not UTF-8, on
-    a pipeline without text encoders, and on a folder of other prompts.
+    Returns the number of prompts or pictures. What is there already is kept. Raises ``UserError`` on a line that is
+    empty or not UTF-8, on a pipeline without text encoders, and on a folder of other prompts.
     """
+    if Path(prompts).is_dir():
+        folder = PipelineFolder.open(teacher)
+        return encode_images(folder, Path(prompts), Path(out), batch=batch, rows=rows, device=pick_device(device))
     lines = read_prompts(Path(prompts))
     encode_prompts(
         PipelineFolder.open(teacher), lines, Path(out), batch=batch, rows=rows, device=pick_device(device),

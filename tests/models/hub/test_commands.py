@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_pipelines import TINY
 
 import fewstep
+from fewstep.distill.data import Prompts
 from fewstep.distill.draws import Draws
 from fewstep.errors import UserError
 from fewstep.models.hub.encoded import EncodedPrompts
@@ -139,10 +140,39 @@ def test_a_folder_that_is_no_pipeline_and_an_unsupported_family(tmp_path: Path, 
 
 
 def test_a_stored_prompt_is_drawn_as_a_label_is(saved: Saved) -> None:
-    from fewstep.distill.data import Prompts
-
     source = Prompts(EncodedPrompts(saved("sd") / "prompts"), (4, 8, 8))
     batch = source(Draws(0, 1, "data", 0), 3)
     again = source(Draws(0, 1, "data", 0), 3)
     assert torch.equal(batch.condition["prompt"], again.condition["prompt"])
     assert batch.condition["prompt"].shape == (3, 5, 32)
+
+
+def test_pictures_with_captions_become_latents_with_prompts(saved: Saved, tmp_path: Path) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    numbers = np.random.default_rng(0)
+    captions = ["a cat", "two dogs", "a cat"]
+    pixels = numbers.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    for k, caption in enumerate(captions):
+        Image.fromarray(pixels[k]).save(images / f"{k}.png")
+        (images / f"{k}.txt").write_text(caption)
+    assert fewstep.encode(saved("sd"), images, out, batch=2, rows=2, device="cpu") == 3
+    stored = EncodedPrompts(out)
+    assert len(stored) == 2
+    assert stored.latents is not None
+    x0, prompts = stored.latents
+    assert prompts.tolist() == [0, 1, 0]
+    folder = PipelineFolder.open(saved("sd"))
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(x0, folder.family.encode_images(folder.pipeline(), x), rtol=1e-4, atol=1e-4)
+    batch = Prompts(stored, (4, 8, 8))(Draws(0, 0, "data", 0), 5)
+    for row, image in zip(batch["x0"], batch.condition["prompt"], strict=True):
+        k = int((x0 - row).flatten(1).abs().sum(1).argmin())
+        assert torch.equal(image, stored(prompts[k : k + 1])["prompt"][0])
+    (out / "images-00001.safetensors").unlink()
+    with pytest.raises(UserError, match="incomplete"):
+        EncodedPrompts(out)
+    (images / "2.txt").unlink()
+    with pytest.raises(UserError, match=r"2\.png has no caption"):
+        fewstep.encode(saved("sd"), images, tmp_path / "other")
