@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import typer
@@ -99,3 +100,17 @@ def test_the_method_of_contributing_trains(tmp_path: Path, monkeypatch: pytest.M
     ]
     run = fewstep.train(tmp_path / "config.yaml", *changes, "device=cpu")
     assert fewstep.sample(run, n=3, device="cpu").shape == (3, 1, 8, 8)
+
+
+def test_the_tables_of_mixtures_are_the_committed_results() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "results" / "mixtures.json").read_text())
+    for name, shares in results["lesser_mode"].items():
+        assert f"| `{name}` | {shares['exact']:.3f} | {shares['learned']:.3f} |" in text
+    for name, seeds in results["ring"].items():
+        cells = [
+            f"{mean([row[key] for row in seeds]):.3f} ± {stdev([row[key] for row in seeds]):.3f}"
+            for key in ("in_a_mode", "entropy")
+        ]
+        modes = mean([row["modes"] for row in seeds])
+        assert f"| {name} | {modes:.0f} of 8 | {' | '.join(cells)} |" in text
