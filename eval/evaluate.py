@@ -19,9 +19,10 @@ from fewstep.eval.frechet import Statistics, frechet_distance
 from fewstep.eval.kid import kid
 from fewstep.eval.precision_recall import precision_recall
 from fewstep.eval.references import Reference
+from fewstep.eval.tinted import Asked, following, read
 from fewstep.models.condition import Condition
 from fewstep.models.guidance import Guidance
-from fewstep.models.store import Model
+from fewstep.models.store import Model, pipeline_of
 from fewstep.samplers.sample import Samples, plan, sample
 
 DIVERSITY_SEEDS = 50  # seeds a class for the diversity metric; its cost is quadratic in them
@@ -99,14 +100,13 @@ def draw_from(
     )  # fmt: skip
 
 
-def metrics(reference: Reference, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """All metrics of images, uint8 [N, C, H, W], drawn for cycled labels [N]."""
+def metrics(reference: Reference, images: Tensor, labels: Tensor, conditions: int) -> dict[str, float]:
+    """All metrics of images, uint8 [N, C, H, W], that show ``labels`` [N] and were drawn for ``conditions`` in turn."""
     features = extract(reference.network, images)
     right = reference.network.classes(features) == labels
     precision, recall = precision_recall(reference.features, features)
-    classes = int(labels.max()) + 1
-    per_class = min(len(images) // classes, DIVERSITY_SEEDS)
-    seeds = features[: classes * per_class].reshape(per_class, classes, -1)
+    each = min(len(images) // conditions, DIVERSITY_SEEDS)
+    seeds = features[: conditions * each].reshape(each, conditions, -1)
     return {
         reference.metric: frechet_distance(Statistics.of(features), reference.statistics),
         "kid": kid(reference.features, features),
@@ -129,11 +129,29 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Score]:
-    """Draws ``n`` samples and returns one score a metric. Raises ``UserError`` on a request that cannot be met."""
-    labels = cycled_labels(n, model.config.classes)
+    """Draws ``n`` samples and returns one score a metric. Raises ``UserError`` on a request that cannot be met.
+
+    A text-conditioned model is asked for tinted garments (``eval/tinted.py``), every caption in turn: its scores are
+    those of the grey garments read back from its pictures, and how often they show what was asked for.
+    """
     started = time.monotonic()
-    samples = draw(model, labels, solver=solver, steps=steps, guidance=guidance, seed=seed, progress=progress)
-    seconds = time.monotonic() - started
+    if model.config.classes:
+        labels = cycled_labels(n, model.config.classes)
+        samples = draw(model, labels, solver=solver, steps=steps, guidance=guidance, seed=seed, progress=progress)
+        seconds = time.monotonic() - started
+        values = metrics(reference, to_bytes(samples.x0), labels, model.config.classes)
+    else:
+        every, folder = Asked.every(), pipeline_of(model)
+        rows, captions = torch.arange(n) % len(every), every.captions
+        pipeline = folder.pipeline().to(model.device)
+        condition = folder.condition(pipeline, captions).index(rows.to(model.device))
+        samples = draw_from(
+            model, condition, range(n), solver=solver, steps=steps, guidance=guidance, seed=seed, progress=progress
+        )
+        pictures, asked = folder.pictures(pipeline, samples.x0, batch=100), every.rows(rows)
+        seconds = time.monotonic() - started
+        values = metrics(reference, read(pictures).grey, asked.labels, len(every))
+        values |= following(reference.network, pictures, asked)
     few = model.config.few_step
     used = steps or (len(few.times) if few else 0)
     return [
@@ -143,5 +161,5 @@ def evaluate(
             seconds=round(seconds, 2), reference=f"{reference.name}/{reference.split}",
             features_sha256=reference.network.sha256,
         )
-        for metric, value in metrics(reference, to_bytes(samples.x0), labels).items()
+        for metric, value in values.items()
     ]  # fmt: skip

@@ -61,6 +61,9 @@ class Asked:
         triples = [(k, c, b) for k in range(len(GARMENTS)) for c in range(n) for b in range(n) if c != b]
         return Asked(*torch.tensor(triples).T)
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def rows(self, rows: Tensor) -> Asked:
         return Asked(self.labels[rows], self.garments[rows], self.backgrounds[rows])
 

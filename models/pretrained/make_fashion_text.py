@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Makes the pipeline of the ``fashion-text`` teacher, in the format of Stable Diffusion, all but its denoiser trained.
 
     python models/pretrained/make_fashion_text.py FASHION_MNIST_FOLDER OUT

@@ -25,6 +25,7 @@ from fewstep.eval.references import load_reference
 from fewstep.eval.report import write_report
 from fewstep.eval.rewards import REWARDS, find_reward, win_rate
 from fewstep.eval.tables import markdown
+from fewstep.eval.tinted import Asked
 from fewstep.eval.validation import PromptValidation, Validation
 from fewstep.models.hub.encoded import encode_images, encode_prompts, read_prompts
 from fewstep.models.hub.export import Form
@@ -177,8 +178,9 @@ def evaluate(
     """
     model = load(source, device)
     real = load_reference(reference, "test", model.device)
-    if n < 2 * model.config.classes:
-        raise UserError(f"n must be at least {2 * model.config.classes} (two samples a class), got {n}.")
+    least = 2 * (model.config.classes or len(Asked.every()))
+    if n < least:
+        raise UserError(f"n must be at least {least} (two samples a class or caption), got {n}.")
     solvers = list(solver) or ["student" if model.config.few_step else "euler"]
     file = Path(json_file) if json_file else _default_json(Path(source))
     known = read_scores(file) if file and file.is_file() else _teacher_scores(Path(source), real.network.sha256)
@@ -188,7 +190,8 @@ def evaluate(
     ]  # fmt: skip
     for rule, count, _ in requests:
         plan(rule, count, model.config.few_step)
-    real.network(torch.zeros(1, *model.config.shape, dtype=torch.uint8))  # refuses other shapes before any is drawn
+    if model.config.classes:
+        real.network(torch.zeros(1, *model.config.shape, dtype=torch.uint8))  # refuses other shapes before any is drawn
     scores: list[Score] = []
     for rule, count, scale in dict.fromkeys(requests):
         label = f"{rule} {count} steps, guidance {scale:g}"
