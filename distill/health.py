@@ -96,6 +96,7 @@ class Probe:
     settings: HealthConfig
     origin: ModelConfig
     device: torch.device
+    batch: int
     _known: dict[float, Profile] = field(default_factory=dict)
 
     def __call__(
@@ -118,7 +119,7 @@ class Probe:
         rows = torch.arange(settings.conditions, device=self.device).repeat(settings.seeds)
         samples = sample(
             denoiser, condition.index(rows), self.origin.shape, len(rows), rule=rule, times=times,
-            guidance=Guidance(scale), device=self.device,
+            guidance=Guidance(scale), batch=self.batch, device=self.device,
         )  # fmt: skip
         return Profile.of(samples.x0.reshape(settings.seeds, settings.conditions, *self.origin.shape))
 

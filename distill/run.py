@@ -69,7 +69,7 @@ class Run:
     loop: Loop = field(init=False)
     few_step: FewStep | None = field(init=False, default=None)
     prompts: EncodedPrompts | None = field(init=False, default=None)
-    pipeline: PipelineFolder = field(init=False)
+    pipeline: PipelineFolder | None = field(init=False, default=None)
     stage: int = field(init=False, default=-1)
     step: int = field(init=False, default=0)
     best: dict[str, float] = field(init=False, default_factory=dict)
@@ -98,7 +98,7 @@ class Run:
                 self._origins["model"] = Role(self.origin.build().to(self.device))
         self._sources = self._make_sources()
         rows = self._sources["data"](Draws(0, 0, "health", 0), self.config.health.conditions).condition
-        self._probe = Probe(rows.to(self.device), self.config.health, self.origin, self.device)
+        self._probe = Probe(rows.to(self.device), self.config.health, self.origin, self.device, self.config.batch)
         self._enter(0)
 
     @staticmethod
@@ -142,6 +142,7 @@ class Run:
             return {"data": Labels(self.origin.classes, self.origin.shape)}
         assert data.path is not None
         if data.kind == "prompts":
+            assert self.pipeline is not None
             self.prompts = EncodedPrompts(Path(data.path))
             self.prompts.check(self.pipeline)
             return {"data": Prompts(self.prompts, self.origin.shape)}

@@ -23,7 +23,7 @@ def main() -> None:
         for name, colour in RUNS.items():
             lines = [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]
             points = [(line["step"], line[key]) for line in lines if key in line]
-            axes.plot(*zip(*points, strict=True), color=colour, label=name, linewidth=1.4)
+            axes.plot(*(zip(*points, strict=True) if points else ([], [])), color=colour, label=name, linewidth=1.4)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)

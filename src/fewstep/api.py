@@ -55,7 +55,7 @@ def train_run(config: Config, resume: Source | None, progress: Progress | None) 
     run = Run.reopen(resume, device, world) if resume else Run.create(config, device, world)
     settings = run.config.validation
     validate: Validation | PromptValidation | None = None
-    if settings.every and run.prompts is not None:
+    if settings.every and run.prompts is not None and run.pipeline is not None:
         validate = PromptValidation(settings, run.pipeline, run.prompts, run.folder)
     elif settings.every:
         reference = load_reference(settings.reference, "train", device)

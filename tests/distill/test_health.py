@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,7 +89,9 @@ def names(
     source = Labels(CLASSES, (2,))
     loop = Loop(roles, objective, {"data": source}, 128)
     shape = ModelConfig(backbone={"name": "none"}, shape=(2,), classes=CLASSES)
-    probe = Probe(source(Draws(0, 0, "health", 0), 8).condition, HealthConfig(seeds=16), shape, torch.device("cpu"))
+    probe = Probe(
+        source(Draws(0, 0, "health", 0), 8).condition, HealthConfig(seeds=16), shape, torch.device("cpu"), 128
+    )
     logged: list[dict[str, float]] = []
     latest: dict[str, float] = {}
     for step in range(steps):
@@ -125,3 +129,20 @@ def test_a_jump_of_the_gradient_is_found() -> None:
     lines = [{"grad_norm/student": 1.0}] * 10
     assert diagnose(lines) == []
     assert [finding.name for finding in diagnose([*lines, {"grad_norm/student": 50.0}])] == ["gradient"]
+
+
+@pytest.mark.parametrize(
+    ("run", "found"), [("demo", set()), ("lagging", {"critic", "contrast"}), ("strong", {"guidance", "contrast"})]
+)
+def test_the_runs_that_the_docs_show_are_diagnosed_as_they_say(run: str, found: set[str]) -> None:
+    """Real logs of the embedded teacher, read as they grew."""
+    folder = Path(__file__).parents[2] / "results" / "health"
+    lines = [json.loads(line) for line in (folder / f"{run}.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "validation" not in line]
+    told: dict[str, str] = {}
+    for n in range(1, len(logged) + 1):
+        for finding in diagnose(logged[:n]):
+            told.setdefault(finding.name, f"| `{run}` | {logged[n - 1]['step']} | {finding.text} |")
+    assert set(told) == found
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert all(line in text for line in told.values())
