@@ -16,6 +16,7 @@ from fewstep.distill import objectives
 from fewstep.distill.cli import app
 from fewstep.distill.config import CONFIGS, find_config, load_config, objective_names, parse_config
 from fewstep.distill.shootout import entry, load_shootout
+from fewstep.eval.evaluate import read_scores
 from fewstep.eval.frechet import frechet_distance
 from fewstep.eval.references import load_reference
 from fewstep.eval.tables import BLOCK, refreshed
@@ -114,3 +115,26 @@ def test_the_tables_of_mixtures_are_the_committed_results() -> None:
         ]
         modes = mean([row["modes"] for row in seeds])
         assert f"| {name} | {modes:.0f} of 8 | {' | '.join(cells)} |" in text
+
+
+def test_the_table_of_preferences_is_the_committed_results() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    folder = ROOT / "results" / "dpo"
+    tuned = {"student": "dpo", "teacher": "dpo_teacher"}
+    before = {"student": read_scores(ROOT / "results" / "tdm" / "eval.json")}
+    for who, name in tuned.items():
+        scores = read_scores(folder / f"{who}_eval.json")
+        nfe = 4 if who == "student" else 30
+        start = [s for s in before.get(who, scores) if s.model != name and s.nfe == nfe and s.role == who]
+        wins = {row["reward"]: row for row in json.loads((folder / f"{who}_wins.json").read_text())}
+        cells = [f"{w['win_rate']:.3f} ({w['low']:.3f} to {w['high']:.3f})" for w in map(wins.get, ORDER)]
+        for metric in ("fd_fashion", "diversity"):
+            old, new = (
+                next(s.value for s in some if s.metric == metric)
+                for some in (start, [s for s in scores if s.model == name and s.nfe == nfe])
+            )
+            cells.append(f"{old:.3f}, {new:.3f}")
+        assert f"| {who} | {' | '.join(cells)} |" in text
+
+
+ORDER = ("symmetry", "confidence", "brightness")
