@@ -303,7 +303,7 @@ def prefer(
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
-    """Sample a model several times a label, keep the best and the worst by a reward: what diffusion_dpo learns from."""
+    """Sample a model several times a label, keep the best and the worst by a reward, as preference pairs."""
     with _bar() as bar:
         task = bar.add_task("sampling", total=n * candidates)
         api.make_preferences(
