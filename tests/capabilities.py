@@ -58,9 +58,9 @@ def page(passed: dict[str, bool]) -> str:
     ]
     return (
         "# What has been tested on pipelines\n\n"
-        "Made from test results by `python tests/capabilities.py`: ticks are tests that passed on tiny random pipelines\n"
-        "of diffusers' own classes; a dash is a combination that is refused with a reason. Nothing here was run at real\n"
-        "size. [What each column means](pipelines.md).\n\n"
+        "Made from test results by `python tests/capabilities.py`: ticks are tests that passed on tiny random\n"
+        "pipelines of diffusers' own classes; a dash is a combination that is refused with a reason. Nothing here was\n"
+        "run at real size. [What each column means](pipelines.md).\n\n"
         "Families, each trained two steps by `tdm`:\n\n"
         + table(["family", *COLUMNS], by_family)
         + "\nObjectives, each trained two steps on Stable Diffusion:\n\n"
