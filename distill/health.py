@@ -36,6 +36,7 @@ from fewstep.samplers.sample import sample
 BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
+@torch.no_grad()
 def observe(m: Micro, schedule: NoiseSchedule, a: Anchor, t: Tensor, n: Tensor, teacher: Guided, fake: Tensor) -> None:
     """Notes what a matching update sees at ``x_t`` (``n`` is the bridge's noise, ``fake`` the fake's x0): the gap
     between guided teacher and fake relative to the pull's normaliser, also by time; the critic's slope; the cosine
@@ -53,6 +54,7 @@ def observe(m: Micro, schedule: NoiseSchedule, a: Anchor, t: Tensor, n: Tensor, 
     m.note("health/sample_sd", a.handle.std())
 
 
+@torch.no_grad()
 def note_split(m: Micro, ca: Tensor, dm: Tensor) -> None:
     """Notes how guidance and distribution matching stand to each other: in balance, cosine -1 and a share of 1/2."""
     ca, dm = ca.flatten(1), dm.flatten(1)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from fewstep.eval.evaluate import Score
 from fewstep.eval.pictures import COLOURS
@@ -24,6 +25,8 @@ def draw_frontier(scores: Sequence[Score], curves: Mapping[str, Sequence[Curve]]
     colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(curves)}
     looks = {method: ("-", "--", ":")[i // len(COLOURS) % 3] for i, method in enumerate(curves)}
     for method, seeds in curves.items():
+        if not all(seeds):  # runs without validation have no curve
+            continue
         for points in seeds:
             training.plot(*zip(*points, strict=True), looks[method], color=colours[method], linewidth=0.6, alpha=0.5)
         mean = [
@@ -54,6 +57,10 @@ def draw_frontier(scores: Sequence[Score], curves: Mapping[str, Sequence[Curve]]
     sampling.set(xlabel="network evaluations a sample", ylabel=metric, xscale="log")
     for axes in (training, sampling):
         axes.set_yscale("log")
+        for axis in (axes.yaxis, *([axes.xaxis] if axes is sampling else [])):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.15)
         axes.legend(frameon=False, fontsize=8)
