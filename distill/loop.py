@@ -63,10 +63,11 @@ class Loop:
         kept: dict[int, dict[str, Anchor]] = {shard: {} for shard in shards}
         for update in self.objective.updates:
             if update.due(step):
-                metrics.update(self._update(update, step, kept))
+                metrics.update(self.update(update, step, kept))
         return metrics
 
-    def _update(self, update: Update, step: int, kept: dict[int, dict[str, Anchor]]) -> dict[str, Tensor]:
+    def update(self, update: Update, step: int, kept: dict[int, dict[str, Anchor]]) -> dict[str, Tensor]:
+        """One update at ``step``; ``kept`` holds what a step's updates share of each micro-shard's sample."""
         parameters = [p for role in update.roles for p in self.roles[role].parameters]
         for parameter in parameters:
             parameter.grad = None

@@ -99,7 +99,7 @@ class Run:
         self._sources = self._make_sources()
         rows = self._sources["data"](Draws(0, 0, "health", 0), self.config.health.conditions).condition
         self._probe = Probe(rows.to(self.device), self.config.health, self.origin, self.device, self.config.batch)
-        self._enter(0)
+        self.enter(0)
 
     @staticmethod
     def create(config: Config, device: torch.device, world: World = ALONE) -> Run:
@@ -160,7 +160,7 @@ class Run:
             )
         return {"data": source}
 
-    def _enter(self, stage: int) -> None:
+    def enter(self, stage: int) -> None:
         """Builds roles, objective and loop of a stage, from the roles of the one before."""
         settings: StageConfig = self.config.stages[stage]
         wanted = settings.objective
@@ -282,7 +282,7 @@ class Run:
 
     def _one_step(self) -> dict[str, Tensor]:
         if self.step >= self._ends[self.stage]:
-            self._enter(self.stage + 1)
+            self.enter(self.stage + 1)
             self.best = {}  # of another method or generator, not to be compared
         metrics = self.loop.step(self.step)
         self.step += 1
@@ -341,7 +341,7 @@ class Run:
     def _restore(self, folder: Path) -> None:
         tensors, state = checkpoint.read_checkpoint(folder)
         for stage in range(1, state["stage"] + 1):
-            self._enter(stage)
+            self.enter(stage)
         for name, role in self.roles.items():
             if name not in self._origins:
                 checkpoint.restore_role(name, role, tensors)

@@ -53,7 +53,7 @@ def show(config: Config) -> list[StageView]:
         run = Run(config.model_copy(update={"batch": 4}), Path(folder), torch.device("cpu"))
         for number, stage in enumerate(config.stages):
             if number:
-                run._enter(number)
+                run.enter(number)
             doc = inspect.getdoc(objective_module(stage.objective.name)) or ""
             views.append(StageView(doc, _rows(run), _settings(config, stage)))
     return views
@@ -79,7 +79,7 @@ def _rows(run: Run) -> list[UpdateRow]:
         for update in updates:
             if update.due(step):
                 times[update.name] += 1
-                for call in calls_of(run, partial(run.loop._update, update, step, kept)):
+                for call in calls_of(run, partial(run.loop.update, update, step, kept)):
                     samples[update.name][call.role, call.graph] += len(call.x)
     rows = []
     for update in updates:

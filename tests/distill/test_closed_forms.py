@@ -65,7 +65,7 @@ def student_gradient(
     objective = module.build(module.Config(**case.settings), roles)
     loop = Loop(roles, objective, {"data": Points(dimensions)}, batch)
     update = next(u for u in objective.updates if u.roles == ("student",))
-    loop._update(update, 0, {0: {}})
+    loop.update(update, 0, {0: {}})
     assert isinstance(student.backbone, Affine)
     gradients = student.backbone.mu.grad, student.backbone.rho.grad
     return tuple(0.0 if g is None else g.item() for g in gradients)  # type: ignore[return-value]

@@ -38,7 +38,7 @@ def test_the_slope_says_how_far_the_fake_has_followed(share: float) -> None:
     for module, settings in ((dmd2, {"steps": 1}), (tdm, {"steps": 1, "margin": 0.05})):
         objective = module.build(module.Config(guidance=1.0, critic_updates=1, **settings), roles)
         loop = Loop(roles, objective, {"data": Points(16)}, 20_000)
-        metrics = loop._update(objective.updates[0], 0, {0: {}})
+        metrics = loop.update(objective.updates[0], 0, {0: {}})
         assert metrics["health/critic_slope"].item() == pytest.approx(1 / share, rel=0.02)
 
 
@@ -53,7 +53,7 @@ def test_a_gap_is_noted_for_each_range_of_times() -> None:
     )
     config = dmd2.Config(steps=1, guidance=1.0, critic_updates=1, t_range=(0.3, 0.7))
     objective = dmd2.build(config, roles)
-    metrics = Loop(roles, objective, {"data": Points(4)}, 64)._update(objective.updates[0], 0, {0: {}})
+    metrics = Loop(roles, objective, {"data": Points(4)}, 64).update(objective.updates[0], 0, {0: {}})
     logged = numbers(metrics)
     inside = {name for name in logged if name.startswith("health/gap at")}
     assert inside == {"health/gap at t 0.25 to 0.5", "health/gap at t 0.5 to 0.75"}

@@ -28,12 +28,12 @@ def test_only_the_updated_roles_receive_gradients(name: str) -> None:
     run = loop(name)
     roles, (student, fake) = run.roles, run.objective.updates
     everyone = {role: list(roles[role].module.parameters()) for role in roles}
-    run._update(student, 0, {0: {}})
+    run.update(student, 0, {0: {}})
     assert all(p.grad is not None for p in everyone["student"])
     assert all(p.grad is None for p in everyone["fake"] + everyone["teacher"])
     for p in everyone["student"]:
         p.grad = None
-    run._update(fake, 0, {0: {}})
+    run.update(fake, 0, {0: {}})
     assert all(p.grad is not None for p in everyone["fake"])
     assert all(p.grad is None for p in everyone["student"] + everyone["teacher"])
 
@@ -93,7 +93,7 @@ def test_terms_that_share_a_sample_add_up_to_their_sum() -> None:
         rollout = base.build(base.Config(steps=1), roles).rollout
         update = Update("student", ("student",), terms)
         run = Loop(roles, Objective((update,), rollout), {"data": Points(2)}, batch=16)
-        run._update(update, 0, {0: {}})
+        run.update(update, 0, {0: {}})
         return [p.grad.clone() for p in roles["student"].parameters]
 
     for split, joint in zip(gradient(True), gradient(False), strict=True):
@@ -106,7 +106,7 @@ def test_accumulated_shards_average() -> None:
     def gradient(shards: list[int]) -> torch.Tensor:
         run = loop("tdm", steps=2)
         run.accumulate, run.clip = len(shards), None
-        run._update(run.objective.updates[0], 3, {shard: {} for shard in shards})
+        run.update(run.objective.updates[0], 3, {shard: {} for shard in shards})
         return torch.cat([p.grad.flatten() for p in run.roles["student"].parameters])
 
     assert torch.allclose(gradient([0, 1]), (gradient([0]) + gradient([1])) / 2, atol=1e-7)

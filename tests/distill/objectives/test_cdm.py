@@ -69,7 +69,7 @@ def test_the_fake_moves_towards_the_student_after_its_update() -> None:
 def test_all_three_terms_reach_the_student_and_only_it() -> None:
     roles = mlp_roles()
     objective = cdm.build(cdm.Config(max_steps=3, guidance=1.0), roles)
-    metrics = Loop(roles, objective, {"data": Points(2)}, 16)._update(objective.updates[1], 0, {0: {}})
+    metrics = Loop(roles, objective, {"data": Points(2)}, 16).update(objective.updates[1], 0, {0: {}})
     assert {"loss/ca", "loss/dm", "loss/cdm"} <= set(metrics)
     assert all(p.grad is not None for p in roles["student"].parameters)
     assert all(p.grad is None for name in ("teacher", "fake") for p in roles[name].parameters)

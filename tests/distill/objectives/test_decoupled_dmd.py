@@ -45,7 +45,7 @@ def world(mu: float, rho: float = 1.0) -> Roles:
 
 def gradient(roles: Roles, objective: Objective, batch: int) -> float:
     update = next(update for update in objective.updates if update.roles == ("student",))
-    Loop(roles, objective, {"data": labelled}, batch)._update(update, 0, {0: {}})
+    Loop(roles, objective, {"data": labelled}, batch).update(update, 0, {0: {}})
     grad = roles.denoiser("student").backbone.mu.grad
     assert isinstance(grad, Tensor)
     return grad.item()

@@ -50,7 +50,7 @@ def update(
     student = trained(Denoiser(Shifted(shift), FLOW, "noise"), lr)
     roles = Roles({"student": student, "reference": Role(REFERENCE)})
     objective = diffusion_dpo.build(diffusion_dpo.Config(error="noise", **settings), roles)
-    metrics = Loop(roles, objective, {"data": data}, 64)._update(objective.updates[0], 0, {0: {}})
+    metrics = Loop(roles, objective, {"data": data}, 64).update(objective.updates[0], 0, {0: {}})
     grad = roles.denoiser("student").backbone.shift.grad
     assert isinstance(grad, Tensor)
     return {name: value.item() for name, value in metrics.items()}, grad, roles

@@ -42,7 +42,7 @@ def test_the_regression_is_the_mean_square_on_the_pairs() -> None:
     student = trained(Denoiser(Affine(1.0, 0.8), FLOW, "x0"))
     roles = Roles({"teacher": Role(gaussian(1.0, 0.8, 4)), "student": student, "fake": Role(gaussian(1.0, 0.8, 4))})
     objective = dmd.build(dmd.Config(guidance=1.0, regression=0.5), roles)
-    metrics = Loop(roles, objective, {"data": pairs}, 5000)._update(objective.updates[0], 0, {0: {}})
+    metrics = Loop(roles, objective, {"data": pairs}, 5000).update(objective.updates[0], 0, {0: {}})
     affine = roles.denoiser("student").backbone
     assert metrics["loss/match"].item() == pytest.approx(0, abs=1e-9)
     expected = (1 - 2 + (0.8 - 1) * noise.mean()).item()  # 2 * 0.5 * mean

@@ -135,7 +135,7 @@ def student_gradient(objective: str, weight: float = 0.0) -> float:
     module = {"dmd2": dmd2, "f_distill": f_distill}[objective]
     settings = module.Config(**shared) if objective == "dmd2" else module.Config(**shared, gan_weight=weight)
     built = module.build(settings, roles)
-    Loop(roles, built, {"data": images}, 64)._update(built.updates[0], 0, {0: {}})
+    Loop(roles, built, {"data": images}, 64).update(built.updates[0], 0, {0: {}})
     grad = roles.denoiser("student").backbone.mu.grad
     assert isinstance(grad, Tensor)
     return grad.item()

@@ -34,7 +34,7 @@ def gradients(mu: float, rho: float, pull: str, batch: int, dimensions: int = 64
     )
     config = phased_dmd.Config(steps=2, phases=2, guidance=1.0, critic_updates=1, pull=pull)
     objective = phased_dmd.build(config, roles)
-    Loop(roles, objective, {"data": Points(dimensions)}, batch)._update(objective.updates[0], 0, {0: {}})
+    Loop(roles, objective, {"data": Points(dimensions)}, batch).update(objective.updates[0], 0, {0: {}})
     affine = roles.denoiser("student").backbone
     return affine.mu.grad.item(), affine.rho.grad.item()  # type: ignore[union-attr, operator]
 

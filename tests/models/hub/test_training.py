@@ -106,7 +106,7 @@ def test_recomputing_activations_changes_no_gradient(
     for checkpointing in (False, True):
         raw = settings(saved(name), name, tmp_path / str(checkpointing), adapters)
         run = Run.create(parse_config(raw | {"gradient_checkpointing": checkpointing}, "test"), CPU)
-        run.loop._update(run.objective.updates[0], 0, {0: {}})
+        run.loop.update(run.objective.updates[0], 0, {0: {}})
         gradients.append({key: p.grad for key, p in run.generator.named_parameters() if p.grad is not None})
         assert all(p.grad is None for role in ("teacher", "fake") for p in run.roles[role].parameters)
         if adapters:
