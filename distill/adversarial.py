@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.guidance import guide
 
 
 class Head(nn.Module):
@@ -42,7 +43,7 @@ class Heads(nn.Module):
     def on(denoiser: Denoiser, shape: tuple[int, ...], condition: Condition) -> Heads:
         """Heads that fit the taps of ``denoiser``, found out by one read; ``condition`` has one row."""
         device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
-        features = denoiser(torch.zeros(1, *shape, device=device), 0.5, condition).features
+        features = guide(denoiser, torch.zeros(1, *shape, device=device), 0.5, condition).cond.features
         return Heads({path: x.shape[-1] if x.ndim == 3 else x.shape[1] for path, x in features.items()}).to(device)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:

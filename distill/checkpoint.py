@@ -23,7 +23,8 @@ def role_tensors(name: str, role: Role) -> dict[str, Tensor]:
     if role.optimizer is not None:
         for key, parameter in role.module.named_parameters():
             for moment, value in role.optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}/optimizer/{moment}/{key}"] = value
+                # a copy, for what all parameters share (the code books of 8-bit moments)
+                tensors[f"{name}/optimizer/{moment}/{key}"] = torch.as_tensor(value).clone()
         tensors[f"{name}/updates"] = torch.tensor(role.updates)
     return tensors
 
@@ -49,10 +50,10 @@ def restore_role(name: str, role: Role, tensors: Mapping[str, Tensor]) -> None:
                 if path.startswith("optimizer/") and path.split("/", 2)[2] == key
             }
             if moments:
-                # AdamW keeps its step count on the host and its moments with the parameter
+                step = moments.pop("step")  # AdamW keeps it as a tensor on the host, that of 8 bits as a number
                 role.optimizer.state[parameter] = {
-                    moment: value.clone() if moment == "step" else value.to(parameter)
-                    for moment, value in moments.items()
+                    "step": step.item() if "qmap1" in moments else step.clone(),
+                    **{moment: value.to(parameter.device) for moment, value in moments.items()},
                 }
 
 

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from itertools import count
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -45,6 +46,15 @@ out = Console(width=None if Console().is_terminal else 160)
 err = Console(stderr=True)
 
 Number = TypeVar("Number", int, float)
+
+
+class Video(StrEnum):
+    """The format of videos; MP4 needs the extra ``video``."""
+
+    gif = "gif"
+    mp4 = "mp4"
+
+
 ConfigFile = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or the path of one that ships with fewstep.")
 ]
@@ -141,6 +151,7 @@ def sample(
     solver: Annotated[str | None, typer.Option(help="student, euler, heun or ddim.")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 1.0,
     seed: int = 0,
+    video: Annotated[Video, typer.Option(help="What a video model writes.")] = Video.gif,
     file: Annotated[Path, typer.Option("--out", help="A PNG file; for prompts, a folder.")] = Path("grid.png"),
     device: Device = "auto",
 ) -> None:
@@ -151,11 +162,10 @@ def sample(
         if file.suffix:
             raise UserError(f"--out is a folder for prompts, a file each; {file} looks like a file.")
         lines = [prompt] if prompt is not None else read_prompts(prompts or Path())
-        with _bar() as bar:
-            task = bar.add_task("sampling", total=len(lines))
+        with _counting("sampling") as progress:
             written = api.sample_files(
                 model, lines, file, seeds=_seeds(seeds, seed), batch=batch, steps=steps, solver=solver,
-                guidance=guidance, progress=lambda done: bar.update(task, completed=done),
+                guidance=guidance, video=video.value, progress=progress,
             )  # fmt: skip
         out.print(f"{len(written)} samples are in {file}.")
         return
@@ -172,16 +182,18 @@ def encode(
     ],
     teacher: Annotated[str, typer.Option(help="A diffusers pipeline, by folder or hub id.")],
     folder: Annotated[Path, typer.Option("--out", help="A folder, for data.path with data.kind=prompts.")],
+    sizes: Annotated[str | None, typer.Option(help="Of pictures: HEIGHTxWIDTH,..., each at the nearest.")] = None,
+    frames: Annotated[int, typer.Option(help="Of videos (.mp4, .gif): how many frames.")] = 1,
     batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 16,
     rows: Annotated[int, typer.Option(help="Prompts a file.")] = 512,
     device: Device = "auto",
 ) -> None:
     """Encode prompts (and pictures) once, so that training needs no encoder. An interrupted run goes on."""
-    with _bar() as bar:
-        task = bar.add_task("encoding")
+    wanted = [size[:2] for text in sizes.split(",") if (size := _size(text))] if sizes else []
+    with _counting("encoding") as progress:
         n = api.encode(
-            teacher, prompts, folder, batch=batch, rows=rows, device=device,
-            progress=lambda total, done: bar.update(task, total=total, completed=done),
+            teacher, prompts, folder, sizes=wanted, frames=frames, batch=batch, rows=rows, device=device,
+            progress=progress,
         )  # fmt: skip
     out.print(f"{n} are encoded in {folder}.")
 
@@ -425,6 +437,14 @@ def _bar() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, transient=True) as bar:
         yield bar
+
+
+@contextmanager
+def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar, and the function that moves it: (how many are done, of how many)."""
+    with _bar() as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager

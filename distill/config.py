@@ -25,16 +25,20 @@ class DataConfig(Frozen):
     """What a step starts from: ``labels`` (drawn uniformly; data-free), ``idx`` (a folder of idx files), ``folder``
     (pictures, a subfolder a class) or ``tensors`` (a safetensors file of labelled samples: ``fewstep pairs``, ``fewstep
     prefer``, or the few real images of a reference, ``eval/reference/fashion/real.safetensors``) or ``prompts`` (a
-    folder that ``fewstep encode`` made; data-free)."""
+    folder that ``fewstep encode`` made; data-free). ``sizes``, of prompts: height, width and frames in pixels, of which
+    every batch is one; by default the run's ``size``."""
 
     kind: Literal["labels", "idx", "folder", "tensors", "prompts"] = "labels"
     path: str | None = None
     split: Literal["train", "test"] = "train"
+    sizes: tuple[tuple[int, int, int], ...] = ()
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> DataConfig:
         if self.kind != "labels" and self.path is None:
             raise ValueError(f"kind {self.kind} needs a path")
+        if self.sizes and self.kind != "prompts":
+            raise ValueError(f"sizes are for kind prompts, not {self.kind}")
         return self
 
 
@@ -92,15 +96,17 @@ class AdapterConfig(Frozen):
 class Config(Frozen):
     """The whole run. Either ``teacher`` is given (a folder, an embedded name, a diffusers pipeline by folder or hub id)
     or ``model`` (a new network). ``size`` (height, width and frames in pixels), ``weights`` (the type of the teacher's,
-    and of its copies') and ``gradient_checkpointing`` are for pipelines."""
+    and of its copies'; under adapters also ``int8`` or ``nf4`` of linear layers) and ``gradient_checkpointing`` are for
+    pipelines. ``offload``: frozen copies wait in host memory while they are not read."""
 
     out: str
     teacher: str | None = None
     size: tuple[int, int, int] | None = None
-    weights: Literal["float32", "bfloat16"] = "float32"
+    weights: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
     adapters: AdapterConfig | None = None
     attention: Backend = "sdpa"
     gradient_checkpointing: bool = False
+    offload: bool = False
     model: ModelConfig | None = None
     data: DataConfig = DataConfig()
     batch: int = Field(64, ge=1)
@@ -121,6 +127,10 @@ class Config(Frozen):
             raise ValueError("give either teacher (to distil) or model (to pretrain), not both and not neither")
         if self.data.kind == "prompts" and self.teacher is None:
             raise ValueError("data.kind: prompts is for a teacher that is a diffusers pipeline")
+        if self.weights in ("int8", "nf4") and self.adapters is None:
+            raise ValueError(f"weights: {self.weights} cannot be trained; add adapters")
+        if self.offload and self.adapters is not None:
+            raise ValueError("offload is for copies: adapters share one network, which every read needs")
         return self
 
     @property

@@ -9,14 +9,12 @@ import gzip
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fewstep.distill.draws import Draws
@@ -24,6 +22,7 @@ from fewstep.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.store import read_tensors
+from fewstep.pictures import PICTURES, files_of, read_picture
 
 
 @dataclass(frozen=True)
@@ -110,17 +109,20 @@ class Stored:
 @dataclass(frozen=True)
 class Prompts:
     """Encoded prompts drawn uniformly: all that a data-free method needs of a text-conditioned teacher. Of captioned
-    images, an image and its prompt; ``x0`` is its latents."""
+    images, an image and its prompt; ``x0`` is its latents. A batch is of one of ``shapes``, or of the images'."""
 
     prompts: EncodedPrompts
-    shape: tuple[int, ...]
+    shapes: Sequence[tuple[int, ...]]
 
     def __call__(self, draws: Draws, size: int) -> Batch:
-        if self.prompts.latents is None:
-            return Batch(size, self.shape, self.prompts(draws.integers(size, len(self.prompts))))
-        x0, prompts = self.prompts.latents
+        if not self.prompts.buckets:
+            shape = self.shapes[int(draws.integers(1, len(self.shapes), "bucket"))]
+            return Batch(size, shape, self.prompts(draws.integers(size, len(self.prompts))))
+        counts = torch.tensor([len(x0) for x0, _ in self.prompts.buckets])
+        image = draws.integers(1, int(counts.sum()), "bucket")
+        x0, said = self.prompts.buckets[int((image >= counts.cumsum(0)).sum())]
         rows = draws.integers(size, len(x0))
-        return Batch(size, self.shape, self.prompts(prompts[rows]), {"x0": x0[rows]})
+        return Batch(size, tuple(x0.shape[1:]), self.prompts(said[rows]), {"x0": x0[rows]})
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -173,6 +175,9 @@ def _read_idx_file(folder: Path, name: str) -> Tensor:
     return torch.frombuffer(bytearray(content[4 + 4 * axes :]), dtype=torch.uint8).reshape(shape)
 
 
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
 def read_stored(file: Path, classes: int) -> Stored:
     """A safetensors file with ``labels`` [N] and other tensors [N, ...]; uint8 ``images`` become ``x0`` in [-1, 1].
 
@@ -190,10 +195,6 @@ def read_stored(file: Path, classes: int) -> Stored:
     return Stored({name: tensor.float() for name, tensor in tensors.items()}, labels.long(), classes)
 
 
-PACKAGE = Path(__file__).resolve().parent.parent
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
 def read_folder(folder: str | Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Pictures of ``shape`` [C, H, W] as uint8 [N, C, H, W], and labels int64 [N].
 
@@ -202,25 +203,16 @@ def read_folder(folder: str | Path, shape: tuple[int, ...]) -> tuple[Tensor, Ten
     """
     root = Path(folder)
     classes = sorted(child for child in root.iterdir() if child.is_dir()) if root.is_dir() else []
-    files = [
-        (file, label)
-        for label, place in enumerate(classes or [root])
-        for file in (sorted(place.iterdir()) if place.is_dir() else [])
-        if file.suffix.lower() in PICTURES
-    ]
+    files = [(file, label) for label, place in enumerate(classes or [root]) for file in files_of(place, PICTURES)]
     if not files:
         raise UserError(f"No pictures ({', '.join(PICTURES)}) in {folder} or its subfolders; set data.path.")
     channels, height, width = shape
     images = torch.empty(len(files), channels, height, width, dtype=torch.uint8)
     for row, (file, _) in enumerate(files):
-        try:
-            with Image.open(file) as picture:
-                pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
-        except OSError as error:
-            raise UserError(f"{file} is no readable picture ({error}).") from error
-        if pixels.shape[:2] != (height, width):
+        picture = read_picture(file, channels)
+        if picture.shape[1:] != (height, width):
             raise UserError(
-                f"{file} is {pixels.shape[1]} x {pixels.shape[0]}, the model needs {width} x {height}: resize."
+                f"{file} is {picture.shape[2]} x {picture.shape[1]}, the model needs {width} x {height}: resize."
             )
-        images[row] = torch.from_numpy(pixels.reshape(height, width, channels)).permute(2, 0, 1)
+        images[row] = picture
     return images, torch.tensor([label for _, label in files])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import OFF, Guidance, Guided, guide
+from fewstep.models.offload import Waiting
 
 
 @dataclass
@@ -80,6 +81,7 @@ class Roles(Mapping[str, Role]):
 
     def __init__(self, roles: Mapping[str, Role], precision: torch.dtype = torch.float32) -> None:
         self._roles = dict(roles)
+        self._waiting: dict[str, Waiting] = {}
         self._updating: frozenset[str] = frozenset()
         self._precision = precision
 
@@ -110,6 +112,28 @@ class Roles(Mapping[str, Role]):
             yield
         finally:
             self._updating = before
+            for network in self._waiting.values():  # those that the update's graphs needed till now
+                network.release()
+
+    def offload(self, names: Collection[str], device: torch.device) -> None:
+        """From now on the networks of these frozen roles wait in host memory, and are fetched for each read."""
+        self._waiting = {name: Waiting(self[name].module, device) for name in names}
+
+    def fetch(self) -> None:
+        """Puts all networks on the device."""
+        for network in self._waiting.values():
+            network.fetch()
+
+    @contextmanager
+    def resident(self, name: str) -> Iterator[Denoiser]:
+        """The role's network, within it on the device. One that is read with a graph stays until the update is over."""
+        if name in self._waiting:
+            self._waiting[name].fetch()
+        try:
+            yield self.denoiser(name)
+        finally:
+            if name in self._waiting and not torch.is_grad_enabled():
+                self._waiting[name].release()
 
     def is_updating(self, name: str) -> bool:
         return name in self._updating
@@ -133,5 +157,5 @@ class Roles(Mapping[str, Role]):
         device = x_t.device
         graph = nullcontext() if through or role in self._updating else torch.no_grad()
         mixed = torch.autocast(device.type, self._precision, enabled=self._precision != torch.float32)
-        with graph, mixed:
-            return guide(self.denoiser(role), x_t, t, condition, guidance)
+        with graph, mixed, self.resident(role) as denoiser:
+            return guide(denoiser, x_t, t, condition, guidance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,9 +32,12 @@ from fewstep.models.attention import set_attention
 from fewstep.models.denoiser import Denoiser, routed
 from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.hub.folder import PipelineFolder
+from fewstep.models.quantized import quantize
 from fewstep.models.store import FewStep, ModelConfig, load_model, pipeline_of, save_model, share_network, write_text
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16, "nf4": torch.bfloat16,
+}  # of weights; the quantized ones: of what is not a linear layer  # fmt: skip
 
 
 class Interrupted(Exception):
@@ -82,6 +86,8 @@ class Run:
             model = load_model(self.config.teacher, tuple(taps), self.config.size, PRECISIONS[self.config.weights])
             self.origin = model.config
             set_attention(model.denoiser.backbone, self.config.attention, self.device)
+            if self.config.weights in ("int8", "nf4"):
+                quantize(model.denoiser.backbone, self.config.weights)
             if self.config.data.kind == "prompts":
                 self.pipeline = pipeline_of(model)
             if self.config.adapters is not None:
@@ -145,7 +151,8 @@ class Run:
             assert self.pipeline is not None
             self.prompts = EncodedPrompts(Path(data.path))
             self.prompts.check(self.pipeline)
-            return {"data": Prompts(self.prompts, self.origin.shape)}
+            sizes = [self.pipeline.family.shape(*size) for size in data.sizes]
+            return {"data": Prompts(self.prompts, sizes or [self.origin.shape])}
         source: Images | Stored
         if data.kind == "tensors":
             source = read_stored(Path(data.path), self.origin.classes)
@@ -178,6 +185,8 @@ class Run:
                     f"stages.{stage}.roles.{name}.init = {settings.roles[name].init!r}: the objective {wanted.name!r} "
                     "makes this network itself; use init: new."
                 )
+        if self.stage >= 0:
+            self.roles.fetch()  # so that copies are made on the device
         roles = enter_stage(before, settings.roles, settings.freeze, networks)
         if missing := wanted.needs - set(roles):
             raise UserError(
@@ -194,6 +203,8 @@ class Run:
         self.stage = stage
         self.roles = Roles(roles, PRECISIONS[self.config.precision])
         self.objective = module.build(wanted, self.roles)
+        if self.config.offload:
+            self.roles.offload(roles.keys() - settings.roles.keys() - dict(self.objective.experts).keys(), self.device)
         unknown = {role for update in self.objective.updates for role in update.roles} - set(settings.roles)
         if unknown:
             raise UserError(
@@ -297,8 +308,8 @@ class Run:
             return {}
         objective = self.config.stages[self.stage].objective
         scale = objective.guidance if isinstance(objective, MatchingConfig) else 1.0
-        with self.roles["student"].averaged():
-            return self._probe(self.generator, self.few_step, self.roles.denoiser("teacher"), scale)
+        with self.roles["student"].averaged(), torch.no_grad(), self.roles.resident("teacher") as teacher:
+            return self._probe(self.generator, self.few_step, teacher, scale)
 
     def _validate(self, validate: Validator) -> float | None:
         student = self.roles["student"]
@@ -314,8 +325,7 @@ class Run:
         if self.world.rank:
             return
         if self.best:
-            best = load_model(self.folder / "best")
-            save_model(best.denoiser, best.config, self.folder / "student")
+            shutil.copytree(self.folder / "best", self.folder / "student", dirs_exist_ok=True)
         else:
             self._write_model(self.folder / "student")
 

@@ -16,6 +16,7 @@ from fewstep.distill.roles import Role
 from fewstep.errors import UserError, nearest
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.quantized import require_bitsandbytes
 
 
 class Frozen(BaseModel):
@@ -71,6 +72,7 @@ class RoleConfig(Frozen):
     """
 
     init: str = "teacher"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
@@ -92,10 +94,10 @@ def learning_rate(config: RoleConfig, updates: int) -> Callable[[int], float]:
 
 
 def make_role(module: nn.Module, config: RoleConfig) -> Role:
-    """A trained role with its optimizer (AdamW) over ``module``'s parameters, at a constant rate so far."""
-    optimizer = torch.optim.AdamW(
-        module.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-    )
+    """A trained role with its optimizer (AdamW, its moments in 8 bits if asked) over ``module``'s parameters, at a
+    constant rate so far."""
+    adamw = torch.optim.AdamW if config.optimizer == "adamw" else require_bitsandbytes().optim.AdamW8bit
+    optimizer = adamw(module.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     for group in optimizer.param_groups:
         group["initial_lr"] = config.lr
     return Role(module, optimizer, decay=config.ema)

@@ -6,7 +6,6 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,8 @@ from markupsafe import Markup, escape
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.models.store import replacing
+from fewstep.pictures import require_av
 
 WHITE = 255
 GREY = (124, 124, 124)  # of labels: as readable on a white page as on a black one
@@ -84,28 +84,41 @@ def comparison(rows: Sequence[tuple[str, Tensor]], scale: int = 2, gap: int = 1)
     return picture
 
 
-def save_sample(sample: Tensor, file: str | Path, fps: int = 16) -> None:
-    """A picture, uint8 [C, H, W], as PNG, or a video, uint8 [F, C, H, W], as GIF that repeats for ever."""
+def save_sample(sample: Tensor, file: Path, fps: int = 16) -> None:
+    """A picture, uint8 [C, H, W], as PNG, or a video, uint8 [F, C, H, W], as MP4 (H.264; needs PyAV) or as GIF that
+    repeats for ever, by the file's suffix. Raises ``UserError`` when the place cannot be written."""
     if sample.ndim == 3:
         save_grid(sample[None], file, columns=1, scale=1, gap=0)
-    else:
-        frames = [grid(frame[None], columns=1, scale=1, gap=0) for frame in sample]
+        return
+    frames = [grid(frame[None], columns=1, scale=1, gap=0) for frame in sample]
+    if file.suffix == ".gif":
         save_picture(frames[0], file, "GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
+        return
+    require_av()
+    with replacing(file) as aside:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write_mp4(frames, aside, fps)
+
+
+def _write_mp4(frames: Sequence[Image.Image], file: Path, fps: int) -> None:
+    import av
+
+    with av.open(str(file), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "18"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame.convert("RGB"))))
+        container.mux(stream.encode())
 
 
 def save_picture(picture: Image.Image, file: str | Path, kind: str = "PNG", **settings: Any) -> None:
     """Writes a file aside, then renames it; makes the folder. ``kind`` and ``settings`` are Pillow's. Raises
     ``UserError`` when the place cannot be written."""
     file = Path(file)
-    aside = file.with_name(file.name + ".part")
-    try:
+    with replacing(file) as aside:
         file.parent.mkdir(parents=True, exist_ok=True)
         picture.save(aside, format=kind, **settings)
-        aside.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
-        raise UserError(f"Cannot write {file}: {error}. Free some space or choose another folder.") from error
 
 
 def save_grid(images: Tensor, file: str | Path, columns: int, scale: int = 2, gap: int = 1) -> None:

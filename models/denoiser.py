@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +34,25 @@ def expand_like(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (x.ndim - 1)) if t.ndim == 1 else t
 
 
+AUTO = "auto"
+
+
+def spelt_out(taps: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:
+    """``taps`` with ``own``, those that suit the kind of network, in the place of ``auto``."""
+    return tuple(dict.fromkeys(path for tap in taps for path in (own if tap == AUTO else (tap,))))
+
+
 _features: ContextVar[dict[str, Tensor] | None] = ContextVar("features", default=None)
 
 
-def _record(path: str, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+def _record(path: str, module: nn.Module, inputs: object, output: Tensor | tuple[Any, ...]) -> None:
     """The hook of a tap. It belongs to the network and writes for whichever denoiser is reading, so that it holds in
-    deep copies and in networks that several roles share; outside a read (recomputation) it does nothing."""
+    deep copies and in networks that several roles share; outside a read (recomputation) it does nothing. Of several
+    outputs it takes the last tensor: joint transformer blocks give the prompt's tokens and then the picture's, blocks
+    of U-Nets their output and a tuple of residuals."""
     features = _features.get()
     if features is not None:
-        features[path] = output if isinstance(output, Tensor) else output[0]
+        features[path] = output if isinstance(output, Tensor) else [x for x in output if isinstance(x, Tensor)][-1]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError, nearest
 from fewstep.models.adapters import AdapterView, share
-from fewstep.models.denoiser import Denoiser, Routed, routed
+from fewstep.models.denoiser import Denoiser, Routed, routed, spelt_out
 from fewstep.models.hub.family import HubBackbone
 from fewstep.models.prediction import Kind
 from fewstep.models.schedules import schedule_from_dict, schedule_to_dict
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fewstep.models.hub.folder import PipelineFolder
 
 Size = tuple[int, int, int]
-BACKBONES: dict[str, type[nn.Module]] = {"unet": UNet}
+BACKBONES: dict[str, type[UNet]] = {"unet": UNet}
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
@@ -89,7 +89,7 @@ class ModelConfig(BaseModel):
             ]
             backbone = Routed(experts, self.boundaries) if self.boundaries else experts[0]
             schedule = schedule_from_dict(self.noise_schedule)
-            return Denoiser(backbone, schedule, self.prediction, taps).eval()
+            return Denoiser(backbone, schedule, self.prediction, spelt_out(taps, BACKBONES[name].TAPS)).eval()
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"The model's settings do not build a network: {error}.") from error
 
@@ -108,7 +108,8 @@ class Model(BaseModel):
 
 
 def embedded_models() -> list[str]:
-    return sorted(config.parent.name for config in PRETRAINED.glob("*/config.json"))
+    """The names of the models that ship with the package: of fewstep, and diffusers pipelines."""
+    return sorted(file.parent.name for kind in ("config", "model_index") for file in PRETRAINED.glob(f"*/{kind}.json"))
 
 
 def load_model(
@@ -119,11 +120,9 @@ def load_model(
 
     Raises ``UserError`` if there is none, if a file is damaged, or if the weights do not fit the config.
     """
-    folder = Path(source)
-    if not folder.exists() and str(source) in embedded_models():
-        folder = PRETRAINED / str(source)
-    if _is_pipeline(folder) or is_hub_id(str(source)):
-        return _load_pipeline(source, taps, size, dtype)
+    folder = place_of(source)
+    if is_pipeline(source):
+        return _load_pipeline(folder, taps, size, dtype)
     if not (folder / "config.json").exists():
         hint = nearest(str(source), embedded_models())
         raise UserError(
@@ -155,35 +154,45 @@ def pipeline_of(model: Model) -> PipelineFolder:
 
     config = model.config
     while config.base is not None:
-        if config.backbone.get("name") == "diffusers" and (is_hub_id(config.base) or _is_pipeline(Path(config.base))):
-            return PipelineFolder.open(config.base)
-        config = _read_config(Path(config.base))
+        if is_pipeline(config.base):
+            return PipelineFolder.open(place_of(config.base))
+        config = _read_config(place_of(config.base))
     raise UserError("This model takes class labels, not prompts.")
 
 
-def _is_pipeline(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file()
+def place_of(source: str | Path) -> Path:
+    """A folder, or that of an embedded model by name."""
+    return PRETRAINED / str(source) if not Path(source).exists() and str(source) in embedded_models() else Path(source)
+
+
+def is_pipeline(source: str | Path) -> bool:
+    """Whether a model's folder or name is that of a diffusers pipeline, embedded, on disk or on the hub."""
+    return (place_of(source) / "model_index.json").is_file() or is_hub_id(str(source))
 
 
 def _read_config(folder: Path) -> ModelConfig:
-    file = (folder if folder.exists() else PRETRAINED / folder) / "config.json"
+    file = folder / "config.json"
     try:
         return ModelConfig.model_validate_json(file.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file} is not a fewstep model config: {_first(error)}.") from error
 
 
-def _load_pipeline(source: str | Path, taps: tuple[str, ...], size: Size | None, dtype: torch.dtype) -> Model:
+def _load_pipeline(source: Path, taps: tuple[str, ...], size: Size | None, dtype: torch.dtype) -> Model:
     from fewstep.models.hub.folder import PipelineFolder  # needs the extra
 
     folder = PipelineFolder.open(source)
+    if source.parent == PRETRAINED:
+        base = source.name
+    else:
+        base = str(source) if is_hub_id(str(source)) else str(folder.path.resolve())
     config = ModelConfig(
         backbone={"name": "diffusers"},
         noise_schedule=schedule_to_dict(folder.noising.schedule),
         prediction=folder.noising.kind,
         shape=folder.family.shape(*(size or folder.family.default_size)),
         shift=folder.noising.shift,
-        base=str(source) if is_hub_id(str(source)) else str(folder.path.resolve()),
+        base=base,
     )
     return Model(denoiser=folder.denoiser(dtype, taps), config=config, path=folder.path)
 
@@ -267,7 +276,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path) -> Iterator[Path]:
     """A path beside ``file`` that takes its name at the end: a full disk or a kill never leaves half a file there.
 
     Raises ``UserError`` when the place cannot be written.
@@ -284,13 +293,13 @@ def _replacing(file: Path) -> Iterator[Path]:
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file, whole or not at all. Raises ``UserError`` when the place cannot be written."""
-    with _replacing(file) as aside:
+    with replacing(file) as aside:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)
 
 
 def write_text(text: str, file: Path) -> None:
     """Writes a text file, whole or not at all. Raises ``UserError`` when the place cannot be written."""
-    with _replacing(file) as aside:
+    with replacing(file) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
@@ -305,9 +314,14 @@ def save_model(denoiser: Denoiser, config: ModelConfig, folder: str | Path) -> N
     write_text(json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2) + "\n", folder / "config.json")
 
 
-def sha256(file: Path) -> str:
-    """Hash of a file's bytes, as hex."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def sha256(*files: Path) -> str:
+    """Hash of the bytes of one file, or of several one after the other, as hex."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            while chunk := handle.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _first(error: ValidationError | UnicodeDecodeError | OSError) -> str:

@@ -70,10 +70,12 @@ class UNet(nn.Module):
 
     ``widths`` and ``blocks`` give one entry a resolution, finest first; the last is the middle and has the attention.
     Label ``classes`` is the null label of classifier-free guidance. With ``step_counts`` it also reads
-    ``condition["steps"]``, which is at most that number. ``TARGETS`` are the layers that LoRA adapts.
+    ``condition["steps"]``, which is at most that number. ``TARGETS`` are the layers that LoRA adapts, ``TAPS`` what a
+    discriminator reads.
     """
 
     TARGETS: ClassVar[tuple[str, ...]] = ("conv1", "conv2", "modulation", "qkv", "out", "time.0", "time.2")
+    TAPS: ClassVar[tuple[str, ...]] = ("mid.1",)
 
     def __init__(
         self,

@@ -39,12 +39,13 @@ from fewstep.samplers.grids import time_uniform
 
 class Gan(Frozen):
     """``weight`` of the student's term and ``critic_weight`` of the discriminator's. The heads sit on these ``taps`` of
-    the fake score, which then learns for the discriminator, too, or of the frozen teacher (FastGen's choice)."""
+    the fake score (``auto``: those of its kind of network), which then learns for the discriminator, too, or of the
+    frozen teacher (FastGen's choice)."""
 
     weight: float = 3e-3
     critic_weight: float = 1e-2
     features: Literal["fake", "teacher"] = "fake"
-    taps: tuple[str, ...] = Field(("mid.1",), min_length=1)
+    taps: tuple[str, ...] = Field(("auto",), min_length=1)
 
 
 class Config(MatchingConfig):

@@ -64,7 +64,7 @@ class Config(MatchingConfig):
     t_range: tuple[float, float] = (0.02, 0.98)
     bins: int = Field(10, ge=1)
     gan_weight: float = 1e-3
-    heads: tuple[str, ...] = Field(("mid.1",), min_length=1)
+    heads: tuple[str, ...] = Field(("auto",), min_length=1)
 
     @property
     def needs(self) -> frozenset[str]:

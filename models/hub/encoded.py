@@ -2,19 +2,15 @@
 
 ``index.json`` says what was encoded by what (hashes of the prompts and of the encoders) and how many rows a shard has;
 ``null.safetensors`` is the null condition, one row; then ``shard-00000.safetensors`` and so on and, of captioned
-pictures, ``images-00000.safetensors``: latents ``x0`` and the number of each one's ``prompt``.
+pictures, ``images-00000.safetensors``: latents ``x0``, all of one shape, and the number of each one's ``prompt``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from torch import Tensor
@@ -22,7 +18,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.store import read_tensors, write_tensors, write_text
+from fewstep.models.store import read_tensors, sha256
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
@@ -38,6 +34,7 @@ class Index(BaseModel):
     count: int
     rows: int
     images: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -62,115 +59,8 @@ def read_prompts(file: Path) -> list[str]:
 
 def fingerprint(folder: PipelineFolder) -> str:
     """A hash of the text encoders and tokenizers of a pipeline: files, not paths. Empty if it has none."""
-    digest = hashlib.sha256()
     files = [file for name in ENCODERS for file in sorted((folder.path / name).rglob("*")) if file.is_file()]
-    for file in files:
-        digest.update(str(file.relative_to(folder.path)).encode())
-        with file.open("rb") as handle:
-            while chunk := handle.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest() if files else ""
-
-
-@torch.no_grad()
-def encode_prompts(
-    folder: PipelineFolder, prompts: Sequence[str], out: Path, *, batch: int = 16, rows: int = 512,
-    device: torch.device | str = "cpu", images: int = 0, progress: Callable[[int], None] | None = None,
-) -> None:  # fmt: skip
-    """Writes the folder; shards that are already there are kept. ``progress`` gets the number of prompts done.
-
-    Raises ``UserError`` if the pipeline has no text encoder or if ``out`` holds other prompts or another encoder's.
-    """
-    encoders = fingerprint(folder)
-    if not encoders:
-        raise UserError(f"{folder.path} has no text encoder.")
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    index = Index(
-        pipeline=folder.index["_class_name"],
-        encoders=encoders,
-        prompts=digest,
-        count=len(prompts),
-        rows=rows,
-        images=images,
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "index.json").is_file():
-        if read_index(out) != index:
-            raise UserError(f"{out} holds other prompts, or those of another encoder; choose another folder.")
-    elif any(out.iterdir()):
-        raise UserError(f"{out} is not empty; choose another folder.")
-    write_text(index.model_dump_json(indent=1) + "\n", out / "index.json")
-    pipeline = folder.pipeline().to(device)
-    if not (out / "null.safetensors").is_file():
-        write_tensors(folder.family.encode(pipeline, [""]), out / "null.safetensors")
-    for shard, first in enumerate(range(0, len(prompts), rows)):
-        file, last = out / f"shard-{shard:05d}.safetensors", min(first + rows, len(prompts))
-        if not file.is_file():
-            parts = [
-                folder.family.encode(pipeline, prompts[low : min(low + batch, last)])
-                for low in range(first, last, batch)
-            ]
-            write_tensors({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, file)
-        if progress is not None:
-            progress(last)
-
-
-@torch.no_grad()
-def encode_images(
-    folder: PipelineFolder, images: Path, out: Path, *, batch: int = 32, rows: int = 4096,
-    device: torch.device | str = "cpu", progress: Callable[[int], None] | None = None,
-) -> int:  # fmt: skip
-    """Latents of the pictures in the folder ``images``, all of one size, with the captions of the text files beside
-    them (``a.png`` and ``a.txt``), encoded as ``encode_prompts`` does. Returns the number of pictures.
-
-    Raises ``UserError`` that names a picture without a caption, a damaged one, or one of another size.
-    """
-    files = sorted(file for file in images.iterdir() if file.suffix.lower() in PICTURES)
-    if not files:
-        raise UserError(f"No pictures ({', '.join(PICTURES)}) in {images}.")
-    captions = [_caption(file) for file in files]
-    prompts = list(dict.fromkeys(captions))
-    number = {prompt: k for k, prompt in enumerate(prompts)}
-    encode_prompts(folder, prompts, out, device=device, images=len(files), rows=rows)
-    pipeline = folder.pipeline().to(device)
-    size = _pixels(files[0]).shape
-    for shard, first in enumerate(range(0, len(files), rows)):
-        file, own = out / f"images-{shard:05d}.safetensors", files[first : first + rows]
-        if not file.is_file():
-            parts = []
-            for low in range(0, len(own), batch):
-                pixels = [_pixels(picture) for picture in own[low : low + batch]]
-                if wrong := [p for p, x in zip(own[low:], pixels, strict=False) if x.shape != size]:
-                    raise UserError(f"{wrong[0]} is not of the size of {files[0]}; make all pictures one size.")
-                parts.append(folder.family.encode_images(pipeline, torch.stack(pixels)).cpu())
-            rows_of_prompts = torch.tensor([number[caption] for caption in captions[first : first + rows]])
-            write_tensors({"x0": torch.cat(parts), "prompt": rows_of_prompts}, file)
-        if progress is not None:
-            progress(first + len(own))
-    return len(files)
-
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-def _caption(picture: Path) -> str:
-    file = picture.with_suffix(".txt")
-    if not file.is_file():
-        raise UserError(f"{picture} has no caption: {file.name} is not there.")
-    prompts = read_prompts(file)
-    if len(prompts) != 1:
-        raise UserError(f"{file} has {len(prompts)} lines; a caption is one.")
-    return prompts[0]
-
-
-def _pixels(file: Path) -> Tensor:
-    """A picture, float32 [3, H, W] in [-1, 1]."""
-    try:
-        with Image.open(file) as picture:
-            pixels = np.array(picture.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{file} is no readable picture ({error}).") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    return sha256(*files) if files else ""
 
 
 def read_index(folder: Path) -> Index:
@@ -182,22 +72,25 @@ def read_index(folder: Path) -> Index:
 
 
 class EncodedPrompts:
-    """The conditions of a folder of encoded prompts, read row by row from disk; ``latents`` are those of its captioned
-    images [N, C, ...], in memory, with the number of each one's prompt."""
+    """The conditions of a folder of encoded prompts, read row by row from disk. ``buckets`` are the latents of its
+    captioned images, in memory: for each shape ``x0`` [N, C, ...] and the number of each one's prompt [N]."""
 
     def __init__(self, folder: Path) -> None:
         self.index = read_index(folder)
         self._folder = folder
         self._null = read_tensors(folder / "null.safetensors")
         shards = -(-len(self) // self.index.rows)
-        if not all((folder / f"shard-{shard:05d}.safetensors").is_file() for shard in range(shards)):
+        whole = all((folder / f"shard-{shard:05d}.safetensors").is_file() for shard in range(shards))
+        by_shape: dict[torch.Size, list[dict[str, Tensor]]] = {}
+        for file in sorted(folder.glob("images-*.safetensors")):
+            part = read_tensors(file)
+            by_shape.setdefault(part["x0"].shape[1:], []).append(part)
+        self.buckets = [
+            (torch.cat([part["x0"] for part in parts]), torch.cat([part["prompt"] for part in parts]))
+            for parts in by_shape.values()
+        ]
+        if not whole or sum(len(x0) for x0, _ in self.buckets) != self.index.images:
             raise UserError(f"{folder} is incomplete: run fewstep encode again, it goes on where it stopped.")
-        self.latents: tuple[Tensor, Tensor] | None = None
-        if self.index.images:
-            parts = [read_tensors(file) for file in sorted(folder.glob("images-*.safetensors"))]
-            if sum(len(part["x0"]) for part in parts) != self.index.images:
-                raise UserError(f"{folder} is incomplete: run fewstep encode again, it goes on where it stopped.")
-            self.latents = torch.cat([p["x0"] for p in parts]), torch.cat([p["prompt"] for p in parts])
 
     def check(self, pipeline: PipelineFolder) -> None:
         """Raises ``UserError`` if these are not the embeddings of the pipeline's text encoders (if it has some)."""

@@ -5,7 +5,6 @@ Everything is written aside, read back, compared with the student, and only then
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -24,7 +23,17 @@ from fewstep.models.guidance import guide
 from fewstep.models.hub.family import HubBackbone
 from fewstep.models.hub.folder import PipelineFolder, require_diffusers
 from fewstep.models.schedules import RectifiedFlow
-from fewstep.models.store import FewStep, Lora, Model, pipeline_of, read_tensors, write_tensors, write_text
+from fewstep.models.store import (
+    FewStep,
+    Lora,
+    Model,
+    is_pipeline,
+    pipeline_of,
+    read_tensors,
+    sha256,
+    write_tensors,
+    write_text,
+)
 
 
 class Form(StrEnum):
@@ -41,15 +50,14 @@ TOLERANCE = 1e-4  # of the relative difference between the student and what is r
 
 
 def export(model: Model, form: Form, out: Path, card: str = "") -> Path:
-    """Writes a student as ``form`` into the new folder ``out`` and returns it.
+    """Writes a student (or another model on a pipeline: one tuned or trained anew) as ``form`` into the new folder
+    ``out`` and returns it.
 
     ``diffusers``: a pipeline that samples right with its default call at the student's number of steps. ``merged``: its
     denoiser alone. ``lora``: an adapter for ``load_lora_weights`` and PEFT. ``comfyui``: the same under kohya's keys.
     ``card`` goes into the model card. Raises ``UserError`` if the model cannot be exported so, if ``out`` is not empty,
     or if what was written does not read back as the student; then nothing is left behind.
     """
-    if model.config.few_step is None:
-        raise UserError("This model is no distilled student, so there is nothing to export.")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder.")
     folder = pipeline_of(model)
@@ -84,34 +92,35 @@ def export(model: Model, form: Form, out: Path, card: str = "") -> Path:
 
 def manifest_of(model: Model, folder: PipelineFolder) -> dict[str, Any]:
     """What one must know to sample: steps, times, rule, shift, no guidance, adapter scale 1, and which base."""
-    few = model.config.few_step
-    assert few is not None
-    return {
-        "format": "fewstep-export", "pipeline": folder.index["_class_name"], "num_inference_steps": len(few.times),
-        "times": list(few.times), "rule": few.rule, "shift": few.shift, "guidance_scale": 1.0, "lora_scale": 1.0,
+    manifest = {
+        "format": "fewstep-export", "pipeline": folder.index["_class_name"], "lora_scale": 1.0,
         "base": folder.path.name, "base_sha256": weights_sha256(folder),
     }  # fmt: skip
+    if few := model.config.few_step:
+        manifest |= {
+            "num_inference_steps": len(few.times), "times": list(few.times), "rule": few.rule, "shift": few.shift,
+            "guidance_scale": 1.0,
+        }  # fmt: skip
+    return manifest
 
 
 def weights_sha256(folder: PipelineFolder) -> str:
     """A hash of the files of the pipeline's denoiser."""
-    digest = hashlib.sha256()
-    for file in sorted((folder.path / folder.family.part).glob("*.safetensors")):
-        with file.open("rb") as handle:
-            while chunk := handle.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return sha256(*sorted((folder.path / folder.family.part).glob("*.safetensors")))
 
 
 def model_card(manifest: Mapping[str, Any], form: Form, text: str) -> str:
     """The README of an export."""
-    steps, times = manifest["num_inference_steps"], ", ".join(f"{t:.4g}" for t in manifest["times"])
-    lines = [
-        f"# A {steps}-step student of {manifest['base']}",
-        "",
-        f"Sample it with `num_inference_steps={steps}` and guidance off (`guidance_scale=1.0`).",
-        f"Its times are {times} (1 is noise), {manifest['rule']} between them.",
-    ]
+    if "times" in manifest:
+        steps, times = manifest["num_inference_steps"], ", ".join(f"{t:.4g}" for t in manifest["times"])
+        lines = [
+            f"# A {steps}-step student of {manifest['base']}",
+            "",
+            f"Sample it with `num_inference_steps={steps}` and guidance off (`guidance_scale=1.0`).",
+            f"Its times are {times} (1 is noise), {manifest['rule']} between them.",
+        ]
+    else:
+        lines = [f"# {manifest['base']}, trained on", "", "Sample it as its base."]
     if form in (Form.lora, Form.comfyui):
         lines.append("It is an adapter: use it with a scale of 1 on the base that `fewstep.json` names by hash.")
     return "\n".join([*lines, "", text]).rstrip() + "\n"
@@ -128,13 +137,17 @@ def _plain(backbone: nn.Module) -> Any:
     return whole.network
 
 
-def _write_pipeline(folder: PipelineFolder, network: Any, few_step: FewStep, out: Path) -> None:
+def _write_pipeline(folder: PipelineFolder, network: Any, few_step: FewStep | None, out: Path) -> None:
     part = folder.family.part
     shutil.copytree(folder.path, out, dirs_exist_ok=True, ignore=lambda path, names: _left_out(folder, path, names))
     network.save_pretrained(out / part)
-    scheduler = scheduler_for(folder, few_step)
-    scheduler.save_pretrained(out / "scheduler")
-    index = {**folder.index, "scheduler": ["diffusers", type(scheduler).__name__]}
+    index = folder.index
+    if few_step is None:
+        shutil.copytree(folder.path / "scheduler", out / "scheduler")
+    else:
+        scheduler = scheduler_for(folder, few_step)
+        scheduler.save_pretrained(out / "scheduler")
+        index = {**index, "scheduler": ["diffusers", type(scheduler).__name__]}
     write_text(json.dumps(index, indent=2) + "\n", out / "model_index.json")
 
 
@@ -191,7 +204,6 @@ def _check_network(model: Model, folder: PipelineFolder, written: Path) -> None:
 def _compare(model: Model, again: Denoiser, folder: PipelineFolder) -> None:
     """Both at the student's times on random latents and a random condition of the right shape."""
     few = model.config.few_step
-    assert few is not None
     generator = torch.Generator().manual_seed(0)
     shape = (model.config.shape[0], *(1,) * (len(model.config.shape) - 3), 8, 8)
     x = torch.randn(1, *shape, generator=generator)
@@ -204,7 +216,7 @@ def _compare(model: Model, again: Denoiser, folder: PipelineFolder) -> None:
         }
     )
     device = model.device
-    for t in few.times:
+    for t in few.times if few else (1.0, 0.5):
         ours = guide(model.denoiser, x.to(device), t, condition.to(device)).out.raw.cpu()
         theirs = guide(again, x, t, condition).out.raw
         difference = ((ours - theirs).norm() / ours.norm()).item()
@@ -221,7 +233,7 @@ def _adapter(model: Model) -> tuple[dict[str, Tensor], Lora]:
     view, lora = model.denoiser.backbone, model.config.lora
     if not isinstance(view, AdapterView) or lora is None:
         raise UserError("This student is no adapter (its run had no adapters:); export it to diffusers or merged.")
-    if model.config.base is None or not (Path(model.config.base) / "model_index.json").is_file():
+    if model.config.base is None or not is_pipeline(model.config.base):
         raise UserError(
             f"This adapter sits on {model.config.base}, itself a student, not on a pipeline; export it to diffusers."
         )

@@ -23,6 +23,8 @@ from fewstep.models.prediction import Kind
 from fewstep.models.schedules import NoiseSchedule, RectifiedFlow, VPDiscrete
 
 Settings = Mapping[str, Any]
+JOINT = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")  # of joint attention: the picture's side,
+ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")  # and the prompt's
 
 
 class Family(ABC):
@@ -57,9 +59,9 @@ class Family(ABC):
     def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output for latents ``x_t`` [B, C, ...] at times ``t`` [B], float64, in the shape of ``x_t``."""
 
-    @abstractmethod
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         """The latent shape [C, h, w] or [C, F, h, w] of a picture or video in pixels."""
+        return self.network["in_channels"], *grid_of(height, width, self.factor)
 
     @property
     @abstractmethod
@@ -70,18 +72,24 @@ class Family(ABC):
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The condition's tensors [N, ...], by the text encoders of ``pipeline``; ``""`` gives the null condition."""
 
-    @abstractmethod
     def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1], by the VAE of ``pipeline``."""
+        vae = pipeline.vae
+        scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        return vae.decode(scaled, return_dict=False)[0].float()  # type: ignore[no-any-return]
 
-    @abstractmethod
     def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
-        """Latents of pictures [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1]: what ``decode`` takes back."""
+        """Latents of pictures [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1], the mean of the VAE's posterior: what
+        ``decode`` takes back."""
+        vae = pipeline.vae
+        z = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
+        return ((z - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).float()  # type: ignore[no-any-return]
 
     @property
-    @abstractmethod
     def default_size(self) -> tuple[int, int, int]:
         """Height, width and frames in pixels that the model is made for."""
+        side = self.factor * int(self.network["sample_size"])
+        return side, side, 1
 
     @property
     def factor(self) -> int:
@@ -95,6 +103,25 @@ class Family(ABC):
     def guided(self, cond: Tensor, out: Tensor) -> Tensor:
         """What the pipeline does to a guided output besides guiding it; by default nothing."""
         return out
+
+
+class Packed(Family):
+    """A family whose transformer takes 2 x 2 latents as a token, through joint attention with the prompt's."""
+
+    passes_sigmas = True
+    targets = (*JOINT, *ADDED)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return depths("transformer_blocks", self.network["num_layers"])
+
+    @property
+    def default_size(self) -> tuple[int, int, int]:
+        return 1024, 1024, 1
+
+    def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
+        rows, columns = grid_of(height, width, 2 * self.factor)
+        return self.network["in_channels"] // 4, 2 * rows, 2 * columns
 
 
 class HubBackbone(nn.Module):
@@ -119,9 +146,8 @@ def families() -> dict[str, type[Family]]:
     for file in pkgutil.iter_modules(hub.__path__):
         module = importlib.import_module(f"fewstep.models.hub.{file.name}")
         for content in vars(module).values():
-            if isinstance(content, type) and issubclass(content, Family) and content.__module__ == module.__name__:
+            if isinstance(content, type) and issubclass(content, Family) and "pipelines" in vars(content):
                 found[file.name] = content
-    found.pop("family")  # the base itself
     return found
 
 
@@ -217,19 +243,3 @@ def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:
     if height % factor or width % factor:
         raise UserError(f"{height} x {width} pixels do not divide by {factor}, as this model needs.")
     return height // factor, width // factor
-
-
-def decode_scaled(pipeline: Any, latents: Tensor) -> Tensor:
-    """Pictures of latents scaled by the VAE's ``scaling_factor`` and ``shift_factor``."""
-    vae = pipeline.vae
-    shift = vae.config.get("shift_factor") or 0.0
-    scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
-    return vae.decode(scaled, return_dict=False)[0].float()  # type: ignore[no-any-return]
-
-
-def encode_scaled(pipeline: Any, images: Tensor) -> Tensor:
-    """The inverse of ``decode_scaled``: the mean of the VAE's posterior, scaled."""
-    vae = pipeline.vae
-    shift = vae.config.get("shift_factor") or 0.0
-    z = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
-    return ((z - shift) * vae.config.scaling_factor).float()  # type: ignore[no-any-return]

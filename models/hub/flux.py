@@ -9,22 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.condition import Condition
-from fewstep.models.hub.family import Family, decode_scaled, depths, encode_scaled, grid_of, pack, sigma, unpack
-from fewstep.models.hub.sd3 import ADDED, JOINT
+from fewstep.models.hub.family import Packed, pack, sigma, unpack
 
 
-class Flux(Family):
+class Flux(Packed):
     pipelines = ("FluxPipeline",)
-    passes_sigmas = True
-    targets = (*JOINT, *ADDED)
 
     @property
     def embeds_guidance(self) -> bool:
         return bool(self.network["guidance_embeds"])
-
-    @property
-    def taps(self) -> tuple[str, ...]:
-        return depths("transformer_blocks", self.network["num_layers"])
 
     def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         prompt = condition["prompt"]
@@ -40,23 +33,9 @@ class Flux(Family):
         return unpack(out, x_t.shape)
 
     @property
-    def default_size(self) -> tuple[int, int, int]:
-        return 1024, 1024, 1
-
-    def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
-        rows, columns = grid_of(height, width, 2 * self.factor)
-        return self.network["in_channels"] // 4, 2 * rows, 2 * columns
-
-    @property
     def widths(self) -> dict[str, tuple[int, ...]]:
         return {"prompt": (8, self.network["joint_attention_dim"]), "pooled": (self.network["pooled_projection_dim"],)}
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         prompt, pooled, _ = pipeline.encode_prompt(list(prompts), None)
         return {"prompt": prompt, "pooled": pooled}
-
-    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
-        return decode_scaled(pipeline, latents)
-
-    def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
-        return encode_scaled(pipeline, images)

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.models.condition import Condition
-from fewstep.models.denoiser import Denoiser, GuidanceStyle
+from fewstep.models.denoiser import Denoiser, GuidanceStyle, spelt_out
 from fewstep.models.hub.family import Family, HubBackbone, Noising, family_of, noising
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class PipelineFolder:
             raise UserError(f"The {self.family.part} in {self.path} cannot be loaded: {_first_line(error)}") from error
         finish = None if type(self.family).guided is Family.guided else self.family.guided
         style = GuidanceStyle(self.family.embeds_guidance, finish)
-        inside = [f"network.{path}" for path in taps]
+        inside = [f"network.{path}" for path in spelt_out(taps, self.family.taps)]
         backbone = HubBackbone(self.family, network)
         return Denoiser(backbone, self.noising.schedule, self.noising.kind, inside, style).eval()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.condition import Condition
-from fewstep.models.hub.family import Family, decode_scaled, depths, encode_scaled, grid_of, label
+from fewstep.models.hub.family import Family, depths, label
 
 
 class PixArt(Family):
@@ -33,14 +33,6 @@ class PixArt(Family):
         return out[:, : x_t.shape[1]]  # what follows is a learned variance
 
     @property
-    def default_size(self) -> tuple[int, int, int]:
-        side = self.factor * int(self.network["sample_size"])
-        return side, side, 1
-
-    def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
-        return self.network["in_channels"], *grid_of(height, width, self.factor)
-
-    @property
     def widths(self) -> dict[str, tuple[int, ...]]:
         return {"prompt": (8, self.network["caption_channels"]), "mask": (8,)}
 
@@ -50,9 +42,3 @@ class PixArt(Family):
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=length
         )
         return {"prompt": prompt, "mask": mask.to(torch.int64)}
-
-    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
-        return decode_scaled(pipeline, latents)
-
-    def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
-        return encode_scaled(pipeline, images)

@@ -9,24 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.condition import Condition
-from fewstep.models.hub.family import Family, depths, grid_of, pack, pad, sigma, unpack
-from fewstep.models.hub.sd3 import ADDED, JOINT
+from fewstep.models.hub.family import Packed, pack, pad, sigma, unpack
 from fewstep.models.hub.wan import decode_standardised, encode_standardised
 
 
-class QwenImage(Family):
+class QwenImage(Packed):
     pipelines = ("QwenImagePipeline",)
-    passes_sigmas = True
-    targets = (*JOINT, *ADDED)
     tokens = 512  # prompts are padded to; the mask tells what they say
 
     @property
     def factor(self) -> int:
         return int(2 ** len(self.vae.get("temperal_downsample", (0,) * 3)))
-
-    @property
-    def taps(self) -> tuple[str, ...]:
-        return depths("transformer_blocks", self.network["num_layers"])
 
     def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         rows, columns = (n // 2 for n in x_t.shape[-2:])
@@ -44,14 +37,6 @@ class QwenImage(Family):
         """Each token of the guided output gets the norm of the conditional one."""
         c, g = pack(cond), pack(out)
         return unpack(g * (c.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)), out.shape)
-
-    @property
-    def default_size(self) -> tuple[int, int, int]:
-        return 1024, 1024, 1
-
-    def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
-        rows, columns = grid_of(height, width, 2 * self.factor)
-        return self.network["in_channels"] // 4, 2 * rows, 2 * columns
 
     @property
     def widths(self) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.models.condition import Condition
-from fewstep.models.hub.family import Family, decode_scaled, encode_scaled, grid_of, label
+from fewstep.models.hub.family import Family, label
 
 
 class StableDiffusion(Family):
@@ -24,22 +24,8 @@ class StableDiffusion(Family):
         return out
 
     @property
-    def default_size(self) -> tuple[int, int, int]:
-        side = self.factor * int(self.network["sample_size"])
-        return side, side, 1
-
-    def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
-        return self.network["in_channels"], *grid_of(height, width, self.factor)
-
-    @property
     def widths(self) -> dict[str, tuple[int, ...]]:
         return {"prompt": (8, self.network["cross_attention_dim"])}
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         return {"prompt": pipeline.encode_prompt(list(prompts), pipeline.device, 1, False)[0]}
-
-    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
-        return decode_scaled(pipeline, latents)
-
-    def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
-        return encode_scaled(pipeline, images)

@@ -9,10 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.models.condition import Condition
-from fewstep.models.hub.family import Family, decode_scaled, depths, encode_scaled, grid_of, sigma
-
-JOINT = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
-ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+from fewstep.models.hub.family import ADDED, JOINT, Family, depths, sigma
 
 
 class StableDiffusion3(Family):
@@ -31,14 +28,6 @@ class StableDiffusion3(Family):
         return out
 
     @property
-    def default_size(self) -> tuple[int, int, int]:
-        side = self.factor * int(self.network["sample_size"])
-        return side, side, 1
-
-    def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
-        return self.network["in_channels"], *grid_of(height, width, self.factor)
-
-    @property
     def widths(self) -> dict[str, tuple[int, ...]]:
         return {"prompt": (8, self.network["joint_attention_dim"]), "pooled": (self.network["pooled_projection_dim"],)}
 
@@ -51,9 +40,3 @@ class StableDiffusion3(Family):
 
     def comfyui(self, path: str) -> str:
         return f"transformer.{path}"
-
-    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
-        return decode_scaled(pipeline, latents)
-
-    def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
-        return encode_scaled(pipeline, images)

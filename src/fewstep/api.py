@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,11 +27,13 @@ from fewstep.eval.rewards import REWARDS, find_reward, win_rate
 from fewstep.eval.tables import markdown
 from fewstep.eval.tinted import Asked
 from fewstep.eval.validation import PromptValidation, Validation
-from fewstep.models.hub.encoded import encode_images, encode_prompts, read_prompts
+from fewstep.models.hub.encode import encode_pictures, encode_prompts
+from fewstep.models.hub.encoded import read_prompts
 from fewstep.models.hub.export import Form
 from fewstep.models.hub.export import export as export_model
 from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.store import Model, Size, load_model, pipeline_of, write_tensors, write_text
+from fewstep.models.store import Model, Size, load_model, pipeline_of, place_of, write_tensors, write_text
+from fewstep.pictures import require_av
 from fewstep.samplers.sample import SampleNoise, plan, steps_within
 
 Source = str | Path
@@ -100,9 +102,7 @@ def sample(
     A student uses its own rule and times unless told otherwise; a teacher defaults to 32 Euler steps.
     """
     model = source if isinstance(source, Model) else load(source, device)
-    few = model.config.few_step
-    solver = solver or ("student" if few else "euler")
-    steps = steps if steps is not None or few else 32
+    solver, steps = _rule(model, solver, steps)
     if prompts is not None or model.config.backbone.get("name") == "diffusers":
         if not prompts:
             raise UserError("This model takes prompts: give at least one.")
@@ -126,17 +126,17 @@ def sample(
 
 def sample_files(
     source: Source | Model, prompts: Sequence[str], folder: Source, *, seeds: Sequence[int] = (0,), batch: int = 8,
-    steps: int | None = None, solver: str | None = None, guidance: float = 1.0, device: str = "auto",
-    progress: Callable[[int], None] | None = None,
+    steps: int | None = None, solver: str | None = None, guidance: float = 1.0, video: Literal["gif", "mp4"] = "gif",
+    device: str = "auto", progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:  # fmt: skip
-    """A file for each prompt and seed, ``00000-0.png`` (a video: ``.gif``), whatever the batch. Those that are there
-    already are kept, so that a run can be continued."""
+    """A file for each prompt and seed, ``00000-0.png`` (of a video model ``.gif`` or ``.mp4``), whatever the batch.
+    Those that are there already are kept, so that a run can be continued. ``progress`` is told how many of how many."""
     model = source if isinstance(source, Model) else load(source, device)
-    pipeline_folder, few = pipeline_of(model), model.config.few_step
-    solver = solver or ("student" if few else "euler")
-    steps = steps if steps is not None or few else 32
-    plan(solver, steps, few)
-    suffix = "gif" if len(model.config.shape) == 4 else "png"
+    pipeline_folder = pipeline_of(model)
+    solver, steps = _rule(model, solver, steps)
+    suffix = video if len(model.config.shape) == 4 else "png"
+    if suffix == "mp4":
+        require_av()
     files = {seed: [Path(folder) / f"{number:05d}-{seed}.{suffix}" for number in range(len(prompts))] for seed in seeds}
     left = {seed: [number for number, file in enumerate(own) if not file.is_file()] for seed, own in files.items()}
     written = sum(len(own) - len(left[seed]) for seed, own in files.items())
@@ -152,8 +152,17 @@ def sample_files(
                 save_sample(picture, files[seed][number])
             written += len(some)
             if progress is not None:
-                progress(written)
+                progress(written, len(prompts) * len(files))
     return [file for own in files.values() for file in own]
+
+
+def _rule(model: Model, solver: str | None, steps: int | None) -> tuple[str, int | None]:
+    """The solver and steps wanted or, by default, a student's own rule and times, a teacher's 32 Euler steps. Raises
+    ``UserError`` if they do not go together."""
+    few = model.config.few_step
+    chosen = solver or ("student" if few else "euler"), steps if steps is not None or few else 32
+    plan(*chosen, few)
+    return chosen
 
 
 def evaluate(
@@ -256,23 +265,24 @@ def shootout(config: Source, progress: Callable[[str], Progress] | None = None, 
 
 
 def encode(
-    teacher: Source, prompts: Source, out: Source, *, batch: int = 16, rows: int = 512, device: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    teacher: Source, prompts: Source, out: Source, *, sizes: Sequence[tuple[int, int]] = (), frames: int = 1,
+    batch: int = 16, rows: int = 512, device: str = "auto", progress: Callable[[int, int], None] | None = None,
 ) -> int:  # fmt: skip
     """Encodes the prompts of a text file, one a line, with a pipeline's text encoders, for ``data.kind=prompts``; of a
-    folder of pictures with captions beside them (``a.png``, ``a.txt``), also the pictures, with its VAE.
+    folder of pictures (videos, with ``frames``) with captions beside them (``a.png``, ``a.txt``), also these, with its
+    VAE, each at that of the ``sizes`` (height, width) which is nearest in proportions.
 
-    Returns the number of prompts or pictures. What is there already is kept. Raises ``UserError`` on a line that is
-    empty or not UTF-8, on a pipeline without text encoders, and on a folder of other prompts.
+    Returns the number of prompts or files. What is there already is kept. Raises ``UserError`` on a line that is empty
+    or not UTF-8, on a pipeline without text encoders, and on a folder of other prompts.
     """
-    if Path(prompts).is_dir():
-        folder = PipelineFolder.open(teacher)
-        return encode_images(folder, Path(prompts), Path(out), batch=batch, rows=rows, device=pick_device(device))
-    lines = read_prompts(Path(prompts))
-    encode_prompts(
-        PipelineFolder.open(teacher), lines, Path(out), batch=batch, rows=rows, device=pick_device(device),
-        progress=partial(progress, len(lines)) if progress else None,
-    )  # fmt: skip
+    folder, given, place = PipelineFolder.open(place_of(teacher)), Path(prompts), pick_device(device)
+    if given.is_dir():
+        return encode_pictures(
+            folder, given, Path(out), sizes=sizes, frames=frames, batch=batch, rows=rows, device=place,
+            progress=progress,
+        )  # fmt: skip
+    lines = read_prompts(given)
+    encode_prompts(folder, lines, Path(out), batch=batch, rows=rows, device=place, progress=progress)
     return len(lines)
 
 

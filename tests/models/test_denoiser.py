@@ -149,10 +149,11 @@ def test_a_tap_on_nothing_is_refused_by_name() -> None:
         Denoiser(Layers(), RectifiedFlow(), taps=("third",))
 
 
-def test_the_first_of_several_outputs_is_the_feature() -> None:
+@pytest.mark.parametrize("rest", ["prompt", "nothing", "residuals"])
+def test_of_several_outputs_the_last_tensor_is_the_feature(rest: str) -> None:
     class Pair(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x + 1, x + 2
+        def forward(self, x: Tensor) -> tuple[object, object]:
+            return (x + 2, (x, x)) if rest == "residuals" else (x if rest == "prompt" else None, x + 2)
 
     class Backbone(nn.Module):
         def __init__(self) -> None:
@@ -160,10 +161,10 @@ def test_the_first_of_several_outputs_is_the_feature() -> None:
             self.pair = Pair()
 
         def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            return self.pair(x_t)[1]
+            return next(out for out in reversed(self.pair(x_t)) if isinstance(out, Tensor))
 
     prediction = Denoiser(Backbone(), RectifiedFlow(), taps=("pair",))(torch.zeros(1, 1), 0.5, Condition())
-    assert (prediction.features["pair"].item(), prediction.raw.item()) == (1, 2)
+    assert (prediction.features["pair"].item(), prediction.raw.item()) == (2, 2)
 
 
 # ---- experts by noise level

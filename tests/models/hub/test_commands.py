@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,15 +11,19 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny_pipelines import TINY
+from tiny_pipelines import TINY, settings
 
 import fewstep
+from fewstep.distill.config import parse_config
 from fewstep.distill.data import Prompts
 from fewstep.distill.draws import Draws
+from fewstep.distill.run import Run
 from fewstep.errors import UserError
+from fewstep.eval.pictures import save_sample
 from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.store import load_model, pipeline_of, read_tensors
+from fewstep.pictures import read_video
 
 pytest.importorskip("diffusers")
 Saved = Callable[[str], Path]
@@ -116,14 +121,67 @@ def test_a_model_of_labels_takes_no_prompts_and_the_other_way_round(saved: Saved
         fewstep.sample(load_model(saved("sd"), size=(16, 16, 1)), n=2)
 
 
-def test_a_video_is_a_gif_that_moves(tmp_path: Path) -> None:
-    from fewstep.eval.pictures import save_sample
+@pytest.mark.parametrize("suffix", ["gif", "mp4"])
+def test_a_video_is_written_and_read_back(suffix: str, tmp_path: Path) -> None:
+    if suffix == "mp4":
+        pytest.importorskip("av")
+    shades = torch.arange(5, dtype=torch.uint8) * 40
+    video = shades[:, None, None, None].expand(5, 3, 16, 32).contiguous()
+    file = tmp_path / f"a.{suffix}"
+    save_sample(video, file)
+    again = read_video(file, 5)
+    assert again.shape == (3, 5, 16, 32)
+    assert (again.transpose(0, 1).int() - video.int()).abs().max() <= 3
+    assert read_video(file, 2, cover=(8, 8)).shape == (3, 2, 8, 8)
+    with pytest.raises(UserError, match=r"a\.\w+ has 5 frames, 9 are wanted"):
+        read_video(file, 9)
+    file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"a\.\w+ is no readable video"):
+        read_video(file, 1)
 
-    video = torch.randint(0, 256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    save_sample(video, tmp_path / "a.gif")
-    with Image.open(tmp_path / "a.gif") as picture:
-        assert picture.n_frames == 5
-        assert picture.size == (8, 8)
+
+def test_a_batch_is_of_one_of_several_sizes(saved: Saved, tmp_path: Path) -> None:
+    """Pictures go to the size of the nearest proportions; prompts alone are drawn at any."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for k, size in enumerate([(16, 16), (64, 40), (20, 20), (30, 64), (33, 60)]):  # width, height
+        Image.new("RGB", size, (50 * k, 0, 0)).save(images / f"{k}.png")
+        (images / f"{k}.txt").write_text("abcde"[k])
+    sizes = [(16, 16), (16, 32), (32, 16)]
+    fewstep.encode(saved("sd"), images, out, sizes=sizes, device="cpu")
+    stored = EncodedPrompts(out)
+    assert [tuple(x0.shape) for x0, _ in stored.buckets] == [(2, 4, 8, 8), (1, 4, 8, 16), (2, 4, 16, 8)]
+    assert [prompts.tolist() for _, prompts in stored.buckets] == [[0, 2], [1], [3, 4]]
+    source = Prompts(stored, [(4, 8, 8)])
+    seen = [source(Draws(0, step, "data", 0), 4) for step in range(60)]
+    shapes = Counter(batch.shape for batch in seen)
+    assert set(shapes) == {(4, 8, 8), (4, 8, 16), (4, 16, 8)}
+    assert all(batch["x0"].shape[1:] == batch.shape for batch in seen)
+    raw = settings(saved("sd"), "sd", tmp_path / "run", None)
+    raw["data"] |= {"sizes": [[16, 16, 1], [16, 32, 1]]}
+    run = Run.create(parse_config(raw, "test"), torch.device("cpu"))
+    drawn = {run.loop.sources["data"](Draws(0, step, "data", 0), 2).shape for step in range(20)}
+    assert drawn == {(4, 8, 8), (4, 8, 16)}
+    run.train()
+    with pytest.raises(UserError, match=r"3\.png is not of the size of .*0\.png|1\.png is not of the size"):
+        fewstep.encode(saved("sd"), images, tmp_path / "other", device="cpu")
+
+
+def test_videos_with_captions_become_latents(saved: Saved, tmp_path: Path) -> None:
+    folder = saved("sd")
+    video = torch.randint(0, 256, (9, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    (tmp_path / "clips").mkdir()
+    save_sample(video, tmp_path / "clips" / "a.gif")
+    (tmp_path / "clips" / "a.txt").write_text("waves")
+    with pytest.raises(UserError, match="No pictures"):
+        fewstep.encode(folder, tmp_path / "clips", tmp_path / "out", device="cpu")
+    wan = PipelineFolder.open(saved("wan"))
+    with torch.no_grad():
+        pixels = read_video(tmp_path / "clips" / "a.gif", 9)[None].float() / 127.5 - 1
+        latents = wan.family.encode_images(wan.pipeline(), pixels)
+    assert latents.shape[1:] == wan.family.shape(32, 32, 9)
+    with pytest.raises(UserError, match="has no text encoder"):
+        fewstep.encode(saved("wan"), tmp_path / "clips", tmp_path / "out", frames=9, device="cpu")
 
 
 def test_a_folder_that_is_no_pipeline_and_an_unsupported_family(tmp_path: Path, saved: Saved) -> None:
@@ -140,7 +198,7 @@ def test_a_folder_that_is_no_pipeline_and_an_unsupported_family(tmp_path: Path, 
 
 
 def test_a_stored_prompt_is_drawn_as_a_label_is(saved: Saved) -> None:
-    source = Prompts(EncodedPrompts(saved("sd") / "prompts"), (4, 8, 8))
+    source = Prompts(EncodedPrompts(saved("sd") / "prompts"), [(4, 8, 8)])
     batch = source(Draws(0, 1, "data", 0), 3)
     again = source(Draws(0, 1, "data", 0), 3)
     assert torch.equal(batch.condition["prompt"], again.condition["prompt"])
@@ -159,14 +217,13 @@ def test_pictures_with_captions_become_latents_with_prompts(saved: Saved, tmp_pa
     assert fewstep.encode(saved("sd"), images, out, batch=2, rows=2, device="cpu") == 3
     stored = EncodedPrompts(out)
     assert len(stored) == 2
-    assert stored.latents is not None
-    x0, prompts = stored.latents
+    [(x0, prompts)] = stored.buckets
     assert prompts.tolist() == [0, 1, 0]
     folder = PipelineFolder.open(saved("sd"))
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         torch.testing.assert_close(x0, folder.family.encode_images(folder.pipeline(), x), rtol=1e-4, atol=1e-4)
-    batch = Prompts(stored, (4, 8, 8))(Draws(0, 0, "data", 0), 5)
+    batch = Prompts(stored, [(4, 8, 8)])(Draws(0, 0, "data", 0), 5)
     for row, image in zip(batch["x0"], batch.condition["prompt"], strict=True):
         k = int((x0 - row).flatten(1).abs().sum(1).argmin())
         assert torch.equal(image, stored(prompts[k : k + 1])["prompt"][0])

@@ -141,11 +141,17 @@ def test_a_renoising_student_of_a_discrete_schedule_gets_the_lcm_scheduler(
         assert scheduler.timesteps.tolist() == labels
 
 
+def test_a_model_that_is_no_student_keeps_its_pipelines_scheduler(saved: Saved, tmp_path: Path) -> None:
+    out = module.export(load_model(saved("sd2")), Form.diffusers, tmp_path / "out")
+    again = load_model(out)
+    assert again.config.prediction == "v"
+    assert "times" not in json.loads((out / "fewstep.json").read_text())
+    assert "Sample it as its base" in (out / "README.md").read_text()
+
+
 def test_what_cannot_be_exported_says_why(
-    runs: Callable[..., Path], saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="no distilled student"):
-        module.export(load_model(saved("sd")), Form.diffusers, tmp_path / "a")
     with pytest.raises(UserError, match="no adapter"):
         fewstep.export(runs("sd", None), Form.lora, tmp_path / "b")
     with pytest.raises(UserError, match="takes no times from outside"):

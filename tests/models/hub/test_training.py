@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from fewstep.distill.run import Run
 from fewstep.errors import UserError
 from fewstep.models.adapters import AdapterView
 from fewstep.models.guidance import guide
-from fewstep.models.store import load_model, read_tensors
+from fewstep.models.hub.encoded import read_index
+from fewstep.models.hub.folder import PipelineFolder
+from fewstep.models.store import load_model, read_tensors, write_tensors
 
 pytest.importorskip("peft")
 Saved = Callable[[str], Path]
@@ -94,6 +97,40 @@ def test_a_student_is_distilled_again_from_its_own_adapter(saved: Saved, tmp_pat
     student = load_model(second / "student")
     assert student.config.base == str(first / "student")
     assert isinstance(student.denoiser.backbone, AdapterView)
+
+
+@pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["copies", "adapters"])
+def test_steps_halve_from_stage_to_stage(saved: Saved, adapters: dict[str, Any] | None, tmp_path: Path) -> None:
+    """8 -> 4 -> 2 as stages of one config: student and fake go on, the teacher stays."""
+    raw = settings(saved("sd"), "sd", tmp_path / "run", adapters)
+    keep = {"init": "keep", "lr": 1e-3}
+    raw["stages"] = [
+        {"steps": 1, "objective": {"name": "tdm", "steps": 8}, "roles": raw["stages"][0]["roles"]},
+        *(
+            {"steps": 1, "objective": {"name": "tdm", "steps": steps}, "roles": {"student": keep, "fake": keep}}
+            for steps in (4, 2)
+        ),
+    ]  # fmt: skip
+    student = load_model(fewstep.train(parse_config(raw, "test")) / "student")
+    assert student.config.few_step is not None
+    assert student.config.few_step.times == (1.0, 0.5)
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_a_discriminator_finds_its_taps_in_every_family(saved: Saved, name: str, tmp_path: Path) -> None:
+    raw = settings(saved(name), name, tmp_path / "run", None)
+    raw["stages"][0]["objective"] = {"name": "dmd2", "steps": 2, "critic_updates": 1, "gan": {}}
+    raw["stages"][0]["roles"]["discriminator"] = {"init": "new", "lr": 1e-3}
+    folder, tiny = tmp_path / "captioned", TINY[name]
+    shutil.copytree(saved(name) / "prompts", folder)
+    latents = torch.randn(6, *PipelineFolder.open(saved(name)).family.shape(*tiny.size))
+    write_tensors({"x0": latents, "prompt": torch.arange(6)}, folder / "images-00000.safetensors")
+    index = read_index(folder).model_copy(update={"images": 6})
+    (folder / "index.json").write_text(index.model_dump_json())
+    raw["data"]["path"] = str(folder)
+    run = fewstep.train(parse_config(raw, "test"))
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["loss/discriminator"] > 0
 
 
 @pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["copies", "adapters"])
