@@ -5,34 +5,47 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from itertools import count
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fewstep import api
+from fewstep.distill import cli_make, cli_solvers
 from fewstep.distill.bench import bench_memory, bench_step
 from fewstep.distill.config import load_config
-from fewstep.distill.data import read_idx
 from fewstep.distill.devices import pick_device
 from fewstep.distill.health import diagnose
 from fewstep.distill.run import Interrupted, Run, replay_step, run_config
 from fewstep.distill.show import show
+from fewstep.distill.terminal import (
+    ConfigFile,
+    Device,
+    Grid,
+    Overrides,
+    Resume,
+    RunFolder,
+    Source,
+    counting,
+    err,
+    out,
+    parse_numbers,
+    parse_seeds,
+    parse_size,
+    print_scores,
+    progress_bar,
+    sampling_bar,
+)  # fmt: skip
 from fewstep.errors import UserError
-from fewstep.eval.evaluate import Score, read_scores
+from fewstep.eval.evaluate import read_scores
 from fewstep.eval.pictures import save_grid
-from fewstep.eval.references import build_reference
-from fewstep.eval.tables import best_teacher, rows
+from fewstep.eval.tables import best_teacher
 from fewstep.models.hub.encoded import read_prompts
-from fewstep.models.hub.export import Form
-from fewstep.models.store import Size, write_text
+from fewstep.models.store import write_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,10 +55,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure what the loop costs beside the networks.")
 app.add_typer(bench, name="bench")
-out = Console(width=None if Console().is_terminal else 160)
-err = Console(stderr=True)
-
-Number = TypeVar("Number", int, float)
+app.add_typer(cli_make.app)
+app.add_typer(cli_solvers.app)
 
 
 class Video(StrEnum):
@@ -53,20 +64,6 @@ class Video(StrEnum):
 
     gif = "gif"
     mp4 = "mp4"
-
-
-ConfigFile = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the path of one that ships with fewstep.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example seed=1 or stages.0.steps=500.")
-]
-Source = Annotated[
-    str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder or an embedded model's name.")
-]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Resume = Annotated[Path | None, typer.Option(help="Continue the run in this folder; its own config counts.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 
 
 def main() -> None:
@@ -114,7 +111,7 @@ def _train(config: str | None, overrides: list[str], resume: Path | None) -> Pat
     settings = run_config(resume) if resume is not None else load_config(config or "", overrides)
     logged: list[dict[str, float]] = []
     told: set[str] = set()
-    with _bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("training", total=settings.steps)
 
         def progress(run: Run, metrics: dict[str, float]) -> None:
@@ -148,65 +145,32 @@ def sample(
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for a pipeline.")] = None,
     batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     labels: Annotated[str | None, typer.Option(help="Class labels, for example 0,1,2; all in turn by default.")] = None,
-    solver: Annotated[str | None, typer.Option(help="student, euler, heun or ddim.")] = None,
+    solver: Annotated[str | None, typer.Option(help="student, or one that fewstep sweep lists.")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 1.0,
+    grid: Grid = "time",
     seed: int = 0,
     video: Annotated[Video, typer.Option(help="What a video model writes.")] = Video.gif,
     file: Annotated[Path, typer.Option("--out", help="A PNG file; for prompts, a folder.")] = Path("grid.png"),
     device: Device = "auto",
 ) -> None:
     """Generate images: of labels as one picture, of prompts as a file each (what is there already is kept)."""
-    numbers = _numbers(labels, int, "--labels") if labels is not None else None
-    model = api.load(source, device, _size(size))
+    numbers = parse_numbers(labels, int, "--labels") if labels is not None else None
+    model = api.load(source, device, parse_size(size))
     if prompt is not None or prompts is not None:
         if file.suffix:
             raise UserError(f"--out is a folder for prompts, a file each; {file} looks like a file.")
         lines = [prompt] if prompt is not None else read_prompts(prompts or Path())
-        with _counting("sampling") as progress:
+        with counting("sampling") as progress:
             written = api.sample_files(
-                model, lines, file, seeds=_seeds(seeds, seed), batch=batch, steps=steps, solver=solver,
-                guidance=guidance, video=video.value, progress=progress,
+                model, lines, file, seeds=parse_seeds(seeds, seed), batch=batch, steps=steps, solver=solver,
+                guidance=guidance, grid=grid, video=video.value, progress=progress,
             )  # fmt: skip
         out.print(f"{len(written)} samples are in {file}.")
         return
-    images = api.sample(model, n=n, labels=numbers, steps=steps, solver=solver, guidance=guidance, seed=seed)
+    images = api.sample(model, n=n, labels=numbers, steps=steps, solver=solver, guidance=guidance, grid=grid, seed=seed)
     columns = len(numbers) if numbers and len(numbers) > 1 else min(n, model.config.classes or 10)
     save_grid(images, file, columns=columns)
     out.print(f"{n} images are in {file}.")
-
-
-@app.command()
-def encode(
-    prompts: Annotated[
-        Path, typer.Argument(metavar="PROMPTS", help="A text file, a prompt a line; or pictures with .txt.")
-    ],
-    teacher: Annotated[str, typer.Option(help="A diffusers pipeline, by folder or hub id.")],
-    folder: Annotated[Path, typer.Option("--out", help="A folder, for data.path with data.kind=prompts.")],
-    sizes: Annotated[str | None, typer.Option(help="Of pictures: HEIGHTxWIDTH,..., each at the nearest.")] = None,
-    frames: Annotated[int, typer.Option(help="Of videos (.mp4, .gif): how many frames.")] = 1,
-    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 16,
-    rows: Annotated[int, typer.Option(help="Prompts a file.")] = 512,
-    device: Device = "auto",
-) -> None:
-    """Encode prompts (and pictures) once, so that training needs no encoder. An interrupted run goes on."""
-    wanted = [size[:2] for text in sizes.split(",") if (size := _size(text))] if sizes else []
-    with _counting("encoding") as progress:
-        n = api.encode(
-            teacher, prompts, folder, sizes=wanted, frames=frames, batch=batch, rows=rows, device=device,
-            progress=progress,
-        )  # fmt: skip
-    out.print(f"{n} are encoded in {folder}.")
-
-
-@app.command()
-def export(
-    run: Source,
-    folder: Annotated[Path, typer.Option("--out", help="A new folder.")],
-    form: Annotated[Form, typer.Option("--to", help="diffusers, merged, lora or comfyui.")] = Form.diffusers,
-    device: Device = "cpu",
-) -> None:
-    """Write a student as a diffusers pipeline, a bare network or a LoRA file, and check it against the student."""
-    out.print(f"The student is in {api.export(run, form, folder, device)}: reloaded, and the same.")
 
 
 @app.command("eval")
@@ -215,8 +179,9 @@ def evaluate(
     reference: Annotated[str, typer.Option(help="An embedded reference or a reference folder.")] = "fashion",
     steps: Annotated[str | None, typer.Option(help="One or several; 1,2,4 by default.")] = None,
     nfe: Annotated[str | None, typer.Option(help="Instead of --steps: as many as fit in these evaluations.")] = None,
-    solver: Annotated[str | None, typer.Option(help="One or several of student, euler, heun, ddim.")] = None,
+    solver: Annotated[str | None, typer.Option(help="Student, or any that fewstep sweep lists.")] = None,
     guidance: Annotated[str, typer.Option(help="One or several scales, for example 1,2.")] = "1",
+    grid: Grid = "time",
     n: Annotated[int, typer.Option("--n", help="Samples a combination.")] = 10_000,
     seed: int = 0,
     file: Annotated[
@@ -227,16 +192,16 @@ def evaluate(
     """Score a model on real images: Fréchet distance, KID, precision, recall, accuracy, diversity."""
     if steps and nfe:
         raise UserError("Give --steps or --nfe, not both.")
-    counts = _numbers(steps or "1,2,4", int, "--steps")
-    budgets = _numbers(nfe, int, "--nfe") if nfe else []
-    scales = _numbers(guidance, float, "--guidance")
+    counts = parse_numbers(steps or "1,2,4", int, "--steps")
+    budgets = parse_numbers(nfe, int, "--nfe") if nfe else []
+    scales = parse_numbers(guidance, float, "--guidance")
     rules = solver.split(",") if solver else []
-    with _sampling_bar(n) as progress:
+    with sampling_bar(n) as progress:
         scores = api.evaluate(
-            source, reference=reference, steps=counts, nfe=budgets, solver=rules, guidance=scales, n=n, seed=seed,
-            device=device, json_file=file, progress=progress,
+            source, reference=reference, steps=counts, nfe=budgets, solver=rules, guidance=scales, grid=grid, n=n,
+            seed=seed, device=device, json_file=file, progress=progress,
         )  # fmt: skip
-    _print_scores(scores)
+    print_scores(scores)
 
 
 @app.command()
@@ -270,119 +235,25 @@ def demo(folder: Annotated[Path, typer.Option("--out", help="The run folder.")] 
         _train(None, [], folder)
     else:
         _train("configs/fashion/demo.yaml", [f"out={folder}"], None)
-    with _sampling_bar(10_000) as progress:
+    with sampling_bar(10_000) as progress:
         api.evaluate(folder, progress=progress)
     picture = api.compare(folder)
     out.print("Teacher (its best setting within each number of evaluations) and student:")
-    _print_scores(best_teacher(read_scores(folder / "eval.json")))
+    print_scores(best_teacher(read_scores(folder / "eval.json")))
     out.print(f"Teacher and student side by side: {picture}\nThe report: {api.report(folder)}")
-
-
-@app.command()
-def pairs(
-    source: Source,
-    file: Annotated[Path, typer.Option("--out", help="A safetensors file, for data.path with data.kind=tensors.")],
-    n: Annotated[int, typer.Option("--n", help="How many pairs.")] = 10_000,
-    solver: Annotated[str, typer.Option(help="euler, heun or ddim.")] = "heun",
-    steps: int = 18,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 1.0,
-    seed: int = 0,
-    device: Device = "auto",
-) -> None:
-    """Sample a teacher and keep the noise beside the samples: what a regression term learns from."""
-    with _bar() as bar:
-        task = bar.add_task("sampling", total=n)
-        api.make_pairs(
-            source, file, n=n, solver=solver, steps=steps, guidance=guidance, seed=seed, device=device,
-            progress=lambda done: bar.update(task, completed=done),
-        )  # fmt: skip
-    out.print(f"{n} pairs are in {file}.")
-
-
-@app.command()
-def prefer(
-    source: Source,
-    file: Annotated[Path, typer.Option("--out", help="A safetensors file, for data.path with data.kind=tensors.")],
-    reward: Annotated[str, typer.Option(help="confidence, symmetry or brightness.")],
-    n: Annotated[int, typer.Option("--n", help="How many pairs.")] = 2_000,
-    reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",
-    candidates: Annotated[int, typer.Option(help="Samples for each pair, of which the best and the worst count.")] = 4,
-    solver: Annotated[
-        str | None, typer.Option(help="student, euler, heun or ddim; a student's own by default.")
-    ] = None,
-    steps: int | None = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 1.0,
-    seed: int = 0,
-    device: Device = "auto",
-) -> None:
-    """Sample a model several times a label, keep the best and the worst by a reward, as preference pairs."""
-    with _bar() as bar:
-        task = bar.add_task("sampling", total=n * candidates)
-        api.make_preferences(
-            source, file, reward=reward, n=n, candidates=candidates, solver=solver, steps=steps, guidance=guidance,
-            reference=reference, seed=seed, device=device, progress=lambda done: bar.update(task, completed=done),
-        )  # fmt: skip
-    out.print(f"{n} pairs are in {file}.")
-
-
-@app.command()
-def wins(
-    ours: Source,
-    theirs: Annotated[str, typer.Argument(metavar="OTHER", help="What it is compared with.")],
-    n: Annotated[int, typer.Option("--n", help="Samples of each.")] = 2_000,
-    reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",
-    solver: Annotated[
-        str | None, typer.Option(help="student, euler, heun or ddim; a student's own by default.")
-    ] = None,
-    steps: int | None = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 1.0,
-    seed: int = 1,
-    file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
-    device: Device = "auto",
-) -> None:
-    """How often a model's samples get more of each reward than another model's, on the same labels and noise."""
-    results = api.win_rates(
-        ours, theirs, n=n, solver=solver, steps=steps, guidance=guidance, reference=reference, seed=seed, device=device,
-        json_file=file,
-    )  # fmt: skip
-    table = Table("reward", "win rate", "95 % interval", "mean", "mean of the other")
-    for r in results:
-        interval = f"{r['low']:.3f} to {r['high']:.3f}"
-        table.add_row(r["reward"], f"{r['win_rate']:.3f}", interval, f"{r['ours']:.3f}", f"{r['theirs']:.3f}")
-    out.print(table)
-
-
-@app.command()
-def reference(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder with the four idx files.")],
-    folder: Annotated[Path, typer.Option("--out", help="A new folder for the reference.")],
-    epochs: Annotated[int, typer.Option(help="Passes of the classifier over the training images.")] = 6,
-    seed: int = 0,
-) -> None:
-    """Train the evaluator's classifier and write a reference: features of real images, and some of the images."""
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; choose another folder with --out.")
-    train_images, test_images = read_idx(data, "train"), read_idx(data, "test")
-    with _bar() as bar:
-        task = bar.add_task("training the classifier", total=None)
-        result = build_reference(
-            folder, folder.name, train_images, test_images, epochs=epochs, seed=seed,
-            progress=lambda step, steps, loss: bar.update(task, completed=step, total=steps),
-        )  # fmt: skip
-    out.print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
 
 
 @app.command()
 def shootout(config: ConfigFile, device: Device = "auto") -> None:
     """Train several methods from one teacher at one budget of evaluations, several seeds each, and compare them."""
-    with _bar() as bar:
+    with progress_bar() as bar:
 
         def progress(name: str) -> Callable[[Run, dict[str, float]], None]:
             task = bar.add_task(name)
             return lambda run, metrics: bar.update(task, completed=run.step, total=run.config.steps)
 
         scores = api.shootout(config, progress, device)
-    _print_scores(scores)
+    print_scores(scores)
 
 
 @app.command("show")
@@ -430,59 +301,3 @@ def memory(
         out.print(f"{name}: {value}")
     if file is not None:
         write_text(json.dumps(result, indent=1) + "\n", file)
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, transient=True) as bar:
-        yield bar
-
-
-@contextmanager
-def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar, and the function that moves it: (how many are done, of how many)."""
-    with _bar() as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _sampling_bar(n: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar over ``n`` samples, and the function that moves it: (what is sampled, how many are done)."""
-    with _bar() as bar:
-        task = bar.add_task("sampling", total=n)
-        yield lambda label, done: bar.update(task, description=label, completed=done)
-
-
-def _size(text: str | None) -> Size | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.isdigit() and int(part) for part in parts):
-        raise UserError(f"--size is HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for example 512x512, got {text!r}.")
-    height, width, frames = (*map(int, parts), 1)[:3]
-    return height, width, frames
-
-
-def _seeds(text: str | None, seed: int) -> list[int]:
-    """``0-3`` or ``0,5,7``; without a text, the one seed."""
-    first, dash, last = (text or "").partition("-")
-    if dash and first.isdigit() and last.isdigit():
-        return list(range(int(first), int(last) + 1))
-    return _numbers(text, int, "--seeds") if text else [seed]
-
-
-def _numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Number]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"{option} takes numbers separated by commas, got {text!r}.") from error
-
-
-def _print_scores(scores: list[Score]) -> None:
-    head, *body = rows(scores)
-    table = Table(*head)
-    for row in body:
-        table.add_row(*row)
-    out.print(table)

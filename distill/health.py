@@ -32,6 +32,7 @@ from fewstep.models.schedules import NoiseSchedule
 from fewstep.models.store import FewStep, ModelConfig
 from fewstep.samplers.grids import time_uniform
 from fewstep.samplers.sample import sample
+from fewstep.samplers.solvers import SOLVERS, STUDENTS
 
 BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -112,9 +113,9 @@ class Probe:
 
     def _profile(self, denoiser: Denoiser, few_step: FewStep | None, scale: float) -> Profile:
         settings, condition = self.settings, self.condition
-        rule, times = "heun", time_uniform(settings.teacher_steps, self.origin.shift)
+        rule, times = SOLVERS["heun"], time_uniform(settings.teacher_steps, self.origin.shift)
         if few_step is not None:
-            rule, times, scale = few_step.rule, (*few_step.times, 0.0), 1.0
+            rule, times, scale = STUDENTS[few_step.rule], (*few_step.times, 0.0), 1.0
             if few_step.counts:
                 told = torch.full((settings.conditions,), len(few_step.times), device=self.device)
                 condition = condition.replace(steps=told)

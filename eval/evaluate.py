@@ -35,6 +35,7 @@ class Score(BaseModel):
     model: str
     role: Literal["teacher", "student"]
     solver: str
+    grid: str = "time"
     nfe: int
     steps: int
     guidance: float
@@ -75,23 +76,23 @@ def cycled_labels(n: int, classes: int) -> Tensor:
 
 def draw(
     model: Model, labels: Tensor, *, solver: str, steps: int | None, guidance: float, seed: int,
-    first: int = 0, progress: Callable[[int], None] | None = None,
+    grid: str = "time", first: int = 0, progress: Callable[[int], None] | None = None,
 ) -> Samples:  # fmt: skip
     """One sample for each label [N], numbered from ``first``; raises ``UserError`` as ``plan`` does."""
     condition = Condition.of_labels(labels, model.config.classes)
     return draw_from(
         model, condition, range(first, first + len(labels)), solver=solver, steps=steps, guidance=guidance, seed=seed,
-        progress=progress,
+        grid=grid, progress=progress,
     )  # fmt: skip
 
 
 def draw_from(
     model: Model, condition: Condition, numbers: Sequence[int], *, solver: str, steps: int | None, guidance: float,
-    seed: int, batch: int = 100, progress: Callable[[int], None] | None = None,
+    seed: int, grid: str = "time", batch: int = 100, progress: Callable[[int], None] | None = None,
 ) -> Samples:  # fmt: skip
     """One sample for each row of ``condition`` [n] and its number; raises ``UserError`` as ``plan`` does."""
     n = len(numbers)
-    rule, times = plan(solver, steps, model.config.few_step, model.config.shift)
+    rule, times = plan(solver, steps, model.config, grid, model.path)
     if model.config.few_step and model.config.few_step.counts:
         condition = condition.replace(steps=torch.full((n,), len(times) - 1))
     return sample(
@@ -125,6 +126,7 @@ def evaluate(
     solver: str,
     steps: int | None,
     guidance: float = 1.0,
+    grid: str = "time",
     n: int = 10_000,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -137,7 +139,9 @@ def evaluate(
     started = time.monotonic()
     if model.config.classes:
         labels = cycled_labels(n, model.config.classes)
-        samples = draw(model, labels, solver=solver, steps=steps, guidance=guidance, seed=seed, progress=progress)
+        samples = draw(
+            model, labels, solver=solver, steps=steps, guidance=guidance, grid=grid, seed=seed, progress=progress
+        )
         seconds = time.monotonic() - started
         values = metrics(reference, to_bytes(samples.x0), labels, model.config.classes)
     else:
@@ -146,8 +150,9 @@ def evaluate(
         pipeline = folder.pipeline().to(model.device)
         condition = folder.condition(pipeline, captions).index(rows.to(model.device))
         samples = draw_from(
-            model, condition, range(n), solver=solver, steps=steps, guidance=guidance, seed=seed, progress=progress
-        )
+            model, condition, range(n), solver=solver, steps=steps, guidance=guidance, grid=grid, seed=seed,
+            progress=progress,
+        )  # fmt: skip
         pictures, asked = folder.pictures(pipeline, samples.x0, batch=100), every.rows(rows)
         seconds = time.monotonic() - started
         values = metrics(reference, read(pictures).grey, asked.labels, len(every))
@@ -156,7 +161,7 @@ def evaluate(
     used = steps or (len(few.times) if few else 0)
     return [
         Score(
-            model=name, role="student" if few else "teacher", solver=solver, nfe=samples.nfe,
+            model=name, role="student" if few else "teacher", solver=solver, grid=grid, nfe=samples.nfe,
             steps=used, guidance=guidance, metric=metric, value=value, n=n, seed=seed,
             seconds=round(seconds, 2), reference=f"{reference.name}/{reference.split}",
             features_sha256=reference.network.sha256,

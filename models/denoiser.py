@@ -105,13 +105,17 @@ class Denoiser(nn.Module):
         features: dict[str, Tensor] = {}
         token = _features.set(features)
         try:
-            raw = self.backbone(x_t, times, condition)
+            raw = self.raw(x_t, times, condition)
         finally:
             _features.reset(token)
+        return Prediction(raw, self.kind, x_t, Coefficients.at(self.schedule, expand_like(times, x_t)), features)
+
+    def raw(self, x_t: Tensor, times: Tensor, condition: Condition) -> Tensor:
+        """The backbone's output alone, at least float32: what samplers read, who know the coefficients as numbers."""
+        raw: Tensor = self.backbone(x_t, times, condition)
         if raw.shape != x_t.shape:
             raise ValueError(f"the backbone returned {tuple(raw.shape)} for an input of {tuple(x_t.shape)}")
-        coefficients = Coefficients.at(self.schedule, expand_like(times, x_t))
-        return Prediction(raw.to(torch.promote_types(raw.dtype, torch.float32)), self.kind, x_t, coefficients, features)
+        return raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw
 
 
 class Routed(nn.Module):

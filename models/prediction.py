@@ -8,15 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
-import torch
 from torch import Tensor
 
 from fewstep.models.schedules import NoiseSchedule
 
 Kind = Literal["x0", "noise", "v", "velocity", "score"]
 KINDS: tuple[Kind, ...] = ("x0", "noise", "v", "velocity", "score")
+
+
+Number = TypeVar("Number", Tensor, float)
+
+
+def row(kind: Kind, alpha: Number, sigma: Number, d_alpha: Number, d_sigma: Number) -> tuple[Number, Number]:
+    """``(a, b)`` such that the quantity is ``a x0 + b noise``."""
+    zero = 0 * alpha
+    match kind:
+        case "x0":
+            return zero + 1, zero
+        case "noise":
+            return zero, zero + 1
+        case "v":
+            return -sigma, alpha
+        case "velocity":
+            return d_alpha, d_sigma
+        case "score":
+            return zero, -1 / sigma
+
+
+def conversion(
+    source: Kind, target: Kind, alpha: Number, sigma: Number, d_alpha: Number, d_sigma: Number
+) -> tuple[Number, Number]:
+    """``(p, q)`` such that ``target = p x_t + q source``; exactly (0, 1) where the two are the same."""
+    if source == target:
+        return 0 * alpha, 0 * alpha + 1
+    a, b = row(source, alpha, sigma, d_alpha, d_sigma)
+    c, d = row(target, alpha, sigma, d_alpha, d_sigma)
+    determinant = alpha * b - sigma * a
+    return (c * b - d * a) / determinant, (d * alpha - c * sigma) / determinant
 
 
 @dataclass(frozen=True)
@@ -34,27 +64,11 @@ class Coefficients:
 
     def row(self, kind: Kind) -> tuple[Tensor, Tensor]:
         """``(a, b)`` such that the quantity is ``a x0 + b noise``."""
-        zero, one = torch.zeros_like(self.alpha), torch.ones_like(self.alpha)
-        match kind:
-            case "x0":
-                return one, zero
-            case "noise":
-                return zero, one
-            case "v":
-                return -self.sigma, self.alpha
-            case "velocity":
-                return self.d_alpha, self.d_sigma
-            case "score":
-                return zero, -1 / self.sigma
+        return row(kind, self.alpha, self.sigma, self.d_alpha, self.d_sigma)
 
     def convert(self, source: Kind, target: Kind) -> tuple[Tensor, Tensor]:
         """``(p, q)`` such that ``target = p x_t + q source``; exactly (0, 1) where the two are the same."""
-        if source == target:
-            return torch.zeros_like(self.alpha), torch.ones_like(self.alpha)
-        a, b = self.row(source)
-        c, d = self.row(target)
-        determinant = self.alpha * b - self.sigma * a
-        return (c * b - d * a) / determinant, (d * self.alpha - c * self.sigma) / determinant
+        return conversion(source, target, self.alpha, self.sigma, self.d_alpha, self.d_sigma)
 
 
 @dataclass(frozen=True)

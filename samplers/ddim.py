@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
+from fewstep.samplers.exponential import Noise
 from fewstep.samplers.predictor import Predictor
 
 
-def ddim(predict: Predictor, x: Tensor, times: Sequence[float]) -> Tensor:
-    """``x_{t'} = alpha(t') x0 + sigma(t') noise``: deterministic (eta = 0), for any schedule."""
-    for t, after in pairwise(times):
-        p = predict(x, t)
-        time = torch.tensor(after, dtype=torch.float64)
-        alpha, sigma = float(predict.schedule.alpha(time)), float(predict.schedule.sigma(time))
-        x = alpha * p.x0 + sigma * p.noise if sigma else alpha * p.x0
+def ddim(
+    predict: Predictor, x: Tensor, times: Sequence[float], noise: Noise | None = None, *, eta: float = 0.0
+) -> Tensor:
+    """``x_t = alpha_t x0 + sqrt(sigma_t^2 - d^2) e + d z`` for any schedule, ``d`` being ``eta`` times the deviation of
+    the forward process's posterior: 0 is deterministic, 1 ancestral (DDPM)."""
+    for s, t in pairwise(predict.nodes(times)):
+        p = predict(x, s.t)
+        if not t.sigma:
+            x = t.alpha * p.x0
+            continue
+        fresh = eta * t.sigma / s.sigma * math.sqrt(max(0.0, s.sigma**2 - (s.alpha * t.sigma / t.alpha) ** 2))
+        x = t.alpha * p.x0 + math.sqrt(t.sigma**2 - fresh**2) * p.noise
+        if fresh and noise is not None:
+            x = x + fresh * noise()
     return x

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -13,16 +14,11 @@ from fewstep.errors import UserError, nearest
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import OFF, Guidance
-from fewstep.models.store import FewStep
-from fewstep.samplers.ddim import ddim
-from fewstep.samplers.euler import euler
-from fewstep.samplers.few_step import renoise
-from fewstep.samplers.grids import time_uniform
-from fewstep.samplers.heun import heun
+from fewstep.models.schedules import schedule_from_dict
+from fewstep.models.store import ModelConfig
+from fewstep.samplers.grids import LEAST, MOST, Spacing, grid, time_uniform
 from fewstep.samplers.predictor import Predictor
-
-Solver = Callable[[Predictor, Tensor, Sequence[float]], Tensor]
-SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "ddim": ddim}
+from fewstep.samplers.solvers import SOLVERS, STUDENTS, Solver, find_solver
 
 
 class Samples(NamedTuple):
@@ -44,13 +40,24 @@ class SampleNoise:
         return torch.stack([draws.normal(self._shape) for draws in self._draws]).to(self._device)
 
 
-def plan(solver: str, steps: int | None, few_step: FewStep | None, shift: float = 1.0) -> tuple[str, tuple[float, ...]]:
-    """The rule and the nodes of a request: ``student`` takes both from how the model was distilled; ``shift`` is that
-    of a teacher's grid.
+class Plan(NamedTuple):
+    """How to sample: the solver and the nodes."""
 
-    A student of K steps may be asked for any number of steps; other numbers than K spread as its own
-    times do. Raises ``UserError`` for an unknown solver, a missing step count, or a student's solver on a teacher.
+    rule: Solver
+    times: tuple[float, ...]
+
+
+def plan(
+    solver: str, steps: int | None, config: ModelConfig, spacing: str = "time", folder: Path | None = None
+) -> Plan:
+    """The rule and the nodes of a request: ``student`` takes both from how the model was distilled.
+
+    A student of K steps may be asked for any number of steps; other numbers than K spread as its own times do.
+    ``spacing`` of a teacher's grid (see ``grids.grid``) may name the least time before 0, too: ``log_snr:0.02``. The
+    model's ``folder`` holds what some solvers know of it. Raises ``UserError`` for an unknown solver or spacing, a
+    missing step count, or a student's solver on a teacher.
     """
+    few_step = config.few_step
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}.")
     if few_step and few_step.counts and steps is not None and steps not in few_step.counts:
@@ -64,22 +71,42 @@ def plan(solver: str, steps: int | None, few_step: FewStep | None, shift: float 
                 + " and --steps."
             )
         if steps is None or steps == len(few_step.times):
-            return few_step.rule, (*few_step.times, 0.0)
-        return few_step.rule, time_uniform(steps, few_step.shift)
-    if solver not in SOLVERS:
-        raise UserError(f"Unknown solver {solver!r}{nearest(solver, ['student', *SOLVERS])}.")
+            return Plan(STUDENTS[few_step.rule], (*few_step.times, 0.0))
+        return Plan(STUDENTS[few_step.rule], time_uniform(steps, few_step.shift))
+    rule = find_solver(solver, folder)
     if steps is None:
         raise UserError(f"The solver {solver!r} needs a number of steps.")
-    return solver, time_uniform(steps, shift)
+    return Plan(rule, _nodes(rule, steps, config, spacing))
 
 
-def steps_within(solver: str, nfe: int, guided: bool) -> int:
+def _nodes(rule: Solver, steps: int, config: ModelConfig, spacing: str) -> tuple[float, ...]:
+    name, _, least = spacing.partition(":")
+    if name not in get_args(Spacing):
+        raise UserError(f"Unknown grid {name!r}{nearest(name, get_args(Spacing))}.")
+    schedule = schedule_from_dict(config.noise_schedule)
+    start = schedule.log_snr(torch.ones((), dtype=torch.float64))
+    most = MOST if rule.by_log_snr and not start.isfinite() else 1.0
+    if name == "time" and most == 1.0:
+        return time_uniform(steps, config.shift)
+    try:
+        lowest = float(least) if least else LEAST
+        return grid(schedule, steps, cast(Spacing, name), factor=config.shift, most=most, least=lowest)
+    except ValueError as error:
+        raise UserError(f"The grid {spacing!r} does not work: {error}.") from error
+
+
+def steps_within(solver: str, nfe: int, guided: bool, config: ModelConfig) -> int:
     """The most steps of a rule that ``nfe`` evaluations allow. Raises ``UserError`` if they do not allow one."""
     reads = nfe // 2 if guided else nfe
-    steps = (reads + 1) // 2 if solver == "heun" else reads
-    if steps < 1:
+    rule, schedule = SOLVERS.get(solver, SOLVERS["ddim"]), schedule_from_dict(config.noise_schedule)
+    fitting = [
+        steps
+        for steps in range(1, reads + 1)
+        if rule.reads == 1 or rule.evaluations(schedule, _nodes(rule, steps, config, "time")) <= reads
+    ]
+    if not fitting:
         raise UserError(f"{nfe} evaluations are too few for one step of {solver!r}{' with guidance' * guided}.")
-    return steps
+    return fitting[-1]
 
 
 @torch.no_grad()
@@ -89,7 +116,7 @@ def sample(
     shape: tuple[int, ...],
     n: int,
     *,
-    rule: str,
+    rule: Solver,
     times: Sequence[float],
     guidance: Guidance = OFF,
     seed: int = 0,
@@ -100,8 +127,7 @@ def sample(
 ) -> Samples:
     """Draws ``n`` samples, one a row of ``condition``, by ``rule`` over ``times``.
 
-    ``rule`` is a key of ``SOLVERS``, ``deterministic`` or ``renoise``. A sample's noise depends on ``seed`` and its
-    number alone (``numbers``; 0 to n - 1 by default), whatever the batch.
+    A sample's noise depends on ``seed`` and its number alone (``numbers``; 0 to n - 1 by default), whatever the batch.
     """
     start = float(denoiser.schedule.sigma(torch.tensor(times[0], dtype=torch.float64)))
     numbers = range(n) if numbers is None else numbers
@@ -111,13 +137,9 @@ def sample(
         noise = SampleNoise(seed, numbers[rows], shape, torch.device(device))
         predict = Predictor(denoiser, condition.index(rows).to(device), guidance)
         x = start * noise()
-        x = renoise(predict, x, times, noise) if rule == "renoise" else _solver(rule)(predict, x, times)
+        x = rule(predict, x, times, noise)
         parts.append(x.cpu())
         nfe = predict.nfe
         if progress is not None:
             progress(rows.stop)
     return Samples(torch.cat(parts), nfe)
-
-
-def _solver(rule: str) -> Solver:
-    return ddim if rule == "deterministic" else SOLVERS[rule]

@@ -29,6 +29,7 @@ from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, routed
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
 from fewstep.samplers.sample import sample
+from fewstep.samplers.solvers import STUDENTS
 
 RESULTS = Path(__file__).parent.parent / "results" / "mixtures.json"
 
@@ -201,7 +202,7 @@ def quality(roles: Roles, objective: Objective, n: int = 4000) -> dict[str, floa
     generator = experts[0] if len(experts) == 1 else routed(experts, [low for _, low in objective.experts])
     few = objective.few_step
     assert few is not None
-    x = sample(generator, Condition(), (2,), n, rule=few.rule, times=(*few.times, 0.0), seed=1, batch=n).x0
+    x = sample(generator, Condition(), (2,), n, rule=STUDENTS[few.rule], times=(*few.times, 0.0), seed=1, batch=n).x0
     distance = torch.cdist(x.double(), RING.means)
     nearest = distance.min(1)
     near = nearest.values < 3 * 0.05 * 1.2

@@ -19,14 +19,19 @@ from fewstep.distill.shootout import curve, load_shootout, run_all
 from fewstep.errors import UserError
 from fewstep.eval.evaluate import Score, cycled_labels, draw, draw_from, merged, read_scores
 from fewstep.eval.evaluate import evaluate as evaluate_model
+from fewstep.eval.features import extract
+from fewstep.eval.frechet import Statistics, frechet_distance
 from fewstep.eval.frontier import draw_frontier
 from fewstep.eval.pictures import comparison, save_picture, save_sample
 from fewstep.eval.references import load_reference
 from fewstep.eval.report import write_report
 from fewstep.eval.rewards import REWARDS, find_reward, win_rate
+from fewstep.eval.sweep import Line, at_their_best, cells, draw_sweep
 from fewstep.eval.tables import markdown
 from fewstep.eval.tinted import Asked
 from fewstep.eval.validation import PromptValidation, Validation
+from fewstep.models.condition import Condition
+from fewstep.models.guidance import Guidance
 from fewstep.models.hub.encode import encode_pictures, encode_prompts
 from fewstep.models.hub.encoded import read_prompts
 from fewstep.models.hub.export import Form
@@ -34,9 +39,13 @@ from fewstep.models.hub.export import export as export_model
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.store import Model, Size, load_model, pipeline_of, place_of, write_tensors, write_text
 from fewstep.pictures import require_av
+from fewstep.samplers import statistics
+from fewstep.samplers.dc_solver import Searched, goals, search
+from fewstep.samplers.predictor import Predictor
 from fewstep.samplers.sample import SampleNoise, plan, steps_within
 
 Source = str | Path
+SEARCH_SEED = 12345  # of the samples that solvers are tuned on: far from those that people compare
 
 
 def train(
@@ -93,6 +102,7 @@ def sample(
     steps: int | None = None,
     solver: str | None = None,
     guidance: float = 1.0,
+    grid: str = "time",
     seed: int = 0,
     device: str = "auto",
 ) -> Tensor:
@@ -110,8 +120,9 @@ def sample(
         pipeline = folder.pipeline().to(model.device)
         condition = folder.condition(pipeline, prompts)
         x0 = draw_from(
-            model, condition, range(len(prompts)), solver=solver, steps=steps, guidance=guidance, seed=seed, batch=8
-        ).x0
+            model, condition, range(len(prompts)), solver=solver, steps=steps, guidance=guidance, grid=grid, seed=seed,
+            batch=8,
+        ).x0  # fmt: skip
         return folder.pictures(pipeline, x0)
     classes = model.config.classes
     wanted = list(range(classes)) if labels is None else list(labels)
@@ -121,13 +132,13 @@ def sample(
     if n < 1:
         raise UserError(f"n must be at least 1, got {n}.")
     row = torch.tensor(wanted)[torch.arange(n) % len(wanted)]
-    return to_bytes(draw(model, row, solver=solver, steps=steps, guidance=guidance, seed=seed).x0)
+    return to_bytes(draw(model, row, solver=solver, steps=steps, guidance=guidance, grid=grid, seed=seed).x0)
 
 
 def sample_files(
     source: Source | Model, prompts: Sequence[str], folder: Source, *, seeds: Sequence[int] = (0,), batch: int = 8,
-    steps: int | None = None, solver: str | None = None, guidance: float = 1.0, video: Literal["gif", "mp4"] = "gif",
-    device: str = "auto", progress: Callable[[int, int], None] | None = None,
+    steps: int | None = None, solver: str | None = None, guidance: float = 1.0, grid: str = "time",
+    video: Literal["gif", "mp4"] = "gif", device: str = "auto", progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:  # fmt: skip
     """A file for each prompt and seed, ``00000-0.png`` (of a video model ``.gif`` or ``.mp4``), whatever the batch.
     Those that are there already are kept, so that a run can be continued. ``progress`` is told how many of how many."""
@@ -147,7 +158,7 @@ def sample_files(
         for low in range(0, len(numbers), batch):
             some = numbers[low : low + batch]
             rows = condition.index(torch.tensor(some, device=model.device))
-            x0 = draw_from(model, rows, some, solver=solver, steps=steps, guidance=guidance, seed=seed).x0
+            x0 = draw_from(model, rows, some, solver=solver, steps=steps, guidance=guidance, grid=grid, seed=seed).x0
             for number, picture in zip(some, pipeline_folder.pictures(pipeline, x0), strict=True):
                 save_sample(picture, files[seed][number])
             written += len(some)
@@ -161,7 +172,7 @@ def _rule(model: Model, solver: str | None, steps: int | None) -> tuple[str, int
     ``UserError`` if they do not go together."""
     few = model.config.few_step
     chosen = solver or ("student" if few else "euler"), steps if steps is not None or few else 32
-    plan(*chosen, few)
+    plan(*chosen, model.config)
     return chosen
 
 
@@ -173,13 +184,15 @@ def evaluate(
     nfe: Sequence[int] = (),
     solver: Sequence[str] = (),
     guidance: Sequence[float] = (1.0,),
+    grid: str = "time",
     n: int = 10_000,
     seed: int = 0,
     device: str = "auto",
     json_file: Source | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Score]:
-    """Scores every combination of ``solver``, ``steps`` and ``guidance`` on the reference's test images.
+    """Scores every combination of ``solver``, ``steps`` and ``guidance`` on the reference's test images. A teacher's
+    steps are spaced as ``grid`` says (see ``samplers.grids``).
 
     ``nfe`` takes the place of ``steps``: as many steps as that number of evaluations allows. After each combination the
     scores are merged into ``json_file``; for a run folder that is its ``eval.json``, which also takes over the scores
@@ -194,18 +207,18 @@ def evaluate(
     file = Path(json_file) if json_file else _default_json(Path(source))
     known = read_scores(file) if file and file.is_file() else _teacher_scores(Path(source), real.network.sha256)
     requests = [
-        (rule, steps_within(rule, count, scale != 1) if nfe else count, scale)
+        (rule, steps_within(rule, count, scale != 1, model.config) if nfe else count, scale)
         for rule in solvers for count in nfe or steps for scale in guidance
     ]  # fmt: skip
     for rule, count, _ in requests:
-        plan(rule, count, model.config.few_step)
+        plan(rule, count, model.config, grid, model.path)
     if model.config.classes:
         real.network(torch.zeros(1, *model.config.shape, dtype=torch.uint8))  # refuses other shapes before any is drawn
     scores: list[Score] = []
     for rule, count, scale in dict.fromkeys(requests):
         label = f"{rule} {count} steps, guidance {scale:g}"
         scores += evaluate_model(
-            model, real, name=Path(source).name, solver=rule, steps=count, guidance=scale, n=n, seed=seed,
+            model, real, name=Path(source).name, solver=rule, steps=count, guidance=scale, grid=grid, n=n, seed=seed,
             progress=partial(progress, label) if progress else None,
         )  # fmt: skip
         if file is not None:
@@ -310,6 +323,98 @@ def make_pairs(
     noise = SampleNoise(seed, range(n), model.config.shape, torch.device("cpu"))()
     start = float(model.denoiser.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)))
     write_tensors({"noise": start * noise, "x0": samples.x0, "labels": labels}, Path(file))
+
+
+def make_statistics(
+    source: Source, file: Source, *, n: int = 1024, intervals: int = 120, guidance: float = 1.0, seed: int = 0,
+    device: str = "auto", progress: Callable[[int, int], None] | None = None,
+) -> None:  # fmt: skip
+    """The statistics that DPM-Solver-v3 needs of a class-conditional model, over ``n`` of its own samples. The solver
+    finds them as ``statistics.safetensors`` beside the model's weights. Goes on where it stopped."""
+    model = load(source, device)
+    labels = cycled_labels(n, _classes(model))
+    x0 = draw(model, labels, solver="heun", steps=16, guidance=guidance, seed=SEARCH_SEED + seed).x0
+    condition = Condition.of_labels(labels, model.config.classes)
+    samples = statistics.Samples(x0.to(model.device), condition.to(model.device))
+    statistics.estimate(
+        model.denoiser, samples, Path(file), guidance=Guidance(guidance), intervals=intervals, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+
+
+def search_ratios(
+    source: Source, file: Source, *, steps: Sequence[int], guidance: Sequence[float], order: int = 2, n: int = 32,
+    seed: int = 0, device: str = "auto", progress: Callable[[int, int], None] | None = None,
+) -> None:  # fmt: skip
+    """Searches DC-Solver's ratios for every number of steps and scale, against runs of a hundred times the steps. The
+    solver finds them as ``dc_solver.json`` beside the model's weights."""
+    model = load(source, device)
+    labels = cycled_labels(n, _classes(model))
+    condition = Condition.of_labels(labels, model.config.classes).to(model.device)
+    noise = SampleNoise(SEARCH_SEED + seed, range(n), model.config.shape, model.device)()
+    found: list[Searched] = []
+    wanted = [(count, scale) for scale in guidance for count in steps]
+    for done, (count, scale) in enumerate(wanted, start=1):
+        times = plan("unipc_2", count, model.config).times
+        predict = Predictor(model.denoiser, condition, Guidance(scale))
+        x = predict.nodes(times)[0].sigma * noise
+        ratios = search(predict, x, times, goals(predict, x, times), order=order)
+        found.append(Searched(steps=count, guidance=scale, order=order, ratios=ratios))
+        if progress is not None:
+            progress(done, len(wanted))
+    write_text(json.dumps([one.model_dump() for one in found], indent=1) + "\n", Path(file))
+
+
+def sweep(
+    source: Source, *, solvers: Sequence[str], nfe: Sequence[int], folder: Source, grids: Sequence[str] = ("time",),
+    guidance: float = 1.0, n: int = 2_000, long: int = 1000, reference: str | None = None, seed: int = 0,
+    device: str = "auto", progress: Callable[[int, int], None] | None = None,
+) -> list[Line]:  # fmt: skip
+    """Every solver, grid and budget of evaluations of a class-conditional teacher, against ``long`` steps of UniPC-3
+    from the same noise (and, with ``reference``, scored); writes ``sweep.json``, ``sweep.md`` and ``sweep.png``.
+
+    A budget that allows no step is left out. Raises ``UserError`` on an unknown solver or grid before it samples.
+    """
+    model = load(source, device)
+    labels = cycled_labels(n, _classes(model))
+    real = load_reference(reference, "test", model.device) if reference else None
+    requests = []
+    for solver in solvers:
+        for grid in grids:
+            for budget in nfe:
+                steps = steps_within(solver, budget, guidance != 1, model.config)
+                requests.append((solver, grid, budget, steps))
+                plan(solver, steps, model.config, grid, model.path)
+    exact = draw(model, labels, solver="unipc_3", steps=long, grid="log_snr", guidance=guidance, seed=seed).x0
+    lines: list[Line] = []
+    for done, (solver, grid, budget, steps) in enumerate(requests, start=1):
+        samples = draw(model, labels, solver=solver, steps=steps, grid=grid, guidance=guidance, seed=seed)
+        error = (samples.x0 - exact).square().mean().sqrt().item()
+        value = None
+        if real is not None:
+            value = frechet_distance(Statistics.of(extract(real.network, to_bytes(samples.x0))), real.statistics)
+        lines.append(
+            Line(
+                model=Path(source).name, solver=solver, grid=grid, nfe=samples.nfe, budget=budget, steps=steps,
+                guidance=guidance, error=error, metric=real.metric if real else None, value=value, n=n, seed=seed,
+                long=long,
+            )
+        )  # fmt: skip
+        if progress is not None:
+            progress(done, len(requests))
+    place, best = Path(folder), at_their_best(lines)
+    place.mkdir(parents=True, exist_ok=True)
+    write_text(json.dumps([line.model_dump() for line in lines], indent=1) + "\n", place / "sweep.json")
+    head, *body = cells(best)
+    write_text("".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body)), place / "sweep.md")
+    draw_sweep(best, place / "sweep.png")
+    return lines
+
+
+def _classes(model: Model) -> int:
+    if not model.config.classes:
+        raise UserError("This is for class-conditional models; this one takes prompts.")
+    return model.config.classes
 
 
 def make_preferences(

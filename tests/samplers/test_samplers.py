@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,21 +16,23 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
 from fewstep.models.schedules import VPLinear
-from fewstep.models.store import FewStep
+from fewstep.models.store import FewStep, ModelConfig
 from fewstep.samplers.ddim import ddim
 from fewstep.samplers.euler import euler
 from fewstep.samplers.few_step import renoise
 from fewstep.samplers.grids import log_snr_uniform, time_uniform
 from fewstep.samplers.heun import heun
 from fewstep.samplers.predictor import Predictor
-from fewstep.samplers.sample import SOLVERS, SampleNoise, Solver, plan, sample, steps_within
+from fewstep.samplers.sample import SampleNoise, plan, sample, steps_within
+from fewstep.samplers.solvers import SOLVERS, STUDENTS, Rule
 
 MIXTURE = GaussianMixture([0.3, 0.7], [[-1.5, 0.5], [1.0, -0.5]], [0.4, 0.6], labels=[0, 1])
 TEACHER = Denoiser(MixtureBackbone(MIXTURE, FLOW), FLOW, "x0")
+TEACHER_CONFIG = ModelConfig(backbone={"name": "unet"}, shape=(2,))
 NOISE = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def solve(solver: Solver, steps: int, start: float = 0.95, end: float = 0.1) -> Tensor:
+def solve(solver: Rule, steps: int, start: float = 0.95, end: float = 0.1) -> Tensor:
     times = torch.linspace(start, end, steps + 1, dtype=torch.float64).tolist()
     return solver(Predictor(TEACHER, Condition()), NOISE, times)
 
@@ -38,7 +41,7 @@ def solve(solver: Solver, steps: int, start: float = 0.95, end: float = 0.1) -> 
 def test_error_falls_with_the_claimed_order(name: str, order: int) -> None:
     """Mean slope over N = 20..160 against 2,000 Heun steps, on the exact field of a mixture."""
     reference = solve(heun, 2000)
-    errors = [(solve(SOLVERS[name], n) - reference).square().mean().sqrt().item() for n in (20, 40, 80, 160)]
+    errors = [(solve(SOLVERS[name].run, n) - reference).square().mean().sqrt().item() for n in (20, 40, 80, 160)]
     slope = math.log2(errors[0] / errors[-1]) / 3
     assert slope == pytest.approx(order, abs=0.12)
 
@@ -54,7 +57,7 @@ def test_gaussian_data_reach_their_exact_ode_map(name: str) -> None:
     """x_t = alpha_t m + (x_s - alpha_s m) sqrt(v_t / v_s), v = alpha^2 k^2 + sigma^2, here from t = 1 to t = 0."""
     m, k = 0.7, 0.5
     teacher = gaussian(m, k, 2)
-    x = SOLVERS[name](Predictor(teacher, Condition()), NOISE, time_uniform(400))
+    x = SOLVERS[name].run(Predictor(teacher, Condition()), NOISE, time_uniform(400))
     assert torch.allclose(x, m + k * NOISE, atol={"heun": 1e-3}.get(name, 0.02))
 
 
@@ -74,7 +77,7 @@ def test_network_evaluations_are_counted_and_guidance_doubles_them(name: str, ev
     predict = Predictor(TEACHER, condition, Guidance(1.0 if guided == 1 else 2.0))
     calls: list[int] = []
     handle = TEACHER.backbone.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
-    SOLVERS[name](predict, NOISE, time_uniform(6))
+    SOLVERS[name].run(predict, NOISE, time_uniform(6))
     handle.remove()
     assert predict.nfe == guided * evaluations
     assert sum(calls) == predict.nfe * len(NOISE), "what is counted is what the network did"
@@ -119,13 +122,24 @@ def test_a_sample_does_not_depend_on_its_batch(rule: str) -> None:
     condition = Condition.of_labels(torch.arange(10) % 2, 2)
     teacher = Denoiser(MixtureBackbone(MIXTURE, FLOW), FLOW, "x0")
     draws = [
-        sample(teacher, condition, (2,), 10, rule=rule, times=time_uniform(3), seed=5, batch=batch).x0
+        sample(
+            teacher, condition, (2,), 10, rule=(SOLVERS | STUDENTS)[rule], times=time_uniform(3), seed=5, batch=batch
+        ).x0
         for batch in (10, 3)
     ]
     assert torch.allclose(*draws, atol=1e-6)
     later = condition.index(slice(4, 10))
     assert torch.allclose(
-        sample(teacher, later, (2,), 6, rule=rule, times=time_uniform(3), seed=5, numbers=range(4, 10)).x0,
+        sample(
+            teacher,
+            later,
+            (2,),
+            6,
+            rule=(SOLVERS | STUDENTS)[rule],
+            times=time_uniform(3),
+            seed=5,
+            numbers=range(4, 10),
+        ).x0,
         draws[0][4:],
         atol=1e-6,
     )
@@ -139,36 +153,46 @@ def test_noise_belongs_to_seed_and_number() -> None:
     assert not torch.equal(SampleNoise(1, [2], (4,), torch.device("cpu"))()[0], a[2])
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "ddim"])
+@pytest.mark.parametrize("solver", list(SOLVERS))
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("nfe", [2, 3, 4, 7, 8, 33])
 def test_the_most_steps_within_a_number_of_evaluations(solver: str, scale: float, nfe: int) -> None:
     def cost(steps: int) -> int:
         condition = Condition.of_labels(torch.zeros(1, dtype=torch.long), 2)
-        rule, times = plan(solver, steps, None)
+        rule, times = plan(solver, steps, TEACHER_CONFIG)
         return sample(TEACHER, condition, (2,), 1, rule=rule, times=times, guidance=Guidance(scale)).nfe
 
-    steps = steps_within(solver, nfe, scale != 1)
+    steps = steps_within(solver, nfe, scale != 1, TEACHER_CONFIG)
     assert cost(steps) <= nfe < cost(steps + 1)
 
 
 def test_a_budget_below_one_step_is_refused() -> None:
     with pytest.raises(UserError, match="1 evaluations are too few for one step of 'euler' with guidance"):
-        steps_within("euler", 1, True)
+        steps_within("euler", 1, True, TEACHER_CONFIG)
 
 
 def test_plan() -> None:
-    student = FewStep(times=(1.0, 0.6), rule="renoise")
-    assert plan("student", None, student) == ("renoise", (1.0, 0.6, 0.0))
-    assert plan("student", 4, student) == ("renoise", time_uniform(4))
-    shifted = FewStep(times=time_uniform(4, 3.0)[:-1], rule="renoise", shift=3.0)
-    assert plan("student", 2, shifted) == ("renoise", time_uniform(2, 3.0))
-    assert plan("heun", 3, student) == ("heun", time_uniform(3))
-    for solver, steps, few, message in (
-        ("student", 4, None, "no distilled student"),
-        ("eular", 4, None, "did you mean 'euler'"),
-        ("euler", None, None, "needs a number of steps"),
-        ("euler", 0, None, "at least 1, got 0"),
+    def student(**few: Any) -> ModelConfig:
+        return TEACHER_CONFIG.model_copy(update={"few_step": FewStep(rule="renoise", **few)})
+
+    renoise, few = STUDENTS["renoise"], student(times=(1.0, 0.6))
+    assert plan("student", None, few) == (renoise, (1.0, 0.6, 0.0))
+    assert plan("student", 4, few) == (renoise, time_uniform(4))
+    shifted = student(times=time_uniform(4, 3.0)[:-1], shift=3.0)
+    assert plan("student", 2, shifted) == (renoise, time_uniform(2, 3.0))
+    assert plan("heun", 3, few) == (SOLVERS["heun"], time_uniform(3))
+    rule, times = plan("dpmpp_2m", 5, TEACHER_CONFIG, "log_snr:0.02")
+    assert rule == SOLVERS["dpmpp_2m"]
+    assert (times[0], times[-1], len(times)) == (0.999, 0.0, 6)
+    for solver, steps, config, grid, message in (
+        ("student", 4, TEACHER_CONFIG, "time", "no distilled student"),
+        ("eular", 4, TEACHER_CONFIG, "time", "did you mean 'euler'"),
+        ("euler", None, TEACHER_CONFIG, "time", "needs a number of steps"),
+        ("euler", 0, TEACHER_CONFIG, "time", "at least 1, got 0"),
+        ("euler", 4, TEACHER_CONFIG, "karas", "did you mean 'karras'"),
+        ("euler", 4, TEACHER_CONFIG, "karras:2", "does not work"),
+        ("euler", 4, TEACHER_CONFIG, "karras:x", "does not work"),
+        ("dpm_solver_v3_2", 4, TEACHER_CONFIG, "time", "fewstep ems"),
     ):
         with pytest.raises(UserError, match=message):
-            plan(solver, steps, few)
+            plan(solver, steps, config, grid)

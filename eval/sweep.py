@@ -1,0 +1,96 @@
+"""A teacher's training-free solvers side by side: error to a long run from the same noise, and quality, by NFE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from fewstep.errors import UserError
+from fewstep.eval.pictures import COLOURS
+
+
+class Line(BaseModel):
+    """One solver at one number of evaluations. ``error`` is the root mean square distance of its samples from those of
+    the long run, in the model's range; ``metric`` and ``value`` a reference's score, if it was asked for."""
+
+    model_config = ConfigDict(frozen=True)
+    model: str
+    solver: str
+    grid: str
+    nfe: int
+    budget: int
+    steps: int
+    guidance: float
+    error: float
+    metric: str | None = None
+    value: float | None = None
+    n: int
+    seed: int
+    long: int
+
+
+LINES = TypeAdapter(list[Line])
+
+
+def read_lines(file: Path) -> list[Line]:
+    """The lines of a ``sweep.json``. Raises ``UserError`` if it is none."""
+    try:
+        return LINES.validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise UserError(f"{file} is no readable file of a sweep; move it away or name another.") from error
+
+
+def at_their_best(lines: Sequence[Line]) -> list[Line]:
+    """Of every solver the lines of one grid: that of the least geometric mean of the errors over all budgets."""
+    chosen: list[Line] = []
+    for solver in dict.fromkeys(line.solver for line in lines):
+        own = [line for line in lines if line.solver == solver]
+        grids = {grid: [line for line in own if line.grid == grid] for grid in dict.fromkeys(line.grid for line in own)}
+        chosen += min(grids.values(), key=lambda some: geometric_mean([line.error for line in some]))
+    return chosen
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def cells(lines: Sequence[Line]) -> list[list[str]]:
+    """A header, then a row a solver: its error (and score) at every budget, and the geometric mean of the errors."""
+    budgets = sorted({line.budget for line in lines})
+    table = [["solver", "grid", *(f"{budget} NFE" for budget in budgets), "geometric mean"]]
+    for solver in dict.fromkeys(line.solver for line in lines):
+        own = {line.budget: line for line in lines if line.solver == solver}
+        shown = [_cell(own[budget]) if budget in own else "" for budget in budgets]
+        mean = geometric_mean([line.error for line in own.values()])
+        table.append([solver, next(iter(own.values())).grid, *shown, f"{mean:.4f}"])
+    return table
+
+
+def _cell(line: Line) -> str:
+    return f"{line.error:.4f}" + (f" ({line.value:.2f})" if line.value is not None else "")
+
+
+def draw_sweep(lines: Sequence[Line], file: Path) -> None:
+    """Writes a PNG: the error against NFE and, if there are scores, the score against NFE."""
+    scored = [line for line in lines if line.value is not None]
+    figure = Figure((10 if scored else 5.5, 4), layout="constrained")
+    panels = [("error to the long run", lambda line: line.error, lines)]
+    if scored:
+        panels.append((str(scored[0].metric), lambda line: line.value, scored))
+    for axes, (label, of, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for i, solver in enumerate(dict.fromkeys(line.solver for line in shown)):
+            points = sorted((line.nfe, of(line)) for line in shown if line.solver == solver)
+            look = ("o-", "s--", "^:")[i // len(COLOURS) % 3]
+            axes.plot(*zip(*points, strict=True), look, color=COLOURS[i % len(COLOURS)], markersize=3, label=solver)
+        axes.set(xlabel="network evaluations a sample", ylabel=label, xscale="log", yscale="log")
+        ticks = sorted({line.nfe for line in shown})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.15)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=130)

@@ -1,0 +1,59 @@
+"""DPM-Solver++ (Lu et al., arXiv 2211.01095): exponential integrators on the predicted x0, ODE and SDE.
+
+``multistep_pp`` is 2M and 3M, ``singlestep_pp`` 2S. The paper's 3M halves its last term, which makes it of order 2 (see
+``exponential.relaxed``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fewstep.samplers.exponential import Known, Noise, Relaxation, advance
+from fewstep.samplers.grids import Node
+from fewstep.samplers.multistep import Step, falling_orders, multistep
+from fewstep.samplers.predictor import Predictor
+
+
+def multistep_pp(
+    predict: Predictor, x: Tensor, times: Sequence[float], *, order: int = 2, relaxation: Relaxation = "published"
+) -> Tensor:
+    """++1, ++2M (midpoint) or ++3M; ``relaxation="none"`` gives the Taylor weights, of full order. N evaluations."""
+    steps = [Step(p, "data", relaxation) for p in falling_orders(order, len(times) - 1)]
+    return multistep(predict, x, times, steps)
+
+
+def multistep_sde(
+    predict: Predictor, x: Tensor, times: Sequence[float], noise: Noise | None, *, order: int = 2,
+    relaxation: Relaxation = "published",
+) -> Tensor:  # fmt: skip
+    """SDE-DPM-Solver++ 1 or 2M; without ``noise`` the noise-free limit. N evaluations."""
+    steps = [Step(p, "sde", relaxation) for p in falling_orders(order, len(times) - 1)]
+    return multistep(predict, x, times, steps, noise)
+
+
+def singlestep_pp(predict: Predictor, x: Tensor, times: Sequence[float]) -> Tensor:
+    """++2S: a value half-way (in log-SNR) of every step, two evaluations; the step to sigma = 0 is ++1."""
+    for s, t in pairwise(predict.nodes(times)):
+        at_s = Known(s, predict(x, s.t))
+        if not between(s, t):
+            x = advance(x, s, t, [at_s])
+            continue
+        middle = inner_node(predict, s, t, 0.5)
+        at_middle = Known(middle, predict(advance(x, s, middle, [at_s]), middle.t))
+        x = advance(x, s, t, [at_s, at_middle], "data", "midpoint")
+    return x
+
+
+def between(s: Node, t: Node) -> bool:
+    """Whether there is a finite log-SNR between two nodes to read the model at."""
+    return s.alpha > 0 and t.sigma > 0
+
+
+def inner_node(predict: Predictor, s: Node, t: Node, share: float) -> Node:
+    """The node at a share of the way from s to t in log-SNR."""
+    log_snr = torch.tensor([s.log_snr + share * (t.log_snr - s.log_snr)], dtype=torch.float64)
+    return predict.nodes(predict.schedule.time_of_log_snr(log_snr).tolist())[0]

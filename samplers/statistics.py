@@ -1,0 +1,171 @@
+"""The statistics of DPM-Solver-v3 (arXiv 2310.13268, Appendix C): how a network's noise prediction follows its input.
+
+At each log-SNR, over samples x = alpha x0 + sigma noise, with e the (guided) noise prediction and a prime for what
+happens by log-SNR along the probability-flow ODE,
+
+    l = E[diag(sigma de/dx)]                                     (one random sign vector v a sample: sigma (J v) v)
+    f = (sigma e - l x) / alpha,   s = cov(f, f') / var(f),   b = E[f'] - s E[f]
+
+The paper's code for them is not published.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fewstep.errors import UserError
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.guidance import Guidance, guide
+from fewstep.models.store import read_metadata, read_tensors, write_tensors
+from fewstep.samplers.grids import LEAST, MOST
+
+Progress = Callable[[int, int], None]
+Along = Callable[[Tensor, Tensor, Condition, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the expectations are taken over: clean samples [K, ...] with their conditions."""
+
+    x0: Tensor
+    condition: Condition
+
+
+@torch.no_grad()
+def estimate(
+    denoiser: Denoiser, samples: Samples, file: Path, *, guidance: Guidance, intervals: int = 120, seed: int = 0,
+    batch: int = 128, progress: Progress | None = None,
+) -> None:  # fmt: skip
+    """Writes the statistics at ``intervals + 1`` log-SNRs from that of ``MOST`` to that of ``LEAST``, by two
+    Jacobian-vector products a sample and log-SNR.
+
+    Goes on where it stopped: what is done stands beside ``file``. Raises ``UserError`` if that is of other settings.
+    """
+    first, last = denoiser.schedule.log_snr(torch.tensor([MOST, LEAST], dtype=torch.float64)).tolist()
+    log_snr = torch.linspace(first, last, intervals + 1, dtype=torch.float64)
+    moments = _Moments(denoiser, samples, guidance, seed, batch)
+    settings = {"intervals": intervals, "n": len(samples.x0), "guidance": guidance.scale, "seed": seed}
+    state = _State(file.with_suffix(".partial.safetensors"), {"settings": json.dumps(settings)}, intervals + 1)
+    l = state.resume("l", lambda k: moments.slope(log_snr[k]), progress, 0)  # noqa: E741
+    by_log_snr = torch.gradient(l, spacing=(log_snr.float(),), dim=0, edge_order=1)[0]
+    m = state.resume("m", lambda k: moments.of(log_snr[k], l[k], by_log_snr[k]), progress, intervals + 1)
+    f, df, ff, fdf = m.unbind(1)
+    variance = ff - f * f
+    s = torch.where(variance > 1e-12 * ff, (fdf - f * df) / variance.clamp(min=1e-30), 0.0)
+    write_tensors({"log_snr": log_snr, "l": l, "s": s, "b": df - s * f}, file, state.metadata)
+    state.file.unlink()
+
+
+@dataclass
+class _Moments:
+    """Means over the samples at one log-SNR."""
+
+    denoiser: Denoiser
+    samples: Samples
+    guidance: Guidance
+    seed: int
+    batch: int
+
+    def slope(self, log_snr: Tensor) -> Tensor:
+        """l [...]."""
+        total = torch.zeros_like(self.samples.x0[0])
+        for x, t, condition, generator in self._noised(log_snr):
+            v = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
+            _, moved = self.along(x, t, condition, v, torch.zeros_like(t))
+            total += (self.denoiser.schedule.sigma(t).to(x) * moved * v).sum(0)
+        return total / len(self.samples.x0)
+
+    def of(self, log_snr: Tensor, l: Tensor, l_prime: Tensor) -> Tensor:  # noqa: E741
+        """E[f], E[f'], E[f f], E[f f'] [4, ...]."""
+        schedule = self.denoiser.schedule
+        total = torch.zeros(4, *self.samples.x0.shape[1:], dtype=torch.float64)
+        for x, t, condition, _ in self._noised(log_snr):
+            alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+            dt = 1 / (schedule.d_alpha(t) / alpha - schedule.d_sigma(t) / sigma)  # by log-SNR
+            e = self.read(x, t, condition)
+            tangent = (schedule.d_alpha(t) / alpha * dt).to(x) * x - sigma.to(x) * e
+            _, e_prime = self.along(x, t, condition, tangent, dt)
+            f = (sigma.to(x) * e - l * x) / alpha.to(x)
+            f_prime = torch.exp(-log_snr).to(x) * ((l - 1) * e + e_prime) - l_prime * x / alpha.to(x)
+            f, f_prime = f.double().cpu(), f_prime.double().cpu()
+            total += torch.stack([f, f_prime, f * f, f * f_prime]).sum(1)
+        return (total / len(self.samples.x0)).float()
+
+    def _noised(self, log_snr: Tensor):  # type: ignore[no-untyped-def]
+        schedule = self.denoiser.schedule
+        t = schedule.time_of_log_snr(log_snr[None])[0]
+        generator = torch.Generator().manual_seed(self.seed)
+        for low in range(0, len(self.samples.x0), self.batch):
+            x0 = self.samples.x0[low : low + self.batch]
+            noise = torch.randn(x0.shape, generator=generator).to(x0)
+            x = schedule.alpha(t).to(x0) * x0 + schedule.sigma(t).to(x0) * noise
+            yield x, t, self.samples.condition.index(slice(low, low + self.batch)), generator
+
+    def read(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return guide(self.denoiser, x, t, condition, self.guidance).out.noise
+
+    @cached_property
+    def along(self) -> Along:
+        """The noise prediction and its derivative along a direction in x and t: by forward mode or, where a layer of
+        the network has none, by two backward passes."""
+        x0, condition = self.samples.x0[:1], self.samples.condition.index(slice(0, 1))
+        half = torch.tensor(0.5, dtype=torch.float64)
+        try:
+            self._forward_mode(x0, half, condition, x0, half)
+        except (RuntimeError, NotImplementedError):
+            return self._two_backward
+        return self._forward_mode
+
+    def _forward_mode(
+        self, x: Tensor, t: Tensor, condition: Condition, dx: Tensor, dt: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        times, d_times = t.repeat(len(x)), dt.repeat(len(x))
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            dual = self.read(forward_ad.make_dual(x, dx), forward_ad.make_dual(times, d_times), condition)
+            e, moved = forward_ad.unpack_dual(dual)
+        return e, moved
+
+    def _two_backward(
+        self, x: Tensor, t: Tensor, condition: Condition, dx: Tensor, dt: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            x, t = x.detach().requires_grad_(), t.repeat(len(x)).requires_grad_()
+            e = self.read(x, t, condition)
+            u = torch.zeros_like(e, requires_grad=True)
+            by_x, by_t = torch.autograd.grad(e, (x, t), u, create_graph=True)  # linear in u: its slope is what we want
+            (moved,) = torch.autograd.grad((by_x * dx).sum() + (by_t * dt).sum(), u)
+        return e.detach(), moved
+
+
+class _State:
+    """Rows that are done, on disk."""
+
+    def __init__(self, file: Path, metadata: dict[str, str], count: int) -> None:
+        self.file, self.metadata, self._count = file, metadata, count
+        self._rows: dict[str, Tensor] = {}
+        if file.is_file():
+            if read_metadata(file) != metadata:
+                raise UserError(f"{file} holds the beginning of other statistics: delete it, or choose another --out.")
+            self._rows = read_tensors(file)
+
+    def resume(self, name: str, row: Callable[[int], Tensor], progress: Progress | None, before: int) -> Tensor:
+        """All rows of ``name``, those that are not there yet by ``row``."""
+        rows = list(self._rows.get(name, torch.zeros(0)))
+        for k in range(len(rows), self._count):
+            rows.append(row(k))
+            self._rows[name] = torch.stack(rows)
+            if k % 10 == 9 or k + 1 == self._count:
+                write_tensors(self._rows, self.file, self.metadata)
+            if progress is not None:
+                progress(before + k + 1, 2 * self._count)
+        return self._rows[name]

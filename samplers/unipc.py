@@ -1,0 +1,37 @@
+"""UniPC (Zhao et al., arXiv 2302.04867): a multistep predictor, and a corrector that costs no evaluation.
+
+The paper's B(h) (``bh1``: h, ``bh2``: e^h - 1) multiplies and divides the same thing wherever the weights are solved
+for; it shows only where a weight is set to 1/2 by convention: the predictor of order 2 and the corrector of order 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from fewstep.samplers.exponential import Relaxation
+from fewstep.samplers.multistep import Compensate, Step, falling_orders, multistep
+from fewstep.samplers.predictor import Predictor
+
+
+def unipc(
+    predict: Predictor, x: Tensor, times: Sequence[float], *, order: int = 2, variant: Literal["bh1", "bh2"] = "bh2",
+    correct: bool = True, uncorrected: Collection[int] = (), compensate: Compensate | None = None,
+) -> Tensor:  # fmt: skip
+    """UniPC-p: UniP-p, and UniC-p after every step but the last and those numbered in ``uncorrected``. N reads."""
+    steps = unipc_steps(len(times) - 1, order, variant, correct, uncorrected)
+    return multistep(predict, x, times, steps, compensate=compensate)
+
+
+def unipc_steps(
+    steps: int, order: int = 2, variant: Literal["bh1", "bh2"] = "bh2", correct: bool = True,
+    uncorrected: Collection[int] = (),
+) -> list[Step]:  # fmt: skip
+    """The steps of ``unipc`` as ``multistep`` takes them."""
+    relaxation: Relaxation = "bh1" if variant == "bh1" else "midpoint"
+    return [
+        Step(p, "data", relaxation, correct and i not in uncorrected, relaxation)
+        for i, p in enumerate(falling_orders(order, steps))
+    ]
