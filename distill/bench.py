@@ -24,6 +24,9 @@ from fewstep.distill.run import Run
 from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.store import Model
+from fewstep.samplers.predictor import Predictor
+from fewstep.samplers.sample import plan
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,34 @@ def timed(work: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
+
+
+@torch.no_grad()
+def bench_sampler(model: Model, solver: str, steps: int, batch: int, rounds: int) -> dict[str, Any]:
+    """N steps of a solver against N bare calls of the network at the same times: the median of paired ratios."""
+    rule, times = plan(solver, steps, model.config, folder=model.path)
+    x = torch.randn(batch, *model.config.shape, device=model.device)
+    classes = max(1, model.config.classes)
+    condition = Condition.of_labels(torch.arange(batch, device=model.device) % classes, classes)
+    predict = Predictor(model.denoiser, condition)
+    rule(predict, x, times, lambda: torch.randn_like(x))
+    told = [torch.full((batch,), t, dtype=torch.float64) for t in times]
+
+    def bare() -> None:
+        for k in range(predict.nfe):
+            model.denoiser.backbone(x, told[k % steps], condition)
+
+    def full() -> None:
+        rule(Predictor(model.denoiser, condition), x, times, lambda: torch.randn_like(x))
+
+    bare()
+    pairs = [(timed(full, model.device), timed(bare, model.device)) for _ in range(rounds)]
+    return {
+        "solver": solver, "steps": steps, "evaluations": predict.nfe, "batch": batch,
+        "seconds_full": statistics.median(full for full, _ in pairs),
+        "seconds_bare": statistics.median(bare for _, bare in pairs),
+        "ratio": statistics.median(full / bare for full, bare in pairs), "rounds": rounds, **environment(model.device),
+    }  # fmt: skip
 
 
 def bench_memory(config: Config) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from enum import StrEnum
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from fewstep import api
 from fewstep.distill import cli_make, cli_solvers
-from fewstep.distill.bench import bench_memory, bench_step
+from fewstep.distill.bench import bench_memory, bench_sampler, bench_step
 from fewstep.distill.config import load_config
 from fewstep.distill.devices import pick_device
 from fewstep.distill.health import diagnose
@@ -282,11 +282,21 @@ def step(
     rounds: Annotated[int, typer.Option(help="Paired rounds; the medians are reported.")] = 15,
 ) -> None:
     """Time a full update against the same network evaluations run bare, paired in one process."""
-    result = bench_step(load_config(config, overrides or []), rounds)
-    for name, value in result.items():
-        out.print(f"{name}: {value}")
-    if file is not None:
-        write_text(json.dumps(result, indent=1) + "\n", file)
+    _result(bench_step(load_config(config, overrides or []), rounds), file)
+
+
+@bench.command("sampler")
+def sampler(
+    source: Source,
+    solver: Annotated[str, typer.Option(help="One that fewstep sweep lists.")] = "dpmpp_2m",
+    steps: Annotated[int, typer.Option(help="Steps.")] = 10,
+    batch: Annotated[int, typer.Option(help="Samples at once.")] = 64,
+    file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
+    rounds: Annotated[int, typer.Option(help="Paired rounds; the medians are reported.")] = 15,
+    device: Device = "auto",
+) -> None:
+    """Time a solver's steps against as many bare calls of the network, paired in one process."""
+    _result(bench_sampler(api.load(source, device), solver, steps, batch, rounds), file)
 
 
 @bench.command("memory")
@@ -296,7 +306,10 @@ def memory(
     file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
 ) -> None:
     """Bytes of weights and the peak of training, with adapters (where the config has them) and with copies."""
-    result = bench_memory(load_config(config, overrides or []))
+    _result(bench_memory(load_config(config, overrides or [])), file)
+
+
+def _result(result: dict[str, Any], file: Path | None) -> None:
     for name, value in result.items():
         out.print(f"{name}: {value}")
     if file is not None:

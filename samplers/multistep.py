@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewstep.samplers.exponential import Form, Known, Noise, Relaxation, advance
+from fewstep.samplers.exponential import Form, Known, Noise, Relaxation, Said, advance
+from fewstep.samplers.grids import Node
 from fewstep.samplers.predictor import Predictor
 
 Compensate = Callable[[int, Sequence[Known]], Known]
@@ -44,24 +45,51 @@ def states(
     compensate: Compensate | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The states of ``multistep`` at all nodes but the first, each as it is after its correction."""
-    grid = predict.nodes(times)
-    known: list[Known] = []  # the newest first
-    most = max(step.order for step in steps) + 1
-    before = x  # the state, corrected, that the newest prediction started from
-    for i, step in enumerate(steps):
-        read = Known(grid[i], predict(x, grid[i].t))
-        if i and steps[i - 1].correct:
-            last = steps[i - 1]
-            used = [known[0], read, *known[1 : min(last.order, len(known))]]
-            x = advance(before, grid[i - 1], grid[i], used, last.form, last.correction)
-        if i:
-            yield x
-        known = [read, *known[: most - 1]]
-        if compensate is not None:
-            known[0] = compensate(i, known)
-        before = x
-        x = advance(x, grid[i], grid[i + 1], known[: step.order], step.form, step.relaxation, noise)
+    walk = Walk(predict.nodes(times), steps, noise, compensate)
+    while not walk.done:
+        corrected, following = walk.step(x, predict(x, walk.node.t))
+        if walk.i > 1:
+            yield corrected
+        x = following
     yield x
+
+
+class Walk:
+    """A walk over nodes, told at each what the model says there."""
+
+    def __init__(
+        self, grid: Sequence[Node], steps: Sequence[Step], noise: Noise | None = None,
+        compensate: Compensate | None = None,
+    ) -> None:  # fmt: skip
+        self.i = 0
+        self._grid, self._steps, self._noise, self._compensate = grid, steps, noise, compensate
+        self._known: list[Known] = []  # the newest first
+        self._most = max(step.order for step in steps) + 1
+        self._before: Tensor | None = None  # the state, corrected, that the newest prediction started from
+
+    @property
+    def node(self) -> Node:
+        """Where the model is to be read next."""
+        return self._grid[self.i]
+
+    @property
+    def done(self) -> bool:
+        return self.i == len(self._steps)
+
+    def step(self, x: Tensor, said: Said) -> tuple[Tensor, Tensor]:
+        """The state at this node, corrected by what the model said at ``x``, and the state predicted for the next."""
+        i, grid, step = self.i, self._grid, self._steps[self.i]
+        read = Known(grid[i], said)
+        if self._before is not None and self._steps[i - 1].correct:
+            last, known = self._steps[i - 1], self._known
+            used = [known[0], read, *known[1 : min(last.order, len(known))]]
+            x = advance(self._before, grid[i - 1], grid[i], used, last.form, last.correction)
+        self._known = [read, *self._known[: self._most - 1]]
+        if self._compensate is not None:
+            self._known[0] = self._compensate(i, self._known)
+        self._before, self.i = x, i + 1
+        following = advance(x, grid[i], grid[i + 1], self._known[: step.order], step.form, step.relaxation, self._noise)
+        return x, following
 
 
 def falling_orders(order: int, steps: int) -> list[int]:

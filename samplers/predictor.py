@@ -31,17 +31,18 @@ class Reading:
 
     @cached_property
     def x0(self) -> Tensor:
-        return self._view("x0")
+        return self.view("x0")
 
     @cached_property
     def noise(self) -> Tensor:
-        return self._view("noise")
+        return self.view("noise")
 
     @cached_property
     def velocity(self) -> Tensor:
-        return self._view("velocity")
+        return self.view("velocity")
 
-    def _view(self, kind: Kind) -> Tensor:
+    def view(self, kind: Kind) -> Tensor:
+        """The reading as ``kind``; nan where that does not exist."""
         if kind == self.kind:
             return self.raw
         try:
@@ -78,7 +79,7 @@ class Predictor:
             guided = guide(self.denoiser, x, t, self.condition, self.guidance)
             raw = guided.out.raw
             self.nfe += 1 if guided.null is None else 2
-        reading = Reading(x, raw, self.denoiser.kind, self._at(t))
+        reading = Reading(x, raw, self.denoiser.kind, self.scalars(t))
         if self.threshold is None:
             return reading
         size = torch.quantile(reading.x0.flatten(1).abs(), self.threshold, dim=1).clamp(min=1)
@@ -91,7 +92,8 @@ class Predictor:
         self._scalars |= {row[0]: (row[1], row[2], row[4], row[5]) for row in rows}
         return [Node(*row[:4]) for row in rows]
 
-    def _at(self, t: float) -> Scalars:
+    def scalars(self, t: float) -> Scalars:
+        """The coefficients at a time."""
         if t not in self._scalars:
             self.nodes([t])
         return self._scalars[t]

@@ -16,8 +16,9 @@ from fewstep.distill.run import Run
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
-from fewstep.models.schedules import RectifiedFlow
+from fewstep.models.schedules import NoiseSchedule, RectifiedFlow, VPLinear
 from fewstep.models.store import ModelConfig, save_model
+from fewstep.samplers.predictor import Predictor
 
 FLOW = RectifiedFlow()
 
@@ -25,6 +26,22 @@ FLOW = RectifiedFlow()
 def gaussian(mean: float, std: float, dimensions: int) -> Denoiser:
     """The exact denoiser of N(mean, std^2 I): a teacher, or the perfect fake score of a Gaussian student."""
     return Denoiser(MixtureBackbone(GaussianMixture.single(mean, std, dimensions), FLOW), FLOW, "x0")
+
+
+VP = VPLinear()
+MIXTURE = GaussianMixture([0.3, 0.7], [[-1.5, 0.5], [1.0, -0.5]], [0.4, 0.6])
+NOISE = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+LOW, HIGH = -1.5, 3.0  # log-SNRs between which solvers are compared
+
+
+def mixture(schedule: NoiseSchedule = VP) -> Predictor:
+    """The exact model of a mixture in the plane."""
+    return Predictor(Denoiser(MixtureBackbone(MIXTURE, schedule), schedule, "x0"), Condition())
+
+
+def by_log_snr(schedule: NoiseSchedule, steps: int, low: float = LOW, high: float = HIGH) -> list[float]:
+    """Times uniform in log-SNR."""
+    return schedule.time_of_log_snr(torch.linspace(low, high, steps + 1, dtype=torch.float64)).tolist()
 
 
 class Affine(nn.Module):

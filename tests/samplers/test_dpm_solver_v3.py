@@ -1,0 +1,169 @@
+"""DPM-Solver-v3: exact where its statistics say everything, equal to ++ where they say nothing; measuring them."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from worlds import HIGH, LOW, NOISE, VP, by_log_snr, mixture
+
+from fewstep.errors import UserError
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.guidance import Guidance
+from fewstep.models.mixture import GaussianMixture, MixtureBackbone
+from fewstep.models.schedules import VE, NoiseSchedule, RectifiedFlow
+from fewstep.samplers import statistics
+from fewstep.samplers.dpm_solver_pp import multistep_pp
+from fewstep.samplers.dpm_solver_v3 import Statistics, derivatives, dpm_solver_v3, nested_derivatives
+from fewstep.samplers.predictor import Predictor
+from fewstep.samplers.unipc import unipc
+
+M, K = 0.7, 0.5
+
+
+def plain(intervals: int, l: float, s: float) -> Statistics:  # noqa: E741 - the paper's letter
+    ones = torch.ones(intervals + 1, 2, dtype=torch.float64)
+    return Statistics(torch.linspace(LOW, HIGH, intervals + 1, dtype=torch.float64), l * ones, s * ones, 0 * ones)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_without_statistics_it_is_plus_plus_with_taylor_weights(order: int) -> None:
+    times = by_log_snr(VP, 8)
+    got = dpm_solver_v3(mixture(), NOISE, times, plain(9600, 1.0, 0.0), order=order, correct=False)
+    expected = multistep_pp(mixture(), NOISE, times, order=order, relaxation="none")
+    assert (got - expected).abs().max() < 1e-6
+
+
+def test_with_s_minus_one_it_is_the_noise_form() -> None:
+    times = by_log_snr(VP, 8)
+    got = dpm_solver_v3(mixture(), NOISE, times, plain(9600, 0.0, -1.0), order=1, correct=False)
+    assert (got - multistep_pp(mixture(), NOISE, times, order=1)).abs().max() < 1e-6
+
+
+def exact_statistics(schedule: NoiseSchedule, intervals: int = 4000) -> Statistics:
+    """Of N(M, K^2): l = sigma^2 / v, v = alpha^2 K^2 + sigma^2; f = -l M whatever x is, so s = 0 and b = f'."""
+    log_snr = torch.linspace(LOW, HIGH, intervals + 1, dtype=torch.float64)
+    t = schedule.time_of_log_snr(log_snr)
+    l = (schedule.sigma(t) ** 2 / ((schedule.alpha(t) * K) ** 2 + schedule.sigma(t) ** 2))[:, None].repeat(1, 2)  # noqa: E741
+    return Statistics(log_snr, l, torch.zeros_like(l), 2 * l * (1 - l) * M)
+
+
+@pytest.mark.parametrize("schedule", [VP, RectifiedFlow(), VE()], ids=["vp", "flow", "edm"])
+def test_one_step_is_exact_on_gaussian_data(schedule: NoiseSchedule) -> None:
+    model = MixtureBackbone(GaussianMixture.single(M, K, 2), schedule)
+    predict = Predictor(Denoiser(model, schedule, "x0"), Condition())
+    times = by_log_snr(schedule, 1)
+    s, t = predict.nodes(times)
+    got = dpm_solver_v3(predict, NOISE, times, exact_statistics(schedule), order=1)
+    scale = math.hypot(t.alpha * K, t.sigma) / math.hypot(s.alpha * K, s.sigma)
+    assert (got - (t.alpha * M + (NOISE - s.alpha * M) * scale)).abs().max() < 1e-6
+    assert predict.nfe == 1
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    file = tmp_path_factory.mktemp("ems") / "statistics.safetensors"
+    x0 = GaussianMixture([0.3, 0.7], [[-1.5, 0.5], [1.0, -0.5]], [0.4, 0.6]).sample(2048, 1).float()
+    samples = statistics.Samples(x0, Condition())
+    statistics.estimate(mixture().denoiser, samples, file, guidance=Guidance(), intervals=150, batch=2048)
+    return Statistics.read(file)
+
+
+def test_measured_statistics_help(measured: Statistics) -> None:
+    truth = unipc(mixture(), NOISE, by_log_snr(VP, 400), order=3)
+    for steps in (5, 10):
+        times = by_log_snr(VP, steps)
+        errors = [
+            (rule(mixture(), NOISE, times) - truth).square().mean().sqrt().item()
+            for rule in (partial(multistep_pp, relaxation="none"), partial(dpm_solver_v3, statistics=measured, order=3))
+        ]
+        assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_measured_statistics_of_gaussian_data_are_the_exact_ones(mode: str, tmp_path: Path) -> None:
+    flow = RectifiedFlow()
+    model = MixtureBackbone(GaussianMixture.single(M, K, 2), flow)
+    denoiser = Denoiser(_NoForwardMode(model) if mode == "backward" else model, flow, "x0")
+    x0 = M + K * torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "statistics.safetensors"
+    statistics.estimate(
+        denoiser, statistics.Samples(x0, Condition()), file, guidance=Guidance(), intervals=24, batch=4000
+    )
+    stats = Statistics.read(file)
+    t = flow.time_of_log_snr(stats.log_snr)
+    exact = flow.sigma(t) ** 2 / ((flow.alpha(t) * K) ** 2 + flow.sigma(t) ** 2)
+    torch.testing.assert_close(stats.l[:, 0], exact, rtol=1e-4, atol=1e-5)
+    f_prime = stats.b + stats.s * (-stats.l * M)  # f = -l M
+    torch.testing.assert_close(f_prime[3:-3, 0], (2 * exact * (1 - exact) * M)[3:-3], rtol=0.1, atol=0.02)
+
+
+class _Identity(torch.autograd.Function):
+    """A layer that has no forward mode."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad
+
+
+class _NoForwardMode(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return _Identity.apply(self.model(x_t, t, condition))
+
+
+def test_measuring_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    samples = statistics.Samples(NOISE[:16].float(), Condition())
+
+    class Enough(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done == 12:
+            raise Enough
+
+    def run(file: Path, progress: statistics.Progress | None = None, seed: int = 0) -> None:
+        statistics.estimate(
+            mixture().denoiser, samples, file, guidance=Guidance(), intervals=14, seed=seed, progress=progress
+        )
+
+    run(tmp_path / "whole.safetensors")
+    with pytest.raises(Enough):
+        run(tmp_path / "half.safetensors", stop)
+    with pytest.raises(UserError, match="beginning of other statistics"):
+        run(tmp_path / "half.safetensors", seed=1)
+    seen: list[int] = []
+    run(tmp_path / "half.safetensors", lambda done, total: seen.append(done))
+    assert seen[0] == 11, "ten rows were kept"
+    whole, half = (Statistics.read(tmp_path / f"{name}.safetensors") for name in ("whole", "half"))
+    assert all(torch.equal(a, b) for a, b in zip((whole.l, whole.s, whole.b), (half.l, half.s, half.b), strict=True))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["half.safetensors", "whole.safetensors"]
+
+
+def test_a_model_without_statistics_is_told_how_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"statistics\.safetensors: make them with fewstep ems"):
+        Statistics.read(tmp_path / "statistics.safetensors")
+
+
+def test_derivatives_from_differences() -> None:
+    def polynomial(r: float) -> Tensor:
+        return torch.tensor([1.0 + 2 * r - 3 * r**2 + 0.5 * r**3], dtype=torch.float64)
+
+    offsets = [0.0, -0.4, 0.7, -1.1]
+    values = [polynomial(r) for r in offsets]
+    assert [d.item() for d in derivatives(values, offsets)] == pytest.approx([2.0, -6.0, 3.0])
+    assert nested_derivatives(values, offsets)[-1].item() == pytest.approx(3.0)
+    assert nested_derivatives(values[:2], offsets[:2])[0].item() == derivatives(values[:2], offsets[:2])[0].item()
+    assert derivatives(values[:1], offsets[:1]) == []
