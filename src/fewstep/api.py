@@ -172,7 +172,7 @@ def _rule(model: Model, solver: str | None, steps: int | None) -> tuple[str, int
     ``UserError`` if they do not go together."""
     few = model.config.few_step
     chosen = solver or ("student" if few else "euler"), steps if steps is not None or few else 32
-    plan(*chosen, model.config)
+    plan(*chosen, model.config, folder=model.path)
     return chosen
 
 
