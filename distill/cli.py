@@ -129,6 +129,7 @@ def _train(config: str | None, overrides: list[str], resume: Path | None) -> Pat
                         told.add(finding.name)
                         out.print(f"step {run.step}: {finding.text}", style="yellow", markup=False, highlight=False)
 
+        out.print(f"On {pick_device(settings.device).type}, attention by {settings.attention}.")
         run = api.train_run(settings, resume, progress)
     out.print(f"Trained {run.step} steps in {run.seconds:.0f} s. The student is in {run.folder / 'student'}.")
     return run.folder

@@ -27,7 +27,7 @@ from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import MatchingConfig, enter_stage, learning_rate
 from fewstep.distill.update import Objective
 from fewstep.errors import UserError
-from fewstep.models.adapters import checkpoint_gradients
+from fewstep.models.adapters import AdapterView, checkpoint_gradients
 from fewstep.models.attention import set_attention
 from fewstep.models.denoiser import Denoiser, routed
 from fewstep.models.hub.encoded import EncodedPrompts
@@ -233,9 +233,13 @@ class Run:
         boundaries = tuple(lowest for _, lowest in self.objective.experts)
         routed = boundaries if len(boundaries) > 1 else None
         backbone = self.origin.backbone | self.objective.backbone
+        whole = not isinstance(self.roles.denoiser("student").backbone, AdapterView)
         return self.origin.model_copy(
-            update={"few_step": self.few_step, "boundaries": routed, "backbone": backbone},
-        )
+            update={
+                "few_step": self.few_step, "boundaries": routed, "backbone": backbone,
+                "lora": None if whole else self.origin.lora,
+            }
+        )  # fmt: skip
 
     @property
     def generator(self) -> Denoiser:

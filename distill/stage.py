@@ -14,6 +14,7 @@ from torch import nn
 
 from fewstep.distill.roles import Role
 from fewstep.errors import UserError, nearest
+from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.quantized import require_bitsandbytes
@@ -67,11 +68,12 @@ class RoleConfig(Frozen):
 
     ``init`` names the role that it copies (``teacher``, or ``student`` of the stage before), ``model`` for a freshly
     initialised network, ``new`` for one that the objective makes (a discriminator), or ``keep`` to go on with what the
-    role was. The learning rate is warmed up linearly over
+    role was; ``whole`` makes it a copy even where the run has adapters. The learning rate is warmed up linearly over
     ``warmup`` updates and then constant, or falls to zero as a cosine over the updates that the stage gives the role.
     """
 
     init: str = "teacher"
+    whole: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -121,9 +123,13 @@ def enter_stage(
             )
         return before[name]
 
-    def duplicate(role: Role) -> nn.Module:
+    def duplicate(role: Role, whole: bool = False) -> nn.Module:
         with role.averaged():
-            return copy.deepcopy(role.module)
+            module = role.module
+            if not whole or not isinstance(module, Denoiser) or not isinstance(module.backbone, AdapterView):
+                return copy.deepcopy(module)
+            network = module.backbone.merged().requires_grad_(True)
+            return Denoiser(network, module.schedule, module.kind, style=module.style).eval()
 
     roles = {name: Role(role.module) for name, role in before.items()}
     for name, origin in freeze.items():
@@ -136,5 +142,5 @@ def enter_stage(
                 raise UserError(f"The objective makes no network {name!r}{nearest(name, networks)}; init is wrong.")
             roles[name] = make_role(networks[name], config)
         else:
-            roles[name] = make_role(duplicate(source(config.init, name)), config)
+            roles[name] = make_role(duplicate(source(config.init, name), config.whole), config)
     return roles

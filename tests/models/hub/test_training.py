@@ -57,6 +57,23 @@ def test_a_family_trains_and_its_student_comes_back(
         assert all(".lora_" in key for key in read_tensors(tmp_path / "run" / "student" / "model.safetensors"))
 
 
+@pytest.mark.parametrize("whole", ["student", "fake"])
+def test_copies_and_adapters_go_together(saved: Saved, whole: str, tmp_path: Path) -> None:
+    """A choice for each role: one of them is a copy of the network that the other adapts."""
+    raw = settings(saved("sd"), "sd", tmp_path / "run", ADAPTERS)
+    raw["stages"][0]["roles"] = {role: {"lr": 1e-3, "whole": role == whole} for role in ("student", "fake")}
+    run = Run.create(parse_config(raw, "test"), CPU)
+    kinds = {role: isinstance(run.roles.denoiser(role).backbone, AdapterView) for role in ("student", "fake")}
+    assert kinds == {"student": whole != "student", "fake": whole != "fake"}
+    run.train()
+    student = load_model(tmp_path / "run" / "student")
+    assert isinstance(student.denoiser.backbone, AdapterView) == kinds["student"]
+    trained, reloaded = run.generator.backbone.state_dict(), student.denoiser.backbone.state_dict()
+    assert all(torch.equal(trained[key], value) for key, value in reloaded.items())
+    half = Run.reopen(tmp_path / "run", CPU)
+    assert all(torch.equal(trained[key], value) for key, value in half.generator.backbone.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["sd", "flux", "wan"])
 def test_a_merged_adapter_computes_the_same(saved: Saved, name: str, tmp_path: Path) -> None:
     config = parse_config(settings(saved(name), name, tmp_path / "run", ADAPTERS), "test")
