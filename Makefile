@@ -5,10 +5,11 @@ PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; d
 BIN = .venv/bin
 
 .NOTPARALLEL:
-.PHONY: help demo test lint types teacher-scores clean
+.PHONY: help demo demo-text test lint types teacher-scores clean
 
 help:
 	@echo 'make demo    distil the embedded teacher, score the student, write runs/demo/report.html'
+	@echo 'make demo-text   the same for the text-conditioned teacher, a diffusers pipeline (runs/demo_text)'
 	@echo 'make test    lint, types and tests'
 	@echo 'make lint    ruff: rules and formatting'
 	@echo 'make types   mypy'
@@ -17,6 +18,9 @@ help:
 
 demo: .venv/installed
 	@$(BIN)/fewstep demo
+
+demo-text: .venv/installed-text
+	@$(BIN)/fewstep demo --text
 
 # Two workers with one thread each: with more threads than cores torch gets many times slower.
 test: export OMP_NUM_THREADS = 1
@@ -54,6 +58,11 @@ QUIETLY = >.venv/pip.log 2>&1 || { tail -n 30 .venv/pip.log >&2; exit 1; }
 	@echo '== set-up (some minutes the first time: torch is large)'
 	@$(INSTALL) . $(QUIETLY)
 	@touch $@
+
+.venv/installed-text: pyproject.toml constraints.txt | .venv/bin/pip
+	@echo '== set-up with diffusers (some minutes the first time: torch is large)'
+	@$(INSTALL) '.[diffusers,lora]' $(QUIETLY)
+	@touch .venv/installed $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/pip
 	@echo '== set-up with the development tools (some minutes the first time: torch is large)'

@@ -17,7 +17,7 @@ from rich.table import Table
 from fewstep import api
 from fewstep.distill import cli_make, cli_solvers
 from fewstep.distill.bench import bench_memory, bench_sampler, bench_step
-from fewstep.distill.config import load_config
+from fewstep.distill.config import find_config, load_config
 from fewstep.distill.devices import pick_device
 from fewstep.distill.health import diagnose
 from fewstep.distill.run import Interrupted, Run, replay_step, run_config
@@ -227,17 +227,32 @@ def replay(run: RunFolder, step: Annotated[int, typer.Option(help="A logged step
 
 
 @app.command()
-def demo(folder: Annotated[Path, typer.Option("--out", help="The run folder.")] = Path("runs/demo")) -> None:
-    """Distil the embedded teacher, score the student and write a report: a few minutes on a laptop."""
+def demo(
+    folder: Annotated[Path | None, typer.Option("--out", help="The run folder: runs/demo or runs/demo_text.")] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="The text-conditioned teacher; needs the extra diffusers.")
+    ] = False,
+) -> None:
+    """Distil an embedded teacher, score the student and write a report: a few minutes on a laptop."""
+    config, teacher = ("configs/fashion_text/demo.yaml", "fashion-text") if text else ("configs/fashion/demo.yaml", "")
+    folder = folder or Path("runs/demo_text" if text else "runs/demo")
+    overrides: list[str] = []
+    if text:
+        encoded = folder.with_name(f"{folder.name}_captions")
+        with counting("encoding captions") as encoding:
+            captions = Path(find_config(config)).with_name("captions.txt")
+            api.encode(teacher, captions, encoded, progress=encoding)
+        overrides = [f"data.path={encoded}"]
     names = (folder if k == 1 else folder.with_name(f"{folder.name}-{k}") for k in count(1))
     folder = next(name for name in names if not (name / "report.html").exists())
     if (folder / "config.yaml").is_file():
         out.print(f"{folder} holds an unfinished demo: continuing it.")
         _train(None, [], folder)
     else:
-        _train("configs/fashion/demo.yaml", [f"out={folder}"], None)
-    with sampling_bar(10_000) as progress:
-        api.evaluate(folder, progress=progress)
+        _train(config, [f"out={folder}", *overrides], None)
+    n = 1_440 if text else 10_000
+    with sampling_bar(n) as progress:
+        api.evaluate(folder, n=n, progress=progress)
     picture = api.compare(folder)
     out.print("Teacher (its best setting within each number of evaluations) and student:")
     print_scores(best_teacher(read_scores(folder / "eval.json")))

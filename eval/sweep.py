@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fewstep.errors import UserError
@@ -77,7 +78,7 @@ def _cell(line: Line) -> str:
 def draw_sweep(lines: Sequence[Line], file: Path) -> None:
     """Writes a PNG: the error against NFE and, if there are scores, the score against NFE."""
     scored = [line for line in lines if line.value is not None]
-    figure = Figure((10 if scored else 5.5, 4), layout="constrained")
+    figure = Figure((11 if scored else 7, 4), layout="constrained")
     panels = [("error to the long run", lambda line: line.error, lines)]
     if scored:
         panels.append((str(scored[0].metric), lambda line: line.value, scored))
@@ -90,7 +91,10 @@ def draw_sweep(lines: Sequence[Line], file: Path) -> None:
         ticks = sorted({line.nfe for line in shown})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.15)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(file, dpi=130)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fewstep.errors import UserError
-from fewstep.models.hub.encoded import Index, fingerprint, read_index, read_prompts
+from fewstep.models.hub.encoded import PROMPTS, Index, fingerprint, read_index, read_prompts
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.store import write_tensors, write_text
 from fewstep.pictures import PICTURES, VIDEOS, Cover, files_of, read_picture, read_video
@@ -44,6 +44,7 @@ def encode_prompts(
     elif any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder.")
     write_text(index.model_dump_json(indent=1) + "\n", out / "index.json")
+    write_text("".join(f"{prompt}\n" for prompt in prompts), out / PROMPTS)
     pipeline = folder.pipeline().to(device)
     if not (out / "null.safetensors").is_file():
         write_tensors(folder.family.encode(pipeline, [""]), out / "null.safetensors")

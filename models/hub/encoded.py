@@ -1,8 +1,9 @@
 """Prompts (and pictures) encoded once, so that no encoder is in memory in training: shards of tensors with an index.
 
 ``index.json`` says what was encoded by what (hashes of the prompts and of the encoders) and how many rows a shard has;
-``null.safetensors`` is the null condition, one row; then ``shard-00000.safetensors`` and so on and, of captioned
-pictures, ``images-00000.safetensors``: latents ``x0``, all of one shape, and the number of each one's ``prompt``.
+``prompts.txt`` has the prompts, ``null.safetensors`` the null condition, one row; then ``shard-00000.safetensors`` and
+so on and, of captioned pictures, ``images-00000.safetensors``: latents ``x0``, all of one shape, and the number of each
+one's ``prompt``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fewstep.models.condition import Condition
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.store import read_tensors, sha256
 
+PROMPTS = "prompts.txt"  # what was encoded, in order
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 

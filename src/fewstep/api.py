@@ -33,7 +33,7 @@ from fewstep.eval.validation import PromptValidation, Validation
 from fewstep.models.condition import Condition
 from fewstep.models.guidance import Guidance
 from fewstep.models.hub.encode import encode_pictures, encode_prompts
-from fewstep.models.hub.encoded import read_prompts
+from fewstep.models.hub.encoded import PROMPTS, read_prompts
 from fewstep.models.hub.export import Form
 from fewstep.models.hub.export import export as export_model
 from fewstep.models.hub.folder import PipelineFolder
@@ -472,31 +472,41 @@ def win_rates(
     return results
 
 
-def compare(run: Source, device: str = "auto", columns: int = 20, seed: int = 0, guidance: float = 1.5) -> Path:
-    """``samples/comparison.png``: teacher and student of a run from the same noise, a row each.
+def compare(run: Source, device: str = "auto", columns: int = 20, seed: int = 0, guidance: float | None = None) -> Path:
+    """``samples/comparison.png``: teacher and student of a run from the same noise, a row each, for all classes or for
+    prompts spread over those that the run was trained on.
 
-    The teacher is shown at 32 evaluations (16 Euler steps with ``guidance``) and, unguided, at as many as the student.
+    The teacher is shown at 16 Euler steps with ``guidance`` (by default 1.5, and 2 for prompts) and, unguided, at as
+    many evaluations as the student.
     """
     folder = Path(run)
     config = load_config(folder / "config.yaml")
     student = load(folder, device)
-    labels = cycled_labels(columns, student.config.classes).sort().values
     few = student.config.few_step
     own = len(few.times) if few else 4
+    draw_row = partial(_of_labels, columns) if student.config.classes else partial(_of_prompts, config, columns)
     rows = []
     if config.teacher is not None:
-        teacher = load(config.teacher, device)
-        for count, scale, text in (
-            (16, guidance, "teacher, 32 evaluations"),
-            (own, 1.0, f"teacher, {own} evaluations"),
-        ):
-            images = draw(teacher, labels, solver="euler", steps=count, guidance=scale, seed=seed).x0
-            rows.append((text, to_bytes(images)))
-    images = draw(student, labels, solver="student", steps=None, guidance=1.0, seed=seed).x0
-    rows.append((f"student, {own} evaluations", to_bytes(images)))
+        teacher = load(config.teacher, device, config.size)
+        scale = guidance or (1.5 if student.config.classes else 2.0)
+        for count, w, text in ((16, scale, "teacher, 32 evaluations"), (own, 1.0, f"teacher, {own} evaluations")):
+            rows.append((text, draw_row(teacher, solver="euler", steps=count, guidance=w, seed=seed)))
+    rows.append((f"student, {own} evaluations", draw_row(student, solver="student", steps=None, seed=seed)))
     file = folder / "samples" / "comparison.png"
     save_picture(comparison(rows), file)
     return file
+
+
+def _of_labels(columns: int, model: Model, guidance: float = 1.0, **settings: Any) -> Tensor:
+    labels = cycled_labels(columns, model.config.classes).sort().values
+    return to_bytes(draw(model, labels, guidance=guidance, **settings).x0)
+
+
+def _of_prompts(config: Config, columns: int, model: Model, **settings: Any) -> Tensor:
+    prompts = read_prompts(Path(config.data.path or "") / PROMPTS)
+    count = min(columns, len(prompts))
+    pictures = sample(model, prompts=[prompts[k * len(prompts) // count] for k in range(count)], **settings)
+    return pictures[:, 0] if pictures.ndim == 5 else pictures  # of a video, its first frame
 
 
 def report(run: Source) -> Path:

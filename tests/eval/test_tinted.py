@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fewstep
+from fewstep.distill.config import find_config
 from fewstep.eval.features import ClassifierFeatures, extract
 from fewstep.eval.references import real_images
 from fewstep.eval.tinted import GARMENTS, NAMES, PALETTE, Asked, following, read, tint
@@ -64,3 +66,20 @@ def test_noise_as_of_a_generator_does_not_confuse_the_colours() -> None:
     noise = 15 * torch.randn(PICTURES.shape, generator=torch.Generator().manual_seed(1))
     scores = following(NETWORK, (PICTURES + noise).clamp(0, 255).to(torch.uint8), ASKED)
     assert min(scores["colour"], scores["background"]) > 0.98
+
+
+def test_the_embedded_teacher_does_as_it_is_told() -> None:
+    """A picture for every eighteenth caption: all ten garments and nine colours."""
+    pytest.importorskip("diffusers")
+    asked = Asked.every().rows(torch.arange(0, len(Asked.every()), 18))
+    pictures = fewstep.sample("fashion-text", prompts=asked.captions, solver="unipc_2", steps=8, guidance=2.0)
+    scores = following(NETWORK, pictures, asked)
+    assert scores["background"] > 0.95
+    assert scores["colour"] > 0.8
+    assert scores["garment"] > 0.8
+
+
+def test_the_captions_that_ship_are_all_of_them() -> None:
+    assert find_config("configs/fashion_text/demo.yaml").with_name("captions.txt").read_text().splitlines() == (
+        Asked.every().captions
+    )
