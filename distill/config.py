@@ -53,7 +53,7 @@ class ValidationConfig(Frozen):
     """Every ``every`` steps (0: never) ``n`` samples of the averaged student are scored against the *training*-image
     statistics of ``reference``, and the best student so far is kept. ``solver``, ``steps`` and ``guidance`` say how
     they are drawn; ``student`` is the student's own few-step rule. A pipeline's student is not scored: ``pictures`` of
-    the first prompts are drawn."""
+    prompts, spread over all, are drawn."""
 
     every: int = Field(0, ge=0)
     n: int = Field(1000, ge=10)

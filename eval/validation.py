@@ -46,7 +46,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class PromptValidation:
-    """The same for a pipeline's student: pictures of the first encoded prompts, one noise each, and no score."""
+    """The same for a pipeline's student: pictures of prompts spread over all, one noise each, and no score."""
 
     settings: ValidationConfig
     pipeline: PipelineFolder
@@ -56,7 +56,8 @@ class PromptValidation:
     def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> None:
         model = Model(denoiser=student, config=config, path=self.folder)
         s = self.settings
-        numbers = range(min(s.pictures, len(self.prompts)))
+        count = min(s.pictures, len(self.prompts))
+        numbers = [k * len(self.prompts) // count for k in range(count)]
         condition = self.prompts(torch.tensor(numbers)).to(model.device)
         samples = draw_from(
             model, condition, numbers, solver=s.solver, steps=s.steps, guidance=s.guidance, seed=SEED, batch=4
