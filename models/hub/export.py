@@ -74,7 +74,7 @@ def export(model: Model, form: Form, out: Path, card: str = "") -> Path:
         else:
             network = _plain(model.denoiser.backbone)
             if form is Form.merged:
-                network.save_pretrained(aside)
+                _write_network(network, aside)
             else:
                 _write_pipeline(folder, network, model.config.few_step, aside)
             _check_network(model, folder, aside if form is Form.merged else aside / folder.family.part)
@@ -137,10 +137,18 @@ def _plain(backbone: nn.Module) -> Any:
     return whole.network
 
 
+def _write_network(network: Any, folder: Path) -> None:
+    """Without the place that it was loaded from, which diffusers would write into its config."""
+    network.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    write_text(json.dumps(config, indent=2) + "\n", folder / "config.json")
+
+
 def _write_pipeline(folder: PipelineFolder, network: Any, few_step: FewStep | None, out: Path) -> None:
     part = folder.family.part
     shutil.copytree(folder.path, out, dirs_exist_ok=True, ignore=lambda path, names: _left_out(folder, path, names))
-    network.save_pretrained(out / part)
+    _write_network(network, out / part)
     index = folder.index
     if few_step is None:
         shutil.copytree(folder.path / "scheduler", out / "scheduler")

@@ -145,6 +145,7 @@ def test_a_model_that_is_no_student_keeps_its_pipelines_scheduler(saved: Saved, 
     out = module.export(load_model(saved("sd2")), Form.diffusers, tmp_path / "out")
     again = load_model(out)
     assert again.config.prediction == "v"
+    assert str(saved("sd2")) not in (out / "unet" / "config.json").read_text(), "no place on this machine leaves it"
     assert "times" not in json.loads((out / "fewstep.json").read_text())
     assert "Sample it as its base" in (out / "README.md").read_text()
 
