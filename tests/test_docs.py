@@ -19,6 +19,7 @@ from fewstep.distill.shootout import entry, load_shootout
 from fewstep.eval.evaluate import read_scores
 from fewstep.eval.frechet import frechet_distance
 from fewstep.eval.references import load_reference
+from fewstep.eval.sweep import at_their_best, cells, geometric_mean, read_lines
 from fewstep.eval.tables import BLOCK, refreshed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,3 +139,21 @@ def test_the_table_of_preferences_is_the_committed_results() -> None:
 
 
 ORDER = ("symmetry", "confidence", "brightness")
+
+
+def test_the_solvers_table_is_that_of_the_committed_sweep() -> None:
+    lines = at_their_best(read_lines(ROOT / "results" / "sweep" / "unguided.json"))
+    text = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
+    for row in cells(lines):
+        assert f"| {' | '.join(row)} |" in text
+    mean = {
+        solver: geometric_mean([line.error for line in lines if line.solver == solver])
+        for solver in ("dpmpp_2m", "unipc_2", "dc_solver_2", "dpm_solver_v3_2")
+    }
+    for better, than, share in (
+        ("dpm_solver_v3_2", "dpmpp_2m", 0.62),
+        ("dpm_solver_v3_2", "unipc_2", 0.86),
+        ("dc_solver_2", "unipc_2", 0.90),
+    ):
+        assert f"{share:.2f} of" in text
+        assert round(mean[better] / mean[than], 2) == share
