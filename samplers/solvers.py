@@ -84,35 +84,40 @@ STUDENTS: dict[str, Solver] = {
 
 
 STATISTICS, RATIOS = "statistics.safetensors", "dc_solver.json"
-V3, DC = "arXiv 2310.13268", "arXiv 2409.03755"
-FROM_FILES: dict[str, Callable[[Path], Solver]] = {
-    "dc_solver_2": lambda folder: Solver(
-        partial(dc_solver.from_file, file=folder / RATIOS, order=2), 3, 1, DC, by_log_snr=True
-    ),
-    "dpm_solver_v3_2": lambda folder: Solver(
-        partial(dpm_solver_v3, statistics=Statistics.read(folder / STATISTICS), order=2, pseudo=True), 2, 1, V3,
-        by_log_snr=True,
-    ),
-    "dpm_solver_v3_3": lambda folder: Solver(
-        partial(dpm_solver_v3, statistics=Statistics.read(folder / STATISTICS), order=3, pseudo=True), 3, 1, V3,
-        by_log_snr=True,
-    ),
-}  # fmt: skip
-NEEDS = {"dc_solver_2": f"{DC}; needs fewstep ratios", "dpm_solver_v3_2": f"{V3}; needs fewstep ems",
-         "dpm_solver_v3_3": f"{V3}; needs fewstep ems"}  # fmt: skip
+V3, DC = "arXiv 2310.13268; needs fewstep ems", "arXiv 2409.03755; needs fewstep ratios"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A solver that knows something of its model: ``build`` makes its rule from the model's folder."""
+
+    build: Callable[[Path], Rule]
+    order: int
+    paper: str
+
+
+def _v3(order: int, folder: Path) -> Rule:
+    return partial(dpm_solver_v3, statistics=Statistics.read(folder / STATISTICS), order=order, pseudo=True)
+
+
+MEASURED: dict[str, Measured] = {
+    "dc_solver_2": Measured(lambda folder: partial(dc_solver.from_file, file=folder / RATIOS, order=2), 3, DC),
+    "dpm_solver_v3_2": Measured(partial(_v3, 2), 3, V3),
+    "dpm_solver_v3_3": Measured(partial(_v3, 3), 4, V3),
+}
 
 
 def find_solver(name: str, folder: Path | None = None) -> Solver:
     """A solver by name; those that were measured for a model find that in its ``folder``. Raises ``UserError`` that
     lists those that there are, or says what is missing."""
-    if name in FROM_FILES:
-        return FROM_FILES[name](folder or Path())
+    if known := MEASURED.get(name):
+        return Solver(known.build(folder or Path()), known.order, 1, known.paper, by_log_snr=True)
     if name not in SOLVERS:
-        raise UserError(f"Unknown solver {name!r}{nearest(name, ['student', *SOLVERS, *FROM_FILES])}.")
+        raise UserError(f"Unknown solver {name!r}{nearest(name, ['student', *SOLVERS, *MEASURED])}.")
     return SOLVERS[name]
 
 
 def described() -> list[tuple[str, str, str, str]]:
     """Name, order, evaluations a step and paper of every solver."""
-    known = [(name, str(s.order), str(s.reads), s.paper) for name, s in SOLVERS.items()]
-    return known + [(name, name[-1], "1", text) for name, text in NEEDS.items()]
+    known = [(name, str(solver.order), str(solver.reads), solver.paper) for name, solver in SOLVERS.items()]
+    return known + [(name, str(solver.order), "1", solver.paper) for name, solver in MEASURED.items()]
