@@ -32,7 +32,7 @@ NoisyRule = Callable[[Predictor, Tensor, Sequence[float], Noise], Tensor]
 
 @dataclass(frozen=True)
 class Solver:
-    """``order``: how fast the error falls; ``reads``: network evaluations a step, ends aside. ``by_log_snr``: it takes
+    """``order``: how fast the error falls once the first steps, of lower order, no longer matter; ``reads``: network evaluations a step, ends aside. ``by_log_snr``: it takes
     differences over log-SNR, so that a grid should not begin where that is infinite."""
 
     run: Rule | NoisyRule
@@ -102,8 +102,8 @@ def _v3(order: int, folder: Path) -> Rule:
 
 MEASURED: dict[str, Measured] = {
     "dc_solver_2": Measured(lambda folder: partial(dc_solver.from_file, file=folder / RATIOS, order=2), 3, DC),
-    "dpm_solver_v3_2": Measured(partial(_v3, 2), 3, V3),
-    "dpm_solver_v3_3": Measured(partial(_v3, 3), 4, V3),
+    "dpm_solver_v3_2": Measured(partial(_v3, 2), 2, V3),
+    "dpm_solver_v3_3": Measured(partial(_v3, 3), 3, V3),
 }
 
 

@@ -152,6 +152,18 @@ def test_measuring_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["half.safetensors", "whole.safetensors"]
 
 
+@pytest.mark.parametrize(("order", "pseudo"), [(1, False), (2, False), (2, True)])
+def test_the_error_falls_with_the_order(order: int, pseudo: bool) -> None:
+    """With any smooth statistics; the corrector adds accuracy here, but the first step's order bounds the slope."""
+    log_snr = torch.linspace(LOW, HIGH, 4801, dtype=torch.float64)
+    columns = (torch.sigmoid(-2 * log_snr), -0.5 + 0.2 * torch.sin(log_snr), 0.1 * torch.cos(log_snr))
+    stats = Statistics(log_snr, *(column[:, None].repeat(1, 2) for column in columns))
+    truth = unipc(mixture(), NOISE, by_log_snr(VP, 400), order=3)
+    rule = partial(dpm_solver_v3, statistics=stats, order=order, correct=order > 1, pseudo=pseudo)
+    errors = [(rule(mixture(), NOISE, by_log_snr(VP, n)) - truth).square().mean().sqrt().item() for n in (20, 40, 80)]
+    assert math.log2(errors[0] / errors[-1]) / 2 == pytest.approx(order, abs=0.16)
+
+
 def test_a_model_without_statistics_is_told_how_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"statistics\.safetensors: make them with fewstep ems"):
         Statistics.read(tmp_path / "statistics.safetensors")
