@@ -32,8 +32,9 @@ NoisyRule = Callable[[Predictor, Tensor, Sequence[float], Noise], Tensor]
 
 @dataclass(frozen=True)
 class Solver:
-    """``order``: how fast the error falls once the first steps, of lower order, no longer matter; ``reads``: network evaluations a step, ends aside. ``by_log_snr``: it takes
-    differences over log-SNR, so that a grid should not begin where that is infinite."""
+    """``order``: how fast the error falls once the first steps, of lower order, no longer matter; ``reads``: network
+    evaluations a step, ends aside. ``by_log_snr``: it takes differences over log-SNR, so that a grid should not begin
+    where that is infinite."""
 
     run: Rule | NoisyRule
     order: int
