@@ -130,11 +130,13 @@ def bench_sampler(model: Model, solver: str, steps: int, batch: int, rounds: int
 
     bare()
     pairs = [(timed(full, model.device), timed(bare, model.device)) for _ in range(rounds)]
+    ratios = [full / bare for full, bare in pairs]
     return {
         "solver": solver, "steps": steps, "evaluations": predict.nfe, "batch": batch,
         "seconds_full": statistics.median(full for full, _ in pairs),
         "seconds_bare": statistics.median(bare for _, bare in pairs),
-        "ratio": statistics.median(full / bare for full, bare in pairs), "rounds": rounds, **environment(model.device),
+        "ratio": statistics.median(ratios), "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "rounds": rounds, **environment(model.device),
     }  # fmt: skip
 
 

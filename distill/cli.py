@@ -188,6 +188,7 @@ def evaluate(
     file: Annotated[
         Path | None, typer.Option("--json", help="A file to merge the scores into (for a run: its eval.json).")
     ] = None,
+    name: Annotated[str | None, typer.Option(help="What tables call it; by default its folder's name.")] = None,
     device: Device = "auto",
 ) -> None:
     """Score a model on real images: Fréchet distance, KID, precision, recall, accuracy, diversity."""
@@ -200,7 +201,7 @@ def evaluate(
     with sampling_bar(n) as progress:
         scores = api.evaluate(
             source, reference=reference, steps=counts, nfe=budgets, solver=rules, guidance=scales, grid=grid, n=n,
-            seed=seed, device=device, json_file=file, progress=progress,
+            seed=seed, device=device, json_file=file, name=name, progress=progress,
         )  # fmt: skip
     print_scores(scores)
 
@@ -234,15 +235,13 @@ def demo(
     ] = False,
 ) -> None:
     """Distil an embedded teacher, score the student and write a report: a few minutes on a laptop."""
-    config, teacher = ("configs/fashion_text/demo.yaml", "fashion-text") if text else ("configs/fashion/demo.yaml", "")
+    config, n, overrides = "configs/fashion/demo.yaml", 10_000, []
     folder = folder or Path("runs/demo_text" if text else "runs/demo")
-    overrides: list[str] = []
     if text:
-        encoded = folder.with_name(f"{folder.name}_captions")
+        captions = folder.with_name(f"{folder.name}_captions")
+        config, n, overrides = "configs/fashion_text/demo.yaml", 1_440, [f"data.path={captions}"]
         with counting("encoding captions") as encoding:
-            captions = Path(find_config(config)).with_name("captions.txt")
-            api.encode(teacher, captions, encoded, progress=encoding)
-        overrides = [f"data.path={encoded}"]
+            api.encode("fashion-text", find_config(config).with_name("captions.txt"), captions, progress=encoding)
     names = (folder if k == 1 else folder.with_name(f"{folder.name}-{k}") for k in count(1))
     folder = next(name for name in names if not (name / "report.html").exists())
     if (folder / "config.yaml").is_file():
@@ -250,7 +249,6 @@ def demo(
         _train(None, [], folder)
     else:
         _train(config, [f"out={folder}", *overrides], None)
-    n = 1_440 if text else 10_000
     with sampling_bar(n) as progress:
         api.evaluate(folder, n=n, progress=progress)
     picture = api.compare(folder)

@@ -163,7 +163,7 @@ def diagnose(logged: Sequence[Mapping[str, float]]) -> list[Finding]:
         text = f"the mean of the samples is {drift:.2f} deviations away from the teacher's"
         found.append(Finding("drift", f"{text}: lower the student's rate, or give the critic more updates."))
     shares = values("ca_share")
-    too_guided = len(shares) >= ENOUGH and statistics.median(shares) > 0.7
+    too_guided = len(shares) >= ENOUGH and statistics.median(shares) > 0.75
     if too_guided:
         text = f"guidance makes {statistics.median(shares):.0%} of the direction and matching does not balance it"
         found.append(Finding("guidance", f"{text}: lower guidance, or give the critic more updates."))

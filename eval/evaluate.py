@@ -92,7 +92,7 @@ def draw_from(
 ) -> Samples:  # fmt: skip
     """One sample for each row of ``condition`` [n] and its number; raises ``UserError`` as ``plan`` does."""
     n = len(numbers)
-    rule, times = plan(solver, steps, model.config, grid, model.path)
+    rule, times = plan(solver, steps, model.config, grid, model.path, guidance)
     if model.config.few_step and model.config.few_step.counts:
         condition = condition.replace(steps=torch.full((n,), len(times) - 1))
     return sample(

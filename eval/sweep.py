@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
 
+from fewstep.distill.data import to_bytes
 from fewstep.errors import UserError
+from fewstep.eval.evaluate import draw
+from fewstep.eval.features import extract
+from fewstep.eval.frechet import Statistics, frechet_distance
 from fewstep.eval.pictures import COLOURS
+from fewstep.eval.references import Reference
+from fewstep.models.store import Model, write_text
+from fewstep.samplers.sample import plan, steps_within
+from fewstep.samplers.solvers import SOLVERS
 
 
 class Line(BaseModel):
@@ -43,6 +53,50 @@ def read_lines(file: Path) -> list[Line]:
         return LINES.validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         raise UserError(f"{file} is no readable file of a sweep; move it away or name another.") from error
+
+
+def compare_solvers(
+    model: Model, labels: Tensor, real: Reference | None, *, name: str, solvers: Sequence[str], nfe: Sequence[int],
+    grids: Sequence[str], guidance: float, long: int, seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Line]:  # fmt: skip
+    """A line for every solver, grid and budget, against ``long`` steps of UniPC-3 from the same noise."""
+    for solver in solvers:
+        if solver in SOLVERS and SOLVERS[solver].noisy:
+            raise UserError(f"{solver!r} adds noise of its own, so its samples have no error to a long run.")
+    requests = [
+        (solver, grid, budget, steps_within(solver, budget, guidance != 1, model.config))
+        for solver in solvers for grid in grids for budget in nfe
+    ]  # fmt: skip
+    for solver, grid, _, steps in requests:
+        plan(solver, steps, model.config, grid, model.path, guidance)
+    exact = draw(model, labels, solver="unipc_3", steps=long, grid="log_snr", guidance=guidance, seed=seed).x0
+    lines: list[Line] = []
+    for done, (solver, grid, budget, steps) in enumerate(requests, start=1):
+        samples = draw(model, labels, solver=solver, steps=steps, grid=grid, guidance=guidance, seed=seed)
+        value = None
+        if real is not None:
+            value = frechet_distance(Statistics.of(extract(real.network, to_bytes(samples.x0))), real.statistics)
+        lines.append(
+            Line(
+                model=name, solver=solver, grid=grid, nfe=samples.nfe, budget=budget, steps=steps, guidance=guidance,
+                error=(samples.x0 - exact).square().mean().sqrt().item(), metric=real.metric if real else None,
+                value=value, n=len(labels), seed=seed, long=long,
+            )
+        )  # fmt: skip
+        if progress is not None:
+            progress(done, len(requests))
+    return lines
+
+
+def write_sweep(lines: Sequence[Line], folder: Path) -> None:
+    """``sweep.json`` with all lines; ``sweep.md`` and ``sweep.png`` with every solver at its best."""
+    folder.mkdir(parents=True, exist_ok=True)
+    best = at_their_best(lines)
+    write_text(json.dumps([line.model_dump() for line in lines], indent=1) + "\n", folder / "sweep.json")
+    head, *body = cells(best)
+    write_text("".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body)), folder / "sweep.md")
+    draw_sweep(best, folder / "sweep.png")
 
 
 def at_their_best(lines: Sequence[Line]) -> list[Line]:

@@ -7,6 +7,7 @@ of ours of any diffusers scheduler. Needs the extra ``diffusers``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,18 +22,19 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.hub.family import noising
 from fewstep.models.prediction import Kind
 from fewstep.models.schedules import RectifiedFlow
+from fewstep.samplers.dpm_solver_pp import pp_steps
 from fewstep.samplers.grids import MOST, Spacing, checked, grid
-from fewstep.samplers.multistep import Step, Walk, falling_orders
+from fewstep.samplers.multistep import Step, Walk
 from fewstep.samplers.predictor import Predictor, Reading
 from fewstep.samplers.solvers import Rule
 from fewstep.samplers.unipc import unipc_steps
 
 RULES: dict[str, Callable[[int], list[Step]]] = {
-    "dpmpp_2m": lambda n: [Step(p, "data", "published") for p in falling_orders(2, n)],
-    "dpmpp_3m": lambda n: [Step(p, "data", "published") for p in falling_orders(3, n)],
-    "dpmpp_3m_exact": lambda n: [Step(p, "data", "none") for p in falling_orders(3, n)],
-    "unipc_2": lambda n: unipc_steps(n, 2),
-    "unipc_3": lambda n: unipc_steps(n, 3),
+    "dpmpp_2m": pp_steps,
+    "dpmpp_3m": partial(pp_steps, order=3),
+    "dpmpp_3m_exact": partial(pp_steps, order=3, relaxation="none"),
+    "unipc_2": unipc_steps,
+    "unipc_3": partial(unipc_steps, order=3),
 }
 
 

@@ -160,19 +160,18 @@ def goals(predict: Predictor, x: Tensor, times: Sequence[float], finer: int = 20
     return list(islice(walk, finer - 1, None, finer))
 
 
-def from_file(predict: Predictor, x: Tensor, times: Sequence[float], *, file: Path, order: int) -> Tensor:
-    """``dc_solver`` with the ratios that ``file`` (of ``fewstep ratios``) has for these steps and the guidance, or that
-    fit those it has. Raises ``UserError`` if there is no such file or it says nothing here."""
+def read_ratios(file: Path, steps: int, guidance: float, order: int = 2) -> list[float]:
+    """The ratios that ``file`` (of ``fewstep ratios``) has for a number of steps and a scale, or that fit those it has.
+    Raises ``UserError`` if there is no such file or it says nothing here."""
     try:
         found = TypeAdapter(list[Searched]).validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         raise UserError(f"DC-Solver needs the model's ratios, {file}: search them with fewstep ratios.") from error
-    steps, scale = len(times) - 1, predict.guidance.scale
     known = {(one.steps, one.guidance): one.ratios for one in found if one.order == order}
-    if (steps, scale) in known:
-        return dc_solver(predict, x, times, known[steps, scale], order=order)
+    if (steps, guidance) in known:
+        return known[steps, guidance]
     counts, scales = {n for n, _ in known}, {w for _, w in known}
-    if not known or not (min(counts) <= steps <= max(counts) and min(scales) <= scale <= max(scales)):
+    if not known or not (min(counts) <= steps <= max(counts) and min(scales) <= guidance <= max(scales)):
         have = ", ".join(f"{n} steps at {w:g}" for n, w in known)
-        raise UserError(f"{file} has no ratios near {steps} steps at guidance {scale:g} (it has {have or 'none'}).")
-    return dc_solver(predict, x, times, Cascade.fit(known).ratios(steps, scale), order=order)
+        raise UserError(f"{file} has no ratios near {steps} steps at guidance {guidance:g} (it has {have or 'none'}).")
+    return Cascade.fit(known).ratios(steps, guidance)

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fewstep.samplers.exponential import Known, Noise, Relaxation, advance
+from fewstep.samplers.exponential import Form, Known, Noise, Relaxation, advance
 from fewstep.samplers.grids import Node
 from fewstep.samplers.multistep import Step, falling_orders, multistep
 from fewstep.samplers.predictor import Predictor
@@ -22,8 +22,12 @@ def multistep_pp(
     predict: Predictor, x: Tensor, times: Sequence[float], *, order: int = 2, relaxation: Relaxation = "published"
 ) -> Tensor:
     """++1, ++2M (midpoint) or ++3M; ``relaxation="none"`` gives the Taylor weights, of full order. N evaluations."""
-    steps = [Step(p, "data", relaxation) for p in falling_orders(order, len(times) - 1)]
-    return multistep(predict, x, times, steps)
+    return multistep(predict, x, times, pp_steps(len(times) - 1, order, relaxation))
+
+
+def pp_steps(steps: int, order: int = 2, relaxation: Relaxation = "published", form: Form = "data") -> list[Step]:
+    """The steps of ``multistep_pp`` (of ``multistep_sde`` with ``form="sde"``) as ``multistep`` takes them."""
+    return [Step(p, form, relaxation) for p in falling_orders(order, steps)]
 
 
 def multistep_sde(
@@ -31,8 +35,7 @@ def multistep_sde(
     relaxation: Relaxation = "published",
 ) -> Tensor:  # fmt: skip
     """SDE-DPM-Solver++ 1 or 2M; without ``noise`` the noise-free limit. N evaluations."""
-    steps = [Step(p, "sde", relaxation) for p in falling_orders(order, len(times) - 1)]
-    return multistep(predict, x, times, steps, noise)
+    return multistep(predict, x, times, pp_steps(len(times) - 1, order, relaxation, "sde"), noise)
 
 
 def singlestep_pp(predict: Predictor, x: Tensor, times: Sequence[float]) -> Tensor:

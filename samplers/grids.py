@@ -42,12 +42,13 @@ def grid(
     ``exponential``: geometric in sigma / alpha); (sigma / alpha)^(1/7) (``karras``, arXiv 2206.00364); quantiles of
     Beta(0.6, 0.6) over sigma / alpha (``beta``, arXiv 2407.12173). ``factor`` shifts towards noise afterwards. ``end``:
     ``minimum`` stops at ``least``, ``zero`` moves the last node from there to 0, ``append`` spreads one node fewer and
-    adds 0, as most published grids do. Raises ``ValueError`` for fewer than one step or times that do not fall.
+    adds 0, as most published grids do. Raises ``ValueError`` for fewer than one step, times that do not fall, and
+    ``beta`` without scipy.
     """
     _check(steps)
     u = np.linspace(0, 1, steps + (end != "append"))
     if spacing == "time":
-        times = torch.as_tensor((1 - u) * most + u * (0.0 if end == "zero" else least))
+        times = torch.linspace(most, 0.0 if end == "zero" else least, len(u), dtype=torch.float64)
     elif spacing == "quadratic":
         times = torch.as_tensor(((1 - u) * most**0.5 + u * least**0.5) ** 2)
     else:
@@ -60,8 +61,10 @@ def grid(
         elif spacing == "karras":
             rho = ((1 - u) * high ** (1 / 7) + u * low ** (1 / 7)) ** 7
         else:
-            from scipy.stats import beta
-
+            try:
+                from scipy.stats import beta
+            except ImportError as error:
+                raise ValueError("its quantiles need scipy: pip install 'fewstep[eval]'") from error
             rho = low + (high - low) * beta.ppf(1 - u, 0.6, 0.6)
         times = schedule.time_of_log_snr(-torch.log(torch.as_tensor(rho)))
         times[0] = start[0]
@@ -80,16 +83,6 @@ def checked(times: Sequence[float]) -> tuple[float, ...]:
     if len(times) < 2 or not falling or not 0 <= times[-1] < times[0] <= 1:
         raise ValueError(f"a grid is two or more falling times within [0, 1], got {list(times)}")
     return tuple(float(t) for t in times)
-
-
-def log_snr_uniform(schedule: NoiseSchedule, steps: int, low: float = -4.0, high: float = 4.0) -> tuple[float, ...]:
-    """Nodes uniform in ``log_snr`` between ``low`` and ``high``, the last moved to t = 0 and the first to t = 1.
-
-    The ends are cut because a flow's log-SNR runs over the whole real line; the cut is taken up by the end steps.
-    """
-    _check(steps)
-    inner = schedule.time_of_log_snr(torch.linspace(low, high, steps + 1, dtype=torch.float64))
-    return (1.0, *inner[1:-1].tolist(), 0.0)
 
 
 def _check(steps: int) -> None:

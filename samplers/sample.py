@@ -48,14 +48,16 @@ class Plan(NamedTuple):
 
 
 def plan(
-    solver: str, steps: int | None, config: ModelConfig, spacing: str = "time", folder: Path | None = None
-) -> Plan:
+    solver: str, steps: int | None, config: ModelConfig, spacing: str = "time", folder: Path | None = None,
+    guidance: float = 1.0,
+) -> Plan:  # fmt: skip
     """The rule and the nodes of a request: ``student`` takes both from how the model was distilled.
 
     A student of K steps may be asked for any number of steps; other numbers than K spread as its own times do.
     ``spacing`` of a teacher's grid (see ``grids.grid``) may name the least time before 0, too: ``log_snr:0.02``. The
-    model's ``folder`` holds what some solvers know of it. Raises ``UserError`` for an unknown solver or spacing, a
-    missing step count, or a student's solver on a teacher.
+    model's ``folder`` holds what some solvers know of it, at a ``guidance``. Raises ``UserError`` for an unknown solver
+    or spacing, a missing step count, and what does not go together: a student's solver and a teacher; guidance, a grid
+    or a rule of higher order and a student.
     """
     few_step = config.few_step
     if steps is not None and steps < 1:
@@ -63,7 +65,13 @@ def plan(
     if few_step and few_step.counts and steps is not None and steps not in few_step.counts:
         served = ", ".join(map(str, few_step.counts))
         raise UserError(f"This student is told its number of steps and serves {served}, got {steps}.")
+    if few_step is not None and guidance != 1:
+        raise UserError(
+            f"A distilled student has its guidance in its weights, so guidance must be 1, got {guidance:g}."
+        )
     if solver == "student":
+        if spacing != "time":
+            raise UserError(f"A student is sampled at its own times, not on a grid {spacing!r}; choose another solver.")
         if few_step is None:
             raise UserError(
                 "This model is no distilled student, so it has no rule of its own; choose --solver "
@@ -73,9 +81,14 @@ def plan(
         if steps is None or steps == len(few_step.times):
             return Plan(STUDENTS[few_step.rule], (*few_step.times, 0.0))
         return Plan(STUDENTS[few_step.rule], time_uniform(steps, few_step.shift))
-    rule = find_solver(solver, folder)
     if steps is None:
         raise UserError(f"The solver {solver!r} needs a number of steps.")
+    rule = find_solver(solver, steps, guidance, folder)
+    if few_step is not None and rule.order > 1:
+        raise UserError(
+            f"The solver {solver!r} extrapolates along a teacher's smooth path; a distilled student has none: choose "
+            "student, euler or ddim."
+        )
     return Plan(rule, _nodes(rule, steps, config, spacing))
 
 
@@ -86,8 +99,8 @@ def _nodes(rule: Solver, steps: int, config: ModelConfig, spacing: str) -> tuple
     schedule = schedule_from_dict(config.noise_schedule)
     start = schedule.log_snr(torch.ones((), dtype=torch.float64))
     most = MOST if rule.by_log_snr and not start.isfinite() else 1.0
-    if name == "time" and most == 1.0:
-        return time_uniform(steps, config.shift)
+    if name == "time" and least:
+        raise UserError("The grid 'time' goes to 0 in equal steps, so it takes no least time.")
     try:
         lowest = float(least) if least else LEAST
         return grid(schedule, steps, cast(Spacing, name), factor=config.shift, most=most, least=lowest)

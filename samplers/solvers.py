@@ -14,7 +14,7 @@ from fewstep.errors import UserError, nearest
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.schedules import NoiseSchedule
-from fewstep.samplers import dc_solver
+from fewstep.samplers.dc_solver import dc_solver, read_ratios
 from fewstep.samplers.ddim import ddim
 from fewstep.samplers.dpm_solver import dpm_solver
 from fewstep.samplers.dpm_solver_pp import multistep_pp, multistep_sde, singlestep_pp
@@ -64,7 +64,7 @@ SOLVERS: dict[str, Solver] = {
     "ddim": Solver(ddim, 1, 1, "arXiv 2010.02502"),
     "ddpm": Solver(partial(ddim, eta=1.0), 1, 1, "arXiv 2006.11239: DDIM with eta 1", noisy=True),
     "heun": Solver(heun, 2, 2, "arXiv 2206.00364, in time"),
-    "heun_edm": Solver(heun_edm, 2, 2, "arXiv 2206.00364, in sigma / alpha", by_log_snr=True, noisy=True),
+    "heun_edm": Solver(heun_edm, 2, 2, "arXiv 2206.00364, in sigma / alpha", by_log_snr=True),
     "dpm_solver_2": Solver(partial(dpm_solver, order=2), 2, 2, "arXiv 2206.00927", by_log_snr=True),
     "dpm_solver_3": Solver(partial(dpm_solver, order=3), 3, 3, "arXiv 2206.00927", by_log_snr=True),
     "dpmpp_2s": Solver(singlestep_pp, 2, 2, PP, by_log_snr=True),
@@ -90,29 +90,34 @@ V3, DC = "arXiv 2310.13268; needs fewstep ems", "arXiv 2409.03755; needs fewstep
 
 @dataclass(frozen=True)
 class Measured:
-    """A solver that knows something of its model: ``build`` makes its rule from the model's folder."""
+    """A solver that knows something of its model: ``build(folder, steps, guidance)`` makes its rule of what is found in
+    the model's folder."""
 
-    build: Callable[[Path], Rule]
+    build: Callable[[Path, int, float], Rule]
     order: int
     paper: str
 
 
-def _v3(order: int, folder: Path) -> Rule:
+def _v3(folder: Path, steps: int, guidance: float, order: int) -> Rule:
     return partial(dpm_solver_v3, statistics=Statistics.read(folder / STATISTICS), order=order, pseudo=True)
 
 
+def _dc(folder: Path, steps: int, guidance: float) -> Rule:
+    return partial(dc_solver, ratios=read_ratios(folder / RATIOS, steps, guidance))
+
+
 MEASURED: dict[str, Measured] = {
-    "dc_solver_2": Measured(lambda folder: partial(dc_solver.from_file, file=folder / RATIOS, order=2), 3, DC),
-    "dpm_solver_v3_2": Measured(partial(_v3, 2), 2, V3),
-    "dpm_solver_v3_3": Measured(partial(_v3, 3), 3, V3),
+    "dc_solver_2": Measured(_dc, 3, DC),
+    "dpm_solver_v3_2": Measured(partial(_v3, order=2), 2, V3),
+    "dpm_solver_v3_3": Measured(partial(_v3, order=3), 3, V3),
 }
 
 
-def find_solver(name: str, folder: Path | None = None) -> Solver:
-    """A solver by name; those that were measured for a model find that in its ``folder``. Raises ``UserError`` that
-    lists those that there are, or says what is missing."""
+def find_solver(name: str, steps: int, guidance: float = 1.0, folder: Path | None = None) -> Solver:
+    """A solver by name; one that was measured for a model finds that in its ``folder``. Raises ``UserError`` that names
+    the nearest that there is, or says what is missing."""
     if known := MEASURED.get(name):
-        return Solver(known.build(folder or Path()), known.order, 1, known.paper, by_log_snr=True)
+        return Solver(known.build(folder or Path(), steps, guidance), known.order, 1, known.paper, by_log_snr=True)
     if name not in SOLVERS:
         raise UserError(f"Unknown solver {name!r}{nearest(name, ['student', *SOLVERS, *MEASURED])}.")
     return SOLVERS[name]

@@ -33,28 +33,20 @@ Progress = Callable[[int, int], None]
 Along = Callable[[Tensor, Tensor, Condition, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What the expectations are taken over: clean samples [K, ...] with their conditions."""
-
-    x0: Tensor
-    condition: Condition
-
-
 @torch.no_grad()
 def estimate(
-    denoiser: Denoiser, samples: Samples, file: Path, *, guidance: Guidance, intervals: int = 120, seed: int = 0,
-    batch: int = 128, progress: Progress | None = None,
+    denoiser: Denoiser, x0: Tensor, condition: Condition, file: Path, *, guidance: Guidance, intervals: int = 120,
+    seed: int = 0, batch: int = 128, progress: Progress | None = None,
 ) -> None:  # fmt: skip
-    """Writes the statistics at ``intervals + 1`` log-SNRs from that of ``MOST`` to that of ``LEAST``, by two
-    Jacobian-vector products a sample and log-SNR.
+    """Writes the statistics, over clean samples ``x0`` [K, ...] with their conditions, at ``intervals + 1`` log-SNRs
+    from that of ``MOST`` to that of ``LEAST``, by two Jacobian-vector products a sample and log-SNR.
 
     Goes on where it stopped: what is done stands beside ``file``. Raises ``UserError`` if that is of other settings.
     """
     first, last = denoiser.schedule.log_snr(torch.tensor([MOST, LEAST], dtype=torch.float64)).tolist()
     log_snr = torch.linspace(first, last, intervals + 1, dtype=torch.float64)
-    moments = _Moments(denoiser, samples, guidance, seed, batch)
-    settings = {"intervals": intervals, "n": len(samples.x0), "guidance": guidance.scale, "seed": seed}
+    moments = _Moments(denoiser, x0, condition, guidance, seed, batch)
+    settings = {"intervals": intervals, "n": len(x0), "guidance": guidance.scale, "seed": seed}
     state = _State(file.with_suffix(".partial.safetensors"), {"settings": json.dumps(settings)}, intervals + 1)
     l = state.resume("l", lambda k: moments.slope(log_snr[k]), progress, 0)  # noqa: E741
     by_log_snr = torch.gradient(l, spacing=(log_snr.float(),), dim=0, edge_order=1)[0]
@@ -71,24 +63,25 @@ class _Moments:
     """Means over the samples at one log-SNR."""
 
     denoiser: Denoiser
-    samples: Samples
+    x0: Tensor
+    condition: Condition
     guidance: Guidance
     seed: int
     batch: int
 
     def slope(self, log_snr: Tensor) -> Tensor:
         """l [...]."""
-        total = torch.zeros_like(self.samples.x0[0])
+        total = torch.zeros_like(self.x0[0])
         for x, t, condition, generator in self._noised(log_snr):
             v = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
             _, moved = self.along(x, t, condition, v, torch.zeros_like(t))
             total += (self.denoiser.schedule.sigma(t).to(x) * moved * v).sum(0)
-        return total / len(self.samples.x0)
+        return total / len(self.x0)
 
     def of(self, log_snr: Tensor, l: Tensor, l_prime: Tensor) -> Tensor:  # noqa: E741
         """E[f], E[f'], E[f f], E[f f'] [4, ...]."""
         schedule = self.denoiser.schedule
-        total = torch.zeros(4, *self.samples.x0.shape[1:], dtype=torch.float64)
+        total = torch.zeros(4, *self.x0.shape[1:], dtype=torch.float64)
         for x, t, condition, _ in self._noised(log_snr):
             alpha, sigma = schedule.alpha(t), schedule.sigma(t)
             dt = 1 / (schedule.d_alpha(t) / alpha - schedule.d_sigma(t) / sigma)  # by log-SNR
@@ -99,17 +92,17 @@ class _Moments:
             f_prime = torch.exp(-log_snr).to(x) * ((l - 1) * e + e_prime) - l_prime * x / alpha.to(x)
             f, f_prime = f.double().cpu(), f_prime.double().cpu()
             total += torch.stack([f, f_prime, f * f, f * f_prime]).sum(1)
-        return (total / len(self.samples.x0)).float()
+        return (total / len(self.x0)).float()
 
     def _noised(self, log_snr: Tensor):  # type: ignore[no-untyped-def]
         schedule = self.denoiser.schedule
         t = schedule.time_of_log_snr(log_snr[None])[0]
         generator = torch.Generator().manual_seed(self.seed)
-        for low in range(0, len(self.samples.x0), self.batch):
-            x0 = self.samples.x0[low : low + self.batch]
+        for low in range(0, len(self.x0), self.batch):
+            x0 = self.x0[low : low + self.batch]
             noise = torch.randn(x0.shape, generator=generator).to(x0)
             x = schedule.alpha(t).to(x0) * x0 + schedule.sigma(t).to(x0) * noise
-            yield x, t, self.samples.condition.index(slice(low, low + self.batch)), generator
+            yield x, t, self.condition.index(slice(low, low + self.batch)), generator
 
     def read(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return guide(self.denoiser, x, t, condition, self.guidance).out.noise
@@ -118,7 +111,7 @@ class _Moments:
     def along(self) -> Along:
         """The noise prediction and its derivative along a direction in x and t: by forward mode or, where a layer of
         the network has none, by two backward passes."""
-        x0, condition = self.samples.x0[:1], self.samples.condition.index(slice(0, 1))
+        x0, condition = self.x0[:1], self.condition.index(slice(0, 1))
         half = torch.tensor(0.5, dtype=torch.float64)
         try:
             self._forward_mode(x0, half, condition, x0, half)

@@ -234,6 +234,9 @@ def test_scores_are_merged_into_their_file(squares: Path, tmp_path: Path) -> Non
     done = fewstep(*command, "--n", 100, "--steps", 4, "--solver", "euler")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(file.read_text())) == len(scores), "the same setting again replaces its scores"
+    done = fewstep(*command, "--n", 100, "--steps", 4, "--solver", "euler", "--name", "other")
+    assert done.returncode == 0, done.stderr
+    assert {score["model"] for score in json.loads(file.read_text())} == {"teacher", "other"}
 
 
 def test_a_shootout_gives_every_method_the_same_evaluations_and_keeps_what_is_finished(

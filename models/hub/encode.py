@@ -14,7 +14,7 @@ from fewstep.errors import UserError
 from fewstep.models.hub.encoded import PROMPTS, Index, fingerprint, read_index, read_prompts
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.store import write_tensors, write_text
-from fewstep.pictures import PICTURES, VIDEOS, Cover, files_of, read_picture, read_video
+from fewstep.pictures import PICTURES, VIDEOS, Cover, files_of, read_picture, read_video, size_of
 
 Progress = Callable[[int, int], None]  # how many of how many
 
@@ -79,7 +79,7 @@ def encode_pictures(
     captions = {file: _caption(file) for file in files}
     prompts = list(dict.fromkeys(captions.values()))
     number = {prompt: k for k, prompt in enumerate(prompts)}
-    buckets = _buckets(files, sizes, frames)
+    buckets = _buckets(files, sizes)
     for height, width in buckets:
         folder.family.shape(height, width, frames)  # refuses what the model cannot take
     encode_prompts(folder, prompts, out, device=device, images=len(files), rows=rows, sizes=tuple(sizes))
@@ -101,16 +101,15 @@ def encode_pictures(
     return len(files)
 
 
-def _pixels(file: Path, frames: int, cover: Cover | None = None) -> torch.Tensor:
+def _pixels(file: Path, frames: int, cover: Cover) -> torch.Tensor:
     return read_video(file, frames, cover) if frames > 1 else read_picture(file, cover=cover)
 
 
-def _buckets(files: Sequence[Path], sizes: Sequence[Cover], frames: int) -> dict[Cover, list[Path]]:
+def _buckets(files: Sequence[Path], sizes: Sequence[Cover]) -> dict[Cover, list[Path]]:
     """The files by the size (height, width) that they are encoded at."""
     found: dict[Cover, list[Path]] = {}
     for file in files:
-        height, width = _pixels(file, frames).shape[-2:]
-        size = (height, width)
+        size = height, width = size_of(file)
         if sizes:
             size = min(sizes, key=lambda wanted: abs(math.log(wanted[0] / wanted[1] * width / height)))
         found.setdefault(size, []).append(file)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +64,8 @@ class PipelineFolder:
         diffusers = require_diffusers()
         module = getattr(diffusers, self.index[self.family.part][1])
         try:
-            network = module.from_pretrained(self.path, subfolder=self.family.part, dtype=dtype)
+            with _without_bars():
+                network = module.from_pretrained(self.path, subfolder=self.family.part, dtype=dtype)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"The {self.family.part} in {self.path} cannot be loaded: {_first_line(error)}") from error
         finish = None if type(self.family).guided is Family.guided else self.family.guided
@@ -79,7 +81,8 @@ class PipelineFolder:
         parts = absent | {self.family.part: denoiser}
         cls = getattr(diffusers, self.index["_class_name"])
         try:
-            return cls.from_pretrained(self.path, dtype=dtype, **parts)
+            with _without_bars():
+                return cls.from_pretrained(self.path, dtype=dtype, **parts)
         except (OSError, RuntimeError, ValueError, ImportError) as error:
             raise UserError(f"The pipeline in {self.path} cannot be loaded: {_first_line(error)}") from error
 
@@ -105,6 +108,22 @@ def require_diffusers() -> Any:
     except ImportError as error:
         raise UserError("Diffusers pipelines need an extra: pip install 'fewstep[diffusers]'.") from error
     return diffusers
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bars that both libraries show for every file they load."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
 
 
 def _fetched(name: str) -> Path:

@@ -19,14 +19,12 @@ from fewstep.distill.shootout import curve, load_shootout, run_all
 from fewstep.errors import UserError
 from fewstep.eval.evaluate import Score, cycled_labels, draw, draw_from, merged, read_scores
 from fewstep.eval.evaluate import evaluate as evaluate_model
-from fewstep.eval.features import extract
-from fewstep.eval.frechet import Statistics, frechet_distance
 from fewstep.eval.frontier import draw_frontier
 from fewstep.eval.pictures import comparison, save_picture, save_sample
 from fewstep.eval.references import load_reference
 from fewstep.eval.report import write_report
 from fewstep.eval.rewards import REWARDS, find_reward, win_rate
-from fewstep.eval.sweep import Line, at_their_best, cells, draw_sweep
+from fewstep.eval.sweep import Line, compare_solvers, write_sweep
 from fewstep.eval.tables import markdown
 from fewstep.eval.tinted import Asked
 from fewstep.eval.validation import PromptValidation, Validation
@@ -39,10 +37,10 @@ from fewstep.models.hub.export import export as export_model
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.store import Model, Size, load_model, pipeline_of, place_of, write_tensors, write_text
 from fewstep.pictures import require_av
-from fewstep.samplers import statistics
 from fewstep.samplers.dc_solver import Searched, goals, search
 from fewstep.samplers.predictor import Predictor
 from fewstep.samplers.sample import SampleNoise, plan, steps_within
+from fewstep.samplers.statistics import estimate
 
 Source = str | Path
 SEARCH_SEED = 12345  # of the samples that solvers are tuned on: far from those that people compare
@@ -116,6 +114,7 @@ def sample(
     if prompts is not None or model.config.backbone.get("name") == "diffusers":
         if not prompts:
             raise UserError("This model takes prompts: give at least one.")
+        plan(solver, steps, model.config, grid, model.path, guidance)  # refuses, before anything is loaded or encoded
         folder = pipeline_of(model)
         pipeline = folder.pipeline().to(model.device)
         condition = folder.condition(pipeline, prompts)
@@ -145,6 +144,7 @@ def sample_files(
     model = source if isinstance(source, Model) else load(source, device)
     pipeline_folder = pipeline_of(model)
     solver, steps = _rule(model, solver, steps)
+    plan(solver, steps, model.config, grid, model.path, guidance)  # refuses, before anything is loaded or encoded
     suffix = video if len(model.config.shape) == 4 else "png"
     if suffix == "mp4":
         require_av()
@@ -168,12 +168,9 @@ def sample_files(
 
 
 def _rule(model: Model, solver: str | None, steps: int | None) -> tuple[str, int | None]:
-    """The solver and steps wanted or, by default, a student's own rule and times, a teacher's 32 Euler steps. Raises
-    ``UserError`` if they do not go together."""
+    """The solver and steps wanted or, by default, a student's own rule and times, a teacher's 32 Euler steps."""
     few = model.config.few_step
-    chosen = solver or ("student" if few else "euler"), steps if steps is not None or few else 32
-    plan(*chosen, model.config, folder=model.path)
-    return chosen
+    return solver or ("student" if few else "euler"), steps if steps is not None or few else 32
 
 
 def evaluate(
@@ -189,6 +186,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     json_file: Source | None = None,
+    name: str | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Score]:
     """Scores every combination of ``solver``, ``steps`` and ``guidance`` on the reference's test images. A teacher's
@@ -210,16 +208,16 @@ def evaluate(
         (rule, steps_within(rule, count, scale != 1, model.config) if nfe else count, scale)
         for rule in solvers for count in nfe or steps for scale in guidance
     ]  # fmt: skip
-    for rule, count, _ in requests:
-        plan(rule, count, model.config, grid, model.path)
+    for rule, count, scale in requests:
+        plan(rule, count, model.config, grid, model.path, scale)
     if model.config.classes:
         real.network(torch.zeros(1, *model.config.shape, dtype=torch.uint8))  # refuses other shapes before any is drawn
     scores: list[Score] = []
     for rule, count, scale in dict.fromkeys(requests):
         label = f"{rule} {count} steps, guidance {scale:g}"
         scores += evaluate_model(
-            model, real, name=Path(source).name, solver=rule, steps=count, guidance=scale, grid=grid, n=n, seed=seed,
-            progress=partial(progress, label) if progress else None,
+            model, real, name=name or Path(source).name, solver=rule, steps=count, guidance=scale, grid=grid, n=n,
+            seed=seed, progress=partial(progress, label) if progress else None,
         )  # fmt: skip
         if file is not None:
             write_text(json.dumps([score.model_dump() for score in merged(known, scores)], indent=1) + "\n", file)
@@ -335,10 +333,9 @@ def make_statistics(
     labels = cycled_labels(n, _classes(model))
     x0 = draw(model, labels, solver="heun", steps=16, guidance=guidance, seed=SEARCH_SEED + seed).x0
     condition = Condition.of_labels(labels, model.config.classes)
-    samples = statistics.Samples(x0.to(model.device), condition.to(model.device))
-    statistics.estimate(
-        model.denoiser, samples, Path(file), guidance=Guidance(guidance), intervals=intervals, seed=seed,
-        progress=progress,
+    estimate(
+        model.denoiser, x0.to(model.device), condition.to(model.device), Path(file), guidance=Guidance(guidance),
+        intervals=intervals, seed=seed, progress=progress,
     )  # fmt: skip
 
 
@@ -346,7 +343,7 @@ def search_ratios(
     source: Source, file: Source, *, steps: Sequence[int], guidance: Sequence[float], order: int = 2, n: int = 32,
     seed: int = 0, device: str = "auto", progress: Callable[[int, int], None] | None = None,
 ) -> None:  # fmt: skip
-    """Searches DC-Solver's ratios for every number of steps and scale, against runs of a hundred times the steps. The
+    """Searches DC-Solver's ratios for every number of steps and scale, against runs of twenty times the steps. The
     solver finds them as ``dc_solver.json`` beside the model's weights."""
     model = load(source, device)
     labels = cycled_labels(n, _classes(model))
@@ -373,41 +370,17 @@ def sweep(
     """Every solver, grid and budget of evaluations of a class-conditional teacher, against ``long`` steps of UniPC-3
     from the same noise (and, with ``reference``, scored); writes ``sweep.json``, ``sweep.md`` and ``sweep.png``.
 
-    A budget that allows no step is left out. Raises ``UserError`` on an unknown solver or grid before it samples.
+    Raises ``UserError`` before it samples: on an unknown solver or grid, a solver with noise of its own, and a budget
+    that allows no step.
     """
     model = load(source, device)
     labels = cycled_labels(n, _classes(model))
     real = load_reference(reference, "test", model.device) if reference else None
-    requests = []
-    for solver in solvers:
-        for grid in grids:
-            for budget in nfe:
-                steps = steps_within(solver, budget, guidance != 1, model.config)
-                requests.append((solver, grid, budget, steps))
-                plan(solver, steps, model.config, grid, model.path)
-    exact = draw(model, labels, solver="unipc_3", steps=long, grid="log_snr", guidance=guidance, seed=seed).x0
-    lines: list[Line] = []
-    for done, (solver, grid, budget, steps) in enumerate(requests, start=1):
-        samples = draw(model, labels, solver=solver, steps=steps, grid=grid, guidance=guidance, seed=seed)
-        error = (samples.x0 - exact).square().mean().sqrt().item()
-        value = None
-        if real is not None:
-            value = frechet_distance(Statistics.of(extract(real.network, to_bytes(samples.x0))), real.statistics)
-        lines.append(
-            Line(
-                model=Path(source).name, solver=solver, grid=grid, nfe=samples.nfe, budget=budget, steps=steps,
-                guidance=guidance, error=error, metric=real.metric if real else None, value=value, n=n, seed=seed,
-                long=long,
-            )
-        )  # fmt: skip
-        if progress is not None:
-            progress(done, len(requests))
-    place, best = Path(folder), at_their_best(lines)
-    place.mkdir(parents=True, exist_ok=True)
-    write_text(json.dumps([line.model_dump() for line in lines], indent=1) + "\n", place / "sweep.json")
-    head, *body = cells(best)
-    write_text("".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body)), place / "sweep.md")
-    draw_sweep(best, place / "sweep.png")
+    lines = compare_solvers(
+        model, labels, real, name=Path(source).name, solvers=solvers, nfe=nfe, grids=grids, guidance=guidance,
+        long=long, seed=seed, progress=progress,
+    )  # fmt: skip
+    write_sweep(lines, Path(folder))
     return lines
 
 
@@ -477,7 +450,7 @@ def compare(run: Source, device: str = "auto", columns: int = 20, seed: int = 0,
     prompts spread over those that the run was trained on.
 
     The teacher is shown at 16 Euler steps with ``guidance`` (by default 1.5, and 2 for prompts) and, unguided, at as
-    many evaluations as the student.
+    many evaluations as the student; a teacher that is a student itself, by its own rule.
     """
     folder = Path(run)
     config = load_config(folder / "config.yaml")
@@ -489,8 +462,12 @@ def compare(run: Source, device: str = "auto", columns: int = 20, seed: int = 0,
     if config.teacher is not None:
         teacher = load(config.teacher, device, config.size)
         scale = guidance or (1.5 if student.config.classes else 2.0)
-        for count, w, text in ((16, scale, "teacher, 32 evaluations"), (own, 1.0, f"teacher, {own} evaluations")):
-            rows.append((text, draw_row(teacher, solver="euler", steps=count, guidance=w, seed=seed)))
+        shown = [("euler", 16, scale, 32), ("euler", own, 1.0, own)]
+        if given := teacher.config.few_step:
+            shown = [("student", len(given.times), 1.0, len(given.times))]
+        for solver, steps, w, nfe in shown:
+            row = draw_row(teacher, solver=solver, steps=steps, guidance=w, seed=seed)
+            rows.append((f"teacher, {nfe} evaluations", row))
     rows.append((f"student, {own} evaluations", draw_row(student, solver="student", steps=None, seed=seed)))
     file = folder / "samples" / "comparison.png"
     save_picture(comparison(rows), file)

@@ -38,6 +38,21 @@ def read_picture(file: Path, channels: int = 3, cover: Cover | None = None) -> T
     return torch.from_numpy(np.array(pixels)).reshape(pixels.height, pixels.width, channels).permute(2, 0, 1)
 
 
+def size_of(file: Path) -> Cover:
+    """Height and width of a picture or video file, by its header. Raises ``UserError`` that names a damaged file."""
+    try:
+        if file.suffix.lower() == ".mp4":
+            require_av()
+            import av
+
+            with av.open(str(file)) as container:
+                return container.streams.video[0].height, container.streams.video[0].width
+        with Image.open(file) as opened:
+            return opened.height, opened.width
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{file} is no readable picture or video ({error}).") from error
+
+
 def read_video(file: Path, frames: int, cover: Cover | None = None) -> Tensor:
     """The first ``frames`` frames of a GIF or MP4, uint8 [3, frames, H, W]; ``cover`` as of ``read_picture``.
 

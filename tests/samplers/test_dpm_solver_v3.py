@@ -17,10 +17,10 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
 from fewstep.models.schedules import VE, NoiseSchedule, RectifiedFlow
-from fewstep.samplers import statistics
 from fewstep.samplers.dpm_solver_pp import multistep_pp
 from fewstep.samplers.dpm_solver_v3 import Statistics, derivatives, dpm_solver_v3, nested_derivatives
 from fewstep.samplers.predictor import Predictor
+from fewstep.samplers.statistics import Progress, estimate
 from fewstep.samplers.unipc import unipc
 
 M, K = 0.7, 0.5
@@ -69,8 +69,7 @@ def test_one_step_is_exact_on_gaussian_data(schedule: NoiseSchedule) -> None:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Statistics:
     file = tmp_path_factory.mktemp("ems") / "statistics.safetensors"
     x0 = GaussianMixture([0.3, 0.7], [[-1.5, 0.5], [1.0, -0.5]], [0.4, 0.6]).sample(2048, 1).float()
-    samples = statistics.Samples(x0, Condition())
-    statistics.estimate(mixture().denoiser, samples, file, guidance=Guidance(), intervals=150, batch=2048)
+    estimate(mixture().denoiser, x0, Condition(), file, guidance=Guidance(), intervals=150, batch=2048)
     return Statistics.read(file)
 
 
@@ -92,9 +91,7 @@ def test_measured_statistics_of_gaussian_data_are_the_exact_ones(mode: str, tmp_
     denoiser = Denoiser(_NoForwardMode(model) if mode == "backward" else model, flow, "x0")
     x0 = M + K * torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
     file = tmp_path / "statistics.safetensors"
-    statistics.estimate(
-        denoiser, statistics.Samples(x0, Condition()), file, guidance=Guidance(), intervals=24, batch=4000
-    )
+    estimate(denoiser, x0, Condition(), file, guidance=Guidance(), intervals=24, batch=4000)
     stats = Statistics.read(file)
     t = flow.time_of_log_snr(stats.log_snr)
     exact = flow.sigma(t) ** 2 / ((flow.alpha(t) * K) ** 2 + flow.sigma(t) ** 2)
@@ -125,7 +122,7 @@ class _NoForwardMode(torch.nn.Module):
 
 
 def test_measuring_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    samples = statistics.Samples(NOISE[:16].float(), Condition())
+    x0 = NOISE[:16].float()
 
     class Enough(Exception):
         pass
@@ -134,9 +131,9 @@ def test_measuring_goes_on_where_it_stopped(tmp_path: Path) -> None:
         if done == 12:
             raise Enough
 
-    def run(file: Path, progress: statistics.Progress | None = None, seed: int = 0) -> None:
-        statistics.estimate(
-            mixture().denoiser, samples, file, guidance=Guidance(), intervals=14, seed=seed, progress=progress
+    def run(file: Path, progress: Progress | None = None, seed: int = 0) -> None:
+        estimate(
+            mixture().denoiser, x0, Condition(), file, guidance=Guidance(), intervals=14, seed=seed, progress=progress
         )
 
     run(tmp_path / "whole.safetensors")

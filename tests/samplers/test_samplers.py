@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from fewstep.models.store import FewStep, ModelConfig
 from fewstep.samplers.ddim import ddim
 from fewstep.samplers.euler import euler
 from fewstep.samplers.few_step import renoise
-from fewstep.samplers.grids import log_snr_uniform, time_uniform
+from fewstep.samplers.grids import grid, time_uniform
 from fewstep.samplers.heun import heun
 from fewstep.samplers.predictor import Predictor
 from fewstep.samplers.sample import SampleNoise, plan, sample, steps_within
@@ -108,11 +109,10 @@ def test_renoising_with_the_exact_endpoint_map_keeps_the_data(steps: int) -> Non
 def test_grids() -> None:
     assert time_uniform(4) == (1.0, 0.75, 0.5, 0.25, 0.0)
     assert time_uniform(4, 3.0) == pytest.approx((1.0, 0.9, 0.75, 0.5, 0.0))
-    grid = log_snr_uniform(FLOW, 6, -3, 3)
-    assert grid[0] == 1.0
-    assert grid[-1] == 0.0
-    inner = FLOW.log_snr(torch.tensor(grid[1:-1], dtype=torch.float64))
-    assert torch.allclose(inner.diff(), torch.ones(4, dtype=torch.float64))
+    times = grid(FLOW, 6, "log_snr", most=0.95, least=0.05)
+    assert (times[0], times[-1]) == (0.95, 0.0)
+    steps = FLOW.log_snr(torch.tensor(times[:-1], dtype=torch.float64)).diff()
+    assert torch.allclose(steps, torch.full_like(steps, 2 * math.log(19) / 6))
     with pytest.raises(ValueError, match="at least one step"):
         time_uniform(0)
 
@@ -180,19 +180,41 @@ def test_plan() -> None:
     assert plan("student", 4, few) == (renoise, time_uniform(4))
     shifted = student(times=time_uniform(4, 3.0)[:-1], shift=3.0)
     assert plan("student", 2, shifted) == (renoise, time_uniform(2, 3.0))
-    assert plan("heun", 3, few) == (SOLVERS["heun"], time_uniform(3))
+    assert plan("euler", 3, few) == (SOLVERS["euler"], time_uniform(3))
     rule, times = plan("dpmpp_2m", 5, TEACHER_CONFIG, "log_snr:0.02")
     assert rule == SOLVERS["dpmpp_2m"]
     assert (times[0], times[-1], len(times)) == (0.999, 0.0, 6)
-    for solver, steps, config, grid, message in (
-        ("student", 4, TEACHER_CONFIG, "time", "no distilled student"),
-        ("eular", 4, TEACHER_CONFIG, "time", "did you mean 'euler'"),
-        ("euler", None, TEACHER_CONFIG, "time", "needs a number of steps"),
-        ("euler", 0, TEACHER_CONFIG, "time", "at least 1, got 0"),
-        ("euler", 4, TEACHER_CONFIG, "karas", "did you mean 'karras'"),
-        ("euler", 4, TEACHER_CONFIG, "karras:2", "does not work"),
-        ("euler", 4, TEACHER_CONFIG, "karras:x", "does not work"),
-        ("dpm_solver_v3_2", 4, TEACHER_CONFIG, "time", "fewstep ems"),
-    ):
-        with pytest.raises(UserError, match=message):
-            plan(solver, steps, config, grid)
+
+
+FEW = TEACHER_CONFIG.model_copy(update={"few_step": FewStep(rule="renoise", times=(1.0, 0.6))})
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "config", "settings", "message"),
+    [
+        ("student", 4, TEACHER_CONFIG, {}, "no distilled student"),
+        ("eular", 4, TEACHER_CONFIG, {}, "did you mean 'euler'"),
+        ("euler", None, TEACHER_CONFIG, {}, "needs a number of steps"),
+        ("euler", 0, TEACHER_CONFIG, {}, "at least 1, got 0"),
+        ("euler", 4, TEACHER_CONFIG, {"spacing": "karas"}, "did you mean 'karras'"),
+        ("euler", 4, TEACHER_CONFIG, {"spacing": "karras:2"}, "does not work"),
+        ("euler", 4, TEACHER_CONFIG, {"spacing": "karras:x"}, "does not work"),
+        ("euler", 4, TEACHER_CONFIG, {"spacing": "time:0.02"}, "takes no least time"),
+        ("dpm_solver_v3_2", 4, TEACHER_CONFIG, {}, "fewstep ems"),
+        ("dc_solver_2", 4, TEACHER_CONFIG, {}, "fewstep ratios"),
+        ("student", None, FEW, {"guidance": 2.0}, "has its guidance in its weights"),
+        ("student", 4, FEW, {"spacing": "karras"}, "sampled at its own times"),
+        ("unipc_2", 4, FEW, {}, "choose student, euler or ddim"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    solver: str, steps: int | None, config: ModelConfig, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(solver, steps, config, **settings)
+
+
+def test_a_grid_of_beta_quantiles_says_that_it_needs_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(UserError, match=r"grid 'beta' does not work: its quantiles need scipy: pip install"):
+        plan("euler", 4, TEACHER_CONFIG, "beta")

@@ -23,7 +23,7 @@ from fewstep.eval.pictures import save_sample
 from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.store import load_model, pipeline_of, read_tensors
-from fewstep.pictures import read_video
+from fewstep.pictures import read_video, size_of
 
 pytest.importorskip("diffusers")
 Saved = Callable[[str], Path]
@@ -131,6 +131,7 @@ def test_a_video_is_written_and_read_back(suffix: str, tmp_path: Path) -> None:
     save_sample(video, file)
     again = read_video(file, 5)
     assert again.shape == (3, 5, 16, 32)
+    assert size_of(file) == (16, 32)
     assert (again.transpose(0, 1).int() - video.int()).abs().max() <= 3
     assert read_video(file, 2, cover=(8, 8)).shape == (3, 2, 8, 8)
     with pytest.raises(UserError, match=r"a\.\w+ has 5 frames, 9 are wanted"):
@@ -138,6 +139,8 @@ def test_a_video_is_written_and_read_back(suffix: str, tmp_path: Path) -> None:
     file.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"a\.\w+ is no readable video"):
         read_video(file, 1)
+    with pytest.raises(UserError, match=r"a\.\w+ is no readable picture or video"):
+        size_of(file)
 
 
 def test_a_batch_is_of_one_of_several_sizes(saved: Saved, tmp_path: Path) -> None:

@@ -70,11 +70,13 @@ def test_what_was_measured_is_found_beside_the_model_and_asked_for_where_it_is_n
     assert all(one.ratios[:2] == [1.0, 1.0] and len(one.ratios) == one.steps for one in found)
 
 
-def test_unknown_solvers_and_grids_are_refused_before_anything_is_sampled(teacher: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused_before_anything_is_sampled(teacher: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ({"solvers": ["unipc2"]}, "did you mean 'unipc_2'"),
         ({"solvers": ["ddim"], "grids": ["karas"]}, "did you mean 'karras'"),
         ({"solvers": ["heun"], "guidance": 2.0, "nfe": [1]}, "too few for one step"),
+        ({"solvers": ["ddim", "ddpm"]}, "'ddpm' adds noise of its own"),
+        ({"solvers": ["dc_solver_2"], "nfe": [20]}, "no ratios near 20 steps"),
     ):
         with pytest.raises(UserError, match=message):
             api.sweep(teacher, **{"nfe": [4], "folder": tmp_path / "no", **arguments})
