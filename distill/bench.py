@@ -112,7 +112,8 @@ def timed(work: Callable[[], None], device: torch.device) -> float:
 
 @torch.no_grad()
 def bench_sampler(model: Model, solver: str, steps: int, batch: int, rounds: int) -> dict[str, Any]:
-    """N steps of a solver against N bare calls of the network at the same times: the median of paired ratios."""
+    """N steps of a solver, in inference mode as they are sampled, against N bare calls of the network at the same times
+    without gradients (``ratio``) and in inference mode, too (``ratio_same_mode``): medians of paired ratios."""
     rule, times = plan(solver, steps, model.config, folder=model.path)
     x = torch.randn(batch, *model.config.shape, device=model.device)
     classes = max(1, model.config.classes)
@@ -125,17 +126,20 @@ def bench_sampler(model: Model, solver: str, steps: int, batch: int, rounds: int
         for k in range(predict.nfe):
             model.denoiser.backbone(x, told[k % steps], condition)
 
+    @torch.inference_mode()
     def full() -> None:
         rule(Predictor(model.denoiser, condition), x, times, lambda: torch.randn_like(x))
 
     bare()
-    pairs = [(timed(full, model.device), timed(bare, model.device)) for _ in range(rounds)]
-    ratios = [full / bare for full, bare in pairs]
+    works = (full, bare, torch.inference_mode()(bare))
+    rows = [[timed(work, model.device) for work in works] for _ in range(rounds)]
+    ratios = [full / bare for full, bare, _ in rows]
     return {
         "solver": solver, "steps": steps, "evaluations": predict.nfe, "batch": batch,
-        "seconds_full": statistics.median(full for full, _ in pairs),
-        "seconds_bare": statistics.median(bare for _, bare in pairs),
+        "seconds_full": statistics.median(full for full, *_ in rows),
+        "seconds_bare": statistics.median(bare for _, bare, _ in rows),
         "ratio": statistics.median(ratios), "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "ratio_same_mode": statistics.median(full / same for full, _, same in rows),
         "rounds": rounds, **environment(model.device),
     }  # fmt: skip
 

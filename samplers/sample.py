@@ -122,7 +122,6 @@ def steps_within(solver: str, nfe: int, guided: bool, config: ModelConfig) -> in
     return fitting[-1]
 
 
-@torch.no_grad()
 def sample(
     denoiser: Denoiser,
     condition: Condition,
@@ -141,6 +140,7 @@ def sample(
     """Draws ``n`` samples, one a row of ``condition``, by ``rule`` over ``times``.
 
     A sample's noise depends on ``seed`` and its number alone (``numbers``; 0 to n - 1 by default), whatever the batch.
+    Inference mode makes a small network's calls some percent faster; what is returned are ordinary tensors.
     """
     start = float(denoiser.schedule.sigma(torch.tensor(times[0], dtype=torch.float64)))
     numbers = range(n) if numbers is None else numbers
@@ -149,9 +149,8 @@ def sample(
         rows = slice(low, min(low + batch, n))
         noise = SampleNoise(seed, numbers[rows], shape, torch.device(device))
         predict = Predictor(denoiser, condition.index(rows).to(device), guidance)
-        x = start * noise()
-        x = rule(predict, x, times, noise)
-        parts.append(x.cpu())
+        with torch.inference_mode():
+            parts.append(rule(predict, start * noise(), times, noise).cpu())
         nfe = predict.nfe
         if progress is not None:
             progress(rows.stop)

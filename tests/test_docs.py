@@ -157,3 +157,12 @@ def test_the_solvers_table_is_that_of_the_committed_sweep() -> None:
     ):
         assert f"{share:.2f} of" in text
         assert round(mean[better] / mean[than], 2) == share
+
+
+def test_what_a_step_of_a_solver_costs_is_the_committed_bench() -> None:
+    text = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
+    one, many = (json.loads((ROOT / "results" / f"bench_sampler_{batch}.json").read_text()) for batch in (1, 64))
+    for bench, batch in ((one, 1), (many, 64)):
+        assert f"[{bench['ratio']:.2f} times](../results/bench_sampler_{batch}.json)" in text
+    assert f"in inference mode, too: {many['ratio_same_mode']:.2f} and {one['ratio_same_mode']:.2f}" in text
+    assert f"a call takes {1000 * one['seconds_bare'] / one['steps']:.1f} ms" in text

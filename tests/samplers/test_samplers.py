@@ -145,6 +145,25 @@ def test_a_sample_does_not_depend_on_its_batch(rule: str) -> None:
     )
 
 
+def test_sampling_leaves_a_network_and_samples_that_can_be_trained_with() -> None:
+    network = torch.nn.Linear(2, 2)
+    denoiser = Denoiser(Told(network), FLOW, "x0")
+    drawn = sample(denoiser, Condition(), (2,), 4, rule=SOLVERS["unipc_2"], times=time_uniform(3)).x0
+    assert not drawn.is_inference()
+    network(drawn.requires_grad_()).sum().backward()
+    assert network.weight.grad is not None
+    assert drawn.grad is not None
+
+
+class Told(torch.nn.Module):
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.network(x_t)
+
+
 def test_noise_belongs_to_seed_and_number() -> None:
     first = SampleNoise(0, [0, 1, 2], (4,), torch.device("cpu"))
     a, b = first(), first()
