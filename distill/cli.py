@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 
 from fewstep import api
-from fewstep.distill import cli_make, cli_solvers
+from fewstep.distill import cli_eval, cli_make, cli_solvers
 from fewstep.distill.bench import bench_memory, bench_sampler, bench_step
 from fewstep.distill.config import find_config, load_config
 from fewstep.distill.devices import pick_device
@@ -55,6 +55,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure what the loop costs beside the networks.")
 app.add_typer(bench, name="bench")
+app.add_typer(cli_eval.app)
 app.add_typer(cli_make.app)
 app.add_typer(cli_solvers.app)
 
@@ -172,38 +173,6 @@ def sample(
     columns = len(numbers) if numbers and len(numbers) > 1 else min(n, model.config.classes or 10)
     save_grid(images, file, columns=columns)
     out.print(f"{n} images are in {file}.")
-
-
-@app.command("eval")
-def evaluate(
-    source: Source,
-    reference: Annotated[str, typer.Option(help="An embedded reference or a reference folder.")] = "fashion",
-    steps: Annotated[str | None, typer.Option(help="One or several; 1,2,4 by default.")] = None,
-    nfe: Annotated[str | None, typer.Option(help="Instead of --steps: as many as fit in these evaluations.")] = None,
-    solver: Annotated[str | None, typer.Option(help="Student, or any that fewstep sweep lists.")] = None,
-    guidance: Annotated[str, typer.Option(help="One or several scales, for example 1,2.")] = "1",
-    grid: Grid = "time",
-    n: Annotated[int, typer.Option("--n", help="Samples a combination.")] = 10_000,
-    seed: int = 0,
-    file: Annotated[
-        Path | None, typer.Option("--json", help="A file to merge the scores into (for a run: its eval.json).")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="What tables call it; by default its folder's name.")] = None,
-    device: Device = "auto",
-) -> None:
-    """Score a model on real images: Fréchet distance, KID, precision, recall, accuracy, diversity."""
-    if steps and nfe:
-        raise UserError("Give --steps or --nfe, not both.")
-    counts = parse_numbers(steps or "1,2,4", int, "--steps")
-    budgets = parse_numbers(nfe, int, "--nfe") if nfe else []
-    scales = parse_numbers(guidance, float, "--guidance")
-    rules = solver.split(",") if solver else []
-    with sampling_bar(n) as progress:
-        scores = api.evaluate(
-            source, reference=reference, steps=counts, nfe=budgets, solver=rules, guidance=scales, grid=grid, n=n,
-            seed=seed, device=device, json_file=file, name=name, progress=progress,
-        )  # fmt: skip
-    print_scores(scores)
 
 
 @app.command()

@@ -92,3 +92,5 @@ def print_scores(scores: list[Score]) -> None:
     for row in body:
         table.add_row(*row)
     out.print(table)
+    for note in dict.fromkeys(note for score in scores for note in (score.manifest or {}).get("notes", [])):
+        out.print(note, style="yellow", markup=False, highlight=False)

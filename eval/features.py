@@ -17,10 +17,11 @@ REFERENCE = Path(__file__).parent / "reference"
 
 
 class Features(Protocol):
-    """Maps images, uint8 [N, C, H, W] in 0..255, to float32 [N, ``dimension``], each image by itself.
+    """Maps images to float32 [N, ``dimension``], each by itself: ``network(stack of network.prepare(image))``.
 
-    ``name`` becomes part of the metric's name (``fd_fashion``); ``sha256`` is that of the weights file: values are
-    comparable only where both agree.
+    ``prepare`` takes one image, uint8 [3, H, W] in 0..255 (or a video, uint8 [F, 3, H, W]), on the host, where several
+    threads share the work. ``name`` becomes part of the metric's name (``fd_fashion``); ``sha256`` is that of the
+    weights file: values are comparable only where both agree.
     """
 
     @property
@@ -29,6 +30,7 @@ class Features(Protocol):
     def dimension(self) -> int: ...
     @property
     def sha256(self) -> str: ...
+    def prepare(self, image: Tensor) -> Tensor: ...
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
@@ -71,7 +73,7 @@ class ClassifierFeatures:
             return self.network.classify(features.to(self.network.device)).argmax(1).cpu()
 
 
-def extract(features: Features, images: Tensor, batch: int = 500) -> Tensor:
+def extract(features: ClassifierFeatures, images: Tensor, batch: int = 500) -> Tensor:
     """Features of many images, uint8 [N, C, H, W] -> float32 [N, D] on the host, ``batch`` images at a time."""
     return torch.cat([features(part).cpu() for part in images.split(batch)])
 
@@ -86,7 +88,12 @@ def matrices(*sets: Tensor) -> list[Tensor]:
             raise UserError(
                 f"Features to compare must be [N, D] with N >= 2 and one D, got {[list(s.shape) for s in sets]}."
             )
-        if not x.isfinite().all():
-            bad = int((~x.isfinite().all(dim=1)).sum())
-            raise UserError(f"The features of {bad} of {len(x)} images are NaN or infinite: were the images valid?")
-    return [x.detach().to("cpu", torch.float64) for x in sets]
+    return [finite(x) for x in sets]
+
+
+def finite(features: Tensor) -> Tensor:
+    """Features [N, D] as float64 on the host. Raises ``UserError`` if a number is not finite."""
+    if not features.isfinite().all():
+        bad = int((~features.isfinite().all(dim=1)).sum())
+        raise UserError(f"The features of {bad} of {len(features)} images are NaN or infinite: were the images valid?")
+    return features.detach().to("cpu", torch.float64)

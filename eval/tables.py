@@ -51,6 +51,42 @@ def rows(scores: Sequence[Score]) -> list[list[str]]:
     return table
 
 
+def side_by_side(ours: Sequence[Score], theirs: Sequence[Score]) -> list[list[str]]:
+    """A header, then a row a metric and setting that both files have (a file of one setting is compared with whatever
+    the other has), with the difference and, where the values are not comparable, what differs."""
+    table = [["ours", "theirs", "metric", "ours", "theirs", "difference", "comparable"]]
+    for a in _groups(ours):
+        for b in _groups(theirs):
+            alone = len(_groups(ours)) == 1 or len(_groups(theirs)) == 1
+            if not alone and _setting(a[0])[2:] != _setting(b[0])[2:]:
+                continue
+            for metric in dict.fromkeys(score.metric for score in a):
+                left, right = ([score for score in group if score.metric == metric] for group in (a, b))
+                if right:
+                    means = [statistics.fmean(score.value for score in part) for part in (left, right)]
+                    values = [_cell([score.value for score in part]) for part in (left, right)]
+                    same = _differing(left[0], right[0])
+                    title = [_title(a[0]), _title(b[0]), metric]
+                    table.append([*title, *values, f"{means[0] - means[1]:+.3f}", same])
+    return table
+
+
+def _groups(scores: Sequence[Score]) -> list[list[Score]]:
+    """The scores by setting, all seeds of one together."""
+    return [[score for score in scores if _setting(score) == own] for own in dict.fromkeys(map(_setting, scores))]
+
+
+def _title(score: Score) -> str:
+    return f"{score.model}, {score.nfe} NFE" if score.nfe else score.model
+
+
+def _differing(a: Score, b: Score) -> str:
+    """ "yes", or in what the two are not of one protocol."""
+    names = ("protocol", "reference", "n", "features_sha256")
+    wrong = [name for name in names if getattr(a, name) != getattr(b, name)]
+    return f"no: other {', '.join(wrong)}" if wrong else "yes"
+
+
 def markdown(scores: Sequence[Score]) -> str:
     """``rows`` as a Markdown table."""
     head, *body = rows(scores)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from fewstep.eval.torchvision_cure import cure_torchvision
+from fewstep.torchvision_cure import cure_torchvision
 
 torch.set_num_threads(1)
 settings.register_profile("fewstep", deadline=None, derandomize=True, max_examples=50)

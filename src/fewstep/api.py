@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +18,17 @@ from fewstep.distill.devices import join_world, pick_device
 from fewstep.distill.run import Progress, Run
 from fewstep.distill.shootout import curve, load_shootout, run_all
 from fewstep.errors import UserError
-from fewstep.eval.evaluate import Score, cycled_labels, draw, draw_from, merged, read_scores
-from fewstep.eval.evaluate import evaluate as evaluate_model
+from fewstep.eval.evaluate import ByReference, Score, cycled_labels, draw, draw_from, merged, read_scores
 from fewstep.eval.frontier import draw_frontier
+from fewstep.eval.networks.weights import Place
 from fewstep.eval.pictures import comparison, save_picture, save_sample
+from fewstep.eval.protocol import Evaluator, Protocol
 from fewstep.eval.references import load_reference
 from fewstep.eval.report import write_report
 from fewstep.eval.rewards import REWARDS, find_reward, win_rate
+from fewstep.eval.score import ByProtocol
 from fewstep.eval.sweep import Line, compare_solvers, write_sweep
 from fewstep.eval.tables import markdown
-from fewstep.eval.tinted import Asked
 from fewstep.eval.validation import PromptValidation, Validation
 from fewstep.models.condition import Condition
 from fewstep.models.guidance import Guidance
@@ -176,6 +178,8 @@ def _rule(model: Model, solver: str | None, steps: int | None) -> tuple[str, int
 def evaluate(
     source: Source,
     *,
+    protocol: Protocol | None = None,
+    place: Place | None = None,
     reference: str = "fashion",
     steps: Sequence[int] = (1, 2, 4),
     nfe: Sequence[int] = (),
@@ -189,42 +193,67 @@ def evaluate(
     name: str | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Score]:
-    """Scores every combination of ``solver``, ``steps`` and ``guidance`` on the reference's test images. A teacher's
-    steps are spaced as ``grid`` says (see ``samplers.grids``).
+    """Scores every combination of ``solver``, ``steps`` and ``guidance``. A teacher's steps are spaced as ``grid`` says
+    (see ``samplers.grids``). A ``protocol`` says what is measured, on how many samples of which seeds and against what
+    (``place``: where the weights of its networks are); without one, ``n`` samples are compared with the test images of
+    an embedded ``reference``.
 
     ``nfe`` takes the place of ``steps``: as many steps as that number of evaluations allows. After each combination the
     scores are merged into ``json_file``; for a run folder that is its ``eval.json``, which also takes over the scores
     that its teacher came with. Raises ``UserError`` on a request that cannot be met, before anything is computed.
     """
     model = load(source, device)
-    real = load_reference(reference, "test", model.device)
-    least = 2 * (model.config.classes or len(Asked.every()))
-    if n < least:
-        raise UserError(f"n must be at least {least} (two samples a class or caption), got {n}.")
+    judge: ByReference | ByProtocol
+    if protocol is None:
+        judge = ByReference(load_reference(reference, "test", model.device), n, (seed,))
+    else:
+        judge = _judge(protocol, place, model.device)
     solvers = list(solver) or ["student" if model.config.few_step else "euler"]
     file = Path(json_file) if json_file else _default_json(Path(source))
-    known = read_scores(file) if file and file.is_file() else _teacher_scores(Path(source), real.network.sha256)
+    known = read_scores(file) if file and file.is_file() else _teacher_scores(Path(source), judge.network_sha256)
     requests = [
         (rule, steps_within(rule, count, scale != 1, model.config) if nfe else count, scale)
         for rule in solvers for count in nfe or steps for scale in guidance
     ]  # fmt: skip
     for rule, count, scale in requests:
         plan(rule, count, model.config, grid, model.path, scale)
-    if model.config.classes:
-        real.network(torch.zeros(1, *model.config.shape, dtype=torch.uint8))  # refuses other shapes before any is drawn
+    judge.check(model)
     scores: list[Score] = []
-    for rule, count, scale in dict.fromkeys(requests):
+    for (rule, count, scale), own in product(dict.fromkeys(requests), judge.seeds):
         label = f"{rule} {count} steps, guidance {scale:g}"
-        scores += evaluate_model(
-            model, real, name=name or Path(source).name, solver=rule, steps=count, guidance=scale, grid=grid, n=n,
-            seed=seed, progress=partial(progress, label) if progress else None,
+        scores += judge(
+            model, name=name or Path(source).name, solver=rule, steps=count, guidance=scale, grid=grid, seed=own,
+            progress=partial(progress, label) if progress else None,
         )  # fmt: skip
         if file is not None:
             write_text(json.dumps([score.model_dump() for score in merged(known, scores)], indent=1) + "\n", file)
     return scores
 
 
-def _teacher_scores(run: Path, features_sha256: str) -> list[Score]:
+def evaluate_images(
+    source: Source, protocol: Protocol, place: Place | None = None, *, skip_bad: bool = False, device: str = "auto",
+    json_file: Source | None = None, name: str | None = None,
+) -> list[Score]:  # fmt: skip
+    """Scores the images of a folder or an archive. Raises ``UserError`` on images that cannot be scored."""
+    judge = _judge(protocol, place, pick_device(device), skip_bad)
+    scores = judge.of_images(Path(source), name or Path(source).name)
+    if json_file is not None:
+        file = Path(json_file)
+        known = read_scores(file) if file.is_file() else []
+        write_text(json.dumps([score.model_dump() for score in merged(known, scores)], indent=1) + "\n", file)
+    return scores
+
+
+def _judge(
+    protocol: Protocol, place: Place | None, device: torch.device, skip_bad: bool = False
+) -> ByReference | ByProtocol:
+    if protocol.embedded:
+        real = load_reference(str(protocol.reference), "test", device)
+        return ByReference(real, protocol.n, protocol.seeds, protocol.name, skip_bad)
+    return ByProtocol(Evaluator(protocol, place or Place.of(), device, skip_bad))
+
+
+def _teacher_scores(run: Path, features_sha256: str | None) -> list[Score]:
     """What is known of a run's teacher, from the ``eval.json`` beside its weights, if the same features made it."""
     if not (run / "config.yaml").is_file() or (teacher := load_config(run / "config.yaml").teacher) is None:
         return []

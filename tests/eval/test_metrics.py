@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.linalg import sqrtm
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.eval.diversity import cross_seed_diversity
-from fewstep.eval.frechet import Statistics, frechet_distance
+from fewstep.eval.cmmd import cmmd
+from fewstep.eval.diversity import cross_seed_diversity, in_batch_similarity
+from fewstep.eval.frechet import Moments, Statistics, bias, frechet_distance, frechet_infinity
+from fewstep.eval.inception_score import inception_score
 from fewstep.eval.kid import kid
-from fewstep.eval.precision_recall import precision_recall
+from fewstep.eval.precision_recall import density_coverage, precision_recall
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -117,6 +123,50 @@ def test_statistics_that_are_damaged_are_refused() -> None:
         Statistics(torch.zeros(2), torch.tensor([[1.0, math.nan], [0.0, 1.0]]), 10)
 
 
+@pytest.mark.parametrize("n", [300, 40], ids=["full rank", "fewer samples than dimensions"])
+def test_it_is_scipys(n: int) -> None:
+    """With the trace of scipy's root of the product, which the FID's own code takes."""
+    a, b = (Statistics.of(normal(n, 64, seed=seed) @ normal(64, 64, seed=2)) for seed in (0, 1))
+    root = sqrtm(a.covariance.numpy() @ b.covariance.numpy()).real
+    expected = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * root.trace()
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 5))
+def test_moments_of_parts_in_any_order_are_those_of_the_whole(sizes: list[int], seed: int) -> None:
+    x = 100 + normal(sum(sizes) + 2, 5, seed=seed)
+    parts = [Moments.of(part) for part in x.split([*sizes, 2])]
+    random.Random(seed).shuffle(parts)
+    merged, whole = sum(parts[1:], parts[0]).statistics, Statistics.of(x)
+    assert merged.count == whole.count
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-9, atol=1e-9)
+
+
+def test_moments_of_one_sample_have_no_covariance_and_nan_none_at_all() -> None:
+    with pytest.raises(UserError, match="two samples or more"):
+        _ = Moments.of(normal(1, 3)).statistics
+    with pytest.raises(UserError, match="NaN"):
+        Moments.of(torch.full((2, 3), math.nan))
+
+
+def test_the_bias_is_that_of_identity_covariance_in_closed_form() -> None:
+    """``2d/n + d(d+1)/(2n)``; a set of unknown number counts as infinite, so half of it is left."""
+    identity = torch.eye(64).double()
+    both = bias(Statistics(torch.zeros(64).double(), identity, 1000), Statistics(torch.zeros(64), identity, 1000))
+    assert both == pytest.approx(2.208)
+    one = bias(Statistics(torch.zeros(64).double(), identity, 1000), Statistics(torch.zeros(64), identity, 0))
+    assert one == pytest.approx(1.104)
+
+
+def test_infinitely_many_samples_of_one_law_are_at_distance_zero() -> None:
+    reference = Statistics(torch.zeros(16).double(), torch.eye(16).double(), 0)
+    sets = [normal(4_000, 16, seed=seed) for seed in range(12)]
+    plain = sum(frechet_distance(Statistics.of(x), reference) for x in sets) / 12
+    extrapolated = sum(frechet_infinity(x, reference, least=1000) for x in sets) / 12
+    assert abs(extrapolated) < plain / 6
+
+
 # kernel distance
 
 
@@ -157,6 +207,51 @@ def test_kid_depends_on_its_seed_alone() -> None:
     assert kid(x, y, subsets=3, size=50, seed=1) == value
     assert kid(x, y, subsets=3, size=50, seed=2) != value
     torch.set_rng_state(before)
+
+
+def test_kid_is_torch_fidelitys() -> None:
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    x, y = normal(60, 8), normal(60, 8, seed=1) + 0.3
+    theirs = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=60, verbose=False)
+    assert kid(x, y, subsets=1) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+
+
+# CMMD
+
+
+def test_cmmd_of_single_pairs() -> None:
+    """Unit vectors of cosine c: ``2000 (1 - exp(-(1 - c) / 100))``; 7.696 is that of c = 0.6145, 39.6 of opposites."""
+    for cosine, expected in ((0.6145, 7.696), (-1.0, 39.603), (1.0, 0.0)):
+        x = torch.tensor([[1.0, 0.0]]).repeat(2, 1)
+        y = torch.tensor([[cosine, math.sqrt(1 - cosine**2)]]).repeat(2, 1)
+        assert cmmd(x, y) == pytest.approx(expected, abs=2e-3)
+
+
+def test_the_parts_of_cmmd_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = (torch.nn.functional.normalize(normal(n, 6, seed=n), dim=1) for n in (50, 40))
+    whole = cmmd(x, y)
+    monkeypatch.setattr("fewstep.eval.cmmd.ROWS", 7)
+    assert cmmd(x, y) == pytest.approx(whole, rel=1e-12)
+
+
+# Inception Score
+
+
+def test_inception_scores_of_uniform_one_and_all_classes() -> None:
+    assert inception_score(torch.full((20, 5), 0.2), 2) == pytest.approx(1)
+    assert inception_score(torch.eye(5).repeat(4, 1), 2) == pytest.approx(5)
+    assert inception_score(torch.eye(5)[:1].repeat(20, 1), 2) == pytest.approx(1)
+    with pytest.raises(UserError, match="rows of probabilities"):
+        inception_score(torch.ones(20, 5))
+
+
+def test_inception_score_is_torch_fidelitys() -> None:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = 2 * normal(57, 9)
+    theirs = isc_features_to_metric(logits, splits=5, shuffle=False)["inception_score_mean"]
+    assert inception_score(logits.softmax(1), splits=5) == pytest.approx(theirs, rel=1e-9)
 
 
 # precision and recall
@@ -242,3 +337,26 @@ def test_features_that_are_not_finite_are_refused(metric: Callable[[Tensor, Tens
 def test_features_of_different_networks_are_refused(metric: Callable[[Tensor, Tensor], object]) -> None:
     with pytest.raises(UserError, match="one D"):
         metric(normal(10, 3), normal(10, 4))
+
+
+def test_density_and_coverage_by_hand() -> None:
+    """Real points 0, 1, 3, 7 with k = 1 have balls of radius 1, 1, 2 and 4, open; 2.5 lies in that of 3 alone, 0.5 in
+    those of 0 and 1, and 100 in none: (1 + 2) / 3, and three of four balls hold a point."""
+    real, generated = torch.tensor([[0.0], [1.0], [3.0], [7.0]]), torch.tensor([[2.5], [0.5], [100.0]])
+    assert density_coverage(real, generated, k=1) == (pytest.approx(1), 0.75)
+
+
+def test_density_of_one_law_is_one_and_an_outlier_does_not_raise_it() -> None:
+    real, generated = normal(400, 2), normal(400, 2, seed=1)
+    density, coverage = density_coverage(real, generated)
+    assert density == pytest.approx(1, abs=0.1)
+    assert coverage > 0.9
+    assert density_coverage(real, generated + 50) == (0, 0)
+
+
+def test_similarity_of_the_same_and_of_orthogonal_samples() -> None:
+    one = torch.eye(4)[None]
+    assert in_batch_similarity(one.repeat(3, 1, 1)) == pytest.approx(1)
+    assert in_batch_similarity(torch.cat([one, one.roll(1, 1)])) == pytest.approx(0)
+    with pytest.raises(UserError, match="seeds >= 2"):
+        in_batch_similarity(one)

@@ -11,7 +11,7 @@ import torch
 
 from fewstep.errors import UserError
 from fewstep.eval import torchvision_cure
-from fewstep.eval.torchvision_cure import import_torchvision
+from fewstep.torchvision_cure import import_torchvision
 
 # It fails to import like the real one: its kernel needs an operator that only the C extension declares.
 STAND_IN = """

@@ -1,0 +1,123 @@
+"""CLIP through open_clip (Cherti et al., arXiv 2212.07143): image and text embeddings of unit length.
+
+A network is named ``MODEL:TAG`` as open_clip lists them (``ViT-g-14:laion2b_s12b_b42k``), or ``MODEL:FILE``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fewstep.errors import UserError, nearest
+from fewstep.eval.networks.weights import Place
+from fewstep.models.store import sha256
+from fewstep.torchvision_cure import import_torchvision
+
+FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+PREFIX = "A photo depicts "
+END = 49407  # CLIP's end-of-text token, whose output is the text's embedding
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Embeddings of images and of captions.
+
+    Images are resized and cropped as the model's own evaluation transform does or, with ``squash``, stretched to its
+    square (CMMD's way). Without ``unit`` the embeddings of images keep their length (CLIP-FID's way).
+    """
+
+    name: str
+    sha256: str
+    network: Any
+    tokenizer: Any
+    transform: Any
+    device: torch.device
+    squash: bool = False
+    unit: bool = True
+
+    @classmethod
+    def load(
+        cls, name: str, place: Place, device: torch.device | str = "cpu", *, squash: bool = False, unit: bool = True
+    ) -> Clip:
+        """Raises ``UserError`` on an unknown model or tag, or weights that are missing or do not fit."""
+        import_torchvision()
+        import open_clip
+
+        model, _, tag = name.partition(":")
+        if model not in open_clip.list_models():
+            raise UserError(f"Unknown CLIP model {model!r}{nearest(model, open_clip.list_models())}.")
+        file = Path(tag) if Path(tag).is_file() else _cached(model, tag, place)
+        try:
+            network, transform = open_clip.create_model_from_pretrained(
+                model, str(file), device=device, force_quick_gelu=tag == "openai"
+            )
+        except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
+            raise UserError(f"{file} holds no weights of {model} ({str(error).splitlines()[0]}).") from error
+        tokenizer = open_clip.get_tokenizer(model)
+        made = "_squashed" * squash + "_raw" * (not unit)
+        return cls(
+            f"clip_{name}{made}", sha256(file), network.eval(), tokenizer, transform, torch.device(device), squash, unit
+        )
+
+    @property
+    def dimension(self) -> int:
+        return int(self.network.text_projection.shape[-1])
+
+    @property
+    def side(self) -> int:
+        size = self.network.visual.image_size
+        return int(size[0] if isinstance(size, tuple) else size)
+
+    def prepare(self, image: Tensor) -> Tensor:
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        if self.squash:
+            picture = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)
+        prepared: Tensor = self.transform(picture)
+        return prepared
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        embedded: Tensor = self.network.encode_image(images.to(self.device)).float()
+        return F.normalize(embedded, dim=-1) if self.unit else embedded
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str], prefix: str = "", batch: int = 256) -> Tensor:
+        """Embeddings of captions [N, D]; ``prefix`` is put before each as tokens, and what no longer fits is cut."""
+        tokens = self.tokenizer(list(captions))
+        if prefix:
+            words = self.tokenizer([prefix])[0]
+            inserted = words[1 : int((words == END).nonzero()[0])]  # without start and end of text
+            length = tokens.shape[1]
+            tokens = torch.cat([tokens[:, :1], inserted.expand(len(tokens), -1), tokens[:, 1:]], 1)[:, :length]
+            tokens[:, -1] = torch.where(tokens[:, -1] > 0, END, 0)
+        parts = [self.network.encode_text(part.to(self.device)).float() for part in tokens.split(batch)]
+        return F.normalize(torch.cat(parts), dim=-1)
+
+
+def _cached(model: str, tag: str, place: Place) -> Path:
+    """The weights of a tag from the folders of ``place`` or open_clip's caches."""
+    import open_clip
+    from huggingface_hub import try_to_load_from_cache
+
+    known = open_clip.list_pretrained_tags_by_model(model)
+    if tag not in known:
+        raise UserError(f"Unknown weights {tag!r} of {model}{nearest(tag, known)}; or give a file, {model}:FILE.")
+    settings = open_clip.get_pretrained_cfg(model, tag)
+    repository, _, file = settings.get("hf_hub", "").rpartition("/")
+    names = [file] if file else list(FILES)
+    for name in names:
+        found = try_to_load_from_cache(repository, name) if repository else None
+        if isinstance(found, str):
+            return Path(found)
+    if place.download:
+        return Path(open_clip.download_pretrained(settings))
+    own = f"{model}-{tag}.safetensors"
+    url = f"https://huggingface.co/{repository}" if repository else settings.get("url", "")
+    return place.find(own, f"{names[0]} of {url}")

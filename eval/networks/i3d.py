@@ -1,0 +1,53 @@
+"""I3D (Carreira & Zisserman, arXiv 1705.07750) as StyleGAN-V's TorchScript has it: the network of the FVD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.eval.networks.weights import Place
+from fewstep.models.store import sha256
+
+FILE = "i3d_torchscript.pt"
+URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"
+SIDE, LEAST_FRAMES = 224, 10
+
+
+@dataclass(frozen=True)
+class I3d:
+    """Logits, 400 of them, of videos of 10 frames or more: the shorter side to 224, centre crop, -1..1."""
+
+    sha256: str
+    network: Any
+    device: torch.device
+    name: str = "i3d"
+    dimension: int = 400
+
+    @classmethod
+    def load(cls, place: Place, device: torch.device | str = "cpu") -> I3d:
+        file = place.find(FILE, URL)
+        try:
+            network = torch.jit.load(file)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{file} holds no I3D ({str(error).splitlines()[0]}).") from error
+        return cls(sha256(file), network.eval().to(device), torch.device(device))
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """uint8 [F, 3, H, W] -> float32 [3, F, 224, 224]. Raises ``UserError`` on too few frames."""
+        if image.ndim != 4 or len(image) < LEAST_FRAMES:
+            raise UserError(f"FVD needs videos of {LEAST_FRAMES} frames or more, got {list(image.shape)}.")
+        scale = SIDE / min(image.shape[-2:])
+        height, width = (max(SIDE, round(scale * side)) for side in image.shape[-2:])
+        frames = F.interpolate(image.float(), (height, width), mode="bilinear")
+        top, left = (height - SIDE) // 2, (width - SIDE) // 2
+        return (frames[..., top : top + SIDE, left : left + SIDE] / 127.5 - 1).transpose(0, 1)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images.to(self.device), rescale=False, resize=False, return_features=True)
+        return logits

@@ -1,0 +1,126 @@
+"""Inception-V3, the network of the FID, in clean-fid's three modes (Parmar et al., arXiv 2104.11222).
+
+``clean`` resizes by an antialiased bicubic filter without rounding, ``legacy_pytorch`` is pytorch-fid (bilinear, no
+antialiasing), ``legacy_tensorflow`` the original and EDM's (the network resizes inside). They differ by tenths of FID.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+from fewstep.eval.networks.weights import Place, hub_cache, temporary
+from fewstep.models.store import sha256
+from fewstep.torchvision_cure import import_torchvision
+
+Mode = Literal["clean", "legacy_pytorch", "legacy_tensorflow"]
+SCRIPT = "inception-2015-12-05.pt"
+SCRIPT_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{SCRIPT}"
+PORT = "pt_inception-2015-12-05-6726825d.pth"
+PORT_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{PORT}"
+SIDE = 299
+
+
+@dataclass(frozen=True)
+class Inception:
+    """Pool features, 2048 of them."""
+
+    mode: Mode
+    sha256: str
+    network: Any
+    device: torch.device
+    dimension: int = 2048
+
+    @classmethod
+    def load(cls, mode: str, place: Place, device: torch.device | str = "cpu") -> Inception:
+        """Raises ``UserError`` if the weights are missing or are not those of Inception."""
+        if mode not in get_args(Mode):
+            raise UserError(f"Unknown mode of Inception {mode!r}; known: {', '.join(get_args(Mode))}.")
+        port = mode == "legacy_pytorch"
+        file = place.find(PORT, PORT_URL, [hub_cache()]) if port else place.find(SCRIPT, SCRIPT_URL, [temporary()])
+        try:
+            network = _port(file) if port else torch.jit.load(file)
+        except (RuntimeError, ValueError, OSError, KeyError) as error:
+            raise UserError(f"{file} holds no Inception-V3 ({str(error).splitlines()[0]}).") from error
+        return cls(cast(Mode, mode), sha256(file), network.eval().to(device), torch.device(device))
+
+    @property
+    def name(self) -> str:
+        return f"inception_{self.mode}"
+
+    def prepare(self, image: Tensor) -> Tensor:
+        if self.mode == "clean":
+            return resized(image, SIDE)
+        if self.mode == "legacy_tensorflow":
+            return image
+        return F.interpolate(image[None].float(), (SIDE, SIDE), mode="bilinear")[0].clamp(0, 255)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images.to(self.device).float()
+        if self.mode == "clean":
+            features: Tensor = self.network.layers((x - 128) / 128)
+        elif self.mode == "legacy_tensorflow":
+            features = self.network(x, return_features=True)
+        else:
+            features = self.network(2 * (x / 255) - 1)
+        return features.flatten(1)
+
+
+@dataclass(frozen=True)
+class InceptionClasses:
+    """Probabilities of Inception's 1008 classes, which the Inception Score (arXiv 1606.03498) is of; without the
+    output's bias, as in NVIDIA's and OpenAI's code."""
+
+    inception: Inception
+    name: str = "inception_classes"
+    dimension: int = 1008
+
+    @property
+    def sha256(self) -> str:
+        return self.inception.sha256
+
+    def prepare(self, image: Tensor) -> Tensor:
+        return image
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images.to(self.inception.device).float()
+        probabilities: Tensor = self.inception.network(x, no_output_bias=True)
+        return probabilities
+
+
+def resized(image: Tensor, side: int) -> Tensor:
+    """uint8 [C, H, W] -> float32 [C, side, side] in 0..255: PIL's antialiased bicubic on each channel as floating-point
+    numbers, which are not rounded."""
+    channels = [Image.fromarray(channel.numpy().astype(np.float32)) for channel in image]
+    small = [np.asarray(channel.resize((side, side), Image.Resampling.BICUBIC)) for channel in channels]
+    return torch.from_numpy(np.stack(small).clip(0, 255))
+
+
+def _port(file: Path) -> nn.Module:
+    """pytorch-fid's network: torchvision's with the blocks that clean-fid ships patched."""
+    torchvision = import_torchvision()
+    from cleanfid import inception_pytorch as fid
+
+    network = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
+    network.Mixed_5b, network.Mixed_5c, network.Mixed_5d = (
+        fid.FIDInceptionA(channels, pool) for channels, pool in ((192, 32), (256, 64), (288, 64))
+    )
+    network.Mixed_6b, network.Mixed_6c, network.Mixed_6d, network.Mixed_6e = (
+        fid.FIDInceptionC(768, channels) for channels in (128, 160, 160, 192)
+    )
+    network.Mixed_7b, network.Mixed_7c = fid.FIDInceptionE_1(1280), fid.FIDInceptionE_2(2048)
+    network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    network.fc = network.dropout = nn.Identity()
+    network.transform_input = False
+    result: nn.Module = network
+    return result

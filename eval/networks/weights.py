@@ -1,0 +1,68 @@
+"""Where the weights of metric networks are: named by the user, in a folder of the environment, or in a library's cache.
+
+Nothing is downloaded unless that is asked for, and nothing else is taken in a file's place.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fewstep.errors import UserError
+
+VARIABLE = "FEWSTEP_WEIGHTS"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where to look before the caches: ``given``, a file or folders; ``download`` allows fetching what is nowhere."""
+
+    given: tuple[Path, ...] = ()
+    download: bool = False
+
+    @staticmethod
+    def of(given: Path | None = None, download: bool = False) -> Place:
+        """``given`` and the folders of the environment variable ``FEWSTEP_WEIGHTS``."""
+        folders = [Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
+        if given is not None and not given.exists():
+            raise UserError(f"--weights {given}: there is no such file or folder.")
+        return Place(tuple([given] if given else []) + tuple(folders), download)
+
+    def find(self, file: str, url: str, caches: Sequence[Path] = ()) -> Path:
+        """The file of that name. Raises ``UserError`` that says what to place where."""
+        for place in (*self.given, *caches):
+            if place.name == file and place.is_file():
+                return place
+            if (place / file).is_file():
+                return place / file
+        if self.download:
+            return _download(url, (caches or [hub_cache()])[0] / file)
+        where = caches[0] if caches else hub_cache()
+        raise UserError(
+            f"The weights {file} are not there. Fetch {url} and put it into {where}, a folder named by --weights or "
+            f"${VARIABLE}, or allow fetching it with --download."
+        )
+
+
+def hub_cache() -> Path:
+    """Where torch hub keeps weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def temporary() -> Path:
+    """Where clean-fid keeps its network."""
+    return Path(tempfile.gettempdir())
+
+
+def _download(url: str, file: Path) -> Path:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file))
+    except OSError as error:
+        raise UserError(f"{url} cannot be fetched ({error}). Fetch it elsewhere and put it at {file}.") from error
+    return file
