@@ -43,13 +43,16 @@ def collect(
     """One pass over images with several networks. Memory grows with their number only for the networks named in
     ``rows``. Raises ``UserError`` on fewer than two images, and on several sizes where a network cannot take them."""
     seen = {name: _Seen(name in rows) for name in networks}
+    stacks = {name: np.empty(0) for name in networks}  # used again and again: fresh memory is slower than the copy
     for batch in images.batches(lambda image: {name: network.prepare(image) for name, network in networks.items()}):
         if batch:
             for name, network in networks.items():
-                prepared = [one[name] for one in batch]
-                if len(shapes := {tuple(one.shape) for one in prepared}) > 1:
+                prepared = [one[name].numpy() for one in batch]
+                if len(shapes := {one.shape for one in prepared}) > 1:
                     raise UserError(f"{network.name} needs images of one size, got {sorted(shapes)}: set a size.")
-                seen[name].add(network(torch.stack(prepared)).cpu())
+                if stacks[name].shape != (len(batch), *prepared[0].shape):
+                    stacks[name] = np.empty((len(batch), *prepared[0].shape), prepared[0].dtype)
+                seen[name].add(network(torch.from_numpy(np.stack(prepared, out=stacks[name]))).cpu())
     return {name: Collected(*seen[name].finish(), network.name, network.sha256) for name, network in networks.items()}
 
 

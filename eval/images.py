@@ -134,7 +134,7 @@ def _pixels(content: bytes | np.ndarray, crop: Crop | None) -> np.ndarray:
             raise Bad("it is transparent in places: lay it on a background first")
     if picture.mode == "P" and "transparency" in picture.info:
         raise Bad("it is transparent in places: lay it on a background first")
-    colour = picture.convert("RGB")
+    colour = picture if picture.mode == "RGB" else picture.convert("RGB")
     return np.array(crop(colour) if crop else colour)
 
 

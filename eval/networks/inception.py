@@ -101,9 +101,10 @@ class InceptionClasses:
 def resized(image: Tensor, side: int) -> Tensor:
     """uint8 [C, H, W] -> float32 [C, side, side] in 0..255: PIL's antialiased bicubic on each channel as floating-point
     numbers, which are not rounded."""
-    channels = [Image.fromarray(channel.numpy().astype(np.float32)) for channel in image]
-    small = [np.asarray(channel.resize((side, side), Image.Resampling.BICUBIC)) for channel in channels]
-    return torch.from_numpy(np.stack(small).clip(0, 255))
+    out = np.empty((len(image), side, side), np.float32)  # written in place: fresh megabytes cost as much as resizing
+    for channel, small in zip(image.numpy(), out, strict=True):
+        small[:] = Image.fromarray(channel.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.clip(out, 0, 255, out=out))
 
 
 def _port(file: Path) -> nn.Module:
