@@ -72,6 +72,8 @@ def write_report(run: str | Path) -> Path:
         facts=facts(config, environment),
         summary=[*training_summary(logged, validations), *verdict(scores)],
         comparison=_picture(run / "samples" / "comparison.png", "Teacher and student from the same noise", remarks),
+        diversity=_optional(run / "samples" / "diversity.png", "Several noises for one condition", remarks),
+        video=_video(run / "samples" / "comparison.mp4"),
         metrics={score.metric: {1: "↓", -1: "↑", 0: ""}[direction(score.metric)] for score in scores},
         origins={score.metric: score.origin for score in scores},
         table=table(scores),
@@ -81,6 +83,7 @@ def write_report(run: str | Path) -> Path:
         health=health(logged),
         samples=_samples(run / "samples", remarks),
         config=config,
+        manifest=manifest(scores),
         environment=environment,
         remarks=remarks,
     )
@@ -160,6 +163,14 @@ def _picture(file: Path, caption: str, remarks: list[str]) -> Picture | None:
         return None
 
 
+def _optional(file: Path, caption: str, remarks: list[str]) -> Picture | None:
+    return _picture(file, caption, remarks) if file.exists() else None
+
+
+def _video(file: Path) -> str:
+    return base64.b64encode(file.read_bytes()).decode() if file.is_file() else ""
+
+
 def _samples(folder: Path, remarks: list[str]) -> list[Picture]:
     """Some of the validation pictures, evenly spread, the first and the last among them."""
     files = sorted(folder.glob("step-*.png"))
@@ -171,6 +182,12 @@ def _samples(folder: Path, remarks: list[str]) -> list[Picture]:
     steps = [(files[i], files[i].stem.removeprefix("step-").lstrip("0") or "0") for i in chosen]
     pictures = [_picture(file, f"Step {step}", remarks) for file, step in steps]
     return [picture for picture in pictures if picture is not None]
+
+
+def manifest(scores: Sequence[Result]) -> str:
+    """What scores by a protocol depend on, each manifest once, as YAML."""
+    told = {json.dumps(s.manifest, sort_keys=True): s.manifest for s in scores if s.manifest}
+    return yaml.safe_dump_all(told.values(), sort_keys=False, allow_unicode=True) if told else ""
 
 
 def direction(metric: str) -> int:

@@ -103,7 +103,8 @@ def resized(image: Tensor, side: int) -> Tensor:
     numbers, which are not rounded."""
     out = np.empty((len(image), side, side), np.float32)  # written in place: fresh megabytes cost as much as resizing
     for channel, small in zip(image.numpy(), out, strict=True):
-        small[:] = Image.fromarray(channel.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(channel.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
+        small[:] = np.asarray(picture)
     return torch.from_numpy(np.clip(out, 0, 255, out=out))
 
 

@@ -18,10 +18,11 @@ from fewstep.distill.devices import join_world, pick_device
 from fewstep.distill.run import Progress, Run
 from fewstep.distill.shootout import curve, load_shootout, run_all
 from fewstep.errors import UserError
+from fewstep.eval.compare import compare as compare_models
 from fewstep.eval.evaluate import ByReference, Score, cycled_labels, draw, draw_from, merged, read_scores
 from fewstep.eval.frontier import draw_frontier
 from fewstep.eval.networks.weights import Place
-from fewstep.eval.pictures import comparison, save_picture, save_sample
+from fewstep.eval.pictures import save_sample
 from fewstep.eval.protocol import Evaluator, Protocol
 from fewstep.eval.references import load_reference
 from fewstep.eval.report import write_report
@@ -476,7 +477,8 @@ def win_rates(
 
 def compare(run: Source, device: str = "auto", columns: int = 20, seed: int = 0, guidance: float | None = None) -> Path:
     """``samples/comparison.png``: teacher and student of a run from the same noise, a row each, for all classes or for
-    prompts spread over those that the run was trained on.
+    prompts spread over those that the run was trained on (of videos the first frames, and all in ``comparison.mp4``
+    where PyAV is installed); and ``samples/diversity.png``: several noises for some of these conditions.
 
     The teacher is shown at 16 Euler steps with ``guidance`` (by default 1.5, and 2 for prompts) and, unguided, at as
     many evaluations as the student; a teacher that is a student itself, by its own rule.
@@ -484,35 +486,9 @@ def compare(run: Source, device: str = "auto", columns: int = 20, seed: int = 0,
     folder = Path(run)
     config = load_config(folder / "config.yaml")
     student = load(folder, device)
-    few = student.config.few_step
-    own = len(few.times) if few else 4
-    draw_row = partial(_of_labels, columns) if student.config.classes else partial(_of_prompts, config, columns)
-    rows = []
-    if config.teacher is not None:
-        teacher = load(config.teacher, device, config.size)
-        scale = guidance or (1.5 if student.config.classes else 2.0)
-        shown = [("euler", 16, scale, 32), ("euler", own, 1.0, own)]
-        if given := teacher.config.few_step:
-            shown = [("student", len(given.times), 1.0, len(given.times))]
-        for solver, steps, w, nfe in shown:
-            row = draw_row(teacher, solver=solver, steps=steps, guidance=w, seed=seed)
-            rows.append((f"teacher, {nfe} evaluations", row))
-    rows.append((f"student, {own} evaluations", draw_row(student, solver="student", steps=None, seed=seed)))
-    file = folder / "samples" / "comparison.png"
-    save_picture(comparison(rows), file)
-    return file
-
-
-def _of_labels(columns: int, model: Model, guidance: float = 1.0, **settings: Any) -> Tensor:
-    labels = cycled_labels(columns, model.config.classes).sort().values
-    return to_bytes(draw(model, labels, guidance=guidance, **settings).x0)
-
-
-def _of_prompts(config: Config, columns: int, model: Model, **settings: Any) -> Tensor:
-    prompts = read_prompts(Path(config.data.path or "") / PROMPTS)
-    count = min(columns, len(prompts))
-    pictures = sample(model, prompts=[prompts[k * len(prompts) // count] for k in range(count)], **settings)
-    return pictures[:, 0] if pictures.ndim == 5 else pictures  # of a video, its first frame
+    teacher = load(config.teacher, device, config.size) if config.teacher is not None else None
+    prompts = [] if student.config.classes else read_prompts(Path(config.data.path or "") / PROMPTS)
+    return compare_models(student, teacher, prompts, folder / "samples", columns=columns, seed=seed, guidance=guidance)
 
 
 def report(run: Source) -> Path:

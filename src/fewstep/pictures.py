@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -67,12 +68,15 @@ def read_video(file: Path, frames: int, cover: Cover | None = None) -> Tensor:
     return torch.from_numpy(np.stack(shown)).permute(3, 0, 1, 2)
 
 
+def has_av() -> bool:
+    """Whether PyAV, which reads and writes MP4, is installed."""
+    return find_spec("av") is not None
+
+
 def require_av() -> None:
-    """Raises ``UserError`` if PyAV, which reads and writes MP4, is not installed."""
-    try:
-        import av  # noqa: F401
-    except ImportError as error:
-        raise UserError("MP4 needs an extra: pip install 'fewstep[video]'; or use GIF.") from error
+    """Raises ``UserError`` if PyAV is not installed."""
+    if not has_av():
+        raise UserError("MP4 needs an extra: pip install 'fewstep[video]'; or use GIF.")
 
 
 def _frames(file: Path) -> Iterator[Image.Image]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from fewstep.errors import UserError
 from fewstep.eval.pictures import comparison, save_grid, save_picture
@@ -235,3 +238,52 @@ def test_same_folder_same_bytes(full_run: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a run folder: it has no config\.yaml"):
         write_report(tmp_path)
+
+
+def test_what_scores_by_a_protocol_depend_on_is_told_once(full_run: Path) -> None:
+    manifest = {"protocol": {"name": "own", "size": 256}, "networks": {"inception_clean": "ab" * 32}}
+    scores = [score("student", "student", k, 4.0, protocol="own", manifest=manifest) for k in (1, 2, 4)]
+    (full_run / "eval.json").write_text(json.dumps(scores))
+    seen = text(report(full_run))
+    assert "What the scores depend on" in seen
+    assert seen.count("inception_clean: " + "ab" * 32) == 1
+
+
+def test_diversity_and_video_are_shown_where_they_are(full_run: Path) -> None:
+    assert "Several noises for one condition" not in text(report(full_run))
+    images = torch.zeros(3, 1, 7, 7, dtype=torch.uint8)
+    save_picture(comparison([("class 0: student", images)]), full_run / "samples" / "diversity.png")
+    (full_run / "samples" / "comparison.mp4").write_bytes(b"video")
+    page = report(full_run)
+    assert "Several noises for one condition" in text(page)
+    assert '<video controls loop muted playsinline src="data:video/mp4;base64,dmlkZW8="></video>' in page
+
+
+def test_every_picture_is_enlarged_by_a_link_and_closed_by_another(full_run: Path) -> None:
+    """Without a script, so by mouse, finger and keyboard alike: the link makes the figure the page's target."""
+    page = report(full_run)
+    figures = re.findall(r'<figure id="(picture-[\w-]+)".*?</figure>', page, re.DOTALL)
+    assert len(figures) == len(set(figures)) == 1 + 8
+    for name in figures:
+        assert f'<a class="zoom" href="#{name}" aria-label="Enlarge: ' in page
+    assert set(re.findall(r'<a class="close" href="#([\w-]+)"', page)) == {"same-noise", "samples"}
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize(("width", "target"), [(1200, ""), (390, ""), (390, "#picture-comparison")])
+def test_a_browser_shows_it_on_a_desk_and_on_a_phone(full_run: Path, tmp_path: Path, width: int, target: str) -> None:
+    """The screenshot is not blank, and on a phone nothing but scrolling boxes is wider than the screen."""
+    file = write_report(full_run)
+    picture = tmp_path / "page.png"
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},1600",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", f"{file.resolve().as_uri()}{target}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, timeout=120)
+    assert picture.is_file(), done.stderr.decode()
+    with Image.open(picture) as shown:
+        assert shown.width == width
+        assert len(shown.convert("L").getcolors() or range(1000)) > 20
