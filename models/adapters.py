@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.hub.family import HubBackbone
+from fewstep.torchvision_cure import cure_torchvision
 
 
 def share(base: nn.Module, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int = 0) -> AdapterView:
@@ -153,6 +154,7 @@ class _Shared:
 
     def add(self) -> str:
         """Injects one more set and returns its name."""
+        cure_torchvision()
         try:
             from peft import LoraConfig, inject_adapter_in_model
             from peft.tuners.tuners_utils import BaseTunerLayer

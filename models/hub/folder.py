@@ -17,6 +17,7 @@ from fewstep.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, GuidanceStyle, spelt_out
 from fewstep.models.hub.family import Family, HubBackbone, Noising, family_of, noising
+from fewstep.torchvision_cure import cure_torchvision
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class PipelineFolder:
 
 def require_diffusers() -> Any:
     """The diffusers package. Raises ``UserError`` if it is not installed."""
+    cure_torchvision()
     try:
         import diffusers
     except ImportError as error:
