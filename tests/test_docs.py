@@ -74,7 +74,10 @@ def test_the_commands_of_the_readme_exist() -> None:
             assert find_config(config).is_file()
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
+RUNS = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "eval")
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
 def test_every_config_that_ships_is_valid(file: Path) -> None:
     if file.stem == "shootout":
         settings = load_shootout(file)
@@ -166,3 +169,12 @@ def test_what_a_step_of_a_solver_costs_is_the_committed_bench() -> None:
         assert f"[{bench['ratio']:.2f} times](../results/bench_sampler_{batch}.json)" in text
     assert f"in inference mode, too: {many['ratio_same_mode']:.2f} and {one['ratio_same_mode']:.2f}" in text
     assert f"a call takes {1000 * one['seconds_bare'] / one['steps']:.1f} ms" in text
+
+
+def test_what_evaluation_costs_is_the_committed_bench() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    bench = json.loads((ROOT / "results" / "bench_eval.json").read_text())
+    host, whole, frechet = (bench[part]["times_as_fast"] for part in ("host", "whole", "frechet"))
+    assert f"is {host:.1f} times as fast" in text
+    assert f"an Inception on the CPU {whole:.2f} times" in text
+    assert f"is {frechet:.1f} times as fast as with scipy" in text

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewstep import torchvision_cure
 from fewstep.errors import UserError
-from fewstep.eval import torchvision_cure
 from fewstep.torchvision_cure import import_torchvision
 
 # It fails to import like the real one: its kernel needs an operator that only the C extension declares.
