@@ -85,7 +85,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     if a.mean.shape != b.mean.shape:
         raise UserError(f"Statistics of {len(a.mean)} and of {len(b.mean)} features: they are not comparable.")
     factor, failed = torch.linalg.cholesky_ex(a.covariance)
-    if failed or a.count <= len(a.mean):
+    if failed:
         values, vectors = torch.linalg.eigh(a.covariance)
         factor = vectors * values.clamp(min=0).sqrt()
     product = factor.T @ b.covariance @ factor

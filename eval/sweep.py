@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -19,8 +20,8 @@ from fewstep.eval.features import extract
 from fewstep.eval.frechet import Statistics, frechet_distance
 from fewstep.eval.pictures import COLOURS
 from fewstep.eval.references import Reference
-from fewstep.models.store import Model, write_text
-from fewstep.samplers.sample import plan, steps_within
+from fewstep.models.store import Model, read_metadata, read_tensors, write_tensors, write_text
+from fewstep.samplers.sample import Samples, plan, steps_within
 from fewstep.samplers.solvers import SOLVERS
 
 
@@ -45,6 +46,7 @@ class Line(BaseModel):
 
 
 LINES = TypeAdapter(list[Line])
+LINES_FILE, LONG = "sweep.json", "long.safetensors"
 
 
 def read_lines(file: Path) -> list[Line]:
@@ -56,11 +58,13 @@ def read_lines(file: Path) -> list[Line]:
 
 
 def compare_solvers(
-    model: Model, labels: Tensor, real: Reference | None, *, name: str, solvers: Sequence[str], nfe: Sequence[int],
-    grids: Sequence[str], guidance: float, long: int, seed: int,
+    model: Model, labels: Tensor, real: Reference | None, folder: Path, *, name: str, solvers: Sequence[str],
+    nfe: Sequence[int], grids: Sequence[str], guidance: float, long: int, seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Line]:  # fmt: skip
-    """A line for every solver, grid and budget, against ``long`` steps of UniPC-3 from the same noise."""
+    """A line for every solver, grid and budget, against ``long`` steps of UniPC-3 from the same noise; ``progress`` is
+    told network evaluations a sample. The long run and every line are kept in ``folder``, where another sweep of the
+    same model, guidance, samples and long run goes on."""
     for solver in solvers:
         if solver in SOLVERS and SOLVERS[solver].noisy:
             raise UserError(f"{solver!r} adds noise of its own, so its samples have no error to a long run.")
@@ -70,30 +74,56 @@ def compare_solvers(
     ]  # fmt: skip
     for solver, grid, _, steps in requests:
         plan(solver, steps, model.config, grid, model.path, guidance)
-    exact = draw(model, labels, solver="unipc_3", steps=long, grid="log_snr", guidance=guidance, seed=seed).x0
+    done, total = 0, long * (1 if guidance == 1 else 2) + sum(budget for *_, budget, _ in requests)
+
+    def drawn(solver: str, steps: int, grid: str, budget: int) -> Samples:
+        def told(samples: int) -> None:
+            if progress is not None:
+                progress(done + budget * samples // len(labels), total)
+
+        return draw(model, labels, solver=solver, steps=steps, grid=grid, guidance=guidance, seed=seed, progress=told)
+
+    settings = {"model": name, "guidance": guidance, "n": len(labels), "seed": seed, "long": long}
+    exact, known = _begun(folder, settings)
+    if exact is None:
+        exact = drawn("unipc_3", long, "log_snr", total - sum(budget for *_, budget, _ in requests)).x0
+        write_tensors({"x0": exact}, folder / LONG, {"settings": json.dumps(settings)})
+    done = total - sum(budget for *_, budget, _ in requests)
     lines: list[Line] = []
-    for done, (solver, grid, budget, steps) in enumerate(requests, start=1):
-        samples = draw(model, labels, solver=solver, steps=steps, grid=grid, guidance=guidance, seed=seed)
-        value = None
-        if real is not None:
-            value = frechet_distance(Statistics.of(extract(real.network, to_bytes(samples.x0))), real.statistics)
-        lines.append(
-            Line(
-                model=name, solver=solver, grid=grid, nfe=samples.nfe, budget=budget, steps=steps, guidance=guidance,
+    for solver, grid, budget, steps in requests:
+        line = known.get((solver, grid, budget))
+        if line is None or (real is not None and line.value is None):
+            samples = drawn(solver, steps, grid, budget)
+            value = None
+            if real is not None:
+                value = frechet_distance(Statistics.of(extract(real.network, to_bytes(samples.x0))), real.statistics)
+            line = Line(
+                solver=solver, grid=grid, nfe=samples.nfe, budget=budget, steps=steps, value=value,
                 error=(samples.x0 - exact).square().mean().sqrt().item(), metric=real.metric if real else None,
-                value=value, n=len(labels), seed=seed, long=long,
-            )
-        )  # fmt: skip
-        if progress is not None:
-            progress(done, len(requests))
+                **settings,
+            )  # fmt: skip
+            known[solver, grid, budget] = line
+            write_text(json.dumps([one.model_dump() for one in known.values()], indent=1) + "\n", folder / LINES_FILE)
+        lines.append(line)
+        done += budget
     return lines
 
 
+def _begun(folder: Path, settings: dict[str, Any]) -> tuple[Tensor | None, dict[tuple[str, str, int], Line]]:
+    """The long run's samples and the lines that are in a folder already. Raises ``UserError`` if they are of other
+    settings."""
+    file = folder / LONG
+    if not file.is_file():
+        return None, {}
+    if read_metadata(file) != {"settings": json.dumps(settings)}:
+        raise UserError(f"{folder} holds a sweep of other settings; choose another --out.")
+    lines = read_lines(folder / LINES_FILE) if (folder / LINES_FILE).is_file() else []
+    return read_tensors(file)["x0"], {(line.solver, line.grid, line.budget): line for line in lines}
+
+
 def write_sweep(lines: Sequence[Line], folder: Path) -> None:
-    """``sweep.json`` with all lines; ``sweep.md`` and ``sweep.png`` with every solver at its best."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """``sweep.md`` and ``sweep.png`` with every solver at its best."""
     best = at_their_best(lines)
-    write_text(json.dumps([line.model_dump() for line in lines], indent=1) + "\n", folder / "sweep.json")
     head, *body = cells(best)
     write_text("".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body)), folder / "sweep.md")
     draw_sweep(best, folder / "sweep.png")

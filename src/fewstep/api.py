@@ -227,7 +227,10 @@ def evaluate(
             progress=partial(progress, label) if progress else None,
         )  # fmt: skip
         if file is not None:
-            write_text(json.dumps([score.model_dump() for score in merged(known, scores)], indent=1) + "\n", file)
+            write_text(
+                json.dumps([score.model_dump(exclude_none=True) for score in merged(known, scores)], indent=1) + "\n",
+                file,
+            )
     return scores
 
 
@@ -241,7 +244,9 @@ def evaluate_images(
     if json_file is not None:
         file = Path(json_file)
         known = read_scores(file) if file.is_file() else []
-        write_text(json.dumps([score.model_dump() for score in merged(known, scores)], indent=1) + "\n", file)
+        write_text(
+            json.dumps([score.model_dump(exclude_none=True) for score in merged(known, scores)], indent=1) + "\n", file
+        )
     return scores
 
 
@@ -292,7 +297,7 @@ def shootout(config: Source, progress: Callable[[str], Progress] | None = None, 
         last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         training = {"training_seconds": last["seconds"], "training_evaluations": settings.evaluations}
         entries += [
-            score.model_copy(update={"model": method, "seed": seed}).model_dump() | training
+            score.model_copy(update={"model": method, "seed": seed}).model_dump(exclude_none=True) | training
             for score in own
             if score.steps in wanted and score.n == settings.n
         ]
@@ -398,7 +403,8 @@ def sweep(
     device: str = "auto", progress: Callable[[int, int], None] | None = None,
 ) -> list[Line]:  # fmt: skip
     """Every solver, grid and budget of evaluations of a class-conditional teacher, against ``long`` steps of UniPC-3
-    from the same noise (and, with ``reference``, scored); writes ``sweep.json``, ``sweep.md`` and ``sweep.png``.
+    from the same noise (and, with ``reference``, scored); writes ``sweep.json``, ``sweep.md`` and ``sweep.png``. What
+    is in ``folder`` already is kept, so that a sweep goes on, or gets more solvers.
 
     Raises ``UserError`` before it samples: on an unknown solver or grid, a solver with noise of its own, and a budget
     that allows no step.
@@ -407,8 +413,8 @@ def sweep(
     labels = cycled_labels(n, _classes(model))
     real = load_reference(reference, "test", model.device) if reference else None
     lines = compare_solvers(
-        model, labels, real, name=Path(source).name, solvers=solvers, nfe=nfe, grids=grids, guidance=guidance,
-        long=long, seed=seed, progress=progress,
+        model, labels, real, Path(folder), name=Path(source).name, solvers=solvers, nfe=nfe, grids=grids,
+        guidance=guidance, long=long, seed=seed, progress=progress,
     )  # fmt: skip
     write_sweep(lines, Path(folder))
     return lines

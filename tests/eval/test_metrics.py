@@ -340,9 +340,9 @@ def test_features_of_different_networks_are_refused(metric: Callable[[Tensor, Te
 
 
 def test_density_and_coverage_by_hand() -> None:
-    """Real points 0, 1, 3, 7 with k = 1 have balls of radius 1, 1, 2 and 4, open; 2.5 lies in that of 3 alone, 0.5 in
+    """Real points 0, 1, 3, 7 with k = 1 have balls of radius 1, 1, 2 and 4, open: 2 lies in that of 3 alone, 0.5 in
     those of 0 and 1, and 100 in none: (1 + 2) / 3, and three of four balls hold a point."""
-    real, generated = torch.tensor([[0.0], [1.0], [3.0], [7.0]]), torch.tensor([[2.5], [0.5], [100.0]])
+    real, generated = torch.tensor([[0.0], [1.0], [3.0], [7.0]]), torch.tensor([[2.0], [0.5], [100.0]])
     assert density_coverage(real, generated, k=1) == (pytest.approx(1), 0.75)
 
 

@@ -25,6 +25,7 @@ from fewstep.eval.networks.efficientnet import EfficientNet
 from fewstep.eval.networks.i3d import I3d
 from fewstep.eval.networks.inception import Inception, InceptionClasses
 from fewstep.eval.networks.weights import Place
+from fewstep.eval.protocol import Evaluator, Protocol
 from fewstep.torchvision_cure import import_torchvision
 
 pytest.importorskip("cleanfid")
@@ -255,6 +256,27 @@ def test_unknown_and_missing_clip_models_are_refused(clip_file: Path, tmp_path: 
     ):
         with pytest.raises(UserError, match=message):
             Clip.load(name, Place())
+
+
+def test_metrics_of_captions_by_a_protocol(clip_file: Path, tmp_path: Path) -> None:
+    """Six images show three captions in turn: their cosines, and how alike the two of a caption are."""
+    folder = pictures(tmp_path / "a", 6, 0)
+    (tmp_path / "captions.txt").write_text("a red sneaker\na dog\nnothing\n")
+    names = ("clip_score", "clip_score_dmd2", "similarity", "diversity")
+    protocol = Protocol(
+        name="own", metrics=names, clip=f"{SMALL}:{clip_file}", captions=str(tmp_path / "captions.txt"), n=6
+    )
+    values = Evaluator(protocol, Place()).score(protocol.images(folder))
+    network = Clip.load(protocol.clip, Place())
+    (prepared,) = ImageSet.open(folder).batches(network.prepare)
+    seen = network(torch.stack(prepared))
+    captions = ["a red sneaker", "a dog", "nothing"]
+    for name, prefix in (("clip_score", ""), ("clip_score_dmd2", clip.PREFIX)):
+        cosines = (seen * network.texts(captions, prefix).repeat(2, 1)).sum(1)
+        assert values[name] == pytest.approx(cosines.mean().item(), abs=1e-5)
+    assert values["clip_score"] != pytest.approx(values["clip_score_dmd2"], abs=1e-4)
+    assert values["similarity"] == pytest.approx((seen[:3] * seen[3:]).sum(1).mean().item(), abs=1e-5)
+    assert values["diversity"] == pytest.approx((seen[:3] - seen[3:]).norm(dim=1).mean().item(), abs=1e-5)
 
 
 # --- others -----------------------------------------------------------------------------------------------------------

@@ -51,6 +51,31 @@ def test_a_sweep_writes_a_table_and_a_figure_of_every_solver_at_its_best(teacher
         assert picture.width > 500
 
 
+def test_a_sweep_goes_on_where_it_stopped_and_takes_more_solvers(teacher: Path, tmp_path: Path) -> None:
+    settings = {"nfe": [4], "n": 4, "long": 40, "folder": tmp_path, "device": "cpu"}
+
+    class Enough(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        assert done <= total == 40 + 3 * 4
+        if done > 40 + 4:
+            raise Enough
+
+    with pytest.raises(Enough):
+        api.sweep(teacher, solvers=["ddim", "unipc_2", "heun"], progress=stop, **settings)
+    assert [line.solver for line in read_lines(tmp_path / "sweep.json")] == ["ddim"]
+    marked = [{**line.model_dump(), "error": 7.0} for line in read_lines(tmp_path / "sweep.json")]
+    (tmp_path / "sweep.json").write_text(json.dumps(marked))
+    lines = api.sweep(teacher, solvers=["ddim", "unipc_2"], **settings)
+    assert lines[0].error == 7.0, "what is there is not computed again"
+    assert lines[1].error < 1
+    assert len(api.sweep(teacher, solvers=["heun"], **settings)) == 1
+    assert {line.solver for line in read_lines(tmp_path / "sweep.json")} == {"ddim", "unipc_2", "heun"}
+    with pytest.raises(UserError, match="a sweep of other settings"):
+        api.sweep(teacher, solvers=["ddim"], seed=1, **settings)
+
+
 def test_what_was_measured_is_found_beside_the_model_and_asked_for_where_it_is_not(
     teacher: Path, tmp_path: Path
 ) -> None:
