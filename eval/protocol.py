@@ -26,11 +26,12 @@ from fewstep.eval.networks.dinov2 import DinoV2
 from fewstep.eval.networks.efficientnet import EfficientNet
 from fewstep.eval.networks.i3d import I3d
 from fewstep.eval.networks.inception import Inception, InceptionClasses, Mode
-from fewstep.eval.networks.weights import Place
+from fewstep.eval.networks.weights import VARIABLE, Place, clean_fids_statistics
 from fewstep.eval.precision_recall import density_coverage, precision_recall
 from fewstep.eval.references import references
 from fewstep.models.hub.encoded import read_prompts
 
+PACKAGES = ("fewstep", "torch", "pillow", "open_clip_torch", "timm")
 PROTOCOLS = Path(__file__).parents[1] / "configs" / "eval"
 
 
@@ -229,12 +230,11 @@ class Evaluator:
             bias_note(name, values[name], count, self.reference[network].statistics)
             for name, network in distances.items()
         ]
-        packages = ("fewstep", "torch", "torchvision", "open_clip_torch", "pillow")
         return {
             "protocol": self.protocol.model_dump(mode="json"),
             "networks": {network.name: network.sha256 for network in self.networks.values()},
             "reference": {key: known.statistics.count or None for key, known in self.reference.items()},
-            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "versions": {name: version for name in PACKAGES if (version := _version(name))},
             "notes": [note for note in notes if note],
         }
 
@@ -286,13 +286,22 @@ def file_name(network: Features) -> str:
     return network.name.replace(":", "-").replace("/", "-")
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _located(name: str, place: Place) -> Path:
     if Path(name).exists():
         return Path(name)
-    if not name.endswith(".npz"):
-        raise UserError(f"The reference {name} is not there: real images, or an .npz of their statistics.")
-    stats = Path(str(importlib.metadata.distribution("clean-fid").locate_file("cleanfid"))) / "stats"
-    return place.find(Path(name).name, f"https://www.cs.cmu.edu/~clean-fid/stats/{Path(name).name}", [stats])
+    if found := place.look(Path(name).name, clean_fids_statistics()):
+        return found
+    raise UserError(
+        f"The reference {name} is not there: name real images, or an .npz of their statistics, with --reference, or "
+        f"put it into --weights or a folder of ${VARIABLE}."
+    )
 
 
 def _captions(file: str) -> list[str]:

@@ -5,6 +5,7 @@ Nothing is downloaded unless that is asked for, and nothing else is taken in a f
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
@@ -33,13 +34,19 @@ class Place:
             raise UserError(f"--weights {given}: there is no such file or folder.")
         return Place(tuple([given] if given else []) + tuple(folders), download)
 
-    def find(self, file: str, url: str, caches: Sequence[Path] = ()) -> Path:
-        """The file of that name. Raises ``UserError`` that says what to place where."""
+    def look(self, file: str, caches: Sequence[Path] = ()) -> Path | None:
+        """The file of that name, if it is anywhere."""
         for place in (*self.given, *caches):
             if place.name == file and place.is_file():
                 return place
             if (place / file).is_file():
                 return place / file
+        return None
+
+    def find(self, file: str, url: str, caches: Sequence[Path] = ()) -> Path:
+        """The same, fetched if that is allowed. Raises ``UserError`` that says what to place where."""
+        if found := self.look(file, caches):
+            return found
         if self.download:
             return _download(url, (caches or [hub_cache()])[0] / file)
         where = caches[0] if caches else hub_cache()
@@ -57,6 +64,12 @@ def hub_cache() -> Path:
 def temporary() -> Path:
     """Where clean-fid keeps its network."""
     return Path(tempfile.gettempdir())
+
+
+def clean_fids_statistics() -> list[Path]:
+    """Where clean-fid keeps statistics of real images, if it is installed."""
+    spec = importlib.util.find_spec("cleanfid")
+    return [Path(folder) / "stats" for folder in (spec.submodule_search_locations or [])] if spec else []
 
 
 def _download(url: str, file: Path) -> Path:

@@ -107,7 +107,9 @@ def test_fid_is_clean_fids_in_all_modes_and_statistics_are_exchanged_both_ways(
         )
         for folder in folders
     ]
-    expected = fid.fid_from_feats(*feats)
+    # few images lie in a plane of few dimensions, within which scipy's root takes no minute
+    plane = np.linalg.qr(np.concatenate(feats).T)[0]
+    expected = fid.fid_from_feats(*(each @ plane for each in feats))
 
     network = Inception.load(mode, Place((weights,)))
     known = [collect({"x": network}, ImageSet.open(folder), frozenset({"x"}))["x"] for folder in folders]
@@ -118,9 +120,9 @@ def test_fid_is_clean_fids_in_all_modes_and_statistics_are_exchanged_both_ways(
     read = read_statistics(tmp_path / "theirs.npz", network)
     assert frechet_distance(known[0].statistics, read.statistics) == pytest.approx(expected, rel=1e-3)
     write_statistics(known[1], tmp_path / "ours.npz")
-    ours = np.load(tmp_path / "ours.npz")
-    value = fid.frechet_distance(feats[0].mean(0), np.cov(feats[0], rowvar=False), ours["mu"], ours["sigma"])
-    assert value == pytest.approx(expected, rel=1e-3)
+    ours = np.load(tmp_path / "ours.npz")  # as clean-fid reads it
+    np.testing.assert_allclose(ours["mu"], feats[1].mean(0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(ours["sigma"], np.cov(feats[1], rowvar=False), rtol=1e-2, atol=1e-4)
 
 
 def test_several_sizes_are_refused_where_the_network_resizes_inside(weights: Path, tmp_path: Path) -> None:

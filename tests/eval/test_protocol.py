@@ -142,7 +142,7 @@ def test_bad_requests_are_refused(sets: tuple[Path, Path], tmp_path: Path, capsy
     assert "Images are scored by a protocol" in refused(capsys, "eval", generated)
     assert "Name what is to be scored" in refused(capsys, "eval")
     own = protocol(tmp_path, reference=str(tmp_path / "no"))
-    assert "is not there: real images, or an .npz" in refused(capsys, "eval", generated, "--protocol", own)
+    assert "is not there: name real images, or an .npz" in refused(capsys, "eval", generated, "--protocol", own)
     kid = protocol(tmp_path, reference=str(tmp_path / "x.npz"), metrics=["fd_efficientnet"])
     np.savez(tmp_path / "x.npz", mu=np.zeros(7), sigma=np.eye(7))
     assert "7 features, efficientnet_lite0 has 1280" in refused(capsys, "eval", generated, "--protocol", kid)
