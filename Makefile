@@ -43,6 +43,9 @@ SCORE = $(BIN)/fewstep eval fashion --json models/pretrained/fashion/eval.json
 teacher-scores: .venv/installed
 	$(SCORE) --solver euler,heun,ddim --nfe 4,8 --guidance 1,1.4,2
 	$(SCORE) --solver heun --nfe 64 --guidance 1.3,1.4
+	$(SCORE) --solver dpmpp_2m,unipc_2,dpm_solver_v3_2 --nfe 4,8
+	$(SCORE) --solver unipc_2,dpm_solver_v3_2 --nfe 8 --guidance 1.4
+	$(SCORE) --solver unipc_2 --nfe 32 --guidance 1.3
 
 # What the README says of fashion-text: two seeds, of the training and of the samples alike.
 TEXT = $(BIN)/fewstep eval --n 2160 --json results/fashion_text/eval.json
