@@ -1,4 +1,4 @@
-"""The console script ``fewstep``: arguments in, messages out; the work is done by ``fewstep.api``."""
+"""The console script ``fewstep``: arguments in, messages out; the work is done by ``api``, ``make`` and ``measure``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fewstep import api
+from fewstep import api, make, measure
 from fewstep.distill import cli_eval, cli_make, cli_solvers
 from fewstep.distill.bench import bench_memory, bench_sampler, bench_step
 from fewstep.distill.config import find_config, load_config
@@ -41,8 +41,8 @@ from fewstep.distill.terminal import (
     sampling_bar,
 )  # fmt: skip
 from fewstep.errors import UserError
-from fewstep.eval.evaluate import read_scores
 from fewstep.eval.pictures import save_grid
+from fewstep.eval.scores import read_scores
 from fewstep.eval.tables import best_teacher
 from fewstep.models.hub.encoded import read_prompts
 from fewstep.models.store import write_text
@@ -178,7 +178,7 @@ def sample(
 @app.command()
 def report(run: RunFolder) -> None:
     """Write report.html into a run folder."""
-    out.print(f"The report is {api.report(run)}.")
+    out.print(f"The report is {measure.report(run)}.")
 
 
 @app.command()
@@ -210,7 +210,7 @@ def demo(
         captions = folder.with_name(f"{folder.name}_captions")
         config, n, overrides = "configs/fashion_text/demo.yaml", 1_440, [f"data.path={captions}"]
         with counting("encoding captions") as encoding:
-            api.encode("fashion-text", find_config(config).with_name("captions.txt"), captions, progress=encoding)
+            make.encode("fashion-text", find_config(config).with_name("captions.txt"), captions, progress=encoding)
     names = (folder if k == 1 else folder.with_name(f"{folder.name}-{k}") for k in count(1))
     folder = next(name for name in names if not (name / "report.html").exists())
     if (folder / "config.yaml").is_file():
@@ -219,11 +219,11 @@ def demo(
     else:
         _train(config, [f"out={folder}", *overrides], None)
     with sampling_bar(n) as progress:
-        api.evaluate(folder, n=n, progress=progress)
-    picture = api.compare(folder)
+        measure.evaluate(folder, n=n, progress=progress)
+    picture = measure.compare(folder)
     out.print("Teacher (its best setting within each number of evaluations) and student:")
     print_scores(best_teacher(read_scores(folder / "eval.json")))
-    out.print(f"Teacher and student side by side: {picture}\nThe report: {api.report(folder)}")
+    out.print(f"Teacher and student side by side: {picture}\nThe report: {measure.report(folder)}")
 
 
 @app.command()
@@ -235,7 +235,7 @@ def shootout(config: ConfigFile, device: Device = "auto") -> None:
             task = bar.add_task(name)
             return lambda run, metrics: bar.update(task, completed=run.step, total=run.config.steps)
 
-        scores = api.shootout(config, progress, device)
+        scores = measure.shootout(config, progress, device)
     print_scores(scores)
 
 

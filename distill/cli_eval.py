@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fewstep import api
+from fewstep import measure
 from fewstep.distill.devices import pick_device
 from fewstep.distill.terminal import Device, Grid, out, parse_numbers, print_scores, sampling_bar
 from fewstep.errors import UserError
-from fewstep.eval.evaluate import read_scores
+from fewstep.eval.by_protocol import write_reference
 from fewstep.eval.images import is_image_set
 from fewstep.eval.networks.weights import Place
-from fewstep.eval.protocol import load_protocol, write_reference
+from fewstep.eval.protocol import load_protocol
+from fewstep.eval.scores import read_scores
 from fewstep.eval.tables import side_by_side
 
 app = typer.Typer()
@@ -71,12 +72,12 @@ def evaluate(
             out.print(f"The statistics are in {written}.")
         return
     if settings is not None and images:
-        scores = api.evaluate_images(
+        scores = measure.evaluate_images(
             source, settings, place, skip_bad=skip_bad, device=device, json_file=file, name=name
         )
     else:
         with sampling_bar(settings.n if settings else n or 10_000) as progress:
-            scores = api.evaluate(
+            scores = measure.evaluate(
                 source, protocol=settings, place=place, reference=reference or "fashion",
                 steps=parse_numbers(steps or "1,2,4", int, "--steps"),
                 nfe=parse_numbers(nfe, int, "--nfe") if nfe else [], solver=solver.split(",") if solver else [],

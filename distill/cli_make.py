@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fewstep import api
+from fewstep import api, make, measure
 from fewstep.distill.data import read_idx
 from fewstep.distill.terminal import Device, Source, counting, out, parse_size, progress_bar
 from fewstep.errors import UserError
@@ -34,7 +34,7 @@ def encode(
     """Encode prompts (and pictures) once, so that training needs no encoder. An interrupted run goes on."""
     wanted = [size[:2] for text in sizes.split(",") if (size := parse_size(text))] if sizes else []
     with counting("encoding") as progress:
-        n = api.encode(
+        n = make.encode(
             teacher, prompts, folder, sizes=wanted, frames=frames, batch=batch, rows=rows, device=device,
             progress=progress,
         )  # fmt: skip
@@ -66,7 +66,7 @@ def pairs(
     """Sample a teacher and keep the noise beside the samples: what a regression term learns from."""
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=n)
-        api.make_pairs(
+        make.make_pairs(
             source, file, n=n, solver=solver, steps=steps, guidance=guidance, seed=seed, device=device,
             progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
@@ -90,7 +90,7 @@ def prefer(
     """Sample a model several times a label, keep the best and the worst by a reward, as preference pairs."""
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=n * candidates)
-        api.make_preferences(
+        make.make_preferences(
             source, file, reward=reward, n=n, candidates=candidates, solver=solver, steps=steps, guidance=guidance,
             reference=reference, seed=seed, device=device, progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
@@ -111,7 +111,7 @@ def wins(
     device: Device = "auto",
 ) -> None:
     """How often a model's samples get more of each reward than another model's, on the same labels and noise."""
-    results = api.win_rates(
+    results = measure.win_rates(
         ours, theirs, n=n, solver=solver, steps=steps, guidance=guidance, reference=reference, seed=seed, device=device,
         json_file=file,
     )  # fmt: skip

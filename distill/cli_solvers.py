@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fewstep import api
+from fewstep import make, measure
 from fewstep.distill.terminal import Device, Source, counting, out, parse_numbers
 from fewstep.errors import UserError
 from fewstep.eval.sweep import at_their_best, cells
@@ -30,7 +30,7 @@ def ems(
 ) -> None:
     """Measure the statistics of a model that DPM-Solver-v3 needs. An interrupted run goes on."""
     with counting("measuring") as progress:
-        api.make_statistics(
+        make.make_statistics(
             source, file, n=n, intervals=intervals, guidance=guidance, seed=seed, device=device, progress=progress
         )
     out.print(f"The statistics are in {file}.")
@@ -49,7 +49,7 @@ def ratios(
 ) -> None:
     """Search the ratios of DC-Solver for a model."""
     with counting("searching") as progress:
-        api.search_ratios(
+        make.search_ratios(
             source, file, steps=parse_numbers(steps, int, "--steps"), order=order,
             guidance=parse_numbers(guidance, float, "--guidance"), n=n, seed=seed, device=device, progress=progress,
         )  # fmt: skip
@@ -80,7 +80,7 @@ def sweep(
     if guidance != 1 and any(count < 2 for count in parse_numbers(nfe, int, "--nfe")):
         raise UserError("A guided step costs two evaluations.")
     with counting("sampling") as progress:
-        lines = api.sweep(
+        lines = measure.sweep(
             source, solvers=solvers.split(","), nfe=parse_numbers(nfe, int, "--nfe"), grids=grids.split(","),
             guidance=guidance, n=n, long=long, reference=reference, folder=folder, seed=seed, device=device,
             progress=progress,

@@ -22,7 +22,7 @@ from fewstep.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.store import read_tensors
-from fewstep.pictures import PICTURES, files_of, read_picture
+from fewstep.pictures import PICTURES, files_of, read_picture, to_unit
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,6 @@ class Prompts:
         x0, said = self.prompts.buckets[int((image >= counts.cumsum(0)).sum())]
         rows = draws.integers(size, len(x0))
         return Batch(size, tuple(x0.shape[1:]), self.prompts(said[rows]), {"x0": x0[rows]})
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_bytes(x0: Tensor) -> Tensor:
-    """[-1, 1] (clamped) -> uint8 0..255, rounded."""
-    return ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 IDX_FILES = {

@@ -77,13 +77,15 @@ def blend(role: Role, towards: Role, share: float) -> None:
 
 
 class Roles(Mapping[str, Role]):
-    """The roles of a stage by name, and the one way to read a network of theirs."""
+    """The roles of a stage by name, and the one way to read a network of theirs. ``evaluations`` counts the samples
+    that were read, guided ones twice."""
 
     def __init__(self, roles: Mapping[str, Role], precision: torch.dtype = torch.float32) -> None:
         self._roles = dict(roles)
         self._waiting: dict[str, Waiting] = {}
         self._updating: frozenset[str] = frozenset()
         self._precision = precision
+        self.evaluations = 0
 
     def __getitem__(self, name: str) -> Role:
         try:
@@ -158,4 +160,6 @@ class Roles(Mapping[str, Role]):
         graph = nullcontext() if through or role in self._updating else torch.no_grad()
         mixed = torch.autocast(device.type, self._precision, enabled=self._precision != torch.float32)
         with graph, mixed, self.resident(role) as denoiser:
-            return guide(denoiser, x_t, t, condition, guidance)
+            guided = guide(denoiser, x_t, t, condition, guidance)
+        self.evaluations += len(x_t) * (1 if guided.null is None else 2)
+        return guided

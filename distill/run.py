@@ -61,7 +61,8 @@ class Validator(Protocol):
 @dataclass
 class Run:
     """A run folder in use. Make one with ``create`` or ``reopen``, then ``train``. ``step`` counts those done so far,
-    over all stages."""
+    over all stages, ``evaluations`` the network evaluations of samples that they
+    took, in all processes."""
 
     config: Config
     folder: Path
@@ -78,6 +79,7 @@ class Run:
     step: int = field(init=False, default=0)
     best: dict[str, float] = field(init=False, default_factory=dict)
     seconds: float = field(init=False, default=0.0)
+    evaluations: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self._origins: dict[str, Role] = {}
@@ -269,14 +271,14 @@ class Run:
                 if self.step % self.config.log_every == 0 or self.step == ends[-1]:
                     values = numbers(latest) | drift
                     latest, drift = {}, {}
-                    record(self.step, {"seconds": round(self.seconds, 3), "stage": self.stage, **values})
+                    record(self.step, self._spent | {"stage": self.stage, **values})
                 if progress is not None:
                     progress(self, values)
                 last = self.step == ends[-1]
                 if validate is not None and (last or self._due(self.config.validation.every)):
                     value = self._validate(validate)
                     if value is not None:
-                        record(self.step, {"seconds": round(self.seconds, 3), "validation": value})
+                        record(self.step, self._spent | {"validation": value})
                 if last or stop.requested or self._due(self.config.checkpoint.every) or self.step == ends[self.stage]:
                     self.save()
                 if stop.requested and not last:
@@ -295,11 +297,17 @@ class Run:
         """The step at which each stage ends."""
         return [sum(stage.steps for stage in self.config.stages[: i + 1]) for i in range(len(self.config.stages))]
 
+    @property
+    def _spent(self) -> dict[str, float]:
+        return {"seconds": round(self.seconds, 3), "evaluations": self.evaluations}
+
     def _one_step(self) -> dict[str, Tensor]:
         if self.step >= self._ends[self.stage]:
             self.enter(self.stage + 1)
             self.best = {}  # of another method or generator, not to be compared
+        before = self.roles.evaluations
         metrics = self.loop.step(self.step)
+        self.evaluations += (self.roles.evaluations - before) * self.world.size  # as if all did alike
         self.step += 1
         return metrics
 
@@ -349,7 +357,8 @@ class Run:
             if name not in self._origins:
                 tensors |= checkpoint.role_tensors(name, role)
         tensors |= {f"objective/{name}": value for name, value in self.objective.state.items()}
-        state = {"stage": self.stage, "seconds": self.seconds, "best": self.best}
+        spent = {"seconds": self.seconds, "evaluations": self.evaluations}
+        state = {"stage": self.stage, **spent, "best": self.best}
         checkpoint.write_checkpoint(self.folder / "checkpoints", self.step, tensors, state, self.config.checkpoint.keep)
 
     def _restore(self, folder: Path) -> None:
@@ -362,6 +371,7 @@ class Run:
         for name, value in self.objective.state.items():
             value.copy_(tensors[f"objective/{name}"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.evaluations = state["evaluations"]
 
 
 def numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:

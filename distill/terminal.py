@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fewstep.errors import UserError
-from fewstep.eval.evaluate import Score
+from fewstep.eval.scores import Score
 from fewstep.eval.tables import rows
 from fewstep.models.store import Size
 

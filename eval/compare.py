@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.distill.data import to_bytes
-from fewstep.eval.evaluate import cycled_labels, draw, draw_from
+from fewstep.eval.draw import How, Painter
 from fewstep.eval.pictures import comparison, save_picture, save_sample
-from fewstep.models.store import Model, pipeline_of
+from fewstep.models.store import Model
 from fewstep.pictures import has_av
 
 TEACHER_STEPS = 16
@@ -26,12 +25,7 @@ class Row(NamedTuple):
 
     label: str
     model: Model
-    solver: str
-    steps: int | None
-    guidance: float = 1.0
-
-
-Draw = Callable[[Row, Sequence[int]], Tensor]
+    how: How
 
 
 def compare(
@@ -40,22 +34,22 @@ def compare(
 ) -> Path:  # fmt: skip
     """Writes ``comparison.png`` (for videos their first frames and, where PyAV is installed, ``comparison.mp4``), a
     column a condition and noise, and ``diversity.png``, a row a condition with several noises. Returns the first."""
-    rows = _rows(student, teacher, guidance)
-    if student.config.classes:
-        labels = cycled_labels(columns, student.config.classes).sort().values
-        names = [f"class {label}" for label in range(student.config.classes)]
-        columns_of, drawn = labels.tolist(), _of_labels(seed)
+    rows = _rows(student, teacher, seed, guidance)
+    if classes := student.config.classes:
+        names = [f"class {label}" for label in range(classes)]
+        shown = student.labels(columns).sort().values.tolist()
     else:
         count = min(columns, len(prompts))
         names = [prompts[k * len(prompts) // count] for k in range(count)]
-        columns_of, drawn = list(range(count)), _of_prompts(names, seed)
-    pictures = [(row.label, drawn(row, columns_of)) for row in rows]
-    save_picture(comparison([(label, _first(shown)) for label, shown in pictures]), folder / "comparison.png")
+        shown = list(range(count))
+    painters = {row.label: Painter(row.model, () if classes else names) for row in rows}
+    pictures = [(row.label, painters[row.label](shown, row.how)) for row in rows]
+    save_picture(comparison([(label, _first(several)) for label, several in pictures]), folder / "comparison.png")
     if pictures[0][1].ndim == 5 and has_av():
         _save_video(pictures, folder / "comparison.mp4")
     chosen = [k * len(names) // CONDITIONS for k in range(CONDITIONS)]
     several = [
-        (f"{names[condition]}: {row.label}", _first(drawn(row, [condition] * NOISES)))
+        (f"{names[condition]}: {row.label}", _first(painters[row.label]([condition] * NOISES, row.how)))
         for condition in dict.fromkeys(chosen)
         for row in (rows[0], rows[-1])
     ]
@@ -63,43 +57,20 @@ def compare(
     return folder / "comparison.png"
 
 
-def _rows(student: Model, teacher: Model | None, guidance: float | None) -> list[Row]:
+def _rows(student: Model, teacher: Model | None, seed: int, guidance: float | None) -> list[Row]:
     few = student.config.few_step
-    own = len(few.times) if few else 4
-    rows = [Row(f"student, {own} evaluations", student, "student", None)]
+    own, by_itself = len(few.times) if few else 4, How("student", None, seed=seed)
+    rows = [Row(f"student, {own} evaluations", student, by_itself)]
     if teacher is None:
         return rows
     if given := teacher.config.few_step:
-        return [Row(f"teacher, {len(given.times)} evaluations", teacher, "student", None), *rows]
+        return [Row(f"teacher, {len(given.times)} evaluations", teacher, by_itself), *rows]
     scale = guidance or (1.5 if student.config.classes else 2.0)
     return [
-        Row(f"teacher, {2 * TEACHER_STEPS} evaluations", teacher, "euler", TEACHER_STEPS, scale),
-        Row(f"teacher, {own} evaluations", teacher, "euler", own),
+        Row(f"teacher, {2 * TEACHER_STEPS} evaluations", teacher, How("euler", TEACHER_STEPS, scale, seed=seed)),
+        Row(f"teacher, {own} evaluations", teacher, How("euler", own, seed=seed)),
         *rows,
     ]
-
-
-def _of_labels(seed: int) -> Draw:
-    def drawn(row: Row, conditions: Sequence[int]) -> Tensor:
-        labels = torch.tensor(conditions)
-        settings = {"solver": row.solver, "steps": row.steps, "guidance": row.guidance}
-        return to_bytes(draw(row.model, labels, seed=seed, **settings).x0)  # type: ignore[arg-type]
-
-    return drawn
-
-
-def _of_prompts(prompts: Sequence[str], seed: int) -> Draw:
-    def drawn(row: Row, conditions: Sequence[int]) -> Tensor:
-        folder = pipeline_of(row.model)
-        pipeline = folder.pipeline().to(row.model.device)
-        condition = folder.condition(pipeline, prompts).index(torch.tensor(conditions, device=row.model.device))
-        samples = draw_from(
-            row.model, condition, range(len(conditions)), solver=row.solver, steps=row.steps, guidance=row.guidance,
-            seed=seed, batch=8,
-        )  # fmt: skip
-        return folder.pictures(pipeline, samples.x0)
-
-    return drawn
 
 
 def _first(pictures: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from fewstep.eval.evaluate import Score
 from fewstep.eval.pictures import COLOURS
+from fewstep.eval.scores import Score
 
 Curve = Sequence[tuple[float, float]]
 
@@ -37,14 +38,14 @@ def draw_frontier(scores: Sequence[Score], curves: Mapping[str, Sequence[Curve]]
     training.set(xlabel="network evaluations in training (samples)", ylabel=f"{metric}, validation")
     own = [score for score in scores if score.metric == metric]
     teachers = [score for score in own if score.role == "teacher"]
-    for solver, look in zip(dict.fromkeys(score.solver for score in teachers), ("o-", "s-", "^-"), strict=False):
+    for solver, look in zip(dict.fromkeys(score.solver for score in teachers), cycle("os^vDP"), strict=False):
         best: dict[int, float] = {}
         for score in teachers:
             if score.solver == solver:
                 best[score.nfe] = min(score.value, best.get(score.nfe, float("inf")))
         line = sorted(best.items())
         sampling.plot(
-            *zip(*line, strict=True), look, color="#999999", markersize=3, linewidth=1, label=f"teacher, {solver}"
+            *zip(*line, strict=True), f"{look}-", color="#999999", markersize=3, linewidth=1, label=f"teacher, {solver}"
         )
     for method in curves:
         for nfe in sorted({score.nfe for score in own if score.model == method}):

@@ -100,6 +100,11 @@ class ImageSet:
                 self._refuse()
                 yield [one for one in done if not isinstance(one, Bad)]
 
+    @property
+    def read_count(self) -> int:
+        """How many images the last pass gave."""
+        return len(self.names) - len(self.skipped)
+
     def _refuse(self) -> None:
         if self.skipped and not self.skip_bad:
             name, why = next(iter(self.skipped.items()))

@@ -20,13 +20,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from fewstep.distill.health import diagnose
 from fewstep.errors import UserError
-from fewstep.eval.evaluate import Score
 from fewstep.eval.pictures import Chart, Line, chart
+from fewstep.eval.scores import Score
 from fewstep.models.store import write_text
 
 LOWER_IS_BETTER = ("fd", "fid", "kid", "cmmd")
 HIGHER_IS_BETTER = ("precision", "recall", "accuracy", "diversity", "density", "coverage", "clip")
 MOST_SAMPLES = 8
+SPENT = ("step", "seconds", "evaluations")
 Entry = dict[str, float]
 ENTRY = TypeAdapter(Entry)
 Setting = tuple[str, str, str, int, int, int, float]
@@ -78,7 +79,11 @@ def write_report(run: str | Path) -> Path:
         origins={score.metric: score.origin for score in scores},
         table=table(scores),
         quality=quality_curves(scores),
-        validation=[_curve("validation", validations, axis, look="o-") for axis in ("step", "seconds") if validations],
+        validation=[
+            _curve("validation", validations, axis, look="o-")
+            for axis in SPENT
+            if validations and axis in validations[0]
+        ],
         training=training_curves(logged),
         health=health(logged),
         samples=_samples(run / "samples", remarks),
@@ -226,7 +231,9 @@ def training_summary(logged: Sequence[Entry], validations: Sequence[Entry]) -> l
     sentences = []
     if logged:
         minutes, seconds = divmod(round(logged[-1]["seconds"]), 60)
-        sentences.append(f"Trained for {logged[-1]['step']:,.0f} steps in {minutes} min {seconds:02} s.")
+        counted = logged[-1].get("evaluations")  # older runs did not count them
+        spent = f" and {counted:,.0f} network evaluations" if counted else ""
+        sentences.append(f"Trained for {logged[-1]['step']:,.0f} steps{spent} in {minutes} min {seconds:02} s.")
     if scored := [entry for entry in validations if "validation" in entry]:
         lowest = min(scored, key=lambda entry: entry["validation"])
         points = [f"{number(e['validation'])} at step {e['step']:,.0f}" for e in (scored[0], lowest, scored[-1])]
@@ -313,7 +320,7 @@ def quality_curves(scores: Sequence[Result]) -> list[Chart]:
 
 def training_curves(logged: Sequence[Entry]) -> list[tuple[str, list[Chart]]]:
     """A chart a logged quantity, grouped by the name before the slash, losses first; dotted where the stage changes."""
-    names = {name for entry in logged for name in entry} - {"step", "seconds", "stage"}
+    names = {name for entry in logged for name in entry} - {*SPENT, "stage"}
     ordered = sorted(names, key=lambda name: (not name.startswith("loss/"), name))
     stages = [after["step"] for before, after in pairwise(logged) if before.get("stage") != after.get("stage")]
     groups = groupby(ordered, key=lambda name: name.partition("/")[0])

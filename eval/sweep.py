@@ -13,14 +13,14 @@ from matplotlib.ticker import LogLocator
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from fewstep.distill.data import to_bytes
 from fewstep.errors import UserError
-from fewstep.eval.evaluate import draw
+from fewstep.eval.draw import How, draw
 from fewstep.eval.features import extract
 from fewstep.eval.frechet import Statistics, frechet_distance
 from fewstep.eval.pictures import COLOURS
 from fewstep.eval.references import Reference
 from fewstep.models.store import Model, read_metadata, read_tensors, write_tensors, write_text
+from fewstep.pictures import to_bytes
 from fewstep.samplers.sample import Samples, plan, steps_within
 from fewstep.samplers.solvers import SOLVERS
 
@@ -81,7 +81,7 @@ def compare_solvers(
             if progress is not None:
                 progress(done + budget * samples // len(labels), total)
 
-        return draw(model, labels, solver=solver, steps=steps, grid=grid, guidance=guidance, seed=seed, progress=told)
+        return draw(model, labels, How(solver, steps, guidance, grid, seed), progress=told)
 
     settings = {"model": name, "guidance": guidance, "n": len(labels), "seed": seed, "long": long}
     exact, known = _begun(folder, settings)

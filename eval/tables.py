@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.eval.evaluate import Score, merged, read_scores
+from fewstep.eval.scores import Score, merged, read_scores
 
 BLOCK = re.compile(r"(<!-- best scores: (?P<files>[^>]*?) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
+FREE = ("name", "metrics", "seeds", "reference", "n")  # of a protocol's settings: not how an image becomes a number
 
 
 def best_teacher(scores: Sequence[Score]) -> list[Score]:
@@ -82,9 +83,11 @@ def _title(score: Score) -> str:
 
 def _differing(a: Score, b: Score) -> str:
     """ "yes", or in what the two are not of one protocol."""
-    names = ("protocol", "reference", "n", "features_sha256")
+    names = ("reference", "n", "features_sha256")
     wrong = [name for name in names if getattr(a, name) != getattr(b, name)]
-    return f"no: other {', '.join(wrong)}" if wrong else "yes"
+    ours, theirs = ((score.manifest or {}).get("protocol", {}) for score in (a, b))
+    wrong += [name for name in (*ours, *theirs) if name not in FREE and ours.get(name) != theirs.get(name)]
+    return f"no: other {', '.join(dict.fromkeys(wrong))}" if wrong else "yes"
 
 
 def markdown(scores: Sequence[Score]) -> str:

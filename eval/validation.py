@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from fewstep.distill.config import ValidationConfig
-from fewstep.distill.data import to_bytes
-from fewstep.eval.evaluate import cycled_labels, draw, draw_from
+from fewstep.eval.draw import How, draw, draw_from
 from fewstep.eval.features import extract
 from fewstep.eval.frechet import Statistics, frechet_distance
 from fewstep.eval.pictures import grid, save_picture
@@ -18,6 +17,7 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.store import Model, ModelConfig
+from fewstep.pictures import to_bytes
 
 SHOWN = 80
 SEED = 1_000_000_007  # far from the seeds that people give, so that validation noise is never evaluation noise
@@ -34,8 +34,8 @@ class Validation:
     def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> float:
         model = Model(denoiser=student, config=config, path=self.folder)
         s = self.settings
-        labels = cycled_labels(s.n, config.classes)
-        samples = draw(model, labels, solver=s.solver, steps=s.steps, guidance=s.guidance, seed=SEED)
+        labels = model.labels(s.n)
+        samples = draw(model, labels, How(s.solver, s.steps, s.guidance, seed=SEED))
         images = to_bytes(samples.x0)
         columns = max(1, SHOWN // config.classes)
         shown = torch.cat([images[labels == label][:columns] for label in range(config.classes)])
@@ -59,9 +59,7 @@ class PromptValidation:
         count = min(s.pictures, len(self.prompts))
         numbers = [k * len(self.prompts) // count for k in range(count)]
         condition = self.prompts(torch.tensor(numbers)).to(model.device)
-        samples = draw_from(
-            model, condition, numbers, solver=s.solver, steps=s.steps, guidance=s.guidance, seed=SEED, batch=4
-        )
+        samples = draw_from(model, condition, numbers, How(s.solver, s.steps, s.guidance, seed=SEED), batch=4)
         pictures = self.pipeline.pictures(self.pipeline.pipeline(), samples.x0)
         if pictures.ndim == 5:
             pictures = pictures.flatten(0, 1)  # a video is a row of frames

@@ -106,6 +106,13 @@ class Model(BaseModel):
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
+    def labels(self, n: int) -> Tensor:
+        """``0, 1, ..., classes - 1, 0, ...``: every class equally often, as in a reference. Raises ``UserError`` on a
+        model that takes prompts."""
+        if not self.config.classes:
+            raise UserError("This is for class-conditional models; this one takes prompts.")
+        return torch.arange(n) % self.config.classes
+
 
 def embedded_models() -> list[str]:
     """The names of the models that ship with the package: of fewstep, and diffusers pipelines."""

@@ -16,14 +16,14 @@ from fewstep.distill import objectives
 from fewstep.distill.cli import app
 from fewstep.distill.config import CONFIGS, find_config, load_config, objective_names, parse_config
 from fewstep.distill.shootout import entry, load_shootout
-from fewstep.eval.evaluate import read_scores
 from fewstep.eval.frechet import frechet_distance
 from fewstep.eval.references import load_reference
+from fewstep.eval.scores import read_scores
 from fewstep.eval.sweep import at_their_best, cells, geometric_mean, read_lines
 from fewstep.eval.tables import BLOCK, refreshed
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/methods.md")]
+PAGES = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")), *(ROOT / "docs").glob("*.md")]
 CARD = ROOT / "models" / "pretrained" / "fashion" / "README.md"
 
 

@@ -16,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.errors import UserError, nearest
-from fewstep.eval.networks.weights import Place
-from fewstep.models.store import sha256
+from fewstep.eval.networks.weights import Loaded, Place, reading
 from fewstep.torchvision_cure import import_torchvision
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -26,7 +25,7 @@ END = 49407  # CLIP's end-of-text token, whose output is the text's embedding
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(Loaded):
     """Embeddings of images and of captions.
 
     Images are resized and cropped as the model's own evaluation transform does or, with ``squash``, stretched to its
@@ -34,11 +33,8 @@ class Clip:
     """
 
     name: str
-    sha256: str
-    network: Any
     tokenizer: Any
     transform: Any
-    device: torch.device
     squash: bool = False
     unit: bool = True
 
@@ -54,16 +50,14 @@ class Clip:
         if model not in open_clip.list_models():
             raise UserError(f"Unknown CLIP model {model!r}{nearest(model, open_clip.list_models())}.")
         file = Path(tag) if Path(tag).is_file() else _cached(model, tag, place)
-        try:
+        with reading(file, model):
             network, transform = open_clip.create_model_from_pretrained(
                 model, str(file), device=device, force_quick_gelu=tag == "openai"
             )
-        except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
-            raise UserError(f"{file} holds no weights of {model} ({str(error).splitlines()[0]}).") from error
+        made = f"clip_{name}{'_squashed' * squash}{'_raw' * (not unit)}"
         tokenizer = open_clip.get_tokenizer(model)
-        made = "_squashed" * squash + "_raw" * (not unit)
-        return cls(
-            f"clip_{name}{made}", sha256(file), network.eval(), tokenizer, transform, torch.device(device), squash, unit
+        return cls.of(
+            file, network, device, name=made, tokenizer=tokenizer, transform=transform, squash=squash, unit=unit
         )
 
     @property

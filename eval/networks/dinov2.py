@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.errors import UserError
 from fewstep.eval.networks.inception import resized
-from fewstep.eval.networks.weights import Place
-from fewstep.models.store import sha256
+from fewstep.eval.networks.weights import Loaded, Place, reading
 from fewstep.torchvision_cure import import_torchvision
 
 FILE = "dinov2_vitl14_pretrain.pth"
@@ -23,12 +20,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class DinoV2:
+class DinoV2(Loaded):
     """The class token of ViT-L/14, 1024 numbers, of images resized to 224 by an antialiased bicubic."""
 
-    sha256: str
-    network: Any
-    device: torch.device
     name: str = "dinov2"
     dimension: int = 1024
 
@@ -40,11 +34,9 @@ class DinoV2:
 
         file = place.find(FILE, URL)
         network = timm.create_model("vit_large_patch14_dinov2", img_size=SIDE, num_classes=0, pretrained=False)
-        try:
+        with reading(file, "DINOv2 ViT-L/14"):
             network.load_state_dict(timms(torch.load(file, map_location="cpu", weights_only=True)))
-        except (RuntimeError, KeyError, OSError) as error:
-            raise UserError(f"{file} holds no DINOv2 ViT-L/14 ({str(error).splitlines()[0]}).") from error
-        return cls(sha256(file), network.eval().to(device), torch.device(device))
+        return cls.of(file, network, device)
 
     def prepare(self, image: Tensor) -> Tensor:
         return resized(image, SIDE)

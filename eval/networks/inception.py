@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.eval.networks.weights import Place, hub_cache, temporary
-from fewstep.models.store import sha256
+from fewstep.eval.networks.weights import Loaded, Place, hub_cache, reading, temporary
 from fewstep.torchvision_cure import import_torchvision
 
 Mode = Literal["clean", "legacy_pytorch", "legacy_tensorflow"]
@@ -30,13 +29,10 @@ SIDE = 299
 
 
 @dataclass(frozen=True)
-class Inception:
+class Inception(Loaded):
     """Pool features, 2048 of them."""
 
     mode: Mode
-    sha256: str
-    network: Any
-    device: torch.device
     dimension: int = 2048
 
     @classmethod
@@ -46,11 +42,9 @@ class Inception:
             raise UserError(f"Unknown mode of Inception {mode!r}; known: {', '.join(get_args(Mode))}.")
         port = mode == "legacy_pytorch"
         file = place.find(PORT, PORT_URL, [hub_cache()]) if port else place.find(SCRIPT, SCRIPT_URL, [temporary()])
-        try:
+        with reading(file, "Inception-V3"):
             network = _port(file) if port else torch.jit.load(file)
-        except (RuntimeError, ValueError, OSError, KeyError) as error:
-            raise UserError(f"{file} holds no Inception-V3 ({str(error).splitlines()[0]}).") from error
-        return cls(cast(Mode, mode), sha256(file), network.eval().to(device), torch.device(device))
+        return cls.of(file, network, device, mode=mode)
 
     @property
     def name(self) -> str:

@@ -8,15 +8,42 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Self
 
 import torch
 
 from fewstep.errors import UserError
+from fewstep.models.store import sha256
 
 VARIABLE = "FEWSTEP_WEIGHTS"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network with the weights of a file, whose hash ``sha256`` is."""
+
+    sha256: str
+    network: Any
+    device: torch.device
+
+    @classmethod
+    def of(cls, file: Path, network: Any, device: torch.device | str, **own: Any) -> Self:
+        return cls(sha256(file), network.eval().to(device), torch.device(device), **own)
+
+
+@contextmanager
+def reading(file: Path, what: str) -> Iterator[None]:
+    """Raises ``UserError`` where a file of weights turns out to hold something else."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError, KeyError, AssertionError, UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{file} holds no weights of {what} ({reason}).") from error
 
 
 @dataclass(frozen=True)

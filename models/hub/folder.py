@@ -17,6 +17,7 @@ from fewstep.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, GuidanceStyle, spelt_out
 from fewstep.models.hub.family import Family, HubBackbone, Noising, family_of, noising
+from fewstep.pictures import to_bytes
 from fewstep.torchvision_cure import cure_torchvision
 
 
@@ -98,7 +99,7 @@ class PipelineFolder:
     def pictures(self, pipeline: Any, latents: Tensor, batch: int = 8) -> Tensor:
         """Pictures, uint8 [N, 3, H, W], or videos, uint8 [N, F, 3, H, W], of latents, by the VAE of ``pipeline``."""
         parts = [self.family.decode(pipeline, latents[low : low + batch]) for low in range(0, len(latents), batch)]
-        pixels = ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+        pixels = to_bytes(torch.cat(parts)).cpu()
         return pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
 
 

@@ -26,8 +26,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fewstep.distill.data import read_idx, to_unit
+from fewstep.distill.data import read_idx
 from fewstep.eval.tinted import Asked, tint
+from fewstep.pictures import to_unit
 
 WIDTH, TOKENS = 64, 16
 

@@ -1,4 +1,4 @@
-"""Picture and video files as tensors."""
+"""Pictures as numbers, and picture and video files as tensors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ from fewstep.errors import UserError
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS = (".mp4", ".gif")
 Cover = tuple[int, int]
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(x0: Tensor) -> Tensor:
+    """[-1, 1] (clamped) -> uint8 0..255, rounded."""
+    return ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def files_of(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:

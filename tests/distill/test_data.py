@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from fewstep.distill.data import IDX_FILES, Images, Labels, Source, read_folder, read_idx, to_bytes, to_unit
+from fewstep.distill.data import IDX_FILES, Images, Labels, Source, read_folder, read_idx
 from fewstep.distill.draws import Draws
 from fewstep.errors import UserError
+from fewstep.pictures import to_bytes, to_unit
 
 IMAGES_FILE, LABELS_FILE = IDX_FILES["train"]
 

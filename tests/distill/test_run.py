@@ -14,6 +14,7 @@ from several_processes import one_of_several
 from torch import Tensor
 from worlds import state_of, tiny_config
 
+from fewstep.distill.bench import calls_of
 from fewstep.distill.checkpoint import checkpoints, read_checkpoint
 from fewstep.distill.config import dump_config, parse_config
 from fewstep.distill.run import Interrupted, Run, replay_step
@@ -71,6 +72,17 @@ def test_resuming_at_a_random_step_equals_not_stopping_bit_for_bit(tmp_path: Pat
     drop = ("seconds",)
     lines = [[{k: v for k, v in line.items() if k not in drop} for line in metrics(tmp_path / x / "run")] for x in "ab"]
     assert lines[0] == lines[1]
+
+
+def test_evaluations_are_counted_as_the_networks_see_them(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path)
+    raw["stages"][0]["objective"]["guidance"] = 2.0  # type: ignore[index]
+    run = Run.create(parse_config(raw, "test"), CPU)
+    calls = calls_of(run, lambda: run.advance(3))
+    assert run.evaluations == sum(len(call.x) for call in calls) > 0
+    assert any(len(call.x) == 2 * run.config.batch for call in calls), "guided reads are among them"
+    run.train()
+    assert metrics(tmp_path / "run")[-1]["evaluations"] == run.evaluations
 
 
 def test_every_logged_step_replays_bit_for_bit(tmp_path: Path) -> None:

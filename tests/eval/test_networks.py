@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.eval.by_protocol import ByProtocol
 from fewstep.eval.collected import collect, read_statistics, write_statistics
 from fewstep.eval.features import Features
 from fewstep.eval.frechet import frechet_distance
@@ -25,7 +26,7 @@ from fewstep.eval.networks.efficientnet import EfficientNet
 from fewstep.eval.networks.i3d import I3d
 from fewstep.eval.networks.inception import Inception, InceptionClasses
 from fewstep.eval.networks.weights import Place
-from fewstep.eval.protocol import Evaluator, Protocol
+from fewstep.eval.protocol import Protocol
 from fewstep.torchvision_cure import import_torchvision
 
 pytest.importorskip("cleanfid")
@@ -191,10 +192,10 @@ def test_weights_are_found_where_they_may_be_and_asked_for_where_they_are_not(
     with pytest.raises(UserError, match="no such file or folder"):
         Place.of(tmp_path / "missing")
     shutil.copy(weights / inception.PORT, tmp_path / inception.SCRIPT)
-    with pytest.raises(UserError, match="holds no Inception-V3"):
+    with pytest.raises(UserError, match="holds no weights of Inception-V3"):
         Inception.load("clean", Place.of(tmp_path))
     shutil.copy(weights / inception.SCRIPT, tmp_path / inception.PORT)
-    with pytest.raises(UserError, match="holds no Inception-V3"):
+    with pytest.raises(UserError, match="holds no weights of Inception-V3"):
         Inception.load("legacy_pytorch", Place.of(tmp_path))
 
 
@@ -268,7 +269,7 @@ def test_metrics_of_captions_by_a_protocol(clip_file: Path, tmp_path: Path) -> N
     protocol = Protocol(
         name="own", metrics=names, clip=f"{SMALL}:{clip_file}", captions=str(tmp_path / "captions.txt"), n=6
     )
-    values = Evaluator(protocol, Place()).score(protocol.images(folder))
+    values = ByProtocol(protocol, Place()).values(protocol.images(folder))
     network = Clip.load(protocol.clip, Place())
     (prepared,) = ImageSet.open(folder).batches(network.prepare)
     seen = network(torch.stack(prepared))
@@ -279,6 +280,9 @@ def test_metrics_of_captions_by_a_protocol(clip_file: Path, tmp_path: Path) -> N
     assert values["clip_score"] != pytest.approx(values["clip_score_dmd2"], abs=1e-4)
     assert values["similarity"] == pytest.approx((seen[:3] * seen[3:]).sum(1).mean().item(), abs=1e-5)
     assert values["diversity"] == pytest.approx((seen[:3] - seen[3:]).norm(dim=1).mean().item(), abs=1e-5)
+
+    with pytest.raises(UserError, match="--skip-bad would give captions to the wrong images"):
+        ByProtocol(protocol, Place(), skip_bad=True)
 
 
 # --- others -----------------------------------------------------------------------------------------------------------
@@ -303,7 +307,7 @@ def test_dinov2_reads_metas_file_and_resizes_its_positions_as_meta_does(
     assert resized.shape == (1, 1 + 16 * 16, 64)
     torch.testing.assert_close(resized[:, 0], weights["pos_embed"][:, 0])
     torch.save({"a": torch.zeros(1)}, tmp_path / dinov2.FILE)
-    with pytest.raises(UserError, match="holds no DINOv2"):
+    with pytest.raises(UserError, match="holds no weights of DINOv2"):
         DinoV2.load(Place((tmp_path,)))
 
 

@@ -14,15 +14,16 @@ from PIL import Image
 from test_cli import fewstep, refused
 from worlds import tiny_teacher
 
-from fewstep import api
+from fewstep import measure
 from fewstep.errors import UserError
-from fewstep.eval.evaluate import read_scores
+from fewstep.eval.by_protocol import ByProtocol
 from fewstep.eval.frechet import Statistics, frechet_distance
 from fewstep.eval.images import ImageSet
 from fewstep.eval.networks.efficientnet import EfficientNet
 from fewstep.eval.networks.weights import Place
-from fewstep.eval.protocol import METRICS, Evaluator, Protocol, load_protocol, protocols
+from fewstep.eval.protocol import METRICS, Protocol, load_protocol, protocols
 from fewstep.eval.references import real_images
+from fewstep.eval.scores import read_scores
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
@@ -84,11 +85,11 @@ def test_a_model_is_scored_in_parts_over_the_protocols_seeds(
 ) -> None:
     teacher = tiny_teacher(tmp_path / "teacher")
     settings = load_protocol(str(protocol(tmp_path, reference=str(sets[0]), n=14, seeds=[3, 4])))
-    whole = api.evaluate(teacher, protocol=settings, steps=[2], device="cpu")
+    whole = measure.evaluate(teacher, protocol=settings, steps=[2], device="cpu")
     assert [(score.seed, score.nfe, score.n) for score in whole] == [(3, 2, 14), (4, 2, 14)]
     assert whole[0].value != whole[1].value
-    monkeypatch.setattr("fewstep.eval.score.PART", 4)
-    parts = api.evaluate(teacher, protocol=settings, steps=[2], device="cpu")
+    monkeypatch.setattr("fewstep.eval.draw.PART", 4)
+    parts = measure.evaluate(teacher, protocol=settings, steps=[2], device="cpu")
     assert [score.value for score in parts] == pytest.approx([score.value for score in whole], rel=1e-4)
 
 
@@ -97,7 +98,7 @@ def test_real_images_of_the_embedded_reference_are_scored_by_it(tmp_path: Path) 
     for k, image in enumerate(images[:200]):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"{k}.png")
     settings = load_protocol("fashion")
-    values = {score.metric: score.value for score in api.evaluate_images(tmp_path, settings, device="cpu")}
+    values = {score.metric: score.value for score in measure.evaluate_images(tmp_path, settings, device="cpu")}
     assert set(values) == {"fd_fashion", "kid", "precision", "recall"}
     assert values["precision"] > 0.7
 
@@ -114,7 +115,7 @@ def test_protocols_that_ship_are_valid_and_say_which_weights_are_missing(
     monkeypatch.setattr("fewstep.eval.networks.inception.temporary", lambda: tmp_path)
     monkeypatch.delenv("FEWSTEP_WEIGHTS", raising=False)
     with pytest.raises(UserError, match=r"are not there\. Fetch \S+"):
-        Evaluator(settings, Place.of())
+        ByProtocol(settings, Place.of())
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,14 @@ def test_bad_requests_are_refused(sets: tuple[Path, Path], tmp_path: Path, capsy
     assert "a.png cannot be scored" in refused(capsys, "eval", generated.parent / "bad", "--protocol", own)
 
 
+def test_a_path_may_have_braces_of_its_own(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    stats = tmp_path / "{0}-{network}.npz"
+    own = protocol(tmp_path, reference=str(stats))
+    assert fewstep("eval", sets[0], "--protocol", own, "--write-stats", stats).returncode == 0
+    assert (tmp_path / "{0}-efficientnet_lite0.npz").is_file()
+    assert fewstep("eval", sets[1], "--protocol", own).returncode == 0
+
+
 def test_every_metric_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert {name for name in METRICS if f"`{name}`" not in text} == set()
@@ -163,8 +172,8 @@ def test_every_metric_is_documented() -> None:
 
 def test_scores_of_one_protocol_are_comparable_and_of_two_are_not(sets: tuple[Path, Path], tmp_path: Path) -> None:
     settings = Protocol(name="own", reference=str(sets[0]), metrics=("fd_efficientnet",), n=10)
-    api.evaluate_images(sets[1], settings, json_file=tmp_path / "a.json", device="cpu")
-    api.evaluate_images(sets[0], settings, json_file=tmp_path / "b.json", device="cpu")
+    measure.evaluate_images(sets[1], settings, json_file=tmp_path / "a.json", device="cpu")
+    measure.evaluate_images(sets[0], settings, json_file=tmp_path / "b.json", device="cpu")
     assert json.loads((tmp_path / "b.json").read_text())[0]["value"] > 0, "ten of the twelve"
     done = fewstep("eval", "--compare", tmp_path / "a.json", tmp_path / "b.json")
     assert "yes" in done.stdout

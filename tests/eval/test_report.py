@@ -67,6 +67,7 @@ def full_run(tmp_path: Path) -> Path:
         {
             "step": s,
             "seconds": s / 4,
+            "evaluations": 600 * s,
             "stage": s // 30,
             "loss/match": 1 / s,
             "grad_norm/student": 2.0,
@@ -74,7 +75,10 @@ def full_run(tmp_path: Path) -> Path:
         }
         for s in (10, 20, 30, 40)
     ]
-    scored = [{"step": s, "seconds": s / 4, "validation": v} for s, v in ((20, 9.5), (30, 6.25), (40, 7.0))]
+    scored = [
+        {"step": s, "seconds": s / 4, "evaluations": 600 * s, "validation": v}
+        for s, v in ((20, 9.5), (30, 6.25), (40, 7.0))
+    ]
     log(run, *steps, *scored)
     (run / "eval.json").write_text(json.dumps(SCORES))
     images = torch.arange(2 * 49, dtype=torch.uint8).reshape(2, 1, 7, 7)
@@ -87,7 +91,7 @@ def full_run(tmp_path: Path) -> Path:
 def test_summary_is_computed_from_the_files(full_run: Path) -> None:
     seen = text(report(full_run))
     assert "method tdm · teacher fashion · seed 3 · device slow &amp; steady" in seen
-    assert "Trained for 40 steps in 0 min 10 s." in seen
+    assert "Trained for 40 steps and 24,000 network evaluations in 0 min 10 s." in seen
     assert "Validation began at 9.500 at step 20, was best with 6.250 at step 30 and ended at 7.000 at step 40." in seen
     assert "The student&#39;s best fd_fashion is 4.000 (student, 4 NFE, guidance 1, 10,000 samples)." in seen
     assert "at the same NFE is 8.000 (heun, 4 NFE, guidance 2, 10,000 samples); the student&#39;s is 0.50 times" in seen
@@ -144,8 +148,17 @@ def test_curves_are_grouped_by_the_name_before_the_slash_with_losses_first(full_
     page = report(full_run)
     assert re.findall(r"<h3>(.*?)</h3>", page) == ["Validation", "loss", "grad_norm", "health"]
     captions = re.findall(r"<figcaption>(.*?)</figcaption><svg", page)
-    assert captions == ["fd_fashion", "validation", "validation", "loss/match", "grad_norm/student", "health/std"]
-    assert "validation against seconds: validation from 9.5 to 7" in page
+    assert captions == [
+        "fd_fashion",
+        "validation",
+        "validation",
+        "validation",
+        "loss/match",
+        "grad_norm/student",
+        "health/std",
+    ]
+    for axis in ("step", "seconds", "evaluations"):
+        assert f"validation against {axis}: validation from 9.5 to 7" in page
     assert "student from 4 to 4; teacher euler from 10 to 3.2; teacher heun from 8 to 8" in page
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from worlds import tiny_teacher
 
-from fewstep import api, sample
+from fewstep import make, measure, sample
 from fewstep.errors import UserError
 from fewstep.eval.sweep import at_their_best, cells, read_lines
 from fewstep.samplers.dc_solver import Searched
@@ -19,14 +19,14 @@ from fewstep.samplers.dc_solver import Searched
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     tiny_teacher(folder)
-    api.make_statistics(folder, folder / "statistics.safetensors", n=8, intervals=12, device="cpu")
-    api.search_ratios(folder, folder / "dc_solver.json", steps=[4, 6], guidance=[1.0, 2.0], n=4, device="cpu")
+    make.make_statistics(folder, folder / "statistics.safetensors", n=8, intervals=12, device="cpu")
+    make.search_ratios(folder, folder / "dc_solver.json", steps=[4, 6], guidance=[1.0, 2.0], n=4, device="cpu")
     return folder
 
 
 def test_a_sweep_writes_a_table_and_a_figure_of_every_solver_at_its_best(teacher: Path, tmp_path: Path) -> None:
     solvers = ["ddim", "heun", "unipc_2", "dpm_solver_v3_2", "dc_solver_2"]
-    lines = api.sweep(
+    lines = measure.sweep(
         teacher,
         solvers=solvers,
         nfe=[4, 6],
@@ -63,17 +63,17 @@ def test_a_sweep_goes_on_where_it_stopped_and_takes_more_solvers(teacher: Path, 
             raise Enough
 
     with pytest.raises(Enough):
-        api.sweep(teacher, solvers=["ddim", "unipc_2", "heun"], progress=stop, **settings)
+        measure.sweep(teacher, solvers=["ddim", "unipc_2", "heun"], progress=stop, **settings)
     assert [line.solver for line in read_lines(tmp_path / "sweep.json")] == ["ddim"]
     marked = [{**line.model_dump(), "error": 7.0} for line in read_lines(tmp_path / "sweep.json")]
     (tmp_path / "sweep.json").write_text(json.dumps(marked))
-    lines = api.sweep(teacher, solvers=["ddim", "unipc_2"], **settings)
+    lines = measure.sweep(teacher, solvers=["ddim", "unipc_2"], **settings)
     assert lines[0].error == 7.0, "what is there is not computed again"
     assert lines[1].error < 1
-    assert len(api.sweep(teacher, solvers=["heun"], **settings)) == 1
+    assert len(measure.sweep(teacher, solvers=["heun"], **settings)) == 1
     assert {line.solver for line in read_lines(tmp_path / "sweep.json")} == {"ddim", "unipc_2", "heun"}
     with pytest.raises(UserError, match="a sweep of other settings"):
-        api.sweep(teacher, solvers=["ddim"], seed=1, **settings)
+        measure.sweep(teacher, solvers=["ddim"], seed=1, **settings)
 
 
 def test_what_was_measured_is_found_beside_the_model_and_asked_for_where_it_is_not(
@@ -104,5 +104,5 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_sampled(teacher: 
         ({"solvers": ["dc_solver_2"], "nfe": [20]}, "no ratios near 20 steps"),
     ):
         with pytest.raises(UserError, match=message):
-            api.sweep(teacher, **{"nfe": [4], "folder": tmp_path / "no", **arguments})
+            measure.sweep(teacher, **{"nfe": [4], "folder": tmp_path / "no", **arguments})
     assert not (tmp_path / "no").exists()

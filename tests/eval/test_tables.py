@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fewstep.errors import UserError
-from fewstep.eval.evaluate import Score, merged, read_scores
-from fewstep.eval.tables import best_teacher, refreshed, rows
+from fewstep.eval.scores import Score, merged, read_scores
+from fewstep.eval.tables import best_teacher, refreshed, rows, side_by_side
 
 
 def score(value: float, **changes: object) -> Score:
@@ -53,6 +53,15 @@ def test_rows_give_mean_and_deviation_over_seeds() -> None:
     assert head == ["model", "solver", "guidance", "NFE", "fd", "n", "seeds", "seconds"]
     assert teacher == ["fashion", "euler", "1", "64", "1.000", "100", "0", "2"]
     assert student == ["tdm", "student", "1", "4", "3.000 ± 1.414", "100", "0 1", "3"]
+
+
+def test_what_makes_two_scores_incomparable_is_said() -> None:
+    def told(**changes: object) -> str:
+        return side_by_side([score(1.0)], [score(2.0, **changes)])[1][-1]
+
+    assert told(seed=1, protocol="fashion") == "yes", "one may have come by the protocol of the same settings"
+    assert told(n=50, features_sha256="cd") == "no: other n, features_sha256"
+    assert told(manifest={"protocol": {"name": "own", "n": 100, "size": 256}}) == "no: other size"
 
 
 def test_a_block_is_made_anew_from_its_file(tmp_path: Path) -> None:

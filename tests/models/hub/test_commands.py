@@ -119,6 +119,8 @@ def test_a_model_of_labels_takes_no_prompts_and_the_other_way_round(saved: Saved
         fewstep.sample("fashion", prompts=["a shoe"])
     with pytest.raises(UserError, match="takes prompts"):
         fewstep.sample(load_model(saved("sd"), size=(16, 16, 1)), n=2)
+    with pytest.raises(UserError, match="this one takes prompts"):
+        fewstep.make_pairs(saved("sd"), "pairs.safetensors", n=2)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])

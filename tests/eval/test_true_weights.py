@@ -1,0 +1,61 @@
+"""What only the true weights can show. They are not shipped, so each test is skipped with a warning that says what is
+missing; put the files into a folder of ``$FEWSTEP_WEIGHTS`` (see docs/evaluation.md) to run it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fewstep.errors import UserError
+from fewstep.eval.by_protocol import ByProtocol
+from fewstep.eval.networks.inception import PORT, Inception
+from fewstep.eval.networks.weights import Place
+from fewstep.eval.protocol import Protocol
+
+CIFAR = "FEWSTEP_CIFAR10"  # a folder of the 50,000 training images as PNG
+STATISTICS = "cifar10_clean_train_32.npz"
+
+
+def missing(what: str) -> None:
+    warnings.warn(f"NOT CHECKED, for want of {what}", stacklevel=2)
+    pytest.skip(what)
+
+
+def inception(mode: str) -> Inception:
+    try:
+        return Inception.load(mode, Place.of())
+    except UserError as error:
+        missing(str(error))
+        raise
+
+
+def test_the_ports_file_has_the_hash_in_its_name() -> None:
+    port = inception("legacy_pytorch")
+    assert port.sha256.startswith(PORT.rpartition("-")[2].removesuffix(".pth"))
+
+
+def test_both_files_hold_one_network() -> None:
+    """Of images that need no resizing the features differ by the inputs' scaling alone (128 against 127.5)."""
+    script, port = inception("legacy_tensorflow"), inception("legacy_pytorch")
+    coarse = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(coarse, (299, 299), mode="bicubic").clamp(0, 1).mul(255).byte()
+    a, b = (torch.cat([n(n.prepare(image)[None]) for image in images]) for n in (script, port))
+    assert F.cosine_similarity(a, b).min() > 0.999
+    assert ((a - b).norm() / a.norm()).item() < 0.03
+
+
+def test_cifar10_is_at_no_distance_from_the_statistics_that_clean_fid_publishes() -> None:
+    inception("clean")
+    folder = Path(os.environ.get(CIFAR, "no"))
+    place = Place.of()
+    if not folder.is_dir():
+        missing(f"${CIFAR}, a folder of CIFAR-10's training images")
+    if place.look(STATISTICS) is None:
+        missing(f"{STATISTICS} in $FEWSTEP_WEIGHTS (from clean-fid's server)")
+    protocol = Protocol(name="cifar10", metrics=("fid",), reference=STATISTICS, n=50_000)
+    assert ByProtocol(protocol, place).values(protocol.images(folder))["fid"] < 0.01
