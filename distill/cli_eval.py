@@ -30,6 +30,7 @@ def evaluate(
     source: What = None,
     protocol: Annotated[str | None, typer.Option(help="What is measured: one that ships, or a YAML file.")] = None,
     reference: Annotated[str | None, typer.Option(help="Instead of the protocol's; without one: fashion.")] = None,
+    captions: Annotated[str | None, typer.Option(help="Instead of the protocol's: a text file, one a line.")] = None,
     steps: Annotated[str | None, typer.Option(help="One or several; 1,2,4 by default.")] = None,
     nfe: Annotated[str | None, typer.Option(help="Instead of --steps: as many as fit in these evaluations.")] = None,
     solver: Annotated[str | None, typer.Option(help="Student, or any that fewstep sweep lists.")] = None,
@@ -65,7 +66,9 @@ def evaluate(
     images = is_image_set(Path(source))
     if protocol is None and (images or stats):
         raise UserError("Images are scored by a protocol: give --protocol.")
-    settings = load_protocol(protocol, reference, n, seed) if protocol else None
+    if protocol is None and (captions or weights or download or skip_bad):
+        raise UserError("--captions, --weights, --download and --skip-bad belong to a protocol: give --protocol.")
+    settings = load_protocol(protocol, reference=reference, captions=captions, n=n, seed=seed) if protocol else None
     place = Place.of(weights, download)
     if settings is not None and stats is not None:
         for written in write_reference(Path(source), settings, str(stats), place, pick_device(device), skip_bad):

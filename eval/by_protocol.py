@@ -35,12 +35,11 @@ class ByProtocol:
         self, protocol: Protocol, place: Place, device: torch.device | str = "cpu", skip_bad: bool = False
     ) -> None:
         self.protocol, self.seeds = protocol, protocol.seeds
-        self._skip_bad = skip_bad
-        self._networks = networks_of(protocol, place, device)
-        self.hashes = {network.sha256 for network in self._networks.values()}
-        self._captions = protocol.read_captions()
+        self._skip_bad, self._captions = skip_bad, protocol.read_captions()
         if skip_bad and self._captions:
             raise UserError("--skip-bad would give captions to the wrong images: take a bad image and its caption out.")
+        self._networks = networks_of(protocol, place, device)
+        self.hashes = {network.sha256 for network in self._networks.values()}
         prefixes = {metric.prefix for metric in protocol.chosen if metric.prefix is not None}
         clip = self._networks.get("clip")
         self._texts = {prefix: clip.texts(self._captions, prefix) for prefix in prefixes if isinstance(clip, Clip)}
@@ -118,6 +117,8 @@ def write_reference(
     """The statistics of images as the networks that a protocol compares by see them: an .npz for each, its name in the
     place of ``{network}``. Returns the files. Raises ``UserError`` if several would have one name."""
     networks = networks_of(protocol, place, device, compared=True)
+    if not networks:
+        raise UserError(f"No metric of the protocol {protocol.name!r} compares with statistics, so none are written.")
     if len(networks) > 1 and "{network}" not in file:
         names = ", ".join(network.name for network in networks.values())
         raise UserError(f"The protocol has several networks ({names}): give a file name with {{network}} in it.")

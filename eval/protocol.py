@@ -44,8 +44,8 @@ class Protocol(BaseModel):
                 raise ValueError(f"unknown metric {name!r}{nearest(name, METRICS)}")
         if not self.metrics and not self.embedded:
             raise ValueError("metrics are needed, or an embedded reference")
-        if self.metrics and self.embedded:
-            raise ValueError(f"the embedded reference {self.reference!r} has metrics of its own")
+        if self.embedded and (self.metrics or self.captions or self.size or self.frames):
+            raise ValueError(f"the embedded reference {self.reference!r} has metrics and conditions of its own")
         for name in self.metrics:
             if METRICS[name].reference and self.reference is None:
                 raise ValueError(f"{name} needs a reference")
@@ -71,11 +71,14 @@ class Protocol(BaseModel):
         return Crop(self.size, self.filter) if self.size else None
 
     def read_captions(self) -> list[str]:
-        """None, if it has no file of them, which is looked for beside those that ship, too. Raises ``UserError``."""
+        """None, if it has no file of them. Raises ``UserError`` if that is missing."""
         if self.captions is None:
             return []
-        given = Path(self.captions)
-        return read_prompts(given if given.is_file() else PROTOCOLS / self.captions)
+        if not Path(self.captions).is_file():
+            raise UserError(
+                f"The captions {self.captions} are not there: name a text file, one a line, with --captions."
+            )
+        return read_prompts(Path(self.captions))
 
     def images(self, source: Path, skip_bad: bool = False, most: int | None = None) -> ImageSet:
         """Images on disk, prepared as it wants them."""
@@ -86,14 +89,17 @@ def protocols() -> list[str]:
     return sorted(file.stem for file in PROTOCOLS.glob("*.yaml"))
 
 
-def load_protocol(name: str, reference: str | None = None, n: int | None = None, seed: int | None = None) -> Protocol:
+def load_protocol(
+    name: str, *, reference: str | None = None, captions: str | None = None, n: int | None = None,
+    seed: int | None = None,
+) -> Protocol:  # fmt: skip
     """One that ships, by name, or a YAML file; what is given takes the place of its own. Raises ``UserError``."""
     file = Path(name) if Path(name).suffix in (".yaml", ".yml") else PROTOCOLS / f"{name}.yaml"
     if not file.is_file():
         raise UserError(f"No protocol {name!r}{nearest(name, protocols())}.")
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        given = {"reference": reference, "n": n, "seeds": None if seed is None else (seed,)}
+        given = {"reference": reference, "captions": captions, "n": n, "seeds": None if seed is None else (seed,)}
         changed = {key: value for key, value in given.items() if value is not None}
         return Protocol.model_validate({"name": file.stem, **settings, **changed})
     except (yaml.YAMLError, TypeError) as error:

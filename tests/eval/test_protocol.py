@@ -111,6 +111,11 @@ def test_protocols_that_ship_are_valid_and_say_which_weights_are_missing(
     assert settings.embedded or settings.metrics
     if settings.embedded:
         return
+    if settings.captions:
+        with pytest.raises(UserError, match=r"captions\.txt are not there: name a text file, one a line"):
+            ByProtocol(settings, Place.of())
+        (tmp_path / "captions.txt").write_text("a shoe\n")
+        settings = load_protocol(name, captions=str(tmp_path / "captions.txt"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("fewstep.eval.networks.inception.temporary", lambda: tmp_path)
     monkeypatch.delenv("FEWSTEP_WEIGHTS", raising=False)
@@ -125,7 +130,8 @@ def test_protocols_that_ship_are_valid_and_say_which_weights_are_missing(
         ({"metrics": []}, "metrics are needed"),
         ({"metrics": ["fid"]}, "fid needs a reference"),
         ({"metrics": ["clip_score"]}, "clip_score needs captions"),
-        ({"metrics": ["fid"], "reference": "fashion"}, "has metrics of its own"),
+        ({"metrics": ["fid"], "reference": "fashion"}, "has metrics and conditions of its own"),
+        ({"metrics": [], "reference": "fashion", "size": 28}, "has metrics and conditions of its own"),
         ({"size": -1, "reference": "fashion", "metrics": []}, "own.yaml: size: Input"),
         ({"colour": "red"}, "own.yaml: colour: "),
     ],
@@ -142,6 +148,9 @@ def test_bad_requests_are_refused(sets: tuple[Path, Path], tmp_path: Path, capsy
     assert "No protocol 'coco'" in refused(capsys, "eval", generated, "--protocol", "coco")
     assert "Images are scored by a protocol" in refused(capsys, "eval", generated)
     assert "Name what is to be scored" in refused(capsys, "eval")
+    assert "belong to a protocol" in refused(capsys, "eval", "fashion", "--captions", "captions.txt")
+    statistics = refused(capsys, "eval", generated, "--protocol", "fashion", "--write-stats", tmp_path / "a.npz")
+    assert "compares with statistics" in statistics
     own = protocol(tmp_path, reference=str(tmp_path / "no"))
     assert "is not there: name real images, or an .npz" in refused(capsys, "eval", generated, "--protocol", own)
     kid = protocol(tmp_path, reference=str(tmp_path / "x.npz"), metrics=["fd_efficientnet"])
