@@ -45,7 +45,7 @@ from fewstep.eval.pictures import save_grid
 from fewstep.eval.scores import read_scores
 from fewstep.eval.tables import best_teacher
 from fewstep.models.hub.encoded import read_prompts
-from fewstep.models.store import write_text
+from fewstep.models.store import reserve, write_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -169,6 +169,7 @@ def sample(
             )  # fmt: skip
         out.print(f"{len(written)} samples are in {file}.")
         return
+    reserve(file)
     images = api.sample(model, n=n, labels=numbers, steps=steps, solver=solver, guidance=guidance, grid=grid, seed=seed)
     columns = len(numbers) if numbers and len(numbers) > 1 else min(n, model.config.classes or 10)
     save_grid(images, file, columns=columns)

@@ -163,10 +163,6 @@ def save_classifier(
             "training": training,
         }
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"Cannot make the folder {folder}: {error}.") from error
     write_tensors(network.state_dict(), folder / WEIGHTS)
     write_text(config.model_dump_json(indent=2) + "\n", folder / CONFIG)
 

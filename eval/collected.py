@@ -16,6 +16,7 @@ from fewstep.errors import UserError
 from fewstep.eval.features import Features
 from fewstep.eval.frechet import Moments, Statistics
 from fewstep.eval.images import Images
+from fewstep.models.store import replacing
 
 MERGED = 1000
 
@@ -94,15 +95,8 @@ def write_statistics(collected: Collected, file: Path) -> None:
     }  # fmt: skip
     if collected.rows is not None:
         arrays["feats"] = collected.rows.numpy()
-    partial = file.with_name(f"{file.name}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
-            np.savez(stream, **arrays)
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"Cannot write {file}: {error}.") from error
+    with replacing(file) as aside, aside.open("wb") as stream:
+        np.savez(stream, **arrays)
 
 
 def holds_statistics(file: Path) -> bool:

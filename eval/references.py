@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError, nearest
-from fewstep.eval.classifier import accuracy, save_classifier, train_classifier
+from fewstep.eval.classifier import WEIGHTS, accuracy, save_classifier, train_classifier
 from fewstep.eval.features import REFERENCE, ClassifierFeatures, extract
 from fewstep.eval.frechet import Statistics, frechet_distance
-from fewstep.models.store import read_tensors, write_tensors
+from fewstep.models.store import read_tensors, reserve, write_tensors
 
 Split = Literal["test", "train"]
 
@@ -76,6 +76,7 @@ def build_reference(
 ) -> dict[str, float]:
     """Trains the classifier on ``train`` and writes the reference folder. Returns accuracy and the distance of ``size``
     training images from the test images, which is what a perfect generator would score."""
+    reserve(folder / WEIGHTS)
     network = train_classifier(*train, epochs=epochs, seed=seed, progress=progress)
     record = {"epochs": epochs, "seed": seed, "test_accuracy": accuracy(network, *test)}
     save_classifier(network, folder, name=name, shape=tuple(train[0].shape[1:]), training=record)  # type: ignore[arg-type]

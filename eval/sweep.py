@@ -19,7 +19,7 @@ from fewstep.eval.features import extract
 from fewstep.eval.frechet import Statistics, frechet_distance
 from fewstep.eval.pictures import COLOURS
 from fewstep.eval.references import Reference
-from fewstep.models.store import Model, read_metadata, read_tensors, write_tensors, write_text
+from fewstep.models.store import Model, read_metadata, read_tensors, reserve, write_tensors, write_text
 from fewstep.pictures import to_bytes
 from fewstep.samplers.sample import Samples, plan, steps_within
 from fewstep.samplers.solvers import SOLVERS
@@ -83,6 +83,7 @@ def compare_solvers(
 
         return draw(model, labels, How(solver, steps, guidance, grid, seed), progress=told)
 
+    reserve(folder / LONG)
     settings = {"model": name, "guidance": guidance, "n": len(labels), "seed": seed, "long": long}
     exact, known = _begun(folder, settings)
     if exact is None:

@@ -284,18 +284,38 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A path beside ``file`` that takes its name at the end: a full disk or a kill never leaves half a file there.
+    """A path beside ``file``, whose folder is made, that takes its name at the end: a full disk or a kill never leaves
+    half a file there.
 
     Raises ``UserError`` when the place cannot be written.
     """
     aside = file.with_name(file.name + ".part")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         aside.replace(file)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             aside.unlink()
-        raise UserError(f"Cannot write {file}: {error}. Free some space or choose another folder.") from error
+        raise _unwritable(file, error) from error
+
+
+def reserve(file: str | Path) -> None:
+    """Before long work whose result goes to ``file``: raises ``UserError`` if it could not be written there."""
+    file = Path(file)
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; name a file.")
+    trial = file.with_name(f".{file.name}.try")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise _unwritable(file, error) from error
+
+
+def _unwritable(file: Path, error: Exception) -> UserError:
+    return UserError(f"Cannot write {file}: {error}. Free some space or choose another folder.")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
@@ -313,10 +333,6 @@ def write_text(text: str, file: Path) -> None:
 def save_model(denoiser: Denoiser, config: ModelConfig, folder: str | Path) -> None:
     """Writes ``config.json`` and ``model.safetensors``. Raises ``UserError`` when the folder cannot be written."""
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"Cannot make the folder {folder}: {error}.") from error
     write_tensors(denoiser.backbone.state_dict(), folder / "model.safetensors")
     write_text(json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2) + "\n", folder / "config.json")
 

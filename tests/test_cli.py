@@ -17,9 +17,11 @@ import yaml
 from PIL import Image
 from worlds import tiny_config, tiny_teacher, write_idx
 
+from fewstep import make, measure
 from fewstep.distill import cli
 from fewstep.distill.config import load_config, objective_module, objective_names
 from fewstep.distill.show import show
+from fewstep.errors import UserError
 from fewstep.models.store import read_tensors, write_tensors
 
 
@@ -351,3 +353,37 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert os.linesep.join(done.stderr.splitlines()[-1:]).startswith("Error: No config file 'nothing.yaml'")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("eval", "fashion", "--solver", "ddim", "--json"),
+        ("pairs", "fashion", "--out"),
+        ("prefer", "fashion", "--reward", "symmetry", "--solver", "ddim", "--steps", 2, "--out"),
+        ("ems", "fashion", "--out"),
+        ("ratios", "fashion", "--out"),
+        ("wins", "fashion", "fashion", "--solver", "ddim", "--steps", 2, "--json"),
+        ("sweep", "fashion", "--solvers", "ddim", "--nfe", 4, "--out"),
+        ("sample", "fashion", "--out"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An hour of sampling was once lost because its folder did not exist."""
+    for place in ("fewstep.eval.draw.sample", "fewstep.make.estimate", "fewstep.make.search"):
+        monkeypatch.setattr(place, lambda *a, **k: pytest.fail("it began"))
+    assert "Cannot write" in refused(capsys, *arguments, "/proc/none/x.json")
+
+
+def test_a_new_folder_is_made_for_a_result(tmp_path: Path) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    out = tmp_path / "a" / "b"
+    make.make_pairs(teacher, out / "pairs.safetensors", n=2, steps=2, device="cpu")
+    measure.sweep(teacher, solvers=["ddim"], nfe=[2], folder=out / "sweep", n=2, long=4, device="cpu")
+    assert sorted(file.name for file in out.rglob("*.*")) == [
+        "long.safetensors", "pairs.safetensors", "sweep.json", "sweep.md", "sweep.png",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        make.make_pairs(teacher, out, n=2, steps=2, device="cpu")

@@ -20,7 +20,7 @@ from fewstep.models.guidance import Guidance
 from fewstep.models.hub.encode import encode_pictures, encode_prompts
 from fewstep.models.hub.encoded import read_prompts
 from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.store import place_of, write_tensors, write_text
+from fewstep.models.store import place_of, reserve, write_tensors, write_text
 from fewstep.pictures import to_bytes
 from fewstep.samplers.dc_solver import Searched, goals, search
 from fewstep.samplers.predictor import Predictor
@@ -59,6 +59,7 @@ def make_pairs(
     """Noise and what a teacher's solver makes of it, ``n`` pairs with labels in turn, as a safetensors file."""
     if n < 1:
         raise UserError(f"n must be at least 1, got {n}.")
+    reserve(file)
     model = load(source, device)
     labels = model.labels(n)
     samples = draw(model, labels, How(solver, steps, guidance, seed=seed), progress=progress)
@@ -81,6 +82,7 @@ def make_preferences(
     judge = find_reward(reward)
     if n < 1 or candidates < 2:
         raise UserError(f"A pair needs two candidates and n at least 1, got {candidates} and {n}.")
+    reserve(file)
     model = load(source, device)
     network = load_reference(reference, "train", model.device).network
     labels = model.labels(n)
@@ -104,6 +106,7 @@ def make_statistics(
 ) -> None:  # fmt: skip
     """The statistics that DPM-Solver-v3 needs of a class-conditional model, over ``n`` of its own samples. The solver
     finds them as ``statistics.safetensors`` beside the model's weights. Goes on where it stopped."""
+    reserve(file)
     model = load(source, device)
     labels = model.labels(n)
     x0 = draw(model, labels, How("heun", 16, guidance, seed=SEARCH_SEED + seed)).x0
@@ -120,6 +123,7 @@ def search_ratios(
 ) -> None:  # fmt: skip
     """Searches DC-Solver's ratios for every number of steps and scale, against runs of twenty times the steps. The
     solver finds them as ``dc_solver.json`` beside the model's weights."""
+    reserve(file)
     model = load(source, device)
     labels = model.labels(n)
     condition = Condition.of_labels(labels, model.config.classes).to(model.device)

@@ -29,7 +29,7 @@ from fewstep.eval.rewards import REWARDS, win_rate
 from fewstep.eval.scores import Score, merged, read_scores, write_scores
 from fewstep.eval.sweep import Line, compare_solvers, write_sweep
 from fewstep.models.hub.encoded import PROMPTS, read_prompts
-from fewstep.models.store import load_model, write_text
+from fewstep.models.store import load_model, reserve, write_text
 from fewstep.pictures import to_bytes
 from fewstep.samplers.sample import steps_within
 
@@ -77,6 +77,8 @@ def evaluate(
     for how in requests:
         planned(model, how)
     judge.check(model)
+    if file is not None:
+        reserve(file)
     scores: list[Score] = []
     for how, own in product(dict.fromkeys(requests), judge.seeds):
         label = f"{how.solver} {how.steps} steps, guidance {how.guidance:g}"
@@ -93,11 +95,13 @@ def evaluate_images(
 ) -> list[Score]:  # fmt: skip
     """Scores the images of a folder or an archive. Raises ``UserError`` on images that cannot be scored."""
     judge = _judge(protocol, place, pick_device(device), skip_bad)
+    known: list[Score] = []
+    if json_file is not None:
+        reserve(json_file)
+        known = read_scores(Path(json_file)) if Path(json_file).is_file() else []
     scores = judge.of_images(Path(source), name or Path(source).name)
     if json_file is not None:
-        file = Path(json_file)
-        known = read_scores(file) if file.is_file() else []
-        write_scores(merged(known, scores), file)
+        write_scores(merged(known, scores), Path(json_file))
     return scores
 
 
@@ -191,6 +195,8 @@ def win_rates(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """For every reward, how often ``ours`` gets more of it than ``theirs`` on the same label and noise, with Wilson's
     95 % interval, and both means. Sampled as in ``make_preferences``, with another seed by default."""
+    if json_file is not None:
+        reserve(json_file)
     drawn = []
     for source in (ours, theirs):
         model = load(source, device)

@@ -149,5 +149,5 @@ def test_a_description_of_another_network_is_refused(folder: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot make the folder"):
+    with pytest.raises(UserError, match="Cannot write"):
         save_classifier(Classifier(widths=WIDTHS), tmp_path / "file", name="x", shape=(1, 16, 16), training={})
