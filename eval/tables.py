@@ -54,8 +54,10 @@ def rows(scores: Sequence[Score]) -> list[list[str]]:
 
 def side_by_side(ours: Sequence[Score], theirs: Sequence[Score]) -> list[list[str]]:
     """A header, then a row a metric and setting that both files have (a file of one setting is compared with whatever
-    the other has), with the difference and, where the values are not comparable, what differs."""
+    the other has), with the difference and, where the values are not comparable, what differs. Teachers, whose scores a
+    run's file takes over, count only where a file has nothing else."""
     table = [["ours", "theirs", "metric", "ours", "theirs", "difference", "comparable"]]
+    ours, theirs = ([score for score in file if score.role != "teacher"] or file for file in (ours, theirs))
     for a in _groups(ours):
         for b in _groups(theirs):
             alone = len(_groups(ours)) == 1 or len(_groups(theirs)) == 1
@@ -78,7 +80,8 @@ def _groups(scores: Sequence[Score]) -> list[list[Score]]:
 
 
 def _title(score: Score) -> str:
-    return f"{score.model}, {score.nfe} NFE" if score.nfe else score.model
+    guided = f", guidance {score.guidance:g}" if score.guidance != 1 else ""
+    return f"{score.model}, {score.solver}, {score.nfe} NFE{guided}" if score.nfe else score.model
 
 
 def _differing(a: Score, b: Score) -> str:

@@ -27,7 +27,9 @@ PAGES = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTIN
 CARD = ROOT / "models" / "pretrained" / "fashion" / "README.md"
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", CARD], ids=["README", "card"])
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", CARD, ROOT / "docs" / "methods.md"], ids=["README", "card", "methods"]
+)
 def test_tables_are_those_of_the_committed_results(page: Path) -> None:
     """Invariant 7."""
     text = page.read_text(encoding="utf-8")

@@ -64,6 +64,13 @@ def test_what_makes_two_scores_incomparable_is_said() -> None:
     assert told(manifest={"protocol": {"name": "own", "n": 100, "size": 256}}) == "no: other size"
 
 
+def test_a_comparison_is_of_students_and_images_and_of_teachers_where_there_is_nothing_else() -> None:
+    a, b = score(1.0, n=50, guidance=2.0), score(2.0, **STUDENT)
+    titles = [row[:2] for row in side_by_side([a, b], [a, b])[1:]]
+    assert titles == [["tdm, student, 4 NFE"] * 2]
+    assert side_by_side([a], [a])[1][0] == "fashion, euler, 4 NFE, guidance 2"
+
+
 def test_a_block_is_made_anew_from_its_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([score(1.25).model_dump()]))
     page = "Text\n<!-- best scores: a.json -->\nold\n<!-- end -->\nmore"
