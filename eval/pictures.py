@@ -25,7 +25,7 @@ LABEL_SIZE, LABEL_HEIGHT, MARGIN = 14, 20, 6  # of comparison, in pixels
 
 MOST_POINTS = 60  # of a chart's line; more become stretches
 INK = "#123456"  # no line's colour: becomes currentColor, so that a chart follows the page's light or dark scheme
-COLOURS = ("#d9731a", "#3a86c8", "#2a9d76", "#b3679b", "#8a8f98", "#c0a030")
+COLOURS = ("#d9731a", "#3a86c8", "#2a9d76", "#b3679b", "#8a8f98", "#c0a030", "#6b5bb5", "#a23b3b")
 CHART_STYLE: dict[str, Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "legend.frameon": False, "legend.fontsize": 8,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
