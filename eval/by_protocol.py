@@ -51,6 +51,9 @@ class ByProtocol:
             raise UserError(f"The protocol {self.protocol.name!r} has captions; this model takes class labels.")
         if not model.config.classes and not self._captions:
             raise UserError(f"The protocol {self.protocol.name!r} has no captions, which this model needs.")
+        if (len(model.config.shape) == 4) != bool(self.protocol.frames):
+            seen, drawn = ("videos", "images") if self.protocol.frames else ("images", "videos")
+            raise UserError(f"The protocol {self.protocol.name!r} looks at {seen}; this model draws {drawn}.")
 
     def __call__(self, model: Model, name: str, how: How, progress: Told | None = None) -> list[Score]:
         """Draws image k for class or caption k, counted round, and returns one score a metric."""

@@ -96,7 +96,6 @@ def save_sample(sample: Tensor, file: Path, fps: int = 16) -> None:
         return
     require_av()
     with replacing(file) as aside:
-        file.parent.mkdir(parents=True, exist_ok=True)
         _write_mp4(frames, aside, fps)
 
 
@@ -117,7 +116,6 @@ def save_picture(picture: Image.Image, file: str | Path, kind: str = "PNG", **se
     ``UserError`` when the place cannot be written."""
     file = Path(file)
     with replacing(file) as aside:
-        file.parent.mkdir(parents=True, exist_ok=True)
         picture.save(aside, format=kind, **settings)
 
 

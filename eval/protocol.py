@@ -20,8 +20,8 @@ PROTOCOLS = Path(__file__).parents[1] / "configs" / "eval"
 class Protocol(BaseModel):
     """``reference``: an embedded reference by name (which has metrics of its own), or files of real images or their
     statistics, ``{network}`` standing for each network's name. ``size``: images are cropped to their centred square and
-    resized to it with ``filter``. ``frames``: of videos, for FVD. ``captions``: a text file, one a line; image k shows
-    caption k, counted round.
+    resized to it with ``filter``. ``frames``: of videos, which only FVD looks at. ``captions``: a text file, one a
+    line; image k shows caption k, counted round.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +51,12 @@ class Protocol(BaseModel):
                 raise ValueError(f"{name} needs a reference")
             if METRICS[name].prefix is not None and self.captions is None:
                 raise ValueError(f"{name} needs captions")
+            if (METRICS[name].network == "i3d") != bool(self.frames):
+                raise ValueError(
+                    f"{name} is of {'images: take frames out' if self.frames else 'videos: it needs frames'}"
+                )
+        if self.frames and self.size:
+            raise ValueError("videos are resized by the network: take size out")
         return self
 
     @property

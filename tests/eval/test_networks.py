@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from worlds import tiny_teacher
 
+from fewstep import load
 from fewstep.errors import UserError
 from fewstep.eval.by_protocol import ByProtocol
 from fewstep.eval.collected import collect, read_statistics, write_statistics
 from fewstep.eval.features import Features
 from fewstep.eval.frechet import frechet_distance
-from fewstep.eval.images import ImageSet
+from fewstep.eval.images import Drawn, ImageSet
 from fewstep.eval.networks import clip, dinov2, i3d, inception
 from fewstep.eval.networks.clip import Clip
 from fewstep.eval.networks.dinov2 import DinoV2
@@ -26,6 +28,7 @@ from fewstep.eval.networks.efficientnet import EfficientNet
 from fewstep.eval.networks.i3d import I3d
 from fewstep.eval.networks.inception import Inception, InceptionClasses
 from fewstep.eval.networks.weights import Place
+from fewstep.eval.pictures import save_sample
 from fewstep.eval.protocol import Protocol
 from fewstep.torchvision_cure import import_torchvision
 
@@ -323,6 +326,22 @@ def test_i3d_sees_videos_of_224_pixels_between_minus_one_and_one(tmp_path: Path)
     assert seen_by(network, torch.cat([dark, light]))[:, 0].tolist() == pytest.approx([-1, 1])
     with pytest.raises(UserError, match="videos of 10 frames or more"):
         network.prepare(dark[0, :4])
+
+
+def test_fvd_is_of_videos_from_files_and_from_models(tmp_path: Path) -> None:
+    torch.jit.script(Videos()).save(str(tmp_path / i3d.FILE))
+    frames = (torch.arange(5) * 30).byte()[:, None, None, None, None].expand(5, 12, 3, 16, 16).contiguous()
+    frames[:, range(12), :, range(12)] = 200  # a line that moves: GIF leaves out frames that repeat
+    for k, video in enumerate(frames):
+        save_sample(video, tmp_path / "real" / f"{k}.gif")
+    protocol = Protocol(name="own", metrics=("fvd",), reference=str(tmp_path / "real"), n=5, frames=12)
+    judge = ByProtocol(protocol, Place((tmp_path,)))
+    assert judge.values(protocol.images(tmp_path / "real"))["fvd"] == pytest.approx(0, abs=1e-3)
+    assert judge.values(Drawn([frames[:2], frames[2:]]))["fvd"] == pytest.approx(0, abs=1e-3)
+    moved = 400 * (51 / 127.5) ** 2  # brighter by 51 of 255, in each of 400 features
+    assert judge.values(Drawn([frames + 51]))["fvd"] == pytest.approx(moved, rel=1e-3)
+    with pytest.raises(UserError, match="looks at videos; this model draws images"):
+        judge.check(load(tiny_teacher(tmp_path / "teacher"), "cpu"))
 
 
 def test_efficientnet_knows_photographs_from_noise() -> None:
