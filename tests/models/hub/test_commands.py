@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_pipelines import TINY, settings
 
 import fewstep
+from fewstep import make, measure
 from fewstep.distill.config import parse_config
 from fewstep.distill.data import Prompts
 from fewstep.distill.draws import Draws
@@ -114,13 +115,18 @@ def test_samples_are_files_that_do_not_depend_on_the_batch(saved: Saved, tmp_pat
     assert fewstep.sample(model, prompts=LINES[:2], steps=2).shape == (2, 3, 16, 16)
 
 
-def test_a_model_of_labels_takes_no_prompts_and_the_other_way_round(saved: Saved) -> None:
+def test_a_model_of_labels_takes_no_prompts_and_the_other_way_round(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="takes class labels"):
         fewstep.sample("fashion", prompts=["a shoe"])
     with pytest.raises(UserError, match="takes prompts"):
         fewstep.sample(load_model(saved("sd"), size=(16, 16, 1)), n=2)
-    with pytest.raises(UserError, match="this one takes prompts"):
-        fewstep.make_pairs(saved("sd"), "pairs.safetensors", n=2)
+    for work in (
+        lambda: fewstep.make_pairs(saved("sd"), tmp_path / "pairs.safetensors", n=2),
+        lambda: make.make_preferences(saved("sd"), tmp_path / "pairs.safetensors", reward="symmetry", n=2),
+        lambda: measure.win_rates(saved("sd"), saved("sd"), n=2),
+    ):
+        with pytest.raises(UserError, match="this one takes prompts"):
+            work()
 
 
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])

@@ -1,0 +1,32 @@
+"""The figure of a shootout shows everybody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from fewstep.eval.frontier import draw_frontier
+from fewstep.eval.scores import Score
+
+SOLVERS = ("euler", "heun", "ddim", "dpmpp_2m", "unipc_2", "dpm_solver_v3_2")
+
+
+def score(model: str, solver: str, nfe: int, value: float) -> Score:
+    return Score(
+        model=model, role="student" if solver == "student" else "teacher", solver=solver, nfe=nfe, steps=nfe,
+        guidance=1.0, metric="fd", value=value, n=100, seed=0, seconds=1.0, reference="r", features_sha256="ab",
+    )  # fmt: skip
+
+
+def test_every_method_and_every_solver_of_the_teacher_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The solvers after the third were once left out."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **settings: figures.append(figure))
+    teachers = [score("fashion", solver, nfe, 1.0 / nfe) for solver in SOLVERS for nfe in (4, 8)]
+    curves = {"tdm": [[(100.0, 2.0), (200.0, 1.0)], [(100.0, 2.2), (200.0, 1.2)]]}
+    draw_frontier([score("tdm", "student", 4, 0.5), *teachers], curves, tmp_path / "frontier.png")
+    training, sampling = figures[0].axes
+    assert training.get_legend_handles_labels()[1] == ["tdm"]
+    assert sampling.get_legend_handles_labels()[1] == [f"teacher, {solver}" for solver in SOLVERS]
