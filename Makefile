@@ -47,7 +47,7 @@ teacher-scores: .venv/installed
 	$(SCORE) --solver unipc_2,dpm_solver_v3_2 --nfe 8 --guidance 1.4
 	$(SCORE) --solver unipc_2 --nfe 32 --guidance 1.3
 
-# What the README says of fashion-text: two seeds, of the training and of the samples alike.
+# What README (two seeds, of the training and of the samples alike) and docs/methods.md say of fashion-text.
 TEXT = $(BIN)/fewstep eval --n 2160 --json results/fashion_text/eval.json
 text-scores: .venv/installed-text
 	$(BIN)/fewstep encode configs/fashion_text/captions.txt --teacher fashion-text --out runs/fashion_text_captions
@@ -59,6 +59,11 @@ text-scores: .venv/installed-text
 	done
 	$(TEXT) fashion-text --solver unipc_2 --steps 4,16
 	$(TEXT) fashion-text --solver unipc_2 --steps 16 --guidance 2
+	for w in 1 2 4; do \
+		$(BIN)/fewstep train configs/fashion_text/decoupled.yaml out=runs/decoupled-$$w stages.0.objective.guidance=$$w && \
+		$(BIN)/fewstep eval runs/decoupled-$$w --steps 4 --n 2160 --json results/fashion_text/split.json \
+			--name "decoupled_dmd, w = $$w" || exit 1; \
+	done
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

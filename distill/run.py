@@ -61,8 +61,7 @@ class Validator(Protocol):
 @dataclass
 class Run:
     """A run folder in use. Make one with ``create`` or ``reopen``, then ``train``. ``step`` counts those done so far,
-    over all stages, ``evaluations`` the network evaluations of samples that they
-    took, in all processes."""
+    over all stages, ``evaluations`` the samples that networks were evaluated at for them, in all processes."""
 
     config: Config
     folder: Path

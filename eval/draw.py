@@ -59,23 +59,23 @@ def draw_from(
 
 class Painter:
     """Pictures, uint8 [N, C, H, W] (or videos [N, F, 3, H, W]), of a model's conditions: its classes or, if it takes
-    prompts, these, which are encoded once."""
+    prompts, these. Prompts are encoded when they are painted, so that no number of them fills the memory."""
 
     def __init__(self, model: Model, prompts: Sequence[str] = (), batch: int = 8) -> None:
         """``batch`` is of pipelines. Raises ``UserError`` on prompts for a model of labels and the other way round, and
         on a pipeline that cannot encode them."""
-        self.model = model
+        self.model, self.nfe = model, 0  # of a picture of the last call
+        self._encode: Callable[[Tensor], Condition]
         if prompts:
             folder = pipeline_of(model)
             pipeline = folder.pipeline().to(model.device)
             self.conditions, self._batch = len(prompts), batch
-            self._every = folder.condition(pipeline, prompts).to("cpu")
+            self._encode = lambda rows: folder.condition(pipeline, [prompts[k] for k in rows.tolist()])
             self._shown: Callable[[Tensor], Tensor] = partial(folder.pictures, pipeline, batch=batch)
         else:
-            self.conditions, self._batch = model.config.classes, 100
-            self._every = Condition.of_labels(model.labels(self.conditions), self.conditions)
+            self.conditions, self._batch = len(model.labels(model.config.classes)), 100
+            self._encode = lambda rows: Condition.of_labels(rows, self.conditions)
             self._shown = to_bytes
-        self.nfe = 0  # of a picture of the last call
 
     def __call__(
         self, which: Sequence[int] | Tensor, how: How, numbers: Sequence[int] | None = None,
@@ -83,10 +83,11 @@ class Painter:
     ) -> Tensor:  # fmt: skip
         """A picture of each of the conditions ``which``, numbered from 0 or by ``numbers``; raises ``UserError`` as
         ``plan`` does."""
-        rows = torch.as_tensor(which)
+        once, back = torch.as_tensor(which).unique(return_inverse=True)
+        condition = self._encode(once).to("cpu").index(back)
         samples = draw_from(
-            self.model, self._every.index(rows), range(len(rows)) if numbers is None else numbers, how,
-            batch=self._batch, progress=progress,
+            self.model, condition, range(len(back)) if numbers is None else numbers, how, batch=self._batch,
+            progress=progress,
         )  # fmt: skip
         self.nfe = samples.nfe
         return self._shown(samples.x0)

@@ -20,7 +20,9 @@ from fewstep.distill.data import Prompts
 from fewstep.distill.draws import Draws
 from fewstep.distill.run import Run
 from fewstep.errors import UserError
+from fewstep.eval.draw import Drawing, How, Painter
 from fewstep.eval.pictures import save_sample
+from fewstep.models.condition import Condition
 from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.store import load_model, pipeline_of, read_tensors
@@ -127,6 +129,25 @@ def test_a_model_of_labels_takes_no_prompts_and_the_other_way_round(saved: Saved
     ):
         with pytest.raises(UserError, match="this one takes prompts"):
             work()
+
+
+def test_prompts_are_encoded_a_part_at_a_time_and_each_once(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings of 30,000 captions at once would fill the memory."""
+    model, encoded, encode = load_model(saved("sd"), size=(16, 16, 1)), [], PipelineFolder.condition
+
+    def recorded(folder: PipelineFolder, pipeline: object, prompts: list[str]) -> Condition:
+        encoded.append(prompts)
+        return encode(folder, pipeline, prompts)
+
+    monkeypatch.setattr(PipelineFolder, "condition", recorded)
+    monkeypatch.setattr("fewstep.eval.draw.PART", 4)
+    drawing = Drawing(model, How("euler", 1), 7, LINES[:2])
+    parts = list(drawing.parts())
+    assert [len(part) for part in parts] == [4, 3]
+    assert encoded == [LINES[:2], LINES[:2]]
+    assert drawing.nfe == 1
+    whole = Painter(model, LINES[:2])([0, 1, 0, 1, 0, 1, 0], How("euler", 1))
+    assert (torch.cat(parts).int() - whole.int()).abs().max() <= 2
 
 
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])
