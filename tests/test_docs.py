@@ -171,6 +171,8 @@ def test_the_solvers_tables_are_those_of_the_committed_sweeps() -> None:
         for s in ("dc_solver_2", "unipc_2")
     )
     assert f"{a / b:.2f} of its `fd_fashion`" in text
+    (long,) = read_lines(ROOT / "results" / "sweep" / "guided_long.json")
+    assert f"{long.steps} steps are themselves {long.error:.4f} away from {long.long}" in text
 
 
 def test_what_a_step_of_a_solver_costs_is_the_committed_bench() -> None:
