@@ -7,8 +7,9 @@ antialiasing), ``legacy_tensorflow`` the original and EDM's (the network resizes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.eval.networks.weights import Loaded, Place, hub_cache, reading, temporary
 from fewstep.torchvision_cure import import_torchvision
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 Mode = Literal["clean", "legacy_pytorch", "legacy_tensorflow"]
 SCRIPT = "inception-2015-12-05.pt"
@@ -94,12 +98,22 @@ class InceptionClasses:
 
 def resized(image: Tensor, side: int) -> Tensor:
     """uint8 [C, H, W] -> float32 [C, side, side] in 0..255: PIL's antialiased bicubic on each channel as floating-point
-    numbers, which are not rounded."""
-    out = np.empty((len(image), side, side), np.float32)  # written in place: fresh megabytes cost as much as resizing
-    for channel, small in zip(image.numpy(), out, strict=True):
-        picture = Image.fromarray(channel.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
-        small[:] = np.asarray(picture)
-    return torch.from_numpy(np.clip(out, 0, 255, out=out))
+    numbers, which are not rounded; as two sparse products, which is faster and differs by single precision alone."""
+    c, h, w = image.shape
+    across = np.ascontiguousarray(image.numpy().transpose(2, 0, 1), dtype=np.float32)
+    wide = (_bicubic(w, side) @ across.reshape(w, c * h)).reshape(side, c, h)
+    both = (_bicubic(h, side) @ wide.transpose(2, 1, 0).reshape(h, c * side)).reshape(side, c, side)
+    out = np.empty((c, side, side), np.float32)
+    return torch.from_numpy(np.clip(both.transpose(1, 0, 2), 0, 255, out=out))
+
+
+@lru_cache(maxsize=1024)
+def _bicubic(n: int, side: int) -> csr_array:
+    """[side, n]: what PIL's filter makes of a row of n numbers, read off its identity matrix."""
+    from scipy.sparse import csr_array
+
+    identity = Image.fromarray(np.eye(n, dtype=np.float32))
+    return csr_array(np.asarray(identity.resize((side, n), Image.Resampling.BICUBIC)).T)
 
 
 def _port(file: Path) -> nn.Module:
