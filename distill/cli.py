@@ -228,7 +228,7 @@ def demo(
 
 
 @app.command()
-def shootout(config: ConfigFile, device: Device = "auto") -> None:
+def shootout(config: ConfigFile, overrides: Overrides = None, device: Device = "auto") -> None:
     """Train several methods from one teacher at one budget of evaluations, several seeds each, and compare them."""
     with progress_bar() as bar:
 
@@ -236,7 +236,7 @@ def shootout(config: ConfigFile, device: Device = "auto") -> None:
             task = bar.add_task(name)
             return lambda run, metrics: bar.update(task, completed=run.step, total=run.config.steps)
 
-        scores = measure.shootout(config, progress, device)
+        scores = measure.shootout(config, *overrides or [], progress=progress, device=device)
     print_scores(scores)
 
 

@@ -168,6 +168,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ``UserError`` that names the file (or the command line), the key, the value and the nearest valid key.
     """
+    return parse_config(*read_settings(path, overrides))
+
+
+def read_settings(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """What a YAML file holds under overrides, the file's name, and the overrides by key, both for messages.
+
+    Raises ``UserError`` if there is no such file, it is no YAML, or an override has no place in it.
+    """
     file = find_config(path)
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -175,8 +183,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(raw, dict):
         raise UserError(f"{file} holds {type(raw).__name__}, a mapping of settings was expected.")
-    given = {_override(raw, text): text for text in overrides}
-    return parse_config(raw, str(file), given)
+    return raw, str(file), {_override(raw, text): text for text in overrides}
 
 
 def parse_config(raw: dict[str, Any], file: str, overridden: Mapping[str, str] | None = None) -> Config:
@@ -195,7 +202,7 @@ def parse_config(raw: dict[str, Any], file: str, overridden: Mapping[str, str] |
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        problems += _describe(error, Config, "", file, overridden)
+        problems += describe(error, Config, "", file, overridden)
     if problems:
         raise UserError("\n".join(problems))
     return config
@@ -218,7 +225,7 @@ def _with_objective(
     try:
         return {**stage, "objective": cls.model_validate(settings)}
     except ValidationError as error:
-        problems.extend(_describe(error, cls, where, file, overridden))
+        problems.extend(describe(error, cls, where, file, overridden))
         return {**stage, "objective": ObjectiveConfig(name=settings["name"])}
 
 
@@ -253,10 +260,10 @@ def _override(raw: dict[str, Any], text: str) -> str:
     return key
 
 
-def _describe(
+def describe(
     error: ValidationError, root: type[BaseModel], prefix: str, file: str, overridden: Mapping[str, str]
 ) -> list[str]:
-    """One line a problem: where it was given, the key, the value, what is wrong, the nearest key."""
+    """One line a problem with settings of ``root``: where it was given, key, value, what is wrong, the nearest key."""
     lines = []
     for problem in error.errors():
         key = ".".join([*([prefix] if prefix else []), *(str(part) for part in problem["loc"])])

@@ -7,15 +7,14 @@ every stage: ``show`` measures how many a step makes. Runs that are finished are
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError
 
-from fewstep.distill.config import Config, find_config, parse_config
+from fewstep.distill.config import Config, describe, parse_config, read_settings
 from fewstep.distill.run import run_config
 from fewstep.distill.show import show
 from fewstep.distill.stage import Frozen
@@ -46,13 +45,13 @@ class Shootout(Frozen):
     methods: dict[str, Entrant] = Field(min_length=1)
 
 
-def load_shootout(path: str | Path) -> Shootout:
-    """Reads the YAML file. Raises ``UserError`` that names what is wrong in it."""
-    file = find_config(path)
+def load_shootout(path: str | Path, overrides: Sequence[str] = ()) -> Shootout:
+    """Reads the YAML file and ``key=value`` overrides. Raises ``UserError`` as ``load_config`` does."""
+    raw, file, overridden = read_settings(path, overrides)
     try:
-        return Shootout.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
-        raise UserError(f"{file} is no shootout: {' '.join(str(error).split())}.") from error
+        return Shootout.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(describe(error, Shootout, "", file, overridden))) from error
 
 
 def entry(shootout: Shootout, method: str) -> Config:

@@ -64,5 +64,6 @@ def draw_frontier(scores: Sequence[Score], curves: Mapping[str, Sequence[Curve]]
             axis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.15)
-        axes.legend(frameon=False, fontsize=8)
+        if axes.get_legend_handles_labels()[0]:  # without validation, or without a scored teacher, there is none
+            axes.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=130)

@@ -150,14 +150,17 @@ def sweep(
     return lines
 
 
-def shootout(config: Source, progress: Callable[[str], Progress] | None = None, device: str = "auto") -> list[Score]:
+def shootout(
+    config: Source, *overrides: str, progress: Callable[[str], Progress] | None = None, device: str = "auto"
+) -> list[Score]:
     """Trains and scores every method and seed of a shootout file; writes ``shootout.json``, ``curves.json`` (validation
     over training evaluations, by method and seed) and ``frontier.png`` into its folder.
 
-    A score's ``model`` is the method and its ``seed`` that of the training, so that tables show mean and deviation.
+    ``overrides`` are ``"key=value"`` strings, ``seeds=[0]`` for a first look. A score's ``model`` is the method and
+    its ``seed`` that of the training, so that tables show mean and deviation.
     What is finished is kept: call it again after an interruption. ``progress(run name)`` makes a run's callback.
     """
-    settings = load_shootout(config)
+    settings = load_shootout(config, overrides)
     runs = run_all(
         settings, lambda entry, resume: train_run(entry, resume, progress(Path(entry.out).name) if progress else None)
     )
