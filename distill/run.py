@@ -362,15 +362,20 @@ class Run:
 
     def _restore(self, folder: Path) -> None:
         tensors, state = checkpoint.read_checkpoint(folder)
-        for stage in range(1, state["stage"] + 1):
-            self.enter(stage)
-        for name, role in self.roles.items():
-            if name not in self._origins:
-                checkpoint.restore_role(name, role, tensors)
-        for name, value in self.objective.state.items():
-            value.copy_(tensors[f"objective/{name}"])
-        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
-        self.evaluations = state["evaluations"]
+        try:
+            for stage in range(1, state["stage"] + 1):
+                self.enter(stage)
+            for name, role in self.roles.items():
+                if name not in self._origins:
+                    checkpoint.restore_role(name, role, tensors)
+            for name, value in self.objective.state.items():
+                value.copy_(tensors[f"objective/{name}"])
+            self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+            self.evaluations = state["evaluations"]
+        except KeyError as error:
+            raise UserError(
+                f"{folder} lacks {error}: another version of fewstep wrote it. Train anew, in another folder."
+            ) from error
 
 
 def numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:

@@ -160,6 +160,16 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(tmp_path: 
     assert Run.reopen(tmp_path / "run", CPU).step == int(before.name.removeprefix("step-"))
 
 
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
+    make(tmp_path).train()
+    file = checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json"
+    state = json.loads(file.read_text())
+    del state["evaluations"]
+    file.write_text(json.dumps(state))
+    with pytest.raises(UserError, match="lacks 'evaluations': another version of fewstep wrote it"):
+        Run.reopen(tmp_path / "run", CPU)
+
+
 def test_a_full_disk_while_writing_a_checkpoint_leaves_the_last_one_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
