@@ -6,9 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from fewstep.eval.pictures import COLOURS
 from fewstep.eval.scores import Score
@@ -21,10 +23,11 @@ def draw_frontier(scores: Sequence[Score], curves: Mapping[str, Sequence[Curve]]
     for their mean. Right: the first metric of ``scores`` against NFE, students as points with the deviation over seeds,
     teachers' solvers as lines, each at the guidance that is best there."""
     metric = scores[0].metric
-    figure = Figure((10, 4), layout="constrained")
+    figure = Figure((10, 4.6), layout="constrained")
     training, sampling = figure.subplots(1, 2)
     colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(curves)}
-    looks = {method: ("-", "--", ":")[i // len(COLOURS) % 3] for i, method in enumerate(curves)}
+    looks: dict[str, Literal["-", "--"]] = {m: "-" if i < len(COLOURS) else "--" for i, m in enumerate(curves)}
+    fills: dict[str, Literal["full", "none"]] = {m: "full" if look == "-" else "none" for m, look in looks.items()}
     for method, seeds in curves.items():
         if not all(seeds):  # runs without validation have no curve
             continue
@@ -34,7 +37,7 @@ def draw_frontier(scores: Sequence[Score], curves: Mapping[str, Sequence[Curve]]
             (statistics.fmean(x for x, _ in column), statistics.fmean(y for _, y in column))
             for column in zip(*seeds, strict=True)
         ]
-        training.plot(*zip(*mean, strict=True), looks[method], color=colours[method], linewidth=1.6, label=method)
+        training.plot(*zip(*mean, strict=True), looks[method], color=colours[method], linewidth=1.6)
     training.set(xlabel="network evaluations in training (samples)", ylabel=f"{metric}, validation")
     own = [score for score in scores if score.metric == metric]
     teachers = [score for score in own if score.role == "teacher"]
@@ -53,7 +56,7 @@ def draw_frontier(scores: Sequence[Score], curves: Mapping[str, Sequence[Curve]]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             sampling.errorbar(
                 nfe, statistics.fmean(values), spread, fmt="D", markersize=5, color=colours[method], capsize=2,
-                fillstyle="full" if looks[method] == "-" else "none",
+                fillstyle=fills[method],
             )  # fmt: skip
     sampling.set(xlabel="network evaluations a sample", ylabel=metric, xscale="log")
     for axes in (training, sampling):
@@ -64,6 +67,11 @@ def draw_frontier(scores: Sequence[Score], curves: Mapping[str, Sequence[Curve]]
             axis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.15)
-        if axes.get_legend_handles_labels()[0]:  # without validation, or without a scored teacher, there is none
-            axes.legend(frameon=False, fontsize=8)
+    training.xaxis.set_major_formatter(EngFormatter())
+    if teachers:
+        sampling.legend(frameon=False, fontsize=8)
+    methods = [
+        Line2D([], [], linestyle=looks[m], color=colours[m], marker="D", fillstyle=fills[m], label=m) for m in curves
+    ]
+    figure.legend(handles=methods, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(file, dpi=130)
