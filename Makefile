@@ -5,7 +5,7 @@ PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; d
 BIN = .venv/bin
 
 .NOTPARALLEL:
-.PHONY: help demo demo-text test lint types teacher-scores text-scores clean
+.PHONY: help demo demo-text test lint types teacher-scores text-scores preference-scores clean
 
 help:
 	@echo 'make demo    distil the embedded teacher, score the student, write runs/demo/report.html'
@@ -14,6 +14,7 @@ help:
 	@echo 'make lint    ruff: rules and formatting'
 	@echo 'make types   mypy'
 	@echo 'make teacher-scores   score the embedded teacher anew (over an hour on two cores)'
+	@echo 'make text-scores, make preference-scores   train and score anew what the documents say of words, of preferences'
 	@echo 'make clean   remove .venv, caches and build leftovers (never runs/)'
 
 demo: .venv/installed
@@ -63,6 +64,26 @@ text-scores: .venv/installed-text
 		$(BIN)/fewstep train configs/fashion_text/decoupled.yaml out=runs/decoupled-$$w stages.0.objective.guidance=$$w && \
 		$(BIN)/fewstep eval runs/decoupled-$$w --steps 4 --n 2160 --json results/fashion_text/split.json \
 			--name "decoupled_dmd, w = $$w" || exit 1; \
+	done
+
+# What docs/methods.md says of preferences: three seeds of the training, each judged on samples of its own.
+TUNED = $(BIN)/fewstep eval --json results/dpo
+PLAN = --solver heun --steps 8 --guidance 1.3
+preference-scores: .venv/installed
+	[ -d runs/tdm/student ] || $(BIN)/fewstep train configs/fashion/tdm.yaml
+	$(BIN)/fewstep prefer runs/tdm --reward symmetry --out runs/preferences.safetensors
+	$(BIN)/fewstep prefer fashion --reward symmetry $(PLAN) --out runs/preferences_teacher.safetensors
+	for seed in 0 1 2; do \
+		$(BIN)/fewstep train configs/fashion/dpo.yaml out=runs/dpo-$$seed seed=$$seed && \
+		$(BIN)/fewstep train configs/fashion/dpo_teacher.yaml out=runs/dpo_teacher-$$seed seed=$$seed && \
+		$(BIN)/fewstep wins runs/dpo-$$seed runs/tdm --n 1000 --seed $$((seed + 1)) \
+			--json results/dpo/student_wins-$$seed.json && \
+		$(BIN)/fewstep wins runs/dpo_teacher-$$seed fashion $(PLAN) --n 1000 --seed $$((seed + 1)) \
+			--json results/dpo/teacher_wins-$$seed.json && \
+		$(TUNED)/student_eval.json runs/tdm --steps 4 --seed $$seed --name tdm && \
+		$(TUNED)/teacher_eval.json fashion $(PLAN) --n 2000 --seed $$seed && \
+		$(TUNED)/student_eval.json runs/dpo-$$seed --steps 4 --seed $$seed --name dpo && \
+		$(TUNED)/teacher_eval.json runs/dpo_teacher-$$seed $(PLAN) --n 2000 --seed $$seed --name dpo_teacher || exit 1; \
 	done
 
 clean:

@@ -18,7 +18,7 @@ from fewstep.distill.config import CONFIGS, find_config, load_config, objective_
 from fewstep.distill.shootout import entry, load_shootout
 from fewstep.eval.frechet import frechet_distance
 from fewstep.eval.references import load_reference
-from fewstep.eval.scores import read_scores
+from fewstep.eval.scores import Score, read_scores
 from fewstep.eval.sweep import at_their_best, cells, geometric_mean, read_lines
 from fewstep.eval.tables import BLOCK, refreshed
 
@@ -126,21 +126,27 @@ def test_the_tables_of_mixtures_are_the_committed_results() -> None:
 def test_the_table_of_preferences_is_the_committed_results() -> None:
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     folder = ROOT / "results" / "dpo"
-    tuned = {"student": "dpo", "teacher": "dpo_teacher"}
-    before = {"student": read_scores(ROOT / "results" / "tdm" / "eval.json")}
-    for who, name in tuned.items():
+    rows = {"student": ("tdm", "dpo"), "teacher": ("fashion", "dpo_teacher")}
+    for who, (before, after) in rows.items():
+        wins = [json.loads((folder / f"{who}_wins-{seed}.json").read_text()) for seed in range(3)]
+        row = []
+        for reward in ORDER:
+            found = [line for lines in wins for line in lines if line["reward"] == reward]
+            row.append(f"{spread([w['win_rate'] for w in found])} ({min(w['low'] for w in found):.3f})")
         scores = read_scores(folder / f"{who}_eval.json")
-        nfe = 4 if who == "student" else 30
-        start = [s for s in before.get(who, scores) if s.model != name and s.nfe == nfe and s.role == who]
-        wins = {row["reward"]: row for row in json.loads((folder / f"{who}_wins.json").read_text())}
-        cells = [f"{w['win_rate']:.3f} ({w['low']:.3f} to {w['high']:.3f})" for w in map(wins.get, ORDER)]
         for metric in ("fd_fashion", "diversity"):
-            old, new = (
-                next(s.value for s in some if s.metric == metric)
-                for some in (start, [s for s in scores if s.model == name and s.nfe == nfe])
-            )
-            cells.append(f"{old:.3f}, {new:.3f}")
-        assert f"| {who} | {' | '.join(cells)} |" in text
+            row.append(", ".join(spread(chosen(scores, model, metric)) for model in (before, after)))
+        assert f"| {who} | {' | '.join(row)} |" in text, f"| {who} | {' | '.join(row)} |"
+
+
+def chosen(scores: list[Score], model: str, metric: str) -> list[float]:
+    found = {s.seed: s.value for s in scores if (s.model, s.metric) == (model, metric)}
+    assert sorted(found) == [0, 1, 2]
+    return list(found.values())
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.3f} ± {stdev(values):.3f}"
 
 
 ORDER = ("symmetry", "confidence", "brightness")
