@@ -55,13 +55,13 @@ def load_shootout(path: str | Path, overrides: Sequence[str] = ()) -> Shootout:
 
 
 def entry(shootout: Shootout, method: str) -> Config:
-    """The run of a method with the first seed, each stage with an equal share of the evaluations.
+    """The run of a method, each stage with an equal share of the evaluations, however many seeds there are.
 
     Raises ``UserError`` if the settings are wrong or the budget is less than a step a stage.
     """
     entrant = shootout.methods[method]
     stages = entrant.stages
-    raw = {**shootout.base, "data": entrant.data, "out": shootout.out, "seed": shootout.seeds[0]}
+    raw = {**shootout.base, "data": entrant.data, "out": shootout.out}
     origin = f"the shootout's method {method!r}"
     probe = parse_config({**raw, "stages": [{**stage, "steps": 1} for stage in stages]}, origin)
     share = (shootout.evaluations - entrant.spent) / len(stages) / probe.batch / probe.accumulate

@@ -279,8 +279,8 @@ def test_a_shootout_gives_every_method_the_same_evaluations_and_keeps_what_is_fi
     before = (tmp_path / "out" / "tdm-0" / "metrics.jsonl").stat().st_mtime_ns
     assert fewstep("shootout", tmp_path / "shootout.yaml").returncode == 0
     assert (tmp_path / "out" / "tdm-0" / "metrics.jsonl").stat().st_mtime_ns == before
-    first = measure.shootout(tmp_path / "shootout.yaml", "seeds=[0]", device="cpu")
-    assert {(score.model, score.seed) for score in first} == {("tdm", 0), ("phased", 0)}
+    second = measure.shootout(tmp_path / "shootout.yaml", "seeds=[1]", device="cpu")  # of as many steps as with seed 0
+    assert {(score.model, score.seed) for score in second} == {("tdm", 1), ("phased", 1)}
     assert "a run of other settings" in refused(capsys, "shootout", tmp_path / "shootout.yaml", "evaluations=900")
     message = refused(capsys, "shootout", tmp_path / "shootout.yaml", "methods.tdm.spend=3")
     assert "the override 'methods.tdm.spend=3': unknown key 'methods.tdm.spend'; did you mean 'spent'?" in message
