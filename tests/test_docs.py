@@ -123,6 +123,18 @@ def test_the_tables_of_mixtures_are_the_committed_results() -> None:
         assert f"| {name} | {modes:.0f} of 8 | {' | '.join(cells)} |" in text
 
 
+def test_what_is_told_of_the_methods_is_the_committed_shootout() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    best = min(s.value for s in read_scores(CARD.parent / "eval.json") if (s.metric, s.n) == ("fd_fashion", 10_000))
+    assert f"teacher's best is {best:.3f}" in text
+    scores = [s for s in read_scores(ROOT / "results" / "fashion_shootout.json") if s.metric == "fd_fashion"]
+    distances = {m: mean(s.value for s in scores if s.model == m) for m in dict.fromkeys(s.model for s in scores)}
+    for method, told in {"phased_dmd": "is {} of", "tdm": "{},", "dmd2": "{},", "decoupled_dmd": "{};"}.items():
+        assert f"`{method}` {told.format(f'{distances[method] / best:.2f}')}" in " ".join(text.split())
+    assert f"`cdm` is {distances['cdm'] / best:.2f} times as far" in text
+    assert distances["dmd2_one_step"] < min(distances["f_distill_one_step"], distances["dmd_one_step"])
+
+
 def test_the_table_of_preferences_is_the_committed_results() -> None:
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     folder = ROOT / "results" / "dpo"
