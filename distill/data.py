@@ -174,8 +174,10 @@ def read_stored(file: Path, classes: int) -> Stored:
     A file that is not there may be one that ships with the package (``eval/reference/fashion/real.safetensors``).
     Raises ``UserError`` if it is none.
     """
-    shipped = PACKAGE / file
-    tensors = read_tensors(shipped if shipped.is_file() and not file.is_file() else file)
+    found = next((place for place in (file, PACKAGE / file) if place.is_file()), None)
+    if found is None:
+        raise UserError(f"data.path = {file} is not there. fewstep pairs or fewstep prefer makes such a file.")
+    tensors = read_tensors(found)
     if "images" in tensors:
         tensors["x0"] = to_unit(tensors.pop("images"))
     labels = tensors.pop("labels", None)

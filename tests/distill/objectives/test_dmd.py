@@ -60,3 +60,5 @@ def test_a_file_without_samples_is_refused(tmp_path: Path) -> None:
     write_tensors({"noise": torch.zeros(3, 1)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="does not hold labels and samples"):
         read_stored(tmp_path / "x.safetensors", 10)
+    with pytest.raises(UserError, match=r"none.safetensors is not there\. fewstep pairs"):
+        read_stored(tmp_path / "none.safetensors", 10)
