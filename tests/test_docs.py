@@ -129,9 +129,9 @@ def test_what_is_told_of_the_methods_is_the_committed_shootout() -> None:
     assert f"teacher's best is {best:.3f}" in text
     scores = [s for s in read_scores(ROOT / "results" / "fashion_shootout.json") if s.metric == "fd_fashion"]
     distances = {m: mean(s.value for s in scores if s.model == m) for m in dict.fromkeys(s.model for s in scores)}
-    for method, told in {"phased_dmd": "is {} of", "tdm": "{},", "dmd2": "{},", "decoupled_dmd": "{};"}.items():
-        assert f"`{method}` {told.format(f'{distances[method] / best:.2f}')}" in " ".join(text.split())
-    assert f"`cdm` is {distances['cdm'] / best:.2f} times as far" in text
+    for method in ("tdm", "phased_dmd", "dmd2", "decoupled_dmd", "cdm"):
+        assert re.search(rf"`{method}` (is )?at {distances[method] / best:.2f}\b", " ".join(text.split()))
+    assert min(s.value for s in scores if s.model == "phased_dmd") < best
     assert distances["dmd2_one_step"] < min(distances["f_distill_one_step"], distances["dmd_one_step"])
 
 
