@@ -380,6 +380,13 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     assert "Cannot write" in refused(capsys, *arguments, "/proc/none/x.json")
 
 
+def test_a_reference_that_cannot_be_written_is_refused_before_any_training(
+    squares: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fewstep.eval.references.train_classifier", lambda *a, **k: pytest.fail("it began"))
+    assert "Cannot write" in refused(capsys, "reference", squares.parent, "--out", "/proc/none")
+
+
 def test_a_new_folder_is_made_for_a_result(tmp_path: Path) -> None:
     teacher = tiny_teacher(tmp_path / "teacher")
     out = tmp_path / "a" / "b"
