@@ -133,6 +133,10 @@ def test_what_is_told_of_the_methods_is_the_committed_shootout() -> None:
         assert re.search(rf"`{method}` (is )?at {distances[method] / best:.2f}\b", " ".join(text.split()))
     assert min(s.value for s in scores if s.model == "phased_dmd") < best
     assert distances["dmd2_one_step"] < min(distances["f_distill_one_step"], distances["dmd_one_step"])
+    assert f"at {distances['dmd2_one_step'] / best:.2f} times the teacher's best" in " ".join(text.split())
+    published, ours = json.loads((ROOT / "results" / "fashion_cdm_times.json").read_text(encoding="utf-8")).values()
+    for step in ("200", "400"):
+        assert f"{published[step]:.3f} and {ours[step]:.3f} after {step}" in " ".join(text.split())
 
 
 def test_the_table_of_preferences_is_the_committed_results() -> None:

@@ -35,7 +35,9 @@ from fewstep.samplers.grids import time_uniform
 class Config(MatchingConfig):
     published: ClassVar = {
         "guidance": "8 (the text's a = 7)",
+        "shift": "the model's (3 for SD3), in sampling",
         "max_steps": "28",
+        "inner": "(0.25, 0.95)",
         "critic_updates": "2",
         "blend": "1e-3",
         "batch": "128 (SD3), 64 (LongCat-Image)",
@@ -44,6 +46,7 @@ class Config(MatchingConfig):
     }
     name: Literal["cdm"] = "cdm"
     steps: int = Field(4, ge=1)  # of sampling; training has no grid
+    shift: float = Field(1.0, gt=0)  # of sampling, too; the published ``inner`` lies about a grid of shift 3
     guidance: float = 8.0
     max_steps: int = Field(28, ge=1)
     inner: tuple[float, float] = (0.25, 0.95)
@@ -100,5 +103,5 @@ def build(config: Config, roles: Roles) -> Objective:
             Update("student", ("student",), student, Due(every=config.critic_updates)),
         ),
         rollout=lambda m: random_ode(m, roles, config.max_steps, config.inner),
-        few_step=FewStep(times=time_uniform(config.steps)[:-1], rule="deterministic"),
+        few_step=FewStep(times=time_uniform(config.steps, config.shift)[:-1], rule="deterministic", shift=config.shift),
     )

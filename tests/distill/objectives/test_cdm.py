@@ -73,3 +73,11 @@ def test_all_three_terms_reach_the_student_and_only_it() -> None:
     assert {"loss/ca", "loss/dm", "loss/cdm"} <= set(metrics)
     assert all(p.grad is not None for p in roles["student"].parameters)
     assert all(p.grad is None for name in ("teacher", "fake") for p in roles[name].parameters)
+
+
+def test_the_student_is_sampled_on_the_grid_of_its_model() -> None:
+    """Stable Diffusion 3's shift of 3 moves 1, .75, .5, .25 to 1, .9, .75, .5: the middle of the published range."""
+    few = cdm.build(cdm.Config(steps=4, shift=3.0), mlp_roles()).few_step
+    assert few is not None
+    assert few.times == pytest.approx((1.0, 0.9, 0.75, 0.5))
+    assert (few.rule, few.shift) == ("deterministic", 3.0)
