@@ -46,7 +46,7 @@ class Config(MatchingConfig):
     }
     name: Literal["cdm"] = "cdm"
     steps: int = Field(4, ge=1)  # of sampling; training has no grid
-    shift: float = Field(1.0, gt=0)  # of sampling, too; the published ``inner`` lies about a grid of shift 3
+    shift: float = Field(1.0, gt=0)  # of sampling; the published ``inner`` suits a shift of 3
     guidance: float = 8.0
     max_steps: int = Field(28, ge=1)
     inner: tuple[float, float] = (0.25, 0.95)
