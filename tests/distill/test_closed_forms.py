@@ -10,7 +10,8 @@ and in many dimensions the L1 normaliser is the constant E|x - T|, the mean of a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -102,6 +103,17 @@ def test_the_scale_is_pulled_towards_the_teacher(case: Case, rho: float, sign: i
     """E[(F - T) z] = t^2 rho (1/v_teacher - 1/v_student) changes its sign at rho = S."""
     _, gradient = student_gradient(case, M, rho, batch=500)
     assert gradient * sign > 0
+
+
+@pytest.mark.parametrize("times", ["segment", "nested"])
+def test_a_trajectory_is_pulled_at_the_times_of_its_segments_or_at_all_above(times: str) -> None:
+    """A student that predicts ``mu`` whatever it sees walks through x_s = (1 - s) mu + s z, its clean law noised: the
+    gradient of each segment is that of one step with the segment's range of t."""
+    case = Case("tdm", {"steps": 4, "guidance": 1.0, "huber": 0.0, "margin": 0.02, "times": times}, 0, 0)
+    ranges = [(s + 0.02, (top if times == "segment" else 1.0) - 0.02) for top, s in pairwise((1, 0.75, 0.5, 0.25, 0))]
+    by_segment = [expected_gradient(replace(case, low=low, high=high), MU, 0.0) for low, high in ranges]
+    gradient, _ = student_gradient(case, MU, 0.0)
+    assert gradient == pytest.approx(sum(by_segment) / 4, rel=0.02)
 
 
 def test_guidance_enters_the_expected_displacement_linearly() -> None:
