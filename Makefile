@@ -46,7 +46,7 @@ teacher-scores: .venv/installed
 	$(SCORE) --solver heun --nfe 64 --guidance 1.3,1.4
 	$(SCORE) --solver dpmpp_2m,unipc_2,dpm_solver_v3_2 --nfe 4,8
 	$(SCORE) --solver unipc_2,dpm_solver_v3_2 --nfe 8 --guidance 1.4
-	$(SCORE) --solver unipc_2 --nfe 32 --guidance 1.3
+	$(SCORE) --solver unipc_2 --nfe 32 --guidance 1.15,1.3
 
 # What README (two seeds, of the training and of the samples alike) and docs/methods.md say of fashion-text.
 TEXT = $(BIN)/fewstep eval --n 2160 --json results/fashion_text/eval.json

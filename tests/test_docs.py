@@ -139,6 +139,17 @@ def test_what_is_told_of_the_methods_is_the_committed_shootout() -> None:
         assert f"{published[step]:.3f} and {ours[step]:.3f} after {step}" in " ".join(text.split())
 
 
+def test_the_table_of_tdm_s_times_is_the_committed_results() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for run in json.loads((ROOT / "results" / "fashion_tdm_times.json").read_text(encoding="utf-8")):
+        columns = [
+            ", ".join(f"{run[key][step]:.3f}" if step in run[key] else "–" for step in ("400", "800", "1200", "1600"))
+            for key in ("validation", "mean_drift")
+        ]
+        settings = f"| `{run['times']}` | {run['huber']:g} | {run['guidance']:g} | {run['fake']} | {run['seed']} |"
+        assert f"{settings} {' | '.join(columns)} |" in text
+
+
 def test_the_table_of_preferences_is_the_committed_results() -> None:
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     folder = ROOT / "results" / "dpo"
