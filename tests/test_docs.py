@@ -81,9 +81,9 @@ RUNS = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "e
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
 def test_every_config_that_ships_is_valid(file: Path) -> None:
-    if file.stem == "shootout":
+    if file.stem in ("shootout", "trials"):
         settings = load_shootout(file)
-        assert {entry(settings, method).steps > 100 for method in ("tdm", "phased_dmd")} == {True}
+        assert entry(settings, next(iter(settings.methods))).steps > 100
         for entrant in settings.methods.values():
             stages = [{**stage, "steps": 1} for stage in entrant.stages]
             parse_config({**settings.base, "data": entrant.data, "out": "x", "stages": stages}, str(file))
