@@ -40,7 +40,7 @@ types: .venv/installed-dev
 	@$(BIN)/mypy
 
 # The sweep that students are compared with. Scores are merged into the file, so it can be repeated in parts.
-SCORE = $(BIN)/fewstep eval fashion --json models/pretrained/fashion/eval.json
+SCORE = $(BIN)/fewstep eval fashion --json models/bundled/fashion/eval.json
 teacher-scores: .venv/installed
 	$(SCORE) --solver euler,heun,ddim --nfe 4,8 --guidance 1,1.4,2
 	$(SCORE) --solver heun --nfe 64 --guidance 1.3,1.4

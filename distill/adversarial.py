@@ -50,12 +50,12 @@ class Heads(nn.Module):
         return torch.stack([head(features[path]) for path, head in zip(self.paths, self.heads, strict=True)], 1)
 
 
-def fools(logits: Tensor) -> Tensor:
+def generator_loss(logits: Tensor) -> Tensor:
     """The generator's non-saturating loss, ``mean softplus(-logits)``."""
     return F.softplus(-logits).mean()
 
 
-def tells_apart(generated: Tensor, real: Tensor) -> Tensor:
+def discriminator_loss(generated: Tensor, real: Tensor) -> Tensor:
     """The discriminator's logistic loss; ``2 log 2`` where it cannot."""
     return F.softplus(generated).mean() + F.softplus(-real).mean()
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors, sha256, write_tensors, write_text
 from fewstep.distill.roles import Role
-from fewstep.errors import UserError
-from fewstep.models.store import read_tensors, sha256, write_tensors, write_text
 
 
 def role_tensors(name: str, role: Role) -> dict[str, Tensor]:

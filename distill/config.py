@@ -5,51 +5,70 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
+from fewstep.core.errors import UserError, nearest
+from fewstep.core.registry import Registry, is_dotted
 from fewstep.distill import objectives
-from fewstep.distill.stage import Frozen, ObjectiveConfig, RoleConfig
-from fewstep.errors import UserError, nearest
+from fewstep.distill.data.batch import SOURCES
+from fewstep.distill.stage import BaseConfig, ObjectiveConfig, RoleConfig
 from fewstep.models.attention import Backend
-from fewstep.models.store import ModelConfig
+from fewstep.models.model_config import ModelConfig
 
+DATA_KINDS = ("labels", "idx", "folder", "tensors", "prompts")
+RENAMED = {
+    "taps": ("feature_layers",),
+    "heads": ("feature_layers",),
+    "whole": ("full_finetune",),
+    "decay": ("lr_schedule",),
+    "pull": ("match_on",),
+    "times": ("renoise_times", "student_times"),
+}  # old key: what it is called now
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-class DataConfig(Frozen):
-    """What a step starts from: ``labels`` (drawn uniformly; data-free), ``idx`` (a folder of idx files), ``folder``
-    (pictures, a subfolder a class) or ``tensors`` (a safetensors file of labelled samples: ``fewstep pairs``, ``fewstep
-    prefer``, or the few real images of a reference, ``eval/reference/fashion/real.safetensors``) or ``prompts`` (a
-    folder that ``fewstep encode`` made; data-free). ``sizes``, of prompts: height, width and frames in pixels, of which
-    every batch is one; by default the run's ``size``."""
+class DataConfig(BaseConfig):
+    """What a step starts from. ``kind`` is one of
 
-    kind: Literal["labels", "idx", "folder", "tensors", "prompts"] = "labels"
+    ``labels``: class labels drawn uniformly, no data. ``idx``: a folder of idx files. ``folder``: images, one subfolder
+    per class. ``tensors``: a safetensors file of labelled samples (``fewstep data ode-pairs``, ``fewstep data
+    preferences``, or the real images that come with a reference). ``prompts``: a folder written by ``fewstep data
+    encode``, no images needed; ``sizes`` lists height, width and frames in pixels, one of which every batch has (by
+    default the run's ``size``). Any other name is a source of your own, created with ``options``.
+    """
+
+    kind: str = "labels"
     path: str | None = None
     split: Literal["train", "test"] = "train"
     sizes: tuple[tuple[int, int, int], ...] = ()
+    options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _path_where_needed(self) -> DataConfig:
-        if self.kind != "labels" and self.path is None:
+    def _consistent(self) -> Self:
+        if self.kind not in DATA_KINDS and self.kind not in SOURCES.names() and not is_dotted(self.kind):
+            raise ValueError(f"unknown kind{nearest(self.kind, [*DATA_KINDS, *SOURCES.names()])}")
+        if self.kind in DATA_KINDS and self.kind != "labels" and self.path is None:
             raise ValueError(f"kind {self.kind} needs a path")
         if self.sizes and self.kind != "prompts":
             raise ValueError(f"sizes are for kind prompts, not {self.kind}")
+        if self.options and self.kind in DATA_KINDS:
+            raise ValueError(f"options are for sources of your own, not for kind {self.kind}")
         return self
 
 
-class CheckpointConfig(Frozen):
+class CheckpointConfig(BaseConfig):
     """A checkpoint every ``every`` steps (also at the end and on Ctrl-C); the last ``keep`` are kept."""
 
     every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)
 
 
-class ValidationConfig(Frozen):
+class ValidationConfig(BaseConfig):
     """Every ``every`` steps (0: never) ``n`` samples of the averaged student are scored against the *training*-image
     statistics of ``reference``, and the best student so far is kept. ``solver``, ``steps`` and ``guidance`` say how
     they are drawn; ``student`` is the student's own few-step rule. A pipeline's student is not scored: ``pictures`` of
@@ -64,7 +83,7 @@ class ValidationConfig(Frozen):
     pictures: int = Field(4, ge=1)
 
 
-class HealthConfig(Frozen):
+class HealthConfig(BaseConfig):
     """Every ``every`` steps (0: never) ``seeds`` samples for each of ``conditions`` conditions are drawn from the
     averaged student and compared with the teacher's: ``teacher_steps`` Heun steps with the objective's guidance."""
 
@@ -74,7 +93,7 @@ class HealthConfig(Frozen):
     teacher_steps: int = Field(16, ge=1)
 
 
-class StageConfig(Frozen):
+class StageConfig(BaseConfig):
     """One stage: an objective, the roles that it trains, and for how many steps."""
 
     steps: int = Field(ge=1)
@@ -84,7 +103,7 @@ class StageConfig(Frozen):
     clip: float | None = Field(1.0, gt=0)
 
 
-class AdapterConfig(Frozen):
+class AdapterConfig(BaseConfig):
     """Trained roles as LoRA sets on the teacher's one frozen network, instead of copies of it. ``alpha`` defaults to
     the rank (a scale of 1, which every loader reads right), ``targets`` to what the family adapts."""
 
@@ -93,13 +112,13 @@ class AdapterConfig(Frozen):
     targets: tuple[str, ...] | None = None
 
 
-class Config(Frozen):
+class Config(BaseConfig):
     """The whole run. Either ``teacher`` is given (a folder, an embedded name, a diffusers pipeline by folder or hub id)
     or ``model`` (a new network). ``size`` (height, width and frames in pixels), ``weights`` (the type of the teacher's,
     and of its copies'; under adapters also ``int8`` or ``nf4`` of linear layers) and ``gradient_checkpointing`` are for
     pipelines. ``offload``: frozen copies wait in host memory while they are not read."""
 
-    out: str
+    out: str | None = None
     teacher: str | None = None
     size: tuple[int, int, int] | None = None
     weights: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
@@ -122,15 +141,15 @@ class Config(Frozen):
     stages: tuple[StageConfig, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Config:
-        if (self.teacher is None) == (self.model is None):
-            raise ValueError("give either teacher (to distil) or model (to pretrain), not both and not neither")
-        if self.data.kind == "prompts" and self.teacher is None:
+    def _consistent(self) -> Self:
+        if self.teacher is not None and self.model is not None:
+            raise ValueError("give either teacher (to distil) or model (to pretrain), not both")
+        if self.data.kind == "prompts" and self.model is not None:
             raise ValueError("data.kind: prompts is for a teacher that is a diffusers pipeline")
         if self.weights in ("int8", "nf4") and self.adapters is None:
             raise ValueError(f"weights: {self.weights} cannot be trained; add adapters")
         if self.offload and self.adapters is not None:
-            raise ValueError("offload is for copies: adapters share one network, which every read needs")
+            raise ValueError("offload is for copies: adapters share one network, which every evaluation needs")
         return self
 
     @property
@@ -139,15 +158,30 @@ class Config(Frozen):
         return sum(stage.steps for stage in self.stages)
 
 
-def objective_names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(objectives.__path__))
+class _Files(Mapping[str, type[ObjectiveConfig]]):
+    """The objectives of ``distill/objectives``, by file name: a file defines one subclass of ``ObjectiveConfig``."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(module.name for module in pkgutil.iter_modules(objectives.__path__)))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __getitem__(self, name: str) -> type[ObjectiveConfig]:
+        if name not in list(self):
+            raise KeyError(name)
+        module = importlib.import_module(f"{objectives.__name__}.{name}")
+        return next(
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, ObjectiveConfig) and value.__module__ == module.__name__
+        )
 
 
-def objective_module(name: str) -> types.ModuleType:
-    """The file of an objective: it has ``Config`` and ``build``. Raises ``UserError`` on an unknown name."""
-    if name not in objective_names():
-        raise UserError(f"Unknown objective {name!r}{nearest(name, objective_names())}.")
-    return importlib.import_module(f"fewstep.distill.objectives.{name}")
+OBJECTIVES: Registry[type[ObjectiveConfig]] = Registry(
+    "objective", _Files, lambda value: isinstance(value, type) and issubclass(value, ObjectiveConfig),
+    "a subclass of fewstep.distill.stage.ObjectiveConfig",
+)  # fmt: skip
 
 
 def find_config(path: str | Path) -> Path:
@@ -171,7 +205,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(*read_settings(path, overrides))
 
 
-def read_settings(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], str, dict[str, str]]:
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str, dict[str, str]]:
     """What a YAML file holds under overrides, the file's name, and the overrides by key, both for messages.
 
     Raises ``UserError`` if there is no such file, it is no YAML, or an override has no place in it.
@@ -218,7 +252,7 @@ def _with_objective(
     if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
         return stage
     try:
-        cls = objective_module(settings["name"]).Config
+        cls = OBJECTIVES.resolve(settings["name"])
     except UserError as error:
         problems.append(f"{file}: {where}.name: {error}")
         return {**stage, "objective": ObjectiveConfig(name=settings["name"])}
@@ -269,8 +303,10 @@ def describe(
         key = ".".join([*([prefix] if prefix else []), *(str(part) for part in problem["loc"])])
         origin = next((f"the override {t!r}" for k, t in overridden.items() if _same_branch(k, key)), file)
         if problem["type"] == "extra_forbidden":
-            known = _keys_beside(root, problem["loc"])
-            lines.append(f"{origin}: unknown key {key!r}{nearest(str(problem['loc'][-1]), known)}.")
+            last, known = str(problem["loc"][-1]), _keys_beside(root, problem["loc"])
+            renamed = next((new for new in RENAMED.get(last, ()) if new in known), None)
+            hint = f"; it is now called {renamed!r}" if renamed else nearest(last, known)
+            lines.append(f"{origin}: unknown key {key!r}{hint}.")
         elif problem["type"] == "missing":
             lines.append(f"{origin}: the key {key!r} is missing.")
         else:

@@ -14,58 +14,60 @@ import torch
 from torch import Tensor
 
 from fewstep.distill.matching import per_sample_mean
-from fewstep.distill.update import Anchor
+from fewstep.distill.update import StudentSample
 from fewstep.models.denoiser import expand_like
 from fewstep.models.prediction import Coefficients, Prediction
 from fewstep.models.schedules import NoiseSchedule, bridge
 
 
 def denoising_loss(
-    fake: Prediction, schedule: NoiseSchedule, anchor: Anchor, t: Tensor, n: Tensor, clamp: float | None = None
+    fake: Prediction, schedule: NoiseSchedule, sample: StudentSample, t: Tensor, n: Tensor, clamp: float | None = None
 ) -> Tensor:
     """Mean squared error [scalar] of the fake's own output against the target, ``t`` [B], ``n`` the bridge's noise.
 
     Weighted by ``std^2 / sigma_t^2``, which is 1 for a clean anchor and keeps the target's variance bounded as
     ``t -> s``; with ``clamp``, by the paper's ``min(1, clamp std^2)`` to the same end.
     """
-    x0, noise, weight = denoising_target(schedule, anchor, t, n)
+    x0, noise, weight = denoising_target(schedule, sample, t, n)
     if clamp is not None:
-        weight = (clamp * expand_like(bridge(schedule, anchor.s, t)[1], n).square()).clamp(max=1).to(n)
+        weight = (clamp * expand_like(bridge(schedule, sample.level, t)[1], n).square()).clamp(max=1).to(n)
     c = Coefficients.at(schedule, expand_like(t, n))
     a, b = c.row(fake.kind)
     target = a.to(n) * x0 + b.to(n) * noise
     return (weight * (fake.raw - target).square()).mean()
 
 
-def denoising_target(schedule: NoiseSchedule, anchor: Anchor, t: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def denoising_target(
+    schedule: NoiseSchedule, sample: StudentSample, t: Tensor, n: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(x0*, noise*, weight) of the header, for times ``t`` [B] above the anchor's level; the weight is [B, 1, ...]."""
-    s, t = expand_like(anchor.s, n), expand_like(t, n)
+    s, t = expand_like(sample.level, n), expand_like(t, n)
     _, std = bridge(schedule, s, t)
     alpha_s, sigma_s, alpha_t, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.alpha(t), schedule.sigma(t)
     k = alpha_t * sigma_s**2 / (alpha_s**2 * std)
-    x0 = anchor.x.detach() / alpha_s.to(n) - k.to(n) * n
+    x0 = sample.x.detach() / alpha_s.to(n) - k.to(n) * n
     return x0, (sigma_t / std).to(n) * n, (std / sigma_t).square().to(n)
 
 
 def importance_weight(
-    schedule: NoiseSchedule, anchor: Anchor, x0: Tensor, t: Tensor, n: Tensor, *, tempered: bool = True
+    schedule: NoiseSchedule, sample: StudentSample, x0: Tensor, t: Tensor, n: Tensor, *, tempered: bool = True
 ) -> Tensor:
     """TDM's ratio ``q(x_t | x0) / q(x_t | x_s)`` (arXiv 2503.06674), detached, [B, 1, ...].
 
     Exactly ``(std / sigma_t)^d exp((|n|^2 - |m|^2) / 2)`` with ``m = (x_t - alpha_t x0) / sigma_t`` and d dimensions a
     sample; its exponent is of order d, so the published code takes the d-th root (``tempered``).
     """
-    scale, std = (expand_like(value, n) for value in bridge(schedule, anchor.s, t))
+    scale, std = (expand_like(value, n) for value in bridge(schedule, sample.level, t))
     times = expand_like(t, n)
     sigma = schedule.sigma(times)
-    x_t = scale.to(n) * anchor.x.detach() + std.to(n) * n
+    x_t = scale.to(n) * sample.x.detach() + std.to(n) * n
     m = (x_t - schedule.alpha(times).to(n) * x0.detach()) / sigma.to(n)
     log_ratio = torch.log(std / sigma).to(n) + 0.5 * per_sample_mean(n.square() - m.square())
     return torch.exp(log_ratio if tempered else log_ratio * n[0].numel())
 
 
-def weighted_clean_loss(fake: Prediction, anchor: Anchor, weight: Tensor, snr_cap: float = 5.0) -> Tensor:
+def weighted_clean_loss(fake: Prediction, sample: StudentSample, weight: Tensor, snr_cap: float = 5.0) -> Tensor:
     """TDM's critic: regression to the x0 that the state came from, times ``weight`` and ``min(SNR, cap)``."""
     c = fake.coefficients
     snr = (c.alpha / c.sigma).square().clamp(max=snr_cap).to(fake.raw)
-    return (weight * snr * (fake.x0 - anchor.handle.detach()).square()).mean()
+    return (weight * snr * (fake.x0 - sample.output.detach()).square()).mean()

@@ -8,35 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fewstep.distill.data import Source
-from fewstep.distill.draws import Draws
+from fewstep.core.errors import UserError
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill.data.batch import Source
+from fewstep.distill.processes import ALONE, World
 from fewstep.distill.roles import Roles
-from fewstep.distill.update import Anchor, Micro, Objective, Update
-from fewstep.errors import UserError
+from fewstep.distill.update import MicroBatch, Objective, StudentSample, Update
 
 CPU = torch.device("cpu")
 PATIENCE = 20  # consecutive steps that an update may lose to non-finite gradients before the run is stopped
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all: data parallelism needs its rank and the number of processes."""
-
-    rank: int = 0
-    size: int = 1
-
-    def mean_(self, tensors: list[Tensor]) -> None:
-        """Replaces each tensor by its mean over the processes, in one flat reduction."""
-        if self.size == 1 or not tensors:
-            return
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        torch.distributed.all_reduce(flat)
-        flat /= self.size
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
-ALONE = World()
 
 
 @dataclass
@@ -60,28 +40,28 @@ class Loop:
         """All updates that are due at ``step``; returns their losses, notes and gradient norms, as 0-d tensors."""
         metrics: dict[str, Tensor] = {}
         shards = [self.world.rank + self.world.size * k for k in range(self.accumulate)]
-        kept: dict[int, dict[str, Anchor]] = {shard: {} for shard in shards}
+        shared: dict[int, dict[str, StudentSample]] = {shard: {} for shard in shards}
         for update in self.objective.updates:
             if update.due(step):
-                metrics.update(self.update(update, step, kept))
+                metrics.update(self.update(update, step, shared))
         return metrics
 
-    def update(self, update: Update, step: int, kept: dict[int, dict[str, Anchor]]) -> dict[str, Tensor]:
-        """One update at ``step``; ``kept`` holds what a step's updates share of each micro-shard's sample."""
+    def update(self, update: Update, step: int, shared: dict[int, dict[str, StudentSample]]) -> dict[str, Tensor]:
+        """One update at ``step``; ``shared`` holds what a step's updates share of each micro-shard's sample."""
         parameters = [p for role in update.roles for p in self.roles[role].parameters]
         for parameter in parameters:
             parameter.grad = None
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         with self.roles.updating(update.roles):
-            for shard, anchors in kept.items():
+            for shard, anchors in shared.items():
                 micro = self._micro(update, step, shard, anchors)
                 for name, loss in update.terms(micro):
-                    leaves = micro.kept.get("graph")
-                    inputs = [*parameters, *({leaves.x, leaves.handle} if leaves else ())]
+                    leaves = micro.shared.get("graph")
+                    inputs = [*parameters, *({leaves.x, leaves.output} if leaves else ())]
                     (loss / self.accumulate).backward(inputs=inputs)
-                    micro.note(f"loss/{name}", loss)
+                    micro.log(f"loss/{name}", loss)
                 micro.finish(parameters)
-                for name, (value, among) in micro.notes.items():
+                for name, (value, among) in micro.metrics.items():
                     before = sums.get(name, (0, 0))
                     sums[name] = before[0] + value, before[1] + among
         reached = [p.grad for p in parameters if p.grad is not None]
@@ -100,16 +80,16 @@ class Loop:
             for role in update.roles:
                 self.roles[role].step()
             if update.after is not None:
-                update.after(Draws(self.seed, step, f"after/{update.name}", 0, self.device))
+                update.after(KeyedRandom(self.seed, step, f"after/{update.name}", 0, self.device))
         return seen
 
-    def _micro(self, update: Update, step: int, shard: int, kept: dict[str, Anchor]) -> Micro:
+    def _micro(self, update: Update, step: int, shard: int, shared: dict[str, StudentSample]) -> MicroBatch:
         batches = {
-            name: source(Draws(self.seed, step, f"data/{name}", shard), self.batch).to(self.device)
+            name: source(KeyedRandom(self.seed, step, f"data/{name}", shard), self.batch).to(self.device)
             for name, source in self.sources.items()
         }
-        draws = Draws(self.seed, step, update.name, shard, self.device)
-        return Micro(batches, draws, step, self.roles, self.objective.rollout, kept)
+        random = KeyedRandom(self.seed, step, update.name, shard, self.device)
+        return MicroBatch(batches, random, step, self.roles, self.objective.rollout, shared)
 
     def _finite(self, update: Update, norm: Tensor, step: int) -> bool:
         """Skips an update whose gradient is not finite, and gives up when that has become the rule."""

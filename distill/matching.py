@@ -9,19 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.distill.draws import Draws
-from fewstep.distill.update import Anchor
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill.update import StudentSample
 from fewstep.models.denoiser import expand_like
 from fewstep.models.schedules import NoiseSchedule, bridge
 
 
 def renoise(
-    schedule: NoiseSchedule, anchor: Anchor, t: Tensor, draws: Draws, noise: Tensor | None = None
+    schedule: NoiseSchedule, sample: StudentSample, t: Tensor, random: KeyedRandom, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``x_t = scale x_s + std n`` at times ``t`` [B], and ``n`` (``noise`` or a fresh draw); both like the anchor."""
-    scale, std = bridge(schedule, anchor.s, t)
-    n = draws.normal(anchor.x.shape, "bridge") if noise is None else noise
-    x = anchor.x
+    scale, std = bridge(schedule, sample.level, t)
+    n = random.normal(sample.x.shape, "bridge") if noise is None else noise
+    x = sample.x
     return expand_like(scale, x).to(x) * x + expand_like(std, x).to(x) * n, n
 
 
@@ -35,13 +35,13 @@ def l1_weight(x: Tensor, reference: Tensor, floor: float = 1e-6) -> Tensor:
     return 1 / per_sample_mean((x.detach() - reference.detach()).float().abs()).clamp_min(floor)
 
 
-def pull(handle: Tensor, direction: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+def surrogate_loss(handle: Tensor, direction: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """``1/2 mean (x - sg(x + w d))^2``: its gradient at ``x`` is ``-w d / numel``, its value ``1/2 mean (w d)^2``."""
     target = (handle + weight * direction).detach()
     return 0.5 * (handle - target).square().mean()
 
 
-def huber_pull(handle: Tensor, direction: Tensor, weight: Tensor | float = 1.0, c: float = 1e-3) -> Tensor:
+def huber_surrogate_loss(handle: Tensor, direction: Tensor, weight: Tensor | float = 1.0, c: float = 1e-3) -> Tensor:
     """The same with a pseudo-Huber distance, as in TDM's code: ``mean w (sqrt((x - sg(x + d))^2 + c^2) - c)``.
 
     Elementwise, so that its gradient ``-w d / sqrt(d^2 + c^2) / numel`` is bounded by ``w / numel``.

@@ -12,26 +12,26 @@ from torch import Tensor, nn
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import OFF, Guidance, Guided, guide
-from fewstep.models.offload import Waiting
+from fewstep.models.offload import OffloadedModule
 
 
 @dataclass
 class Role:
     """One network. Its trainable state is ``module.parameters()``: all of a copy, or the adapter of a shared base.
 
-    ``optimizer`` is None for a frozen role. ``rate(n)`` is the learning rate's factor at its n-th update. ``average``
-    holds the exponential moving average of the parameters (``decay`` ramps up as min(decay, (1 + n) / (10 + n))).
+    ``optimizer`` is None for a frozen role. ``lr_factor(n)`` multiplies the learning rate at its n-th update. ``average``
+    holds the exponential moving average of the parameters (``ema_decay`` ramps up as min(ema_decay, (1 + n) / (10 + n))).
     """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer | None = None
-    rate: Callable[[int], float] = lambda n: 1.0
-    decay: float = 0.0
+    lr_factor: Callable[[int], float] = lambda n: 1.0
+    ema_decay: float = 0.0
     updates: int = 0
     average: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.decay and not self.average:
+        if self.ema_decay and not self.average:
             self.average = {name: p.detach().clone() for name, p in self.module.named_parameters()}
 
     @property
@@ -43,11 +43,11 @@ class Role:
         """One optimizer step on the gradients present, then the average."""
         assert self.optimizer is not None, "a frozen role was asked to step"
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.rate(self.updates)
+            group["lr"] = group["initial_lr"] * self.lr_factor(self.updates)
         self.optimizer.step()
         self.updates += 1
-        if self.decay:
-            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        if self.ema_decay:
+            decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
             live: list[Tensor] = [parameter.detach() for parameter in self.parameters]
             torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
 
@@ -82,7 +82,7 @@ class Roles(Mapping[str, Role]):
 
     def __init__(self, roles: Mapping[str, Role], precision: torch.dtype = torch.float32) -> None:
         self._roles = dict(roles)
-        self._waiting: dict[str, Waiting] = {}
+        self._waiting: dict[str, OffloadedModule] = {}
         self._updating: frozenset[str] = frozenset()
         self._precision = precision
         self.evaluations = 0
@@ -108,7 +108,7 @@ class Roles(Mapping[str, Role]):
 
     @contextmanager
     def updating(self, names: Sequence[str]) -> Iterator[None]:
-        """Within it ``read`` records a graph to the parameters of these roles."""
+        """Within it ``predict`` records a graph to the parameters of these roles."""
         before, self._updating = self._updating, frozenset(names)
         try:
             yield
@@ -119,7 +119,7 @@ class Roles(Mapping[str, Role]):
 
     def offload(self, names: Collection[str], device: torch.device) -> None:
         """From now on the networks of these frozen roles wait in host memory, and are fetched for each read."""
-        self._waiting = {name: Waiting(self[name].module, device) for name in names}
+        self._waiting = {name: OffloadedModule(self[name].module, device) for name in names}
 
     def fetch(self) -> None:
         """Puts all networks on the device."""
@@ -140,7 +140,7 @@ class Roles(Mapping[str, Role]):
     def is_updating(self, name: str) -> bool:
         return name in self._updating
 
-    def read(
+    def predict(
         self,
         role: str,
         x_t: Tensor,

@@ -3,37 +3,66 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
-from fewstep.distill.roles import Role
-from fewstep.errors import UserError, nearest
+from fewstep.core.errors import UserError, nearest
+from fewstep.core.registry import dotted_name
+from fewstep.distill.roles import Role, Roles
+from fewstep.distill.update import Objective
 from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.quantized import require_bitsandbytes
 
 
-class Frozen(BaseModel):
+class BaseConfig(BaseModel):
     """Base of every piece of configuration: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-class ObjectiveConfig(Frozen):
+@dataclass(frozen=True)
+class StageContext:
+    """Where an objective trains: the ``number`` of its stage, the stage's ``first_step`` and its length in ``steps``."""
+
+    number: int
+    first_step: int
+    steps: int
+
+
+class ObjectiveConfig(BaseConfig):
     """Base of an objective's settings, with what it asks of its stage.
 
     ``published``: the values of the paper or its code in words, by setting (also ``batch``, ``ROLE.lr``), for ``show``.
     """
 
     published: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    name: str
+    name: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, settings: Any) -> Any:
+        """The name under which a config can give this class: its file's for the built-in ones, else a dotted name."""
+        if isinstance(settings, dict) and not settings.get("name"):
+            package, _, file = cls.__module__.rpartition(".")
+            builtin = package == "fewstep.distill.objectives"
+            return {**settings, "name": file if builtin else dotted_name(cls)}
+        return settings
+
+    @classmethod
+    def description(cls) -> str:
+        """Equations and updates in the words of the docstring, of the class or of its module."""
+        return inspect.cleandoc(vars(cls).get("__doc__") or sys.modules[cls.__module__].__doc__ or "")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -46,13 +75,17 @@ class ObjectiveConfig(Frozen):
         return frozenset()
 
     @property
-    def taps(self) -> tuple[str, ...]:
+    def teacher_features(self) -> tuple[str, ...]:
         """The modules of the teacher's network, and of its copies, whose outputs it reads as features."""
         return ()
 
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
         """Networks of its own, by the role that starts from them (``init: new``); ``condition`` has one row."""
         return {}
+
+    def build(self, roles: Roles, stage: StageContext) -> Objective:
+        """The objective of these settings for the roles of a stage."""
+        raise NotImplementedError
 
 
 class MatchingConfig(ObjectiveConfig):
@@ -63,23 +96,23 @@ class MatchingConfig(ObjectiveConfig):
     critic_updates: int = Field(5, ge=1)
 
 
-class RoleConfig(Frozen):
+class RoleConfig(BaseConfig):
     """How a trained role starts and learns.
 
     ``init`` names the role that it copies (``teacher``, or ``student`` of the stage before), ``model`` for a freshly
     initialised network, ``new`` for one that the objective makes (a discriminator), or ``keep`` to go on with what the
-    role was; ``whole`` makes it a copy even where the run has adapters. The learning rate is warmed up linearly over
+    role was; ``full_finetune`` makes it a copy even where the run has adapters. The learning rate is warmed up linearly over
     ``warmup`` updates and then constant, or falls to zero as a cosine over the updates that the stage gives the role.
     """
 
     init: str = "teacher"
-    whole: bool = False
+    full_finetune: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(0, ge=0)
-    decay: Literal["constant", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "cosine"] = "constant"
     ema: float = Field(0.0, ge=0, lt=1)
 
 
@@ -89,7 +122,7 @@ def learning_rate(config: RoleConfig, updates: int) -> Callable[[int], float]:
     def factor(n: int) -> float:
         warm = min(1.0, (n + 1) / (config.warmup + 1))
         return warm * (
-            0.5 + 0.5 * math.cos(math.pi * min(1.0, n / max(1, updates))) if config.decay == "cosine" else 1.0
+            0.5 + 0.5 * math.cos(math.pi * min(1.0, n / max(1, updates))) if config.lr_schedule == "cosine" else 1.0
         )
 
     return factor
@@ -102,7 +135,7 @@ def make_role(module: nn.Module, config: RoleConfig) -> Role:
     optimizer = adamw(module.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     for group in optimizer.param_groups:
         group["initial_lr"] = config.lr
-    return Role(module, optimizer, decay=config.ema)
+    return Role(module, optimizer, ema_decay=config.ema)
 
 
 def enter_stage(
@@ -123,10 +156,10 @@ def enter_stage(
             )
         return before[name]
 
-    def duplicate(role: Role, whole: bool = False) -> nn.Module:
+    def duplicate(role: Role, full_finetune: bool = False) -> nn.Module:
         with role.averaged():
             module = role.module
-            if not whole or not isinstance(module, Denoiser) or not isinstance(module.backbone, AdapterView):
+            if not full_finetune or not isinstance(module, Denoiser) or not isinstance(module.backbone, AdapterView):
                 return copy.deepcopy(module)
             network = module.backbone.merged().requires_grad_(True)
             return Denoiser(network, module.schedule, module.kind, style=module.style).eval()
@@ -142,5 +175,5 @@ def enter_stage(
                 raise UserError(f"The objective makes no network {name!r}{nearest(name, networks)}; init is wrong.")
             roles[name] = make_role(networks[name], config)
         else:
-            roles[name] = make_role(duplicate(source(config.init, name), config.whole), config)
+            roles[name] = make_role(duplicate(source(config.init, name), config.full_finetune), config)
     return roles

@@ -9,30 +9,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.distill.data import Batch
-from fewstep.distill.draws import Draws
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill.data.batch import Batch
 from fewstep.distill.roles import Roles
 from fewstep.models.condition import Condition
-from fewstep.models.store import FewStep
+from fewstep.models.model_config import FewStep
 
 
 @dataclass(frozen=True)
-class Due:
-    """The steps at which an update happens: ``start + offset, start + offset + every, ...``."""
+class Every:
+    """The steps 0, n, 2n, ... at which an update is due."""
 
-    every: int = 1
-    offset: int = 0
-    start: int = 0
+    n: int = 1
 
     def count(self, first: int, last: int) -> int:
         """How often it is due in ``first`` .. ``last - 1``."""
         return sum(self(step) for step in range(first, last))
 
     def __call__(self, step: int) -> bool:
-        return step >= self.start and (step - self.start) % self.every == self.offset
+        return step % self.n == 0
 
 
-class Term(NamedTuple):
+class LossTerm(NamedTuple):
     """A named scalar loss. The loop back-propagates it before it asks for the next one."""
 
     name: str
@@ -40,50 +38,48 @@ class Term(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Anchor:
-    """The student's sample as a method sees it.
+class StudentSample:
+    """The student's sample as an objective sees it.
 
-    ``x`` [B, ...] at noise level ``s`` [B] (0 is clean) is what must have the teacher's law and what is re-noised;
-    ``handle`` is the tensor that is pulled (``x`` itself or the ``x0`` it came from); ``t_in`` [B] is the time at which
-    the student was read; ``mask`` (broadcastable to ``x``) marks what counts; ``noise`` is the noise that the student's
-    prediction implies, without a graph.
+    ``x`` [B, ...] at noise level ``level`` [B] (0 is clean) must have the teacher's law and is what is re-noised.
+    ``output`` is the tensor that receives the gradient: ``x`` itself or the ``x0`` it came from. ``t_student`` [B] is
+    the time at which the student was evaluated; ``noise`` the noise that its prediction implies, without a graph.
     """
 
     x: Tensor
-    s: Tensor
-    handle: Tensor
-    t_in: Tensor
+    level: Tensor
+    output: Tensor
+    t_student: Tensor
     condition: Condition
-    mask: Tensor | None = None
     noise: Tensor | None = None
 
-    def leaves(self, graph: bool) -> Anchor:
-        """The same values cut off from the graph they came from; with ``graph``, as leaves that collect gradients."""
+    def leaves(self, graph: bool) -> StudentSample:
+        """The same values detached from their graph; with ``graph``, as leaves that collect gradients."""
         x = self.x.detach().requires_grad_(graph)
-        handle = x if self.handle is self.x else self.handle.detach().requires_grad_(graph)
-        return replace(self, x=x, handle=handle)
+        output = x if self.output is self.x else self.output.detach().requires_grad_(graph)
+        return replace(self, x=x, output=output)
 
 
-Rollout = Callable[["Micro"], Anchor]
+Rollout = Callable[["MicroBatch"], StudentSample]
 
 
 @dataclass
-class Micro:
-    """One micro-shard of one update: its batches by source name, its draws, its sample, and its notes.
+class MicroBatch:
+    """One micro-batch of one update: batches by source name, random numbers, the student's sample, and metrics.
 
-    ``sample`` is the anchor of the objective's rollout: the same for every update of a step, with gradients in the one
-    that trains the student and without in the others. Its graph is cut at the anchor: terms may be back-propagated one
-    by one, each freeing its memory, and ``finish`` carries what they collected into the student once.
+    ``sample`` is the result of the objective's rollout: the same for every update of a step, with gradients in the one
+    that trains the student and without in the others. Its graph is cut there: terms may be back-propagated one by one,
+    each freeing its memory, and ``finish`` carries the collected gradients into the student once.
     """
 
     batches: Mapping[str, Batch]
-    draws: Draws
+    random: KeyedRandom
     step: int
     roles: Roles
     rollout: Rollout | None = None
-    kept: dict[str, Anchor] = field(default_factory=dict)
-    notes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _source: Anchor | None = None
+    shared: dict[str, StudentSample] = field(default_factory=dict)  # by all updates of a step
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _source: StudentSample | None = None
 
     @property
     def batch(self) -> Batch:
@@ -91,39 +87,40 @@ class Micro:
         return self.batches["data"]
 
     @property
-    def sample(self) -> Anchor:
-        if self.rollout is None:
-            raise ValueError("this objective has no rollout, so its terms have no sample")
+    def sample(self) -> StudentSample:
         graph = self.roles.is_updating("student") and torch.is_grad_enabled()
         if graph and self._source is None:
-            seed, step, _, shard = self.draws.key
-            with_own_draws = replace(self, draws=Draws(seed, step, "rollout", shard, self.draws.device))
-            self._source = self.rollout(with_own_draws)
-            self.kept["graph"] = self._source.leaves(True)
-            self.kept["plain"] = self._source.leaves(False)
-        if not graph and "plain" not in self.kept:
-            seed, step, _, shard = self.draws.key
-            with_own_draws = replace(self, draws=Draws(seed, step, "rollout", shard, self.draws.device))
+            self._source = self._run_rollout()
+            self.shared["graph"] = self._source.leaves(True)
+            self.shared["plain"] = self._source.leaves(False)
+        if not graph and "plain" not in self.shared:
             with torch.no_grad():
-                self.kept["plain"] = self.rollout(with_own_draws).leaves(False)
-        return self.kept["graph" if graph else "plain"]
+                self.shared["plain"] = self._run_rollout().leaves(False)
+        return self.shared["graph" if graph else "plain"]
+
+    def _run_rollout(self) -> StudentSample:
+        """The rollout with random numbers of its own, so that every update of the step gets the same sample."""
+        if self.rollout is None:
+            raise ValueError("this objective has no rollout, so its terms have no sample")
+        seed, step, _, shard = self.random.key
+        return self.rollout(replace(self, random=KeyedRandom(seed, step, "rollout", shard, self.random.device)))
 
     def finish(self, parameters: list[torch.nn.Parameter]) -> None:
         """Back-propagates what the terms left on the sample's leaves through the rollout."""
         if self._source is None:
             return
-        leaf = self.kept.pop("graph")
-        ends = {self._source.x: leaf.x.grad, self._source.handle: leaf.handle.grad}
+        leaf = self.shared.pop("graph")
+        ends = {self._source.x: leaf.x.grad, self._source.output: leaf.output.grad}
         used = [(tensor, grad) for tensor, grad in ends.items() if grad is not None]
         if used:
             torch.autograd.backward([t for t, _ in used], [g for _, g in used], inputs=parameters)
         self._source = None
 
-    def note(self, name: str, value: Tensor, among: Tensor | None = None) -> None:
-        """Records a diagnostic: what is logged is ``sum(value) / sum(among)`` over all shards, by default the mean."""
+    def log(self, name: str, value: Tensor, count: Tensor | None = None) -> None:
+        """Records a metric: what is logged is ``sum(value) / sum(count)`` over all shards, by default the mean."""
         value = value.detach().float()
-        among = torch.ones_like(value) if among is None else among.detach().to(value)
-        self.notes[name] = value.sum(), among.sum()
+        count = torch.ones_like(value) if count is None else count.detach().to(value)
+        self.metrics[name] = value.sum(), count.sum()
 
 
 @dataclass(frozen=True)
@@ -133,9 +130,9 @@ class Update:
 
     name: str
     roles: tuple[str, ...]
-    terms: Callable[[Micro], Iterator[Term]]
-    due: Due = Due()
-    after: Callable[[Draws], None] | None = None
+    terms: Callable[[MicroBatch], Iterator[LossTerm]]
+    due: Every = Every()
+    after: Callable[[KeyedRandom], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.errors import UserError
-from fewstep.pictures import PICTURES, VIDEOS, read_video
+from fewstep.core.errors import UserError
+from fewstep.core.image_files import PICTURES, VIDEOS, read_video
 
 ARCHIVES = (".zip", ".tar", ".npz")
 GREYS, COLOURS = ("1", "L"), ("RGB", "P", "CMYK", "YCbCr", "LAB", "HSV")
@@ -187,7 +187,7 @@ def _span(file: Path, offset: int, size: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class InMemoryImages:
     """Images that are there already, in parts uint8 [N, C, H, W] (or videos), as an ``ImageSet`` gives them."""
 
     parts: Iterable[Tensor]

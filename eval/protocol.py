@@ -7,12 +7,12 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
-from fewstep.errors import UserError, nearest
+from fewstep.core.errors import UserError, nearest
+from fewstep.core.files import read_prompts
 from fewstep.eval.images import Crop, Filter, ImageSet
-from fewstep.eval.metrics import METRICS, Metric
+from fewstep.eval.metrics.registry import METRICS, Metric
 from fewstep.eval.networks.inception import Mode
 from fewstep.eval.references import references
-from fewstep.models.hub.encoded import read_prompts
 
 PROTOCOLS = Path(__file__).parents[1] / "configs" / "eval"
 
@@ -42,9 +42,9 @@ class Protocol(BaseModel):
         for name in self.metrics:
             if name not in METRICS:
                 raise ValueError(f"unknown metric {name!r}{nearest(name, METRICS)}")
-        if not self.metrics and not self.embedded:
+        if not self.metrics and not self.bundled:
             raise ValueError("metrics are needed, or an embedded reference")
-        if self.embedded and (self.metrics or self.captions or self.size or self.frames):
+        if self.bundled and (self.metrics or self.captions or self.size or self.frames):
             raise ValueError(f"the embedded reference {self.reference!r} has metrics and conditions of its own")
         for name in self.metrics:
             if METRICS[name].reference and self.reference is None:
@@ -60,7 +60,7 @@ class Protocol(BaseModel):
         return self
 
     @property
-    def embedded(self) -> bool:
+    def bundled(self) -> bool:
         return self.reference in references()
 
     @property

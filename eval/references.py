@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError, nearest
-from fewstep.eval.classifier import WEIGHTS, accuracy, save_classifier, train_classifier
-from fewstep.eval.features import REFERENCE, ClassifierFeatures, extract
-from fewstep.eval.frechet import Statistics, frechet_distance
-from fewstep.models.store import read_tensors, reserve, write_tensors
+from fewstep.core.errors import UserError, nearest
+from fewstep.core.files import check_writable, read_tensors, write_tensors
+from fewstep.eval.metrics.frechet import Statistics, frechet_distance
+from fewstep.eval.networks.classifier import WEIGHTS, accuracy, save_classifier, train_classifier
+from fewstep.eval.networks.features import REFERENCE, ClassifierFeatures, extract
 
 Split = Literal["test", "train"]
 
@@ -76,7 +76,7 @@ def build_reference(
 ) -> dict[str, float]:
     """Trains the classifier on ``train`` and writes the reference folder. Returns accuracy and the distance of ``size``
     training images from the test images, which is what a perfect generator would score."""
-    reserve(folder / WEIGHTS)
+    check_writable(folder / WEIGHTS)
     network = train_classifier(*train, epochs=epochs, seed=seed, progress=progress)
     record = {"epochs": epochs, "seed": seed, "test_accuracy": accuracy(network, *test)}
     save_classifier(network, folder, name=name, shape=tuple(train[0].shape[1:]), training=record)  # type: ignore[arg-type]

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from fewstep.distill.config import ValidationConfig
-from fewstep.eval.draw import How, draw, draw_from
-from fewstep.eval.features import extract
-from fewstep.eval.frechet import Statistics, frechet_distance
-from fewstep.eval.pictures import grid, save_picture
+from fewstep.core.image_files import to_bytes
+from fewstep.core.image_grid import grid, save_picture
+from fewstep.eval.metrics.frechet import Statistics, frechet_distance
+from fewstep.eval.networks.features import extract
 from fewstep.eval.references import Reference
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.store import Model, ModelConfig
-from fewstep.pictures import to_bytes
+from fewstep.models.loading import Model
+from fewstep.models.model_config import ModelConfig
+from fewstep.samplers.generate import generate
+from fewstep.samplers.plan import SamplingConfig
 
 SHOWN = 80
 SEED = 1_000_000_007  # far from the seeds that people give, so that validation noise is never evaluation noise
@@ -27,15 +28,15 @@ SEED = 1_000_000_007  # far from the seeds that people give, so that validation 
 class Validation:
     """Called by the run with its student (averaged weights in place); writes ``samples/`` and returns the distance."""
 
-    settings: ValidationConfig
+    sampling: SamplingConfig
+    n: int
     reference: Reference
     folder: Path
 
     def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> float:
         model = Model(denoiser=student, config=config, path=self.folder)
-        s = self.settings
-        labels = model.labels(s.n)
-        samples = draw(model, labels, How(s.solver, s.steps, s.guidance, seed=SEED))
+        labels = model.labels(self.n)
+        samples = generate(model, labels, replace(self.sampling, seed=SEED))
         images = to_bytes(samples.x0)
         columns = max(1, SHOWN // config.classes)
         shown = torch.cat([images[labels == label][:columns] for label in range(config.classes)])
@@ -48,18 +49,18 @@ class Validation:
 class PromptValidation:
     """The same for a pipeline's student: pictures of prompts spread over all, one noise each, and no score."""
 
-    settings: ValidationConfig
+    sampling: SamplingConfig
+    images: int
     pipeline: PipelineFolder
     prompts: EncodedPrompts
     folder: Path
 
     def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> None:
         model = Model(denoiser=student, config=config, path=self.folder)
-        s = self.settings
-        count = min(s.pictures, len(self.prompts))
+        count = min(self.images, len(self.prompts))
         numbers = [k * len(self.prompts) // count for k in range(count)]
         condition = self.prompts(torch.tensor(numbers)).to(model.device)
-        samples = draw_from(model, condition, numbers, How(s.solver, s.steps, s.guidance, seed=SEED), batch=4)
+        samples = generate(model, condition, replace(self.sampling, seed=SEED), numbers=numbers, batch=4)
         pictures = self.pipeline.pictures(self.pipeline.pipeline(), samples.x0)
         if pictures.ndim == 5:
             pictures = pictures.flatten(0, 1)  # a video is a row of frames

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.errors import UserError
+from fewstep.core.errors import UserError
+from fewstep.core.torchvision_compat import prepare_torchvision
+from fewstep.models.backbone import Backbone
 from fewstep.models.condition import Condition
-from fewstep.models.hub.family import HubBackbone
-from fewstep.torchvision_cure import cure_torchvision
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.model_config import Lora
 
 
 def share(base: nn.Module, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int = 0) -> AdapterView:
@@ -37,16 +39,33 @@ def share(base: nn.Module, *, rank: int, alpha: float, targets: str | Sequence[s
     return AdapterView(_Shared(base, rank, alpha, targets, seed), ())
 
 
-def checkpoint_gradients(backbone: nn.Module) -> None:
-    """Makes a diffusers network recompute its blocks in the backward pass instead of keeping their activations.
+def share_network(denoiser: Denoiser, rank: int, alpha: float | None, targets: Sequence[str] | None) -> Lora:
+    """Freezes the network of ``denoiser``, which becomes the view of it without a LoRA set; its copies are adapters.
 
-    Copies made afterwards do so, too. Raises ``UserError`` for a network that cannot.
+    A network that already has an adapter is merged first. Returns the settings with defaults filled in: ``alpha`` is
+    the rank, ``targets`` the network's own ``lora_targets``. Raises ``UserError`` if these are unknown.
     """
-    inner = backbone.shared_network if isinstance(backbone, AdapterView) else backbone
-    if not isinstance(inner, HubBackbone):
-        raise UserError("gradient_checkpointing is for diffusers pipelines; this network keeps its activations.")
-    function = backbone.checkpoint if isinstance(backbone, AdapterView) else _recompute
-    inner.network.enable_gradient_checkpointing(function)
+    network = denoiser.backbone
+    if isinstance(network, AdapterView):
+        network = network.merged()
+    if targets is None:
+        targets = network.lora_targets if isinstance(network, Backbone) else ()
+        if not targets:
+            raise UserError(f"Which layers of a {type(network).__name__} should LoRA adapt? Set adapters.targets.")
+    lora = Lora(rank=rank, alpha=alpha or rank, targets=tuple(targets))
+    denoiser.backbone = share(network, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    return lora
+
+
+def checkpoint_gradients(backbone: nn.Module) -> None:
+    """Makes a network, and copies made later, recompute its blocks in the backward pass instead of storing activations.
+
+    Raises ``UserError`` for a network that does not support it.
+    """
+    network = backbone.shared_network if isinstance(backbone, AdapterView) else backbone
+    if not isinstance(network, Backbone):
+        raise UserError(f"gradient_checkpointing is not supported by {type(network).__name__}.")
+    network.checkpoint_gradients(backbone.checkpoint if isinstance(backbone, AdapterView) else _recompute)
 
 
 def _recompute(function: Callable[..., Any], *args: Any) -> Any:
@@ -154,7 +173,7 @@ class _Shared:
 
     def add(self) -> str:
         """Injects one more set and returns its name."""
-        cure_torchvision()
+        prepare_torchvision()
         try:
             from peft import LoraConfig, inject_adapter_in_model
             from peft.tuners.tuners_utils import BaseTunerLayer

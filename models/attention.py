@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.errors import UserError
+from fewstep.core.errors import UserError
 from fewstep.models.hub.family import HubBackbone
 
 Backend = Literal["sdpa", "flash", "cudnn", "efficient", "math", "xformers", "flex"]
@@ -79,12 +79,14 @@ def set_attention(backbone: nn.Module, backend: Backend, device: torch.device) -
     if isinstance(backbone, HubBackbone):
         backbone.network.set_attention_backend(DIFFUSERS[backend])
         return
-    for module in backbone.modules():
-        if isinstance(module, Attends):
-            module.backend = backend
+    layers = [module for module in backbone.modules() if isinstance(module, AttentionLayer)]
+    if not layers:
+        raise UserError(f"attention: {backend} has no effect on a {type(backbone).__name__}; remove the setting.")
+    for layer in layers:
+        layer.backend = backend
 
 
-class Attends(nn.Module):
+class AttentionLayer(nn.Module):
     """Base of our own attention layers: which backend they use."""
 
     backend: Backend = "sdpa"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.models.backbone import Backbone
 from fewstep.models.condition import Condition
 from fewstep.models.prediction import KINDS, Coefficients, Kind, Prediction
 from fewstep.models.schedules import NoiseSchedule
@@ -37,9 +38,15 @@ def expand_like(t: Tensor, x: Tensor) -> Tensor:
 AUTO = "auto"
 
 
-def spelt_out(taps: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:
-    """``taps`` with ``own``, those that suit the kind of network, in the place of ``auto``."""
-    return tuple(dict.fromkeys(path for tap in taps for path in (own if tap == AUTO else (tap,))))
+def resolve_feature_layers(requested: Sequence[str], network: nn.Module) -> tuple[str, ...]:
+    """``requested`` module paths, where ``auto`` stands for the ``feature_layers`` of ``network``.
+
+    Raises ``ValueError`` if the network has none.
+    """
+    own = tuple(network.feature_layers) if isinstance(network, Backbone) else ()
+    if AUTO in requested and not own:
+        raise ValueError(f"a {type(network).__name__} has no default feature layers; set feature_layers")
+    return tuple(dict.fromkeys(path for layer in requested for path in (own if layer == AUTO else (layer,))))
 
 
 _features: ContextVar[dict[str, Tensor] | None] = ContextVar("features", default=None)
@@ -84,7 +91,7 @@ class Denoiser(nn.Module):
         backbone: nn.Module,
         schedule: NoiseSchedule,
         kind: Kind = "velocity",
-        taps: Sequence[str] = (),
+        feature_layers: Sequence[str] = (),
         style: GuidanceStyle = PLAIN,
     ) -> None:
         super().__init__()
@@ -94,11 +101,18 @@ class Denoiser(nn.Module):
         self.schedule = schedule
         self.kind: Kind = kind
         self.style = style
-        for path in taps:
+        self.record_features(feature_layers)
+
+    def record_features(self, layers: Sequence[str]) -> None:
+        """Makes predictions carry the outputs of these layers (paths, or ``auto``) of the backbone as ``features``.
+
+        Raises ``ValueError`` if there is no such module, or if ``auto`` is unknown for this network.
+        """
+        for path in resolve_feature_layers(layers, self.backbone):
             try:
-                backbone.get_submodule(path).register_forward_hook(partial(_record, path))
+                self.backbone.get_submodule(path).register_forward_hook(partial(_record, path))
             except AttributeError as error:
-                raise ValueError(f"no module {path!r} to tap: {error}") from error
+                raise ValueError(f"no module {path!r} to read features from: {error}") from error
 
     def forward(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Prediction:
         times = batch_times(t, x_t)

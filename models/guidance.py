@@ -9,20 +9,16 @@ import torch
 from torch import Tensor
 
 from fewstep.models.condition import Condition
-from fewstep.models.denoiser import Denoiser, batch_times, expand_like
+from fewstep.models.denoiser import Denoiser, batch_times
 from fewstep.models.prediction import Prediction
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """``scale`` w (below 0 pushes away from the condition: SiD's anti-guidance), used for times within ``interval``
-    (Kynkäänniemi et al., 2404.07724). ``rescale`` in [0, 1] moves the standard deviation of the result back to the
-    conditional one's (Lin et al., 2305.08891). How the
-    scale is applied is the model's own ``GuidanceStyle``."""
+    """``scale`` w; below 0 pushes away from the condition (SiD's anti-guidance). How the scale is applied is the model's
+    own ``GuidanceStyle``."""
 
     scale: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
-    rescale: float = 0.0
 
 
 OFF = Guidance()
@@ -55,20 +51,7 @@ def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor | float, condition: Conditi
     times = batch_times(t, x_t)
     both = denoiser(torch.cat([x_t, x_t]), torch.cat([times, times]), Condition.cat(condition, condition.null()))
     cond, null = both.split(x_t.shape[0])
-    out = combine(cond, null, times, guidance)
+    out = cond.with_raw(null.raw + guidance.scale * (cond.raw - null.raw))
     if denoiser.style.finish is not None:
         out = out.with_raw(denoiser.style.finish(cond.raw, out.raw))
     return Guided(cond, null, out)
-
-
-def combine(cond: Prediction, null: Prediction, t: Tensor, guidance: Guidance) -> Prediction:
-    """The guided prediction from its two parts at times ``t`` (see ``Guidance``)."""
-    low, high = guidance.interval
-    inside = (t >= low) & (t <= high)
-    scale = expand_like(torch.where(inside, guidance.scale, 1.0), cond.raw).to(cond.raw)
-    raw = null.raw + scale * (cond.raw - null.raw)
-    if guidance.rescale:
-        axes = tuple(range(1, raw.ndim))
-        matched = raw * (cond.raw.std(axes, keepdim=True) / raw.std(axes, keepdim=True))
-        raw = torch.lerp(raw, matched, guidance.rescale)
-    return cond.with_raw(raw)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-class Waiting:
+class OffloadedModule:
     """A frozen network's weights in host memory; ``fetch`` copies them to ``device``, ``release`` drops the copy."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fewstep.errors import UserError
+from fewstep.core.errors import UserError
 
 Bits = Literal["int8", "nf4"]
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.models.attention import Attends, attention
+from fewstep.models.attention import AttentionLayer, attention
+from fewstep.models.backbone import Backbone
 from fewstep.models.condition import Condition
 
 
@@ -46,7 +47,7 @@ class Block(nn.Module):
         return x + residual
 
 
-class Attention(Attends):
+class Attention(AttentionLayer):
     """Residual self-attention over the positions of a feature map [B, C, H, W]."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -65,7 +66,7 @@ class Attention(Attends):
         return x + mixed
 
 
-class UNet(nn.Module):
+class UNet(Backbone):
     """Backbone ``(x_t [B, C, H, W], t [B], condition) -> [B, C, H, W]``; reads ``condition["labels"]`` if ``classes``.
 
     ``widths`` and ``blocks`` give one entry a resolution, finest first; the last is the middle and has the attention.
@@ -74,8 +75,12 @@ class UNet(nn.Module):
     discriminator reads.
     """
 
-    TARGETS: ClassVar[tuple[str, ...]] = ("conv1", "conv2", "modulation", "qkv", "out", "time.0", "time.2")
-    TAPS: ClassVar[tuple[str, ...]] = ("mid.1",)
+    lora_targets = ("conv1", "conv2", "modulation", "qkv", "out", "time.0", "time.2")
+    feature_layers = ("mid.1",)
+
+    @classmethod
+    def build(cls, shape: tuple[int, ...], classes: int, **settings: Any) -> Self:
+        return cls(channels=shape[0], classes=classes, **settings)
 
     def __init__(
         self,
@@ -137,7 +142,7 @@ class UNet(nn.Module):
         out: Tensor = F.pixel_shuffle(self.leave(h), self.patch)
         return out
 
-    def for_step_counts(self, most: int) -> UNet:
+    def with_step_counts(self, most: int) -> UNet:
         """A copy that also reads ``condition["steps"]`` in 1..most, and computes the same until it learns otherwise."""
         copied = copy.deepcopy(self)
         copied.steps = step_embedding(most, self.time[-1].out_features).to(self.enter.weight)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.samplers.exponential import Known, advance
+from fewstep.samplers.exponential import HistoryEntry, advance
 from fewstep.samplers.grids import Node
 from fewstep.samplers.predictor import Predictor
 
@@ -63,7 +63,7 @@ def through(
 
 def ddim_step(predict: Predictor) -> StepFunction:
     """One step of first order."""
-    return lambda x, s, t: advance(x, s, t, [Known(s, predict(x, s.t))])
+    return lambda x, s, t: advance(x, s, t, [HistoryEntry(s, predict(x, s.t))])
 
 
 def midpoint_step(predict: Predictor) -> StepFunction:

@@ -19,8 +19,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from fewstep.errors import UserError
-from fewstep.samplers.exponential import Known
+from fewstep.core.errors import UserError
+from fewstep.samplers.exponential import HistoryEntry
 from fewstep.samplers.multistep import Compensate, states
 from fewstep.samplers.predictor import Predictor
 from fewstep.samplers.unipc import unipc, unipc_steps
@@ -38,7 +38,7 @@ class Shifted(NamedTuple):
         raise NotImplementedError("DC-Solver works on x0")
 
 
-def shifted(known: Sequence[Known], rho: float) -> Known:
+def shifted(known: Sequence[HistoryEntry], rho: float) -> HistoryEntry:
     """The newest of three values in the place of which the others let one think at ``rho t_0 + (1 - rho) t_1``."""
     times = [value.node.t for value in known[:3]]
     at = rho * times[0] + (1 - rho) * times[1]
@@ -50,13 +50,13 @@ def shifted(known: Sequence[Known], rho: float) -> Known:
                 share = share * (at - other) / (times[k] - other)
         total = share * value.said.x0 if total is None else total + share * value.said.x0
     assert total is not None
-    return Known(known[0].node, Shifted(total))
+    return HistoryEntry(known[0].node, Shifted(total))
 
 
 def compensation(ratios: Sequence[float]) -> Compensate:
     """``ratios[i]`` for step i; those of the first two steps are not used."""
 
-    def compensate(i: int, known: Sequence[Known]) -> Known:
+    def compensate(i: int, known: Sequence[HistoryEntry]) -> HistoryEntry:
         return known[0] if i < FIRST or ratios[i] == 1 else shifted(known, ratios[i])
 
     return compensate

@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from fewstep.samplers.dpm_solver_pp import between, inner_node
-from fewstep.samplers.exponential import Known, advance
+from fewstep.samplers.exponential import HistoryEntry, advance
 from fewstep.samplers.predictor import Predictor
 
 
@@ -16,16 +16,16 @@ def dpm_solver(predict: Predictor, x: Tensor, times: Sequence[float], *, order: 
     """``order`` evaluations a step, at equal distances in log-SNR; the steps from alpha = 0 and to sigma = 0, where the
     log-SNR is infinite, are of order one."""
     for s, t in pairwise(predict.nodes(times)):
-        at_s = Known(s, predict(x, s.t))
+        at_s = HistoryEntry(s, predict(x, s.t))
         if order == 1 or not between(s, t):
             x = advance(x, s, t, [at_s], "noise")
         elif order == 2:
             middle = inner_node(predict, s, t, 1 / 2)
-            at_middle = Known(middle, predict(advance(x, s, middle, [at_s], "noise"), middle.t))
+            at_middle = HistoryEntry(middle, predict(advance(x, s, middle, [at_s], "noise"), middle.t))
             x = advance(x, s, t, [at_s, at_middle], "noise", "midpoint")
         else:
             first, second = inner_node(predict, s, t, 1 / 3), inner_node(predict, s, t, 2 / 3)
-            at_first = Known(first, predict(advance(x, s, first, [at_s], "noise"), first.t))
-            at_second = Known(second, predict(advance(x, s, second, [at_s, at_first], "noise"), second.t))
+            at_first = HistoryEntry(first, predict(advance(x, s, first, [at_s], "noise"), first.t))
+            at_second = HistoryEntry(second, predict(advance(x, s, second, [at_s, at_first], "noise"), second.t))
             x = advance(x, s, t, [at_s, at_second], "noise")
     return x

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fewstep.samplers.exponential import Form, Known, Noise, Relaxation, advance
+from fewstep.samplers.exponential import Form, HistoryEntry, Noise, Relaxation, advance
 from fewstep.samplers.grids import Node
 from fewstep.samplers.multistep import Step, falling_orders, multistep
 from fewstep.samplers.predictor import Predictor
@@ -41,12 +41,12 @@ def multistep_sde(
 def singlestep_pp(predict: Predictor, x: Tensor, times: Sequence[float]) -> Tensor:
     """++2S: a value half-way (in log-SNR) of every step, two evaluations; the step to sigma = 0 is ++1."""
     for s, t in pairwise(predict.nodes(times)):
-        at_s = Known(s, predict(x, s.t))
+        at_s = HistoryEntry(s, predict(x, s.t))
         if not between(s, t):
             x = advance(x, s, t, [at_s])
             continue
         middle = inner_node(predict, s, t, 0.5)
-        at_middle = Known(middle, predict(advance(x, s, middle, [at_s]), middle.t))
+        at_middle = HistoryEntry(middle, predict(advance(x, s, middle, [at_s]), middle.t))
         x = advance(x, s, t, [at_s, at_middle], "data", "midpoint")
     return x
 

@@ -24,13 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError
-from fewstep.models.store import read_tensors
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors
 from fewstep.samplers.grids import Node
 from fewstep.samplers.predictor import Predictor
 
 
-class Window(NamedTuple):
+class IntervalIntegrals(NamedTuple):
     """``exp(L_s - L_t)``, ``F`` and ``E_0 .. E_n`` of a step."""
 
     keep: Tensor
@@ -78,10 +78,10 @@ class Statistics:
         return self.log_snr.reshape(-1, *[1] * (self.l.ndim - 1))
 
     @cached_property
-    def _windows(self) -> dict[tuple[int, int, int, torch.device, torch.dtype], Window]:
+    def _windows(self) -> dict[tuple[int, int, int, torch.device, torch.dtype], IntervalIntegrals]:
         return {}
 
-    def window(self, s: int, t: int, count: int, like: Tensor) -> Window:
+    def window(self, s: int, t: int, count: int, like: Tensor) -> IntervalIntegrals:
         """The integrals of a step from node s to t (trapezoids), kept: every batch asks for the same."""
         key = s, t, count, like.device, like.dtype
         if key not in self._windows:
@@ -91,11 +91,11 @@ class Statistics:
             moments = [_integral(growth * u**k / math.factorial(k), u)[-1] for k in range(count)]
             shifted = _integral(growth * torch.exp(self.S[s]) * (self.B[part] - self.B[s]), u)[-1]
             keep = torch.exp(self.L[s] - self.L[t])
-            self._windows[key] = Window(keep.to(like), shifted.to(like), [e.to(like) for e in moments])
+            self._windows[key] = IntervalIntegrals(keep.to(like), shifted.to(like), [e.to(like) for e in moments])
         return self._windows[key]
 
 
-class Point(NamedTuple):
+class EvaluatedNode(NamedTuple):
     """A node, its number on the statistics' grid, and f there."""
 
     node: Node
@@ -117,24 +117,26 @@ def dpm_solver_v3(
     at = list(dict.fromkeys(statistics.index(n.log_snr) for n in whole if n.sigma and n.alpha))
     grid = predict.nodes(predict.schedule.time_of_log_snr(statistics.log_snr[at]).tolist())
     last = len(grid) - 1
-    known: list[Point] = []  # the newest first
+    known: list[EvaluatedNode] = []  # the newest first
     before, used = x, 0
     for i, node in enumerate(grid):
         if i == last and whole[-1].sigma:
             break  # there already
         l = statistics.l[at[i]].to(x)  # noqa: E741
-        read = Point(node, at[i], (node.sigma * predict(x, node.t).noise - l * x) / node.alpha)
+        read = EvaluatedNode(node, at[i], (node.sigma * predict(x, node.t).noise - l * x) / node.alpha)
         if correct and i and used + pseudo > 1:
             x = local(statistics, before, known[0], read, [known[0], read, *known[1:]][: used + pseudo], pseudo)
         if i == last:
             return (x - l * x) / node.alpha - read.f  # x0, of e = (alpha f + l x) / sigma
         known = [read, *known[:3]]
         before, used = x, min(order, i + 1, last - i)
-        x = local(statistics, x, read, Point(grid[i + 1], at[i + 1], read.f), known[:used], pseudo)
+        x = local(statistics, x, read, EvaluatedNode(grid[i + 1], at[i + 1], read.f), known[:used], pseudo)
     return x
 
 
-def local(stats: Statistics, x: Tensor, s: Point, t: Point, known: Sequence[Point], pseudo: bool) -> Tensor:
+def local(
+    stats: Statistics, x: Tensor, s: EvaluatedNode, t: EvaluatedNode, known: Sequence[EvaluatedNode], pseudo: bool
+) -> Tensor:
     """``x_t`` from ``x`` at ``s``, the first of ``known``, by the derivatives of g that their differences give."""
     at = s.at
     window = stats.window(at, t.at, len(known), x)

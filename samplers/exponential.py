@@ -31,7 +31,7 @@ Relaxation = Literal["none", "midpoint", "bh1", "published"]
 Noise = Callable[[], Tensor]
 
 
-class Said(Protocol):
+class ModelValue(Protocol):
     """What the model said of a state."""
 
     @property
@@ -40,11 +40,11 @@ class Said(Protocol):
     def noise(self) -> Tensor: ...
 
 
-class Known(NamedTuple):
+class HistoryEntry(NamedTuple):
     """A value of the model: where it was read, and what it said."""
 
     node: Node
-    said: Said
+    said: ModelValue
 
 
 def moments(h: float, count: int) -> list[float]:
@@ -59,7 +59,7 @@ def moments(h: float, count: int) -> list[float]:
     return found
 
 
-def form_moments(form: Form, h: float, count: int) -> list[float]:
+def integrals_of_form(form: Form, h: float, count: int) -> list[float]:
     """The integrals of a form, without its factor alpha_t or -sigma_t."""
     if form == "noise":
         return [(-1) ** (k + 1) * a for k, a in enumerate(moments(-h, count))]
@@ -111,7 +111,7 @@ def linear(s: Node, t: Node, log_snrs: tuple[float, ...], form: Form, relaxation
     count = 1 if math.isinf(h) else len(log_snrs)
     if form == "noise" and count == 1:
         form = "data"  # the same step, and defined at both ends
-    a = relaxed(form_moments(form, h, count), h, relaxation)
+    a = relaxed(integrals_of_form(form, h, count), h, relaxation)
     w = weights(a, [value - s.log_snr for value in log_snrs[:count]] if count > 1 else [0.0])
     if form == "noise":
         return Linear(t.alpha / s.alpha, tuple(-t.sigma * share for share in w), 0.0, form)
@@ -122,7 +122,7 @@ def linear(s: Node, t: Node, log_snrs: tuple[float, ...], form: Form, relaxation
 
 
 def advance(
-    x: Tensor, s: Node, t: Node, known: Sequence[Known], form: Form = "data", relaxation: Relaxation = "none",
+    x: Tensor, s: Node, t: Node, known: Sequence[HistoryEntry], form: Form = "data", relaxation: Relaxation = "none",
     noise: Noise | None = None,
 ) -> Tensor:  # fmt: skip
     """``x_t`` from ``x`` at ``s`` and the values ``known``, of which the first was read at ``s``.

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewstep.samplers.exponential import Form, Known, Noise, Relaxation, Said, advance
+from fewstep.samplers.exponential import Form, HistoryEntry, ModelValue, Noise, Relaxation, advance
 from fewstep.samplers.grids import Node
 from fewstep.samplers.predictor import Predictor
 
-Compensate = Callable[[int, Sequence[Known]], Known]
+Compensate = Callable[[int, Sequence[HistoryEntry]], HistoryEntry]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def states(
     compensate: Compensate | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The states of ``multistep`` at all nodes but the first, each as it is after its correction."""
-    walk = Walk(predict.nodes(times), steps, noise, compensate)
+    walk = MultistepState(predict.nodes(times), steps, noise, compensate)
     while not walk.done:
         corrected, following = walk.step(x, predict(x, walk.node.t))
         if walk.i > 1:
@@ -54,7 +54,7 @@ def states(
     yield x
 
 
-class Walk:
+class MultistepState:
     """A walk over nodes, told at each what the model says there."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Walk:
     ) -> None:  # fmt: skip
         self.i = 0
         self._grid, self._steps, self._noise, self._compensate = grid, steps, noise, compensate
-        self._known: list[Known] = []  # the newest first
+        self._known: list[HistoryEntry] = []  # the newest first
         self._most = max(step.order for step in steps) + 1
         self._before: Tensor | None = None  # the state, corrected, that the newest prediction started from
 
@@ -76,10 +76,10 @@ class Walk:
     def done(self) -> bool:
         return self.i == len(self._steps)
 
-    def step(self, x: Tensor, said: Said) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, said: ModelValue) -> tuple[Tensor, Tensor]:
         """The state at this node, corrected by what the model said at ``x``, and the state predicted for the next."""
         i, grid, step = self.i, self._grid, self._steps[self.i]
-        read = Known(grid[i], said)
+        read = HistoryEntry(grid[i], said)
         if self._before is not None and self._steps[i - 1].correct:
             last, known = self._steps[i - 1], self._known
             used = [known[0], read, *known[1 : min(last.order, len(known))]]

@@ -20,7 +20,7 @@ Scalars = tuple[float, float, float, float]  # alpha, sigma and their derivative
 
 
 @dataclass
-class Reading:
+class ModelOutput:
     """What the model says at ``x`` and one time: ``raw`` of kind ``kind``, and views of it. A sampler's time is one for
     the whole batch, so that its coefficients are numbers: a read costs little more than the network."""
 
@@ -71,7 +71,7 @@ class Predictor:
     def schedule(self) -> NoiseSchedule:
         return self.denoiser.schedule
 
-    def __call__(self, x: Tensor, t: float) -> Reading:
+    def __call__(self, x: Tensor, t: float) -> ModelOutput:
         if self.guidance.scale == 1.0 and not self.denoiser.style.embedded:
             raw = self.denoiser.raw(x, torch.full(x.shape[:1], t, dtype=torch.float64), self.condition)
             self.nfe += 1
@@ -79,12 +79,12 @@ class Predictor:
             guided = guide(self.denoiser, x, t, self.condition, self.guidance)
             raw = guided.out.raw
             self.nfe += 1 if guided.null is None else 2
-        reading = Reading(x, raw, self.denoiser.kind, self.scalars(t))
+        reading = ModelOutput(x, raw, self.denoiser.kind, self.scalars(t))
         if self.threshold is None:
             return reading
         size = torch.quantile(reading.x0.flatten(1).abs(), self.threshold, dim=1).clamp(min=1)
         size = size.reshape(-1, *[1] * (x.ndim - 1))
-        return Reading(x, reading.x0.clamp(-size, size) / size, "x0", reading.scalars)
+        return ModelOutput(x, reading.x0.clamp(-size, size) / size, "x0", reading.scalars)
 
     def nodes(self, times: Sequence[float]) -> list[Node]:
         """The nodes of falling ``times``; their coefficients are kept for the reads to come."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import UserError, nearest
+from fewstep.core.registry import Registry
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.schedules import NoiseSchedule
@@ -113,14 +113,20 @@ MEASURED: dict[str, Measured] = {
 }
 
 
+REGISTRY: Registry[Solver | Measured] = Registry(
+    "solver", lambda: SOLVERS | MEASURED, lambda value: isinstance(value, Solver | Measured),
+    "a fewstep.samplers.solvers.Solver",
+)  # fmt: skip
+
+
 def find_solver(name: str, steps: int, guidance: float = 1.0, folder: Path | None = None) -> Solver:
-    """A solver by name; one that was measured for a model finds that in its ``folder``. Raises ``UserError`` that names
-    the nearest that there is, or says what is missing."""
-    if known := MEASURED.get(name):
-        return Solver(known.build(folder or Path(), steps, guidance), known.order, 1, known.paper, by_log_snr=True)
-    if name not in SOLVERS:
-        raise UserError(f"Unknown solver {name!r}{nearest(name, ['student', *SOLVERS, *MEASURED])}.")
-    return SOLVERS[name]
+    """A solver by name; a ``Measured`` one reads what it needs from the model's ``folder``. Raises ``UserError`` with
+    the nearest known name, or saying which file is missing."""
+    found = REGISTRY.resolve(name)
+    if isinstance(found, Measured):
+        rule = found.build(folder or Path(), steps, guidance)
+        return Solver(rule, found.order, 1, found.paper, by_log_snr=True)
+    return found
 
 
 def described() -> list[tuple[str, str, str, str]]:

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.errors import UserError
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_metadata, read_tensors, write_tensors
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance, guide
-from fewstep.models.store import read_metadata, read_tensors, write_tensors
 from fewstep.samplers.grids import LEAST, MOST
 
 Progress = Callable[[int, int], None]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from fewstep.torchvision_cure import cure_torchvision
+from fewstep.core.torchvision_compat import prepare_torchvision
 
 torch.set_num_threads(1)
 settings.register_profile("fewstep", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("fewstep")
-cure_torchvision()  # an installed torchvision must not break the tests that import peft or diffusers
+prepare_torchvision()  # an installed torchvision must not break the tests that import peft or diffusers
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from fewstep.distill.run import Run
 from worlds import state_of, tiny_config
 
 from fewstep.distill.config import parse_config
-from fewstep.distill.loop import World
-from fewstep.distill.run import Run
+from fewstep.distill.processes import World
 
 CPU = torch.device("cpu")
 

@@ -17,13 +17,11 @@ import yaml
 from PIL import Image
 from worlds import tiny_config, tiny_teacher, write_idx
 
-from fewstep import make, measure
-from fewstep.distill import cli
+from fewstep.api.bench_objectives import entry, load_shootout
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors, write_tensors
 from fewstep.distill.config import load_config, objective_module, objective_names
-from fewstep.distill.shootout import entry, load_shootout
-from fewstep.distill.show import show
-from fewstep.errors import UserError
-from fewstep.models.store import read_tensors, write_tensors
+from fewstep.distill.explain import show
 
 
 def fewstep(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -379,7 +377,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An hour of sampling was once lost because its folder did not exist."""
-    for place in ("fewstep.eval.draw.sample", "fewstep.make.estimate", "fewstep.make.search"):
+    for place in ("fewstep.samplers.generate.sample", "fewstep.api.data.estimate", "fewstep.api.data.search"):
         monkeypatch.setattr(place, lambda *a, **k: pytest.fail("it began"))
     assert "Cannot write" in refused(capsys, *arguments, "/proc/none/x.json")
 

@@ -12,15 +12,15 @@ import typer
 from worlds import tiny_teacher
 
 import fewstep
+from fewstep.api.bench_objectives import entry, load_shootout
+from fewstep.cli.main import app
 from fewstep.distill import objectives
-from fewstep.distill.cli import app
 from fewstep.distill.config import CONFIGS, find_config, load_config, objective_names, parse_config
-from fewstep.distill.shootout import entry, load_shootout
-from fewstep.eval.frechet import frechet_distance
+from fewstep.eval.metrics.frechet import frechet_distance
 from fewstep.eval.references import load_reference
-from fewstep.eval.scores import Score, read_scores
-from fewstep.eval.sweep import at_their_best, cells, geometric_mean, read_lines
-from fewstep.eval.tables import BLOCK, refreshed
+from fewstep.eval.report.tables import BLOCK, refreshed
+from fewstep.eval.score_files import Score, read_scores
+from fewstep.eval.solver_comparison import at_their_best, cells, geometric_mean, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")), *(ROOT / "docs").glob("*.md")]

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.distill.data import Batch
-from fewstep.distill.draws import Draws
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill.data.batch import Batch
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.prediction import Kind
 from fewstep.models.schedules import NoiseSchedule, RectifiedFlow, VPDiscrete
 
 PROMPT = (5, 32)  # tokens and width of the prompt embeddings
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class StableDiffusion(nn.Module):
@@ -63,8 +63,8 @@ class Family:
     def denoiser(self, backbone: nn.Module) -> Denoiser:
         return Denoiser(backbone, self.schedule, self.kind)
 
-    def prompts(self, draws: Draws, size: int) -> Batch:
-        condition = Condition({"prompt": draws.normal((size, *PROMPT))}, {"prompt": torch.zeros(PROMPT)})
+    def prompts(self, random: KeyedRandom, size: int) -> Batch:
+        condition = Condition({"prompt": random.normal((size, *PROMPT))}, {"prompt": torch.zeros(PROMPT)})
         return Batch(size, self.shape, condition)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.files import write_tensors, write_text
 from fewstep.models.hub.encoded import Index, fingerprint
 from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.store import write_tensors, write_text
 
 WIDTH = 32  # of prompt embeddings, but SDXL's
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

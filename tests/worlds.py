@@ -6,18 +6,20 @@ import struct
 from pathlib import Path
 
 import torch
+from fewstep.distill.run import Run
 from torch import Tensor, nn
 
+from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.checkpoint import role_tensors
-from fewstep.distill.data import IDX_FILES, Batch
-from fewstep.distill.draws import Draws
+from fewstep.distill.data.batch import Batch
+from fewstep.distill.data.readers import IDX_FILES
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.run import Run
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
+from fewstep.models.model_config import ModelConfig
+from fewstep.models.saving import save_model
 from fewstep.models.schedules import NoiseSchedule, RectifiedFlow, VPLinear
-from fewstep.models.store import ModelConfig, save_model
 from fewstep.samplers.predictor import Predictor
 
 FLOW = RectifiedFlow()
@@ -86,7 +88,7 @@ class Points:
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions
 
-    def __call__(self, draws: Draws, size: int) -> Batch:
+    def __call__(self, random: KeyedRandom, size: int) -> Batch:
         return Batch(size, (self.dimensions,), Condition())
 
 

@@ -16,7 +16,7 @@ squares carry no 1/2 and no gradient runs through x'. The paper's CFG factor a =
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -24,15 +24,15 @@ from torch import Tensor
 from fewstep.distill import health, matching
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles, blend
-from fewstep.distill.rollouts import noised, random_ode
-from fewstep.distill.stage import MatchingConfig
-from fewstep.distill.update import Anchor, Due, Micro, Objective, Term, Update
+from fewstep.distill.rollouts import add_noise, random_time_rollout
+from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
 from fewstep.models.guidance import Guidance
-from fewstep.models.store import FewStep
+from fewstep.models.model_config import FewStep
 from fewstep.samplers.grids import time_uniform
 
 
-class Config(MatchingConfig):
+class CDM(MatchingConfig):
     published: ClassVar = {
         "guidance": "8 (the text's a = 7)",
         "shift": "the model's (3 for SD3), in sampling",
@@ -44,7 +44,6 @@ class Config(MatchingConfig):
         "student.lr": "1e-5",
         "fake.lr": "5e-6",
     }
-    name: Literal["cdm"] = "cdm"
     steps: int = Field(4, ge=1)  # of sampling; training has no grid
     shift: float = Field(1.0, gt=0)  # of sampling; the published ``inner`` suits a shift of 3
     guidance: float = 8.0
@@ -56,52 +55,58 @@ class Config(MatchingConfig):
     off_trajectory: float = Field(1.0, ge=0)
     t_range: tuple[float, float] = (0.02, 0.98)
 
+    def build(self, roles: Roles, stage: StageContext) -> Objective:
+        schedule = roles.denoiser("teacher").schedule
+        guidance = Guidance(self.guidance)
+        low, high = self.t_range
 
-def build(config: Config, roles: Roles) -> Objective:
-    schedule = roles.denoiser("teacher").schedule
-    guidance = Guidance(config.guidance)
-    low, high = config.t_range
+        def moved(x: Tensor, direction: Tensor, reference: Tensor) -> Tensor:
+            return 2 * matching.surrogate_loss(x, direction, matching.l1_weight(x, reference, self.floor))
 
-    def moved(x: Tensor, direction: Tensor, reference: Tensor) -> Tensor:
-        return 2 * matching.pull(x, direction, matching.l1_weight(x, reference, config.floor))
+        def augmentation(micro: MicroBatch, sample: StudentSample) -> Tensor:
+            t = low + micro.random.uniform(len(sample.level)) * (sample.t_student.clamp(low, high) - low)
+            x_t, _ = matching.renoise(schedule, sample, t, micro.random)
+            T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
+            return moved(sample.output, T.out.x0 - T.cond.x0, T.cond.x0)
 
-    def augmentation(m: Micro, a: Anchor) -> Tensor:
-        t = low + m.draws.uniform(len(a.s)) * (a.t_in.clamp(low, high) - low)
-        x_t, _ = matching.renoise(schedule, a, t, m.draws)
-        T = roles.read("teacher", x_t.detach(), t, a.condition, guidance=guidance)
-        return moved(a.handle, T.out.x0 - T.cond.x0, T.cond.x0)
+        def distribution(micro: MicroBatch, sample: StudentSample) -> Tensor:
+            t = micro.random.uniform(len(sample.level), low, high)
+            x_t, n = matching.renoise(schedule, sample, t, micro.random)
+            T = roles.predict("teacher", x_t.detach(), t, sample.condition)
+            F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
+            if sample is micro.sample:  # the fake does not learn what lies off the trajectory
+                health.observe(micro, schedule, sample, t, n, T, F)
+            return moved(sample.output, T.out.x0 - F, T.out.x0)
 
-    def distribution(m: Micro, a: Anchor) -> Tensor:
-        t = m.draws.uniform(len(a.s), low, high)
-        x_t, n = matching.renoise(schedule, a, t, m.draws)
-        T = roles.read("teacher", x_t.detach(), t, a.condition)
-        F = roles.read("fake", x_t.detach(), t, a.condition).out.x0
-        if a is m.sample:  # the fake does not learn what lies off the trajectory
-            health.observe(m, schedule, a, t, n, T, F)
-        return moved(a.handle, T.out.x0 - F, T.out.x0)
+        def student(micro: MicroBatch) -> Iterator[LossTerm]:
+            sample = micro.sample
+            yield LossTerm("ca", augmentation(micro, sample))
+            yield LossTerm("dm", distribution(micro, sample))
+            if self.off_trajectory:
+                t = micro.random.uniform(len(sample.level), low, high, "off_trajectory")
+                assert sample.noise is not None
+                x = add_noise(schedule, sample.output.detach(), sample.noise, t)
+                x0 = roles.predict("student", x, t, sample.condition).out.x0
+                yield LossTerm(
+                    "cdm",
+                    self.off_trajectory * distribution(micro, StudentSample(x0, sample.level, x0, t, sample.condition)),
+                )
 
-    def student(m: Micro) -> Iterator[Term]:
-        a = m.sample
-        yield Term("ca", augmentation(m, a))
-        yield Term("dm", distribution(m, a))
-        if config.off_trajectory:
-            t = m.draws.uniform(len(a.s), low, high, "off_trajectory")
-            assert a.noise is not None
-            x = noised(schedule, a.handle.detach(), a.noise, t)
-            x0 = roles.read("student", x, t, a.condition).out.x0
-            yield Term("cdm", config.off_trajectory * distribution(m, Anchor(x0, a.s, x0, t, a.condition)))
+        def fake(micro: MicroBatch) -> Iterator[LossTerm]:
+            sample = micro.sample
+            t = micro.random.uniform(len(sample.level), low, high)
+            x_t, n = matching.renoise(schedule, sample, t, micro.random)
+            yield LossTerm(
+                "critic", denoising_loss(roles.predict("fake", x_t, t, sample.condition).out, schedule, sample, t, n)
+            )
 
-    def fake(m: Micro) -> Iterator[Term]:
-        a = m.sample
-        t = m.draws.uniform(len(a.s), low, high)
-        x_t, n = matching.renoise(schedule, a, t, m.draws)
-        yield Term("critic", denoising_loss(roles.read("fake", x_t, t, a.condition).out, schedule, a, t, n))
-
-    return Objective(
-        updates=(
-            Update("fake", ("fake",), fake, after=lambda draws: blend(roles["fake"], roles["student"], config.blend)),
-            Update("student", ("student",), student, Due(every=config.critic_updates)),
-        ),
-        rollout=lambda m: random_ode(m, roles, config.max_steps, config.inner),
-        few_step=FewStep(times=time_uniform(config.steps, config.shift)[:-1], rule="deterministic", shift=config.shift),
-    )
+        return Objective(
+            updates=(
+                Update(
+                    "fake", ("fake",), fake, after=lambda random: blend(roles["fake"], roles["student"], self.blend)
+                ),
+                Update("student", ("student",), student, Every(self.critic_updates)),
+            ),
+            rollout=lambda micro: random_time_rollout(micro, roles, self.max_steps, self.inner),
+            few_step=FewStep(times=time_uniform(self.steps, self.shift)[:-1], rule="deterministic", shift=self.shift),
+        )

@@ -24,17 +24,17 @@ from torch import Tensor
 from fewstep.distill import health, matching
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
-from fewstep.distill.rollouts import renoise_simulation
-from fewstep.distill.stage import MatchingConfig
-from fewstep.distill.update import Anchor, Due, Micro, Objective, Term, Update
+from fewstep.distill.rollouts import backward_simulation
+from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
 from fewstep.models.guidance import OFF, Guidance
-from fewstep.models.store import FewStep
+from fewstep.models.model_config import FewStep
 from fewstep.samplers.grids import time_uniform
 
 Times = Literal["all", "cleaner"]
 
 
-class Config(MatchingConfig):
+class DecoupledDMD(MatchingConfig):
     published: ClassVar = {
         "guidance": "8 (SDXL)",
         "ca_times": "cleaner",
@@ -43,7 +43,6 @@ class Config(MatchingConfig):
         "batch": "128 (SDXL)",
         "student.lr": "5e-7 (SDXL)",
     }
-    name: Literal["decoupled_dmd"] = "decoupled_dmd"
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)
     dm_times: Times = "all"
@@ -51,46 +50,54 @@ class Config(MatchingConfig):
     normaliser: Literal["joint", "separate"] = "joint"
     t_range: tuple[float, float] = (0.02, 0.98)
 
+    def build(self, roles: Roles, stage: StageContext) -> Objective:
+        schedule = roles.denoiser("teacher").schedule
+        times = time_uniform(self.steps, self.shift)[:-1]
+        guidance = Guidance(self.guidance)
+        low, high = self.t_range
 
-def build(config: Config, roles: Roles) -> Objective:
-    schedule = roles.denoiser("teacher").schedule
-    times = time_uniform(config.steps, config.shift)[:-1]
-    guidance = Guidance(config.guidance)
-    low, high = config.t_range
+        def draw(micro: MicroBatch, sample: StudentSample, times: Times) -> Tensor:
+            top = sample.t_student.clamp(low, high) if times == "cleaner" else high
+            return low + micro.random.uniform(len(sample.level)) * (top - low)
 
-    def draw(m: Micro, a: Anchor, times: Times) -> Tensor:
-        top = a.t_in.clamp(low, high) if times == "cleaner" else high
-        return low + m.draws.uniform(len(a.s)) * (top - low)
+        def student(micro: MicroBatch) -> Iterator[LossTerm]:
+            sample = micro.sample
+            t_dm, t_ca = draw(micro, sample, self.dm_times), draw(micro, sample, self.ca_times)
+            x_dm, n = matching.renoise(schedule, sample, t_dm, micro.random)
+            x_ca, _ = matching.renoise(schedule, sample, t_ca, micro.random)
+            joint = self.normaliser == "joint"
+            T = roles.predict("teacher", x_dm.detach(), t_dm, sample.condition, guidance=guidance if joint else OFF)
+            F = roles.predict("fake", x_dm.detach(), t_dm, sample.condition).out.x0
+            C = roles.predict("teacher", x_ca.detach(), t_ca, sample.condition, guidance=guidance)
+            dm, ca = T.cond.x0 - F, C.out.x0 - C.cond.x0
+            health.observe(micro, schedule, sample, t_dm, n, T, F)
+            health.note_split(micro, ca, dm)
+            if joint:
+                yield LossTerm(
+                    "match",
+                    matching.surrogate_loss(sample.output, dm + ca, matching.l1_weight(sample.output, T.out.x0)),
+                )
+            else:
+                yield LossTerm(
+                    "dm", matching.surrogate_loss(sample.output, dm, matching.l1_weight(sample.output, T.cond.x0))
+                )
+                yield LossTerm(
+                    "ca", matching.surrogate_loss(sample.output, ca, matching.l1_weight(sample.output, C.cond.x0))
+                )
 
-    def student(m: Micro) -> Iterator[Term]:
-        a = m.sample
-        t_dm, t_ca = draw(m, a, config.dm_times), draw(m, a, config.ca_times)
-        x_dm, n = matching.renoise(schedule, a, t_dm, m.draws)
-        x_ca, _ = matching.renoise(schedule, a, t_ca, m.draws)
-        joint = config.normaliser == "joint"
-        T = roles.read("teacher", x_dm.detach(), t_dm, a.condition, guidance=guidance if joint else OFF)
-        F = roles.read("fake", x_dm.detach(), t_dm, a.condition).out.x0
-        C = roles.read("teacher", x_ca.detach(), t_ca, a.condition, guidance=guidance)
-        dm, ca = T.cond.x0 - F, C.out.x0 - C.cond.x0
-        health.observe(m, schedule, a, t_dm, n, T, F)
-        health.note_split(m, ca, dm)
-        if joint:
-            yield Term("match", matching.pull(a.handle, dm + ca, matching.l1_weight(a.handle, T.out.x0)))
-        else:
-            yield Term("dm", matching.pull(a.handle, dm, matching.l1_weight(a.handle, T.cond.x0)))
-            yield Term("ca", matching.pull(a.handle, ca, matching.l1_weight(a.handle, C.cond.x0)))
+        def fake(micro: MicroBatch) -> Iterator[LossTerm]:
+            sample = micro.sample
+            t = micro.random.uniform(len(sample.level))
+            x_t, n = matching.renoise(schedule, sample, t, micro.random)
+            yield LossTerm(
+                "critic", denoising_loss(roles.predict("fake", x_t, t, sample.condition).out, schedule, sample, t, n)
+            )
 
-    def fake(m: Micro) -> Iterator[Term]:
-        a = m.sample
-        t = m.draws.uniform(len(a.s))
-        x_t, n = matching.renoise(schedule, a, t, m.draws)
-        yield Term("critic", denoising_loss(roles.read("fake", x_t, t, a.condition).out, schedule, a, t, n))
-
-    return Objective(
-        updates=(
-            Update("student", ("student",), student, Due(every=config.critic_updates)),
-            Update("fake", ("fake",), fake),
-        ),
-        rollout=lambda m: renoise_simulation(m, roles, times),
-        few_step=FewStep(times=times, rule="renoise", shift=config.shift),
-    )
+        return Objective(
+            updates=(
+                Update("student", ("student",), student, Every(self.critic_updates)),
+                Update("fake", ("fake",), fake),
+            ),
+            rollout=lambda micro: backward_simulation(micro, roles, times),
+            few_step=FewStep(times=times, rule="renoise", shift=self.shift),
+        )

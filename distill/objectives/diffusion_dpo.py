@@ -9,7 +9,7 @@ winner, against how much better it predicts the loser:
 As in the released code (in the paper the noises are independent, the error is a sum and the constant beta). ``error``
 is the space of the target: ``noise`` (the paper's), ``v``, or ``velocity`` (Flow-DPO, arXiv 2501.13918); they weigh t
 differently. The reference is a frozen role: ``freeze: {reference: teacher}``, or the student of the stage before, to
-tune a few-step student; then ``times`` are the student's own, the only ones at which it is ever read.
+tune a few-step student; then ``student_times`` are the student's own, the only ones at which it is ever read.
 """
 
 from __future__ import annotations
@@ -24,24 +24,23 @@ from torch import Tensor
 
 from fewstep.distill.matching import per_sample_mean
 from fewstep.distill.roles import Roles
-from fewstep.distill.stage import ObjectiveConfig
-from fewstep.distill.update import Micro, Objective, Term, Update
+from fewstep.distill.stage import ObjectiveConfig, StageContext
+from fewstep.distill.update import LossTerm, MicroBatch, Objective, Update
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import expand_like
 from fewstep.models.prediction import Coefficients
 
 
-class Config(ObjectiveConfig):
+class DiffusionDPO(ObjectiveConfig):
     published: ClassVar = {
         "beta": "2000 or 5000 (SD1.5), 5000 (SDXL), with the noise error",
         "error": "noise",
         "batch": "2048 pairs",
         "student.lr": "2e-5 with warm-up (the launchers' 1e-8 times their scaling)",
     }
-    name: Literal["diffusion_dpo"] = "diffusion_dpo"
     beta: float = Field(100.0, gt=0)
     error: Literal["noise", "v", "velocity"] = "velocity"
-    times: tuple[float, ...] | None = None
+    student_times: tuple[float, ...] | None = None
     t_range: tuple[float, float] = (0.001, 0.999)
 
     @property
@@ -52,33 +51,34 @@ class Config(ObjectiveConfig):
     def tensors(self) -> frozenset[str]:
         return frozenset({"winner", "loser"})
 
+    def build(self, roles: Roles, stage: StageContext) -> Objective:
+        schedule = roles.denoiser("student").schedule
 
-def build(config: Config, roles: Roles) -> Objective:
-    schedule = roles.denoiser("student").schedule
+        def student(micro: MicroBatch) -> Iterator[LossTerm]:
+            x0 = torch.cat([micro.batch["winner"], micro.batch["loser"]])
+            condition = Condition.cat(micro.batch.condition, micro.batch.condition)
+            if self.student_times:
+                t = torch.tensor(self.student_times, dtype=torch.float64)[
+                    micro.random.integers(micro.batch.size, len(self.student_times))
+                ]
+            else:
+                t = micro.random.uniform(micro.batch.size, *self.t_range)
+            noise = micro.random.normal(micro.batch["winner"].shape)
+            t, noise = torch.cat([t, t]), torch.cat([noise, noise])
+            c = Coefficients.at(schedule, expand_like(t, x0))
+            x_t = c.alpha.to(x0) * x0 + c.sigma.to(x0) * noise
+            a, b = c.row(self.error)
+            target = a.to(x0) * x0 + b.to(x0) * noise
 
-    def student(m: Micro) -> Iterator[Term]:
-        x0 = torch.cat([m.batch["winner"], m.batch["loser"]])
-        condition = Condition.cat(m.batch.condition, m.batch.condition)
-        if config.times:
-            t = torch.tensor(config.times, dtype=torch.float64)[m.draws.integers(m.batch.size, len(config.times))]
-        else:
-            t = m.draws.uniform(m.batch.size, *config.t_range)
-        noise = m.draws.normal(m.batch["winner"].shape)
-        t, noise = torch.cat([t, t]), torch.cat([noise, noise])
-        c = Coefficients.at(schedule, expand_like(t, x0))
-        x_t = c.alpha.to(x0) * x0 + c.sigma.to(x0) * noise
-        a, b = c.row(config.error)
-        target = a.to(x0) * x0 + b.to(x0) * noise
+            def errors(role: str) -> Tensor:
+                out = roles.predict(role, x_t, t, condition).out.view(self.error)
+                return per_sample_mean((target - out).square()).flatten()
 
-        def errors(role: str) -> Tensor:
-            out = roles.read(role, x_t, t, condition).out.view(config.error)
-            return per_sample_mean((target - out).square()).flatten()
+            policy, reference = errors("student"), errors("reference")
+            winner, loser = (policy - reference).chunk(2)
+            z = -self.beta / 2 * (winner - loser)
+            micro.log("health/accuracy", (z > 0).float())
+            micro.log("health/winner_error", policy.chunk(2)[0])  # rising: the likelihood of both is being pushed down
+            yield LossTerm("dpo", F.softplus(-z).mean())
 
-        policy, reference = errors("student"), errors("reference")
-        winner, loser = (policy - reference).chunk(2)
-        z = -config.beta / 2 * (winner - loser)
-        m.note("health/accuracy", (z > 0).float())
-        m.note("health/winner_error", policy.chunk(2)[0])  # rising: the likelihood of both is being pushed down
-        yield Term("dpo", F.softplus(-z).mean())
-
-    return Objective(updates=(Update("student", ("student",), student),))
+        return Objective(updates=(Update("student", ("student",), student),))

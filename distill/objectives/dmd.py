@@ -14,21 +14,21 @@ alpha_t that the paper's weight leaves is dropped.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
 from fewstep.distill import health, matching
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
-from fewstep.distill.rollouts import renoise_simulation
-from fewstep.distill.stage import MatchingConfig
-from fewstep.distill.update import Due, Micro, Objective, Term, Update
+from fewstep.distill.rollouts import backward_simulation
+from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
 from fewstep.models.guidance import Guidance
-from fewstep.models.store import FewStep
+from fewstep.models.model_config import FewStep
 
 
-class Config(MatchingConfig):
+class DMD(MatchingConfig):
     published: ClassVar = {
         "guidance": "none (CIFAR-10, ImageNet-64), 3 or 8 (SD1.5)",
         "regression": "0.25 (0.5 unconditional), LPIPS",
@@ -36,7 +36,6 @@ class Config(MatchingConfig):
         "batch": "392 (CIFAR-10), 2304 (SD1.5)",
         "student.lr": "5e-5 (CIFAR-10), 2e-6 (ImageNet-64), 1e-5 (SD1.5)",
     }
-    name: Literal["dmd"] = "dmd"
     regression: float = Field(0.25, ge=0)
     critic_updates: int = Field(1, ge=1)
     t_range: tuple[float, float] = (0.02, 0.98)
@@ -45,34 +44,38 @@ class Config(MatchingConfig):
     def tensors(self) -> frozenset[str]:
         return frozenset({"noise", "x0"} if self.regression else ())
 
+    def build(self, roles: Roles, stage: StageContext) -> Objective:
+        schedule = roles.denoiser("teacher").schedule
+        guidance = Guidance(self.guidance)
 
-def build(config: Config, roles: Roles) -> Objective:
-    schedule = roles.denoiser("teacher").schedule
-    guidance = Guidance(config.guidance)
+        def student(micro: MicroBatch) -> Iterator[LossTerm]:
+            sample = micro.sample
+            t = micro.random.uniform(len(sample.level), *self.t_range)
+            x_t, n = matching.renoise(schedule, sample, t, micro.random)
+            T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
+            F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
+            health.observe(micro, schedule, sample, t, n, T, F)
+            yield LossTerm(
+                "match",
+                matching.surrogate_loss(sample.output, T.out.x0 - F, matching.l1_weight(sample.output, T.out.x0)),
+            )
+            if self.regression:
+                x = roles.predict("student", micro.batch["noise"], 1.0, micro.batch.condition).out.x0
+                yield LossTerm("regression", self.regression * (x - micro.batch["x0"]).square().mean())
 
-    def student(m: Micro) -> Iterator[Term]:
-        a = m.sample
-        t = m.draws.uniform(len(a.s), *config.t_range)
-        x_t, n = matching.renoise(schedule, a, t, m.draws)
-        T = roles.read("teacher", x_t.detach(), t, a.condition, guidance=guidance)
-        F = roles.read("fake", x_t.detach(), t, a.condition).out.x0
-        health.observe(m, schedule, a, t, n, T, F)
-        yield Term("match", matching.pull(a.handle, T.out.x0 - F, matching.l1_weight(a.handle, T.out.x0)))
-        if config.regression:
-            x = roles.read("student", m.batch["noise"], 1.0, m.batch.condition).out.x0
-            yield Term("regression", config.regression * (x - m.batch["x0"]).square().mean())
+        def fake(micro: MicroBatch) -> Iterator[LossTerm]:
+            sample = micro.sample
+            t = micro.random.uniform(len(sample.level))
+            x_t, n = matching.renoise(schedule, sample, t, micro.random)
+            yield LossTerm(
+                "critic", denoising_loss(roles.predict("fake", x_t, t, sample.condition).out, schedule, sample, t, n)
+            )
 
-    def fake(m: Micro) -> Iterator[Term]:
-        a = m.sample
-        t = m.draws.uniform(len(a.s))
-        x_t, n = matching.renoise(schedule, a, t, m.draws)
-        yield Term("critic", denoising_loss(roles.read("fake", x_t, t, a.condition).out, schedule, a, t, n))
-
-    return Objective(
-        updates=(
-            Update("student", ("student",), student, Due(every=config.critic_updates)),
-            Update("fake", ("fake",), fake),
-        ),
-        rollout=lambda m: renoise_simulation(m, roles, (1.0,)),
-        few_step=FewStep(times=(1.0,), rule="renoise"),
-    )
+        return Objective(
+            updates=(
+                Update("student", ("student",), student, Every(self.critic_updates)),
+                Update("fake", ("fake",), fake),
+            ),
+            rollout=lambda micro: backward_simulation(micro, roles, (1.0,)),
+            few_step=FewStep(times=(1.0,), rule="renoise"),
+        )

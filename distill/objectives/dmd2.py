@@ -24,20 +24,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fewstep.distill import health, matching
-from fewstep.distill.adversarial import Heads, fools, tells_apart
+from fewstep.distill.adversarial import Heads, discriminator_loss, generator_loss
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
-from fewstep.distill.rollouts import noised, renoise_simulation
-from fewstep.distill.stage import Frozen, MatchingConfig
-from fewstep.distill.update import Due, Micro, Objective, Term, Update
+from fewstep.distill.rollouts import add_noise, backward_simulation
+from fewstep.distill.stage import BaseConfig, MatchingConfig, StageContext
+from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
-from fewstep.models.store import FewStep
+from fewstep.models.model_config import FewStep
 from fewstep.samplers.grids import time_uniform
 
 
-class Gan(Frozen):
+class Gan(BaseConfig):
     """``weight`` of the student's term and ``critic_weight`` of the discriminator's. The heads sit on these ``taps`` of
     the fake score (``auto``: those of its kind of network), which then learns for the discriminator, too, or of the
     frozen teacher (FastGen's choice)."""
@@ -45,10 +45,10 @@ class Gan(Frozen):
     weight: float = 3e-3
     critic_weight: float = 1e-2
     features: Literal["fake", "teacher"] = "fake"
-    taps: tuple[str, ...] = Field(("auto",), min_length=1)
+    feature_layers: tuple[str, ...] = Field(("auto",), min_length=1)
 
 
-class Config(MatchingConfig):
+class DMD2(MatchingConfig):
     published: ClassVar = {
         "steps": "1 (ImageNet-64, SD1.5), 1 or 4 (SDXL)",
         "guidance": "none (ImageNet-64), 1.75 (SD1.5), 8 (SDXL)",
@@ -57,7 +57,6 @@ class Config(MatchingConfig):
         "batch": "280 (ImageNet-64), 2048 (SD1.5), 128 (SDXL)",
         "student.lr": "2e-6 (ImageNet-64), 1e-5 (SD1.5), 5e-7 (SDXL)",
     }
-    name: Literal["dmd2"] = "dmd2"
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)
     t_range: tuple[float, float] = (0.02, 0.98)
@@ -72,55 +71,59 @@ class Config(MatchingConfig):
         return frozenset({"x0"} if self.gan else ())
 
     @property
-    def taps(self) -> tuple[str, ...]:
-        return self.gan.taps if self.gan else ()
+    def teacher_features(self) -> tuple[str, ...]:
+        return self.gan.feature_layers if self.gan else ()
 
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
         return {"discriminator": Heads.on(teacher, shape, condition)} if self.gan else {}
 
+    def build(self, roles: Roles, stage: StageContext) -> Objective:
+        schedule = roles.denoiser("teacher").schedule
+        times = time_uniform(self.steps, self.shift)[:-1]
+        guidance = Guidance(self.guidance)
+        gan = self.gan
 
-def build(config: Config, roles: Roles) -> Objective:
-    schedule = roles.denoiser("teacher").schedule
-    times = time_uniform(config.steps, config.shift)[:-1]
-    guidance = Guidance(config.guidance)
-    gan = config.gan
+        def logits(x_t: Tensor, t: Tensor, condition: Condition, through: bool = False) -> Tensor:
+            assert gan is not None
+            features = roles.predict(gan.features, x_t, t, condition, through=through).cond.features
+            return roles["discriminator"].module(features)  # type: ignore[no-any-return]
 
-    def logits(x_t: Tensor, t: Tensor, condition: Condition, through: bool = False) -> Tensor:
-        assert gan is not None
-        features = roles.read(gan.features, x_t, t, condition, through=through).cond.features
-        return roles["discriminator"].module(features)  # type: ignore[no-any-return]
+        def student(micro: MicroBatch) -> Iterator[LossTerm]:
+            sample = micro.sample
+            t = micro.random.uniform(len(sample.level), *self.t_range)
+            x_t, n = matching.renoise(schedule, sample, t, micro.random)
+            T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
+            F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
+            health.observe(micro, schedule, sample, t, n, T, F)
+            yield LossTerm(
+                "match",
+                matching.surrogate_loss(sample.output, T.out.x0 - F, matching.l1_weight(sample.output, T.out.x0)),
+            )
+            if gan:
+                t = micro.random.uniform(len(sample.level), stream="gan")
+                x_t, _ = matching.renoise(schedule, sample, t, micro.random)
+                yield LossTerm("gan", gan.weight * generator_loss(logits(x_t, t, sample.condition, through=True)))
 
-    def student(m: Micro) -> Iterator[Term]:
-        a = m.sample
-        t = m.draws.uniform(len(a.s), *config.t_range)
-        x_t, n = matching.renoise(schedule, a, t, m.draws)
-        T = roles.read("teacher", x_t.detach(), t, a.condition, guidance=guidance)
-        F = roles.read("fake", x_t.detach(), t, a.condition).out.x0
-        health.observe(m, schedule, a, t, n, T, F)
-        yield Term("match", matching.pull(a.handle, T.out.x0 - F, matching.l1_weight(a.handle, T.out.x0)))
-        if gan:
-            t = m.draws.uniform(len(a.s), stream="gan")
-            x_t, _ = matching.renoise(schedule, a, t, m.draws)
-            yield Term("gan", gan.weight * fools(logits(x_t, t, a.condition, through=True)))
+        def fake(micro: MicroBatch) -> Iterator[LossTerm]:
+            sample = micro.sample
+            t = micro.random.uniform(len(sample.level))
+            x_t, n = matching.renoise(schedule, sample, t, micro.random)
+            yield LossTerm(
+                "critic", denoising_loss(roles.predict("fake", x_t, t, sample.condition).out, schedule, sample, t, n)
+            )
+            if gan:
+                real = micro.batch["x0"]
+                t, t_real = (micro.random.uniform(len(sample.level), stream=stream) for stream in ("generated", "real"))
+                x_t, _ = matching.renoise(schedule, sample, t, micro.random)
+                x_real = add_noise(schedule, real, micro.random.normal(real.shape, "real"), t_real)
+                generated, genuine = logits(x_t, t, sample.condition), logits(x_real, t_real, micro.batch.condition)
+                yield LossTerm("discriminator", gan.critic_weight * discriminator_loss(generated, genuine))
 
-    def fake(m: Micro) -> Iterator[Term]:
-        a = m.sample
-        t = m.draws.uniform(len(a.s))
-        x_t, n = matching.renoise(schedule, a, t, m.draws)
-        yield Term("critic", denoising_loss(roles.read("fake", x_t, t, a.condition).out, schedule, a, t, n))
-        if gan:
-            real = m.batch["x0"]
-            t, t_real = (m.draws.uniform(len(a.s), stream=stream) for stream in ("generated", "real"))
-            x_t, _ = matching.renoise(schedule, a, t, m.draws)
-            x_real = noised(schedule, real, m.draws.normal(real.shape, "real"), t_real)
-            generated, genuine = logits(x_t, t, a.condition), logits(x_real, t_real, m.batch.condition)
-            yield Term("discriminator", gan.critic_weight * tells_apart(generated, genuine))
-
-    return Objective(
-        updates=(
-            Update("student", ("student",), student, Due(every=config.critic_updates)),
-            Update("fake", ("fake", "discriminator") if gan else ("fake",), fake),
-        ),
-        rollout=lambda m: renoise_simulation(m, roles, times),
-        few_step=FewStep(times=times, rule="renoise", shift=config.shift),
-    )
+        return Objective(
+            updates=(
+                Update("student", ("student",), student, Every(self.critic_updates)),
+                Update("fake", ("fake", "discriminator") if gan else ("fake",), fake),
+            ),
+            rollout=lambda micro: backward_simulation(micro, roles, times),
+            few_step=FewStep(times=times, rule="renoise", shift=self.shift),
+        )

@@ -23,16 +23,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fewstep.distill import health, matching
-from fewstep.distill.adversarial import Heads, density_ratio, fools, tells_apart
+from fewstep.distill.adversarial import Heads, density_ratio, discriminator_loss, generator_loss
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
-from fewstep.distill.rollouts import noised, renoise_simulation
-from fewstep.distill.stage import MatchingConfig
-from fewstep.distill.update import Due, Micro, Objective, Term, Update
+from fewstep.distill.rollouts import add_noise, backward_simulation
+from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, expand_like
 from fewstep.models.guidance import Guidance
-from fewstep.models.store import FewStep
+from fewstep.models.model_config import FewStep
 from fewstep.samplers.grids import time_uniform
 
 H: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,7 +46,16 @@ H: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Config(MatchingConfig):
+def divergence_weight(name: str, ratio: Tensor, t: Tensor, t_range: tuple[float, float], bins: int) -> Tensor:
+    """h(r) [B] with both normalisations: r by its mean in each of ``bins`` equal ranges of t [B], h by its mean."""
+    low, high = t_range
+    index = ((t - low) / (high - low) * bins).long().clamp(0, bins - 1).to(ratio.device)
+    same = (index[:, None] == index).float()
+    h = H[name](ratio / ((same @ ratio) / same.sum(1)))
+    return h / h.mean()
+
+
+class FDistill(MatchingConfig):
     published: ClassVar = {
         "divergence": "forward_kl (CIFAR-10), jensen_shannon (others)",
         "guidance": "none (CIFAR-10, ImageNet-64), 1.75 (SD1.5)",
@@ -55,7 +64,6 @@ class Config(MatchingConfig):
         "batch": "2048 (CIFAR-10), 512 (ImageNet-64)",
         "student.lr": "1e-4 (CIFAR-10), 2e-6 (ImageNet-64), 1e-5 (SD1.5)",
     }
-    name: Literal["f_distill"] = "f_distill"
     divergence: Literal[
         "reverse_kl", "softened_reverse_kl", "jensen_shannon", "squared_hellinger", "forward_kl", "jeffreys", "neyman"
     ] = "jensen_shannon"
@@ -64,7 +72,7 @@ class Config(MatchingConfig):
     t_range: tuple[float, float] = (0.02, 0.98)
     bins: int = Field(10, ge=1)
     gan_weight: float = 1e-3
-    heads: tuple[str, ...] = Field(("auto",), min_length=1)
+    feature_layers: tuple[str, ...] = Field(("auto",), min_length=1)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -75,63 +83,57 @@ class Config(MatchingConfig):
         return frozenset({"x0"})
 
     @property
-    def taps(self) -> tuple[str, ...]:
-        return self.heads
+    def teacher_features(self) -> tuple[str, ...]:
+        return self.feature_layers
 
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
         return {"discriminator": Heads.on(teacher, shape, condition)}
 
+    def build(self, roles: Roles, stage: StageContext) -> Objective:
+        schedule = roles.denoiser("teacher").schedule
+        times = time_uniform(self.steps, self.shift)[:-1]
+        guidance = Guidance(self.guidance)
+        heads = roles["discriminator"].module
 
-def divergence_weight(name: str, ratio: Tensor, t: Tensor, t_range: tuple[float, float], bins: int) -> Tensor:
-    """h(r) [B] with both normalisations: r by its mean in each of ``bins`` equal ranges of t [B], h by its mean."""
-    low, high = t_range
-    index = ((t - low) / (high - low) * bins).long().clamp(0, bins - 1).to(ratio.device)
-    same = (index[:, None] == index).float()
-    h = H[name](ratio / ((same @ ratio) / same.sum(1)))
-    return h / h.mean()
+        def student(micro: MicroBatch) -> Iterator[LossTerm]:
+            sample = micro.sample
+            t = micro.random.uniform(len(sample.level), *self.t_range)
+            x_t, n = matching.renoise(schedule, sample, t, micro.random)
+            T = roles.predict("teacher", x_t, t, sample.condition, guidance=guidance, through=True)
+            F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
+            logits = heads(T.cond.features)
+            h = divergence_weight(self.divergence, density_ratio(logits), t, self.t_range, self.bins)
+            micro.log("health/h_max", h.max())
+            health.observe(micro, schedule, sample, t, n, T, F)
+            weight = expand_like(h, sample.output) * matching.l1_weight(sample.output, T.out.x0)
+            match = matching.surrogate_loss(sample.output, T.out.x0.detach() - F, weight)
+            yield LossTerm("match", match + self.gan_weight * generator_loss(logits))
 
+        def fake(micro: MicroBatch) -> Iterator[LossTerm]:
+            sample = micro.sample
+            t = micro.random.uniform(len(sample.level))
+            x_t, n = matching.renoise(schedule, sample, t, micro.random)
+            yield LossTerm(
+                "critic", denoising_loss(roles.predict("fake", x_t, t, sample.condition).out, schedule, sample, t, n)
+            )
 
-def build(config: Config, roles: Roles) -> Objective:
-    schedule = roles.denoiser("teacher").schedule
-    times = time_uniform(config.steps, config.shift)[:-1]
-    guidance = Guidance(config.guidance)
-    heads = roles["discriminator"].module
+        def discriminator(micro: MicroBatch) -> Iterator[LossTerm]:
+            sample, real = micro.sample, micro.batch["x0"]
+            t, t_real = (
+                micro.random.uniform(len(sample.level), *self.t_range, stream) for stream in ("generated", "real")
+            )
+            x_t, _ = matching.renoise(schedule, sample, t, micro.random)
+            x_real = add_noise(schedule, real, micro.random.normal(real.shape, "real"), t_real)
+            generated = roles.predict("teacher", x_t, t, sample.condition).cond.features
+            genuine = roles.predict("teacher", x_real, t_real, micro.batch.condition).cond.features
+            yield LossTerm("discriminator", discriminator_loss(heads(generated), heads(genuine)))
 
-    def student(m: Micro) -> Iterator[Term]:
-        a = m.sample
-        t = m.draws.uniform(len(a.s), *config.t_range)
-        x_t, n = matching.renoise(schedule, a, t, m.draws)
-        T = roles.read("teacher", x_t, t, a.condition, guidance=guidance, through=True)
-        F = roles.read("fake", x_t.detach(), t, a.condition).out.x0
-        logits = heads(T.cond.features)
-        h = divergence_weight(config.divergence, density_ratio(logits), t, config.t_range, config.bins)
-        m.note("health/h_max", h.max())
-        health.observe(m, schedule, a, t, n, T, F)
-        weight = expand_like(h, a.handle) * matching.l1_weight(a.handle, T.out.x0)
-        match = matching.pull(a.handle, T.out.x0.detach() - F, weight)
-        yield Term("match", match + config.gan_weight * fools(logits))
-
-    def fake(m: Micro) -> Iterator[Term]:
-        a = m.sample
-        t = m.draws.uniform(len(a.s))
-        x_t, n = matching.renoise(schedule, a, t, m.draws)
-        yield Term("critic", denoising_loss(roles.read("fake", x_t, t, a.condition).out, schedule, a, t, n))
-
-    def discriminator(m: Micro) -> Iterator[Term]:
-        a, real = m.sample, m.batch["x0"]
-        t, t_real = (m.draws.uniform(len(a.s), *config.t_range, stream) for stream in ("generated", "real"))
-        x_t, _ = matching.renoise(schedule, a, t, m.draws)
-        x_real = noised(schedule, real, m.draws.normal(real.shape, "real"), t_real)
-        generated = roles.read("teacher", x_t, t, a.condition).cond.features
-        genuine = roles.read("teacher", x_real, t_real, m.batch.condition).cond.features
-        yield Term("discriminator", tells_apart(heads(generated), heads(genuine)))
-
-    return Objective(
-        updates=(
-            Update("student", ("student",), student, Due(every=config.critic_updates)),
-            Update("fake", ("fake",), fake),
-            Update("discriminator", ("discriminator",), discriminator),
-        ),
-        rollout=lambda m: renoise_simulation(m, roles, times),
-        few_step=FewStep(times=times, rule="renoise", shift=config.shift),
-    )
+        return Objective(
+            updates=(
+                Update("student", ("student",), student, Every(self.critic_updates)),
+                Update("fake", ("fake",), fake),
+                Update("discriminator", ("discriminator",), discriminator),
+            ),
+            rollout=lambda micro: backward_simulation(micro, roles, times),
+            few_step=FewStep(times=times, rule="renoise", shift=self.shift),
+        )

@@ -17,14 +17,13 @@ import torch
 from pydantic import Field
 
 from fewstep.distill.roles import Roles
-from fewstep.distill.stage import ObjectiveConfig
-from fewstep.distill.update import Micro, Objective, Term, Update
+from fewstep.distill.stage import ObjectiveConfig, StageContext
+from fewstep.distill.update import LossTerm, MicroBatch, Objective, Update
 from fewstep.models.denoiser import expand_like
 from fewstep.models.prediction import Coefficients
 
 
-class Config(ObjectiveConfig):
-    name: Literal["flow_matching"] = "flow_matching"
+class FlowMatching(ObjectiveConfig):
     drop_condition: float = Field(0.1, ge=0, le=1)
     time: Literal["uniform", "logit_normal"] = "uniform"
     time_std: float = Field(1.0, gt=0)
@@ -37,22 +36,21 @@ class Config(ObjectiveConfig):
     def tensors(self) -> frozenset[str]:
         return frozenset({"x0"})
 
+    def build(self, roles: Roles, stage: StageContext) -> Objective:
+        schedule = roles.denoiser("student").schedule
 
-def build(config: Config, roles: Roles) -> Objective:
-    schedule = roles.denoiser("student").schedule
+        def student(micro: MicroBatch) -> Iterator[LossTerm]:
+            x0 = micro.batch["x0"]
+            t = micro.random.uniform(len(x0))
+            if self.time == "logit_normal":
+                t = torch.sigmoid(self.time_std * torch.special.ndtri(t.clamp(1e-6, 1 - 1e-6)))
+            noise = micro.random.normal(x0.shape)
+            c = Coefficients.at(schedule, expand_like(t, x0))
+            x_t = c.alpha.to(x0) * x0 + c.sigma.to(x0) * noise
+            dropped = micro.random.uniform(len(x0), stream="drop") < self.drop_condition
+            out = roles.predict("student", x_t, t, micro.batch.condition.null(dropped)).out
+            a, b = c.row(out.kind)
+            target = a.to(x0) * x0 + b.to(x0) * noise
+            yield LossTerm("flow_matching", (out.raw - target).square().mean())
 
-    def student(m: Micro) -> Iterator[Term]:
-        x0 = m.batch["x0"]
-        t = m.draws.uniform(len(x0))
-        if config.time == "logit_normal":
-            t = torch.sigmoid(config.time_std * torch.special.ndtri(t.clamp(1e-6, 1 - 1e-6)))
-        noise = m.draws.normal(x0.shape)
-        c = Coefficients.at(schedule, expand_like(t, x0))
-        x_t = c.alpha.to(x0) * x0 + c.sigma.to(x0) * noise
-        dropped = m.draws.uniform(len(x0), stream="drop") < config.drop_condition
-        out = roles.read("student", x_t, t, m.batch.condition.null(dropped)).out
-        a, b = c.row(out.kind)
-        target = a.to(x0) * x0 + b.to(x0) * noise
-        yield Term("flow_matching", (out.raw - target).square().mean())
-
-    return Objective(updates=(Update("student", ("student",), student),))
+        return Objective(updates=(Update("student", ("student",), student),))

@@ -7,7 +7,7 @@ law at its own noise level. For a random segment [s, t_in] of the trajectory, t 
     fake:     min  E | F(x_t) - target |^2
 
 with T_w the guided teacher and F the fake score. As in the released code, the loss is taken on the x0 that the state
-came from (the paper writes x_s). ``times: segment`` keeps the ranges disjoint, as the paper does; ``nested`` (the code
+came from (the paper writes x_s). ``renoise_times: segment`` keeps the ranges disjoint, as the paper does; ``nested`` (the code
 without its ``use_separate``) is t ~ U(s, 1), since at the low t of late segments an error in the mean hardly shows: of
 data N(m, S^2), T - F is t^2 / ((1 - t)^2 S^2 + t^2) times it. With a small ``huber`` the gradient is the sign of the
 direction, and comes to rest at its median; 0 is the plain square. ``critic`` chooses the fake's target: ``bridge`` is
@@ -21,50 +21,49 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from fewstep.core.errors import UserError
 from fewstep.distill import health, matching
 from fewstep.distill.critics import denoising_loss, importance_weight, weighted_clean_loss
 from fewstep.distill.roles import Roles
-from fewstep.distill.rollouts import ode_segment
-from fewstep.distill.stage import MatchingConfig
-from fewstep.distill.update import Anchor, Due, Micro, Objective, Term, Update
-from fewstep.errors import UserError
+from fewstep.distill.rollouts import segment_rollout
+from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
+from fewstep.models.backbone import Backbone
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
-from fewstep.models.store import FewStep
-from fewstep.models.unet import UNet
+from fewstep.models.model_config import FewStep
 from fewstep.samplers.grids import time_uniform
 
 
-class Config(MatchingConfig):
+class TDM(MatchingConfig):
     published: ClassVar = {
         "guidance": "3.5 (SD1.5, PixArt; code 4.5), 8 (SDXL)",
         "critic": "importance",
         "critic_updates": "1",
-        "times": "segment",
+        "renoise_times": "segment",
         "huber": "1e-3",
         "batch": "256 (SD1.5), 64 (SDXL), 32 (PixArt)",
         "student.lr": "2e-6 (SD1.5, PixArt), 1e-6 (SDXL)",
         "fake.lr": "2e-5 (SD1.5, PixArt), 5e-6 (SDXL)",
     }
-    name: Literal["tdm"] = "tdm"
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)
     critic: Literal["bridge", "importance"] = "bridge"
     critic_updates: int = Field(1, ge=1)
-    times: Literal["segment", "nested"] = "segment"
+    renoise_times: Literal["segment", "nested"] = "segment"
     huber: float = Field(1e-3, ge=0)
     margin: float = Field(0.02, ge=0, lt=0.2)
     unify: tuple[int, ...] = ()
 
     @model_validator(mode="after")
-    def _unifies(self) -> Config:
+    def _unifies(self) -> Self:
         if self.unify and self.steps not in self.unify:
             raise ValueError(f"unify={list(self.unify)} must contain steps={self.steps}, the number used by default")
         return self
@@ -72,69 +71,69 @@ class Config(MatchingConfig):
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
         if not self.unify:
             return {}
-        if not isinstance(teacher.backbone, UNet):
-            raise UserError(
-                f"unify needs a network that can be told a step count, not {type(teacher.backbone).__name__}."
-            )
-        backbones = {role: teacher.backbone.for_step_counts(max(self.unify)) for role in ("student", "fake")}
+        backbone = teacher.backbone
+        if not isinstance(backbone, Backbone):
+            raise UserError(f"A {type(backbone).__name__} cannot be conditioned on a step count, which unify needs.")
+        backbones = {role: backbone.with_step_counts(max(self.unify)) for role in ("student", "fake")}
         return {
             role: Denoiser(backbone, teacher.schedule, teacher.kind, style=teacher.style)
             for role, backbone in backbones.items()
         }
 
+    def build(self, roles: Roles, stage: StageContext) -> Objective:
+        schedule = roles.denoiser("teacher").schedule
+        counts = self.unify or (self.steps,)
+        guidance = Guidance(self.guidance)
 
-def build(config: Config, roles: Roles) -> Objective:
-    schedule = roles.denoiser("teacher").schedule
-    counts = config.unify or (config.steps,)
-    guidance = Guidance(config.guidance)
+        def rollout(micro: MicroBatch) -> StudentSample:
+            steps = counts[int(micro.random.shared.integers(1, len(counts), "count"))]
+            if self.unify:
+                told = torch.full((micro.batch.size,), steps, device=micro.random.device)
+                batch = replace(micro.batch, condition=micro.batch.condition.replace(steps=told))
+                micro = replace(micro, batches={**micro.batches, "data": batch})
+            return segment_rollout(micro, roles, time_uniform(steps, self.shift)[:-1])
 
-    def rollout(m: Micro) -> Anchor:
-        steps = counts[int(m.draws.shared.integers(1, len(counts), "count"))]
-        if config.unify:
-            told = torch.full((m.batch.size,), steps, device=m.draws.device)
-            batch = replace(m.batch, condition=m.batch.condition.replace(steps=told))
-            m = replace(m, batches={**m.batches, "data": batch})
-        return ode_segment(m, roles, time_uniform(steps, config.shift)[:-1])
+        def renoised(micro: MicroBatch, sample: StudentSample) -> tuple[Tensor, Tensor, Tensor]:
+            u = micro.random.uniform(len(sample.level))
+            top = sample.t_student if self.renoise_times == "segment" else torch.ones_like(sample.t_student)
+            low, high = sample.level + self.margin, top - self.margin
+            t = low + u * (high - low)
+            return t, *matching.renoise(schedule, sample, t, micro.random)
 
-    def renoised(m: Micro, a: Anchor) -> tuple[Tensor, Tensor, Tensor]:
-        u = m.draws.uniform(len(a.s))
-        top = a.t_in if config.times == "segment" else torch.ones_like(a.t_in)
-        low, high = a.s + config.margin, top - config.margin
-        t = low + u * (high - low)
-        return t, *matching.renoise(schedule, a, t, m.draws)
+        def student(micro: MicroBatch) -> Iterator[LossTerm]:
+            sample = micro.sample
+            t, x_t, n = renoised(micro, sample)
+            T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
+            F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
+            health.observe(micro, schedule, sample, t, n, T, F)
+            direction, weight = T.out.x0 - F, matching.l1_weight(sample.output, T.out.x0)
+            if self.huber:
+                yield LossTerm("match", matching.huber_surrogate_loss(sample.output, direction, weight, self.huber))
+            else:
+                yield LossTerm("match", matching.surrogate_loss(sample.output, direction, weight))
 
-    def student(m: Micro) -> Iterator[Term]:
-        a = m.sample
-        t, x_t, n = renoised(m, a)
-        T = roles.read("teacher", x_t.detach(), t, a.condition, guidance=guidance)
-        F = roles.read("fake", x_t.detach(), t, a.condition).out.x0
-        health.observe(m, schedule, a, t, n, T, F)
-        direction, weight = T.out.x0 - F, matching.l1_weight(a.handle, T.out.x0)
-        if config.huber:
-            yield Term("match", matching.huber_pull(a.handle, direction, weight, config.huber))
-        else:
-            yield Term("match", matching.pull(a.handle, direction, weight))
+        def fake(micro: MicroBatch) -> Iterator[LossTerm]:
+            sample = micro.sample
+            t, x_t, n = renoised(micro, sample)
+            F = roles.predict("fake", x_t, t, sample.condition).out
+            if self.critic == "bridge":
+                yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
+            else:
+                yield LossTerm(
+                    "critic", weighted_clean_loss(F, sample, importance_weight(schedule, sample, sample.output, t, n))
+                )
 
-    def fake(m: Micro) -> Iterator[Term]:
-        a = m.sample
-        t, x_t, n = renoised(m, a)
-        F = roles.read("fake", x_t, t, a.condition).out
-        if config.critic == "bridge":
-            yield Term("critic", denoising_loss(F, schedule, a, t, n))
-        else:
-            yield Term("critic", weighted_clean_loss(F, a, importance_weight(schedule, a, a.handle, t, n)))
-
-    return Objective(
-        updates=(
-            Update("student", ("student",), student, Due(every=config.critic_updates)),
-            Update("fake", ("fake",), fake),
-        ),
-        rollout=rollout,
-        few_step=FewStep(
-            times=time_uniform(config.steps, config.shift)[:-1],
-            rule="deterministic",
-            counts=config.unify,
-            shift=config.shift,
-        ),
-        backbone={"step_counts": max(config.unify)} if config.unify else {},
-    )
+        return Objective(
+            updates=(
+                Update("student", ("student",), student, Every(self.critic_updates)),
+                Update("fake", ("fake",), fake),
+            ),
+            rollout=rollout,
+            few_step=FewStep(
+                times=time_uniform(self.steps, self.shift)[:-1],
+                rule="deterministic",
+                counts=self.unify,
+                shift=self.shift,
+            ),
+            backbone={"step_counts": max(self.unify)} if self.unify else {},
+        )

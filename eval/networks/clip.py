@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fewstep.errors import UserError, nearest
-from fewstep.eval.networks.weights import Loaded, Place, reading
-from fewstep.torchvision_cure import import_torchvision
+from fewstep.core.errors import UserError, nearest
+from fewstep.core.torchvision_compat import import_torchvision
+from fewstep.eval.networks.weights import LoadedWeights, WeightsLocator, reading
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 PREFIX = "A photo depicts "
@@ -25,7 +25,7 @@ END = 49407  # CLIP's end-of-text token, whose output is the text's embedding
 
 
 @dataclass(frozen=True)
-class Clip(Loaded):
+class Clip(LoadedWeights):
     """Embeddings of images and of captions.
 
     Images are resized and cropped as the model's own evaluation transform does or, with ``squash``, stretched to its
@@ -40,7 +40,13 @@ class Clip(Loaded):
 
     @classmethod
     def load(
-        cls, name: str, place: Place, device: torch.device | str = "cpu", *, squash: bool = False, unit: bool = True
+        cls,
+        name: str,
+        place: WeightsLocator,
+        device: torch.device | str = "cpu",
+        *,
+        squash: bool = False,
+        unit: bool = True,
     ) -> Clip:
         """Raises ``UserError`` on an unknown model or tag, or weights that are missing or do not fit."""
         import_torchvision()
@@ -78,8 +84,8 @@ class Clip(Loaded):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        embedded: Tensor = self.network.encode_image(images.to(self.device)).float()
-        return F.normalize(embedded, dim=-1) if self.unit else embedded
+        bundled: Tensor = self.network.encode_image(images.to(self.device)).float()
+        return F.normalize(bundled, dim=-1) if self.unit else bundled
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str], prefix: str = "", batch: int = 256) -> Tensor:
@@ -95,7 +101,7 @@ class Clip(Loaded):
         return F.normalize(torch.cat(parts), dim=-1)
 
 
-def _cached(model: str, tag: str, place: Place) -> Path:
+def _cached(model: str, tag: str, place: WeightsLocator) -> Path:
     """The weights of a tag from the folders of ``place`` or open_clip's caches."""
     import open_clip
     from huggingface_hub import try_to_load_from_cache

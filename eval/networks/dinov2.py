@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep.core.torchvision_compat import import_torchvision
 from fewstep.eval.networks.inception import resized
-from fewstep.eval.networks.weights import Loaded, Place, reading
-from fewstep.torchvision_cure import import_torchvision
+from fewstep.eval.networks.weights import LoadedWeights, WeightsLocator, reading
 
 FILE = "dinov2_vitl14_pretrain.pth"
 URL = f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/{FILE}"
@@ -20,14 +20,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class DinoV2(Loaded):
+class DinoV2(LoadedWeights):
     """The class token of ViT-L/14, 1024 numbers, of images resized to 224 by an antialiased bicubic."""
 
     name: str = "dinov2"
     dimension: int = 1024
 
     @classmethod
-    def load(cls, place: Place, device: torch.device | str = "cpu") -> DinoV2:
+    def load(cls, place: WeightsLocator, device: torch.device | str = "cpu") -> DinoV2:
         """Meta's own file, in timm's network. Raises ``UserError`` if it is missing or of another network."""
         import_torchvision()
         import timm

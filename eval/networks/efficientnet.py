@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.core.errors import UserError
 from fewstep.eval.networks.inception import resized
-from fewstep.eval.networks.weights import Loaded
+from fewstep.eval.networks.weights import LoadedWeights
 
 SIDE = 224
 
 
 @dataclass(frozen=True)
-class EfficientNet(Loaded):
+class EfficientNet(LoadedWeights):
     """Pool features, 1280 of them, of images resized to 224 by an antialiased bicubic."""
 
     name: str = "efficientnet_lite0"

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.errors import UserError
-from fewstep.eval.networks.weights import Loaded, Place, reading
+from fewstep.core.errors import UserError
+from fewstep.eval.networks.weights import LoadedWeights, WeightsLocator, reading
 
 FILE = "i3d_torchscript.pt"
 URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"
@@ -17,14 +17,14 @@ SIDE, LEAST_FRAMES = 224, 10
 
 
 @dataclass(frozen=True)
-class I3d(Loaded):
+class I3d(LoadedWeights):
     """Logits, 400 of them, of videos of 10 frames or more: the shorter side to 224, centre crop, -1..1."""
 
     name: str = "i3d"
     dimension: int = 400
 
     @classmethod
-    def load(cls, place: Place, device: torch.device | str = "cpu") -> I3d:
+    def load(cls, place: WeightsLocator, device: torch.device | str = "cpu") -> I3d:
         """Raises ``UserError`` if the weights are missing or are of another network."""
         file = place.find(FILE, URL)
         with reading(file, "I3D"):

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.errors import UserError
-from fewstep.eval.networks.weights import Loaded, Place, hub_cache, reading, temporary
-from fewstep.torchvision_cure import import_torchvision
+from fewstep.core.errors import UserError
+from fewstep.core.torchvision_compat import import_torchvision
+from fewstep.eval.networks.weights import LoadedWeights, WeightsLocator, hub_cache, reading, temporary
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -33,14 +33,14 @@ SIDE = 299
 
 
 @dataclass(frozen=True)
-class Inception(Loaded):
+class Inception(LoadedWeights):
     """Pool features, 2048 of them."""
 
     mode: Mode
     dimension: int = 2048
 
     @classmethod
-    def load(cls, mode: str, place: Place, device: torch.device | str = "cpu") -> Inception:
+    def load(cls, mode: str, place: WeightsLocator, device: torch.device | str = "cpu") -> Inception:
         """Raises ``UserError`` if the weights are missing or are not those of Inception."""
         if mode not in get_args(Mode):
             raise UserError(f"Unknown mode of Inception {mode!r}; known: {', '.join(get_args(Mode))}.")

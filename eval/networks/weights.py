@@ -17,14 +17,14 @@ from typing import Any, Self
 
 import torch
 
-from fewstep.errors import UserError
-from fewstep.models.store import sha256
+from fewstep.core.errors import UserError
+from fewstep.core.files import sha256
 
 VARIABLE = "FEWSTEP_WEIGHTS"
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedWeights:
     """A network with the weights of a file, whose hash ``sha256`` is."""
 
     sha256: str
@@ -47,19 +47,19 @@ def reading(file: Path, what: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightsLocator:
     """Where to look before the caches: ``given``, a file or folders; ``download`` allows fetching what is nowhere."""
 
     given: tuple[Path, ...] = ()
     download: bool = False
 
     @staticmethod
-    def of(given: Path | None = None, download: bool = False) -> Place:
+    def of(given: Path | None = None, download: bool = False) -> WeightsLocator:
         """``given`` and the folders of the environment variable ``FEWSTEP_WEIGHTS``."""
         folders = [Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
         if given is not None and not given.exists():
             raise UserError(f"--weights {given}: there is no such file or folder.")
-        return Place(tuple([given] if given else []) + tuple(folders), download)
+        return WeightsLocator(tuple([given] if given else []) + tuple(folders), download)
 
     def look(self, file: str, caches: Sequence[Path] = ()) -> Path | None:
         """The file of that name, if it is anywhere."""

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from fewstep.errors import UserError
-from fewstep.models.hub.encoded import PROMPTS, Index, fingerprint, read_index, read_prompts
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_prompts, write_tensors, write_text
+from fewstep.core.image_files import PICTURES, VIDEOS, Cover, files_of, read_picture, read_video, size_of
+from fewstep.models.hub.encoded import PROMPTS, Index, fingerprint, read_index
 from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.store import write_tensors, write_text
-from fewstep.pictures import PICTURES, VIDEOS, Cover, files_of, read_picture, read_video, size_of
 
 Progress = Callable[[int, int], None]  # how many of how many
 
@@ -61,7 +61,7 @@ def encode_prompts(
 
 
 @torch.no_grad()
-def encode_pictures(
+def encode_images(
     folder: PipelineFolder, source: Path, out: Path, *, sizes: Sequence[Cover] = (), frames: int = 1, batch: int = 32,
     rows: int = 512, device: torch.device | str = "cpu", progress: Progress | None = None,
 ) -> int:  # fmt: skip

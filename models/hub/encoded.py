@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors, sha256
 from fewstep.models.condition import Condition
 from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.store import read_tensors, sha256
 
 PROMPTS = "prompts.txt"  # what was encoded, in order
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")

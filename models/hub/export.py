@@ -8,48 +8,30 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import UserError
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors, sha256, write_tensors, write_text
 from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import guide
+from fewstep.models.hub.export_format import ExportFormat
 from fewstep.models.hub.family import HubBackbone
 from fewstep.models.hub.folder import PipelineFolder, require_diffusers
+from fewstep.models.loading import Model, is_pipeline, pipeline_of
+from fewstep.models.model_config import FewStep, Lora
 from fewstep.models.schedules import RectifiedFlow
-from fewstep.models.store import (
-    FewStep,
-    Lora,
-    Model,
-    is_pipeline,
-    pipeline_of,
-    read_tensors,
-    sha256,
-    write_tensors,
-    write_text,
-)
-
-
-class Form(StrEnum):
-    """What to write."""
-
-    diffusers = "diffusers"
-    merged = "merged"
-    lora = "lora"
-    comfyui = "comfyui"
-
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TOLERANCE = 1e-4  # of the relative difference between the student and what is read back
 
 
-def export(model: Model, form: Form, out: Path, card: str = "") -> Path:
+def export(model: Model, form: ExportFormat, out: Path, card: str = "") -> Path:
     """Writes a student (or another model on a pipeline: one tuned or trained anew) as ``form`` into the new folder
     ``out`` and returns it.
 
@@ -66,18 +48,18 @@ def export(model: Model, form: Form, out: Path, card: str = "") -> Path:
     try:
         aside.mkdir(parents=True)
         manifest = manifest_of(model, folder)
-        if form in (Form.lora, Form.comfyui):
-            if form is Form.comfyui and not folder.family.loads_lora:
+        if form in (ExportFormat.lora, ExportFormat.comfyui):
+            if form is ExportFormat.comfyui and not folder.family.loads_lora:
                 raise UserError(f"There are no ComfyUI keys for {folder.index['_class_name']}; export to lora.")
             _write_lora(model, folder, aside / LORA_FILE, form, manifest)
             _check_lora(model, folder, aside / LORA_FILE)
         else:
             network = _plain(model.denoiser.backbone)
-            if form is Form.merged:
+            if form is ExportFormat.merged:
                 _write_network(network, aside)
             else:
                 _write_pipeline(folder, network, model.config.few_step, aside)
-            _check_network(model, folder, aside if form is Form.merged else aside / folder.family.part)
+            _check_network(model, folder, aside if form is ExportFormat.merged else aside / folder.family.part)
         write_text(json.dumps(manifest, indent=2) + "\n", aside / "fewstep.json")
         write_text(model_card(manifest, form, card), aside / "README.md")
         if out.exists():
@@ -109,7 +91,7 @@ def weights_sha256(folder: PipelineFolder) -> str:
     return sha256(*sorted((folder.path / folder.family.part).glob("*.safetensors")))
 
 
-def model_card(manifest: Mapping[str, Any], form: Form, text: str) -> str:
+def model_card(manifest: Mapping[str, Any], form: ExportFormat, text: str) -> str:
     """The README of an export."""
     if "times" in manifest:
         steps, times = manifest["num_inference_steps"], ", ".join(f"{t:.4g}" for t in manifest["times"])
@@ -121,7 +103,7 @@ def model_card(manifest: Mapping[str, Any], form: Form, text: str) -> str:
         ]
     else:
         lines = [f"# {manifest['base']}, trained on", "", "Sample it as its base."]
-    if form in (Form.lora, Form.comfyui):
+    if form in (ExportFormat.lora, ExportFormat.comfyui):
         lines.append("It is an adapter: use it with a scale of 1 on the base that `fewstep.json` names by hash.")
     return "\n".join([*lines, "", text]).rstrip() + "\n"
 
@@ -175,7 +157,7 @@ def scheduler_for(folder: PipelineFolder, few_step: FewStep) -> Any:
     diffusers = require_diffusers()
     renoise, steps, shift = few_step.rule == "renoise", len(few_step.times), few_step.shift
     own = json.loads((folder.path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    if not isinstance(folder.noising.schedule, RectifiedFlow):
+    if not isinstance(folder.noise_process.schedule, RectifiedFlow):
         if shift != 1:
             raise UserError(f"Pipelines of a discrete schedule cannot take times shifted by {shift:g}: train with 1.")
         betas = {k: own[k] for k in ("beta_start", "beta_end", "beta_schedule", "prediction_type") if k in own}
@@ -248,10 +230,10 @@ def _adapter(model: Model) -> tuple[dict[str, Tensor], Lora]:
     return {name.removeprefix("network."): tensor for name, tensor in view.state_dict().items()}, lora
 
 
-def _write_lora(model: Model, folder: PipelineFolder, file: Path, form: Form, manifest: dict[str, Any]) -> None:
+def _write_lora(model: Model, folder: PipelineFolder, file: Path, form: ExportFormat, manifest: dict[str, Any]) -> None:
     tensors, lora = _adapter(model)
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in manifest.items()}
-    if form is Form.lora:
+    if form is ExportFormat.lora:
         part = folder.family.part
         metadata["lora_adapter_metadata"] = json.dumps({f"{part}.{key}": value for key, value in _peft(lora).items()})
         write_tensors({f"{part}.{name}": tensor for name, tensor in tensors.items()}, file, metadata)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import UserError
+from fewstep.core.errors import UserError
 from fewstep.models import hub
+from fewstep.models.backbone import Backbone
 from fewstep.models.condition import Condition
 from fewstep.models.prediction import Kind
 from fewstep.models.schedules import NoiseSchedule, RectifiedFlow, VPDiscrete
@@ -52,11 +53,11 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def taps(self) -> tuple[str, ...]:
+    def feature_layers(self) -> tuple[str, ...]:
         """Modules whose outputs heads may read, at about a quarter, half and three quarters of the depth."""
 
     @abstractmethod
-    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output for latents ``x_t`` [B, C, ...] at times ``t`` [B], float64, in the shape of ``x_t``."""
 
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
@@ -105,14 +106,14 @@ class Family(ABC):
         return out
 
 
-class Packed(Family):
+class PackedLatents(Family):
     """A family whose transformer takes 2 x 2 latents as a token, through joint attention with the prompt's."""
 
     passes_sigmas = True
     targets = (*JOINT, *ADDED)
 
     @property
-    def taps(self) -> tuple[str, ...]:
+    def feature_layers(self) -> tuple[str, ...]:
         return depths("transformer_blocks", self.network["num_layers"])
 
     @property
@@ -124,7 +125,7 @@ class Packed(Family):
         return self.network["in_channels"] // 4, 2 * rows, 2 * columns
 
 
-class HubBackbone(nn.Module):
+class HubBackbone(Backbone):
     """A diffusers denoiser as a backbone ``(x_t, t, condition) -> tensor``."""
 
     def __init__(self, family: Family, network: nn.Module) -> None:
@@ -132,12 +133,23 @@ class HubBackbone(nn.Module):
         self.family = family
         self.network: Any = network
 
+    @property
+    def lora_targets(self) -> Sequence[str]:  # type: ignore[override]
+        return self.family.targets
+
+    @property
+    def feature_layers(self) -> Sequence[str]:  # type: ignore[override]
+        return [f"network.{path}" for path in self.family.feature_layers]
+
+    def checkpoint_gradients(self, function: Callable[..., Any]) -> None:
+        self.network.enable_gradient_checkpointing(function)
+
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(self.network.parameters()).dtype
         held = Condition(
             {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
         )
-        return self.family.read(self.network, x_t.to(dtype), t, held)
+        return self.family.predict(self.network, x_t.to(dtype), t, held)
 
 
 def families() -> dict[str, type[Family]]:
@@ -164,7 +176,7 @@ def family_of(pipeline: str) -> type[Family]:
     return _by_pipeline()[pipeline]
 
 
-class Noising(NamedTuple):
+class NoiseProcess(NamedTuple):
     """The noise schedule of a pipeline, what its network predicts, and the shift of its time grid."""
 
     schedule: NoiseSchedule
@@ -172,7 +184,7 @@ class Noising(NamedTuple):
     shift: float
 
 
-def noising(scheduler: Settings) -> Noising:
+def noise_process(scheduler: Settings) -> NoiseProcess:
     """Read off a scheduler's config: its sampling rule does not matter, only what the network was trained with.
 
     Raises ``UserError`` on settings that are not understood.
@@ -181,12 +193,12 @@ def noising(scheduler: Settings) -> Noising:
     if name.startswith("FlowMatch") or scheduler.get("use_flow_sigmas"):
         static = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
         shift = 1.0 if scheduler.get("use_dynamic_shifting") else float(static)
-        return Noising(RectifiedFlow(), "velocity", shift)
+        return NoiseProcess(RectifiedFlow(), "velocity", shift)
     kinds: dict[str, Kind] = {"epsilon": "noise", "v_prediction": "v", "sample": "x0"}
     kind = kinds.get(str(scheduler.get("prediction_type", "epsilon")))
     if kind is None:
         raise UserError(f"The scheduler {name} predicts {scheduler['prediction_type']!r}; known: {', '.join(kinds)}.")
-    return Noising(VPDiscrete(tuple(_betas(scheduler).tolist())), kind, 1.0)
+    return NoiseProcess(VPDiscrete(tuple(_betas(scheduler).tolist())), kind, 1.0)
 
 
 def _betas(scheduler: Settings) -> Tensor:

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.condition import Condition
-from fewstep.models.hub.family import Packed, pack, sigma, unpack
+from fewstep.models.hub.family import PackedLatents, pack, sigma, unpack
 
 
-class Flux(Packed):
+class Flux(PackedLatents):
     pipelines = ("FluxPipeline",)
 
     @property
     def embeds_guidance(self) -> bool:
         return bool(self.network["guidance_embeds"])
 
-    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         prompt = condition["prompt"]
         rows, columns = (n // 2 for n in x_t.shape[-2:])
         places = torch.zeros(rows, columns, 3, device=x_t.device, dtype=x_t.dtype)

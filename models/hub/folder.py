@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.core.errors import UserError
+from fewstep.core.image_files import to_bytes
+from fewstep.core.torchvision_compat import prepare_torchvision
 from fewstep.models.condition import Condition
-from fewstep.models.denoiser import Denoiser, GuidanceStyle, spelt_out
-from fewstep.models.hub.family import Family, HubBackbone, Noising, family_of, noising
-from fewstep.pictures import to_bytes
-from fewstep.torchvision_cure import cure_torchvision
+from fewstep.models.denoiser import AUTO, Denoiser, GuidanceStyle
+from fewstep.models.hub.family import Family, HubBackbone, NoiseProcess, family_of, noise_process
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class PipelineFolder:
         return cls(_read(self.path / cls.part / "config.json"), vae)
 
     @cached_property
-    def noising(self) -> Noising:
-        return noising(_read(self.path / "scheduler" / "scheduler_config.json"))
+    def noise_process(self) -> NoiseProcess:
+        return noise_process(_read(self.path / "scheduler" / "scheduler_config.json"))
 
     def holds(self, component: str) -> bool:
         """Whether the folder has a component; those that it was saved without are null."""
         return (self.index.get(component) or [None])[0] is not None
 
-    def denoiser(self, dtype: torch.dtype = torch.float32, taps: Sequence[str] = ()) -> Denoiser:
+    def denoiser(self, dtype: torch.dtype = torch.float32, feature_layers: Sequence[str] = ()) -> Denoiser:
         """The pipeline's denoiser with its weights, in eval mode on the CPU."""
         diffusers = require_diffusers()
         module = getattr(diffusers, self.index[self.family.part][1])
@@ -72,9 +72,9 @@ class PipelineFolder:
             raise UserError(f"The {self.family.part} in {self.path} cannot be loaded: {_first_line(error)}") from error
         finish = None if type(self.family).guided is Family.guided else self.family.guided
         style = GuidanceStyle(self.family.embeds_guidance, finish)
-        inside = [f"network.{path}" for path in spelt_out(taps, self.family.taps)]
         backbone = HubBackbone(self.family, network)
-        return Denoiser(backbone, self.noising.schedule, self.noising.kind, inside, style).eval()
+        paths = [path if path == AUTO else f"network.{path}" for path in feature_layers]
+        return Denoiser(backbone, self.noise_process.schedule, self.noise_process.kind, paths, style).eval()
 
     def pipeline(self, denoiser: Any = None, dtype: torch.dtype = torch.float32) -> Any:
         """The whole diffusers pipeline, with ``denoiser`` (None: none, which encoding and decoding do not need)."""
@@ -105,7 +105,7 @@ class PipelineFolder:
 
 def require_diffusers() -> Any:
     """The diffusers package. Raises ``UserError`` if it is not installed."""
-    cure_torchvision()
+    prepare_torchvision()
     try:
         import diffusers
     except ImportError as error:

@@ -17,10 +17,10 @@ class PixArt(Family):
     loads_lora = False
 
     @property
-    def taps(self) -> tuple[str, ...]:
+    def feature_layers(self) -> tuple[str, ...]:
         return depths("transformer_blocks", self.network["num_layers"])
 
-    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.network.get("use_additional_conditions") or self.network["sample_size"] == 128:
             height, width = (self.factor * n for n in x_t.shape[-2:])

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.condition import Condition
-from fewstep.models.hub.family import Packed, pack, pad, sigma, unpack
+from fewstep.models.hub.family import PackedLatents, pack, pad, sigma, unpack
 from fewstep.models.hub.wan import decode_standardised, encode_standardised
 
 
-class QwenImage(Packed):
+class QwenImage(PackedLatents):
     pipelines = ("QwenImagePipeline",)
     tokens = 512  # prompts are padded to; the mask tells what they say
 
@@ -21,7 +21,7 @@ class QwenImage(Packed):
     def factor(self) -> int:
         return int(2 ** len(self.vae.get("temperal_downsample", (0,) * 3)))
 
-    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         rows, columns = (n // 2 for n in x_t.shape[-2:])
         out: Tensor = network(
             hidden_states=pack(x_t), timestep=sigma(t, x_t), guidance=None, encoder_hidden_states=condition["prompt"],

@@ -16,10 +16,10 @@ class StableDiffusion(Family):
     part = "unet"
 
     @property
-    def taps(self) -> tuple[str, ...]:
+    def feature_layers(self) -> tuple[str, ...]:
         return ("mid_block",)
 
-    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         out: Tensor = network(x_t, label(t, x_t), encoder_hidden_states=condition["prompt"], return_dict=False)[0]
         return out
 

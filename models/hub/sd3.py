@@ -17,10 +17,10 @@ class StableDiffusion3(Family):
     targets = (*JOINT, *ADDED)
 
     @property
-    def taps(self) -> tuple[str, ...]:
+    def feature_layers(self) -> tuple[str, ...]:
         return depths("transformer_blocks", self.network["num_layers"])
 
-    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         out: Tensor = network(
             hidden_states=x_t, timestep=sigma(t, x_t, 1000), encoder_hidden_states=condition["prompt"],
             pooled_projections=condition["pooled"], return_dict=False,

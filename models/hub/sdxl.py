@@ -16,7 +16,7 @@ from fewstep.models.hub.sd import StableDiffusion
 class StableDiffusionXL(StableDiffusion):
     pipelines = ("StableDiffusionXLPipeline",)
 
-    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         added = {"text_embeds": condition["pooled"], "time_ids": self.time_ids(x_t)}
         prompt = condition["prompt"]
         out: Tensor = network(

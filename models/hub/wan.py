@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import UserError
+from fewstep.core.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.hub.family import Family, depths, grid_of, sigma
 
@@ -27,10 +27,10 @@ class Wan(Family):
         return int(2 ** len(self.vae.get("temperal_downsample", (0,) * 3)))
 
     @property
-    def taps(self) -> tuple[str, ...]:
+    def feature_layers(self) -> tuple[str, ...]:
         return depths("blocks", self.network["num_layers"])
 
-    def read(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         out: Tensor = network(x_t, sigma(t, x_t, 1000), condition["prompt"], return_dict=False)[0]
         return out
 

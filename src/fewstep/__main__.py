@@ -1,6 +1,6 @@
 """``python -m fewstep`` is the console script."""
 
-from fewstep.distill.cli import main
+from fewstep.cli.main import main
 
 if __name__ == "__main__":
     main()

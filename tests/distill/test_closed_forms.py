@@ -21,7 +21,7 @@ from fewstep.distill.config import objective_module
 from fewstep.distill.critics import denoising_loss, denoising_target, importance_weight
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.update import Anchor
+from fewstep.distill.update import StudentSample
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 
@@ -148,17 +148,17 @@ def slope_of(critic: str, n: int = 2_000_000) -> float:
     x_in = math.sqrt(0.25**2 + 0.75**2) * z
     x0, noise = 0.4 * x_in, 1.2 * x_in
     s, t = torch.full((n,), 0.5, dtype=torch.float64), torch.full((n,), 0.7, dtype=torch.float64)
-    anchor = Anchor(0.5 * x0 + 0.5 * noise, s, x0, torch.full_like(s, 0.75), Condition())
-    x_t = 0.6 * anchor.x + math.sqrt(0.4) * bridge_noise
+    sample = StudentSample(0.5 * x0 + 0.5 * noise, s, x0, torch.full_like(s, 0.75), Condition())
+    x_t = 0.6 * sample.x + math.sqrt(0.4) * bridge_noise
     fake = Denoiser(Slope(), FLOW, "x0")
 
     def gradient(a: float) -> float:
         fake.backbone.a.data.fill_(a)
         prediction = fake(x_t, t, Condition())
         if critic == "bridge":
-            loss = denoising_loss(prediction, FLOW, anchor, t, bridge_noise)
+            loss = denoising_loss(prediction, FLOW, sample, t, bridge_noise)
         else:
-            weight = importance_weight(FLOW, anchor, x0, t, bridge_noise, tempered=False) if critic == "exact" else 1.0
+            weight = importance_weight(FLOW, sample, x0, t, bridge_noise, tempered=False) if critic == "exact" else 1.0
             loss = (weight * (prediction.x0 - x0).square()).mean()
         return torch.autograd.grad(loss, fake.backbone.a)[0].item()
 
@@ -175,7 +175,7 @@ def test_a_clean_anchor_makes_the_bridge_target_the_ordinary_one() -> None:
     """At s = 0 the unbiased target is (x, n) itself and the weight is 1: clean is a value of the one function."""
     x, n = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
     zero, t = torch.zeros(5, dtype=torch.float64), torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
-    x0, noise, weight = denoising_target(FLOW, Anchor(x, zero, x, t, Condition()), t, n)
+    x0, noise, weight = denoising_target(FLOW, StudentSample(x, zero, x, t, Condition()), t, n)
     assert torch.equal(x0, x)
     assert torch.allclose(noise, n)
     assert torch.allclose(weight, torch.ones(5, 1))
@@ -187,8 +187,8 @@ def test_the_bridge_target_tends_to_the_clean_one(s: float) -> None:
     x, n = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
     level = torch.full((5,), s, dtype=torch.float64)
-    anchor = Anchor((1 - s) * x, level, x, t, Condition())
-    x0, noise, weight = denoising_target(FLOW, anchor, t, n)
+    sample = StudentSample((1 - s) * x, level, x, t, Condition())
+    x0, noise, weight = denoising_target(FLOW, sample, t, n)
     for value, limit in ((x0, x), (noise, n), (weight, torch.ones(5, 1))):
         torch.testing.assert_close(value, limit.to(value), rtol=0, atol=max(300 * s * s, 1e-12))
 
@@ -197,14 +197,14 @@ def test_tempered_importance_weight_is_the_dth_root_of_the_exact_one() -> None:
     d, generator = 6, torch.Generator().manual_seed(0)
     x0, noise, n = torch.randn(3, 10, d, generator=generator, dtype=torch.float64)
     s, t = torch.full((10,), 0.3, dtype=torch.float64), torch.full((10,), 0.6, dtype=torch.float64)
-    anchor = Anchor(0.7 * x0 + 0.3 * noise, s, x0, t, Condition())
-    exact = importance_weight(FLOW, anchor, x0, t, n, tempered=False)
-    assert torch.allclose(importance_weight(FLOW, anchor, x0, t, n) ** d, exact)
+    sample = StudentSample(0.7 * x0 + 0.3 * noise, s, x0, t, Condition())
+    exact = importance_weight(FLOW, sample, x0, t, n, tempered=False)
+    assert torch.allclose(importance_weight(FLOW, sample, x0, t, n) ** d, exact)
 
 
 def test_exact_importance_weight_averages_to_one() -> None:
     n = torch.randn(400_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x0, noise = torch.full_like(n, 0.4), torch.full_like(n, 1.2)
     s, t = torch.full((len(n),), 0.5, dtype=torch.float64), torch.full((len(n),), 0.7, dtype=torch.float64)
-    anchor = Anchor(0.5 * x0 + 0.5 * noise, s, x0, t, Condition())
-    assert importance_weight(FLOW, anchor, x0, t, n, tempered=False).mean().item() == pytest.approx(1.0, abs=0.01)
+    sample = StudentSample(0.5 * x0 + 0.5 * noise, s, x0, t, Condition())
+    assert importance_weight(FLOW, sample, x0, t, n, tempered=False).mean().item() == pytest.approx(1.0, abs=0.01)

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from fewstep.distill.data import IDX_FILES, Images, Labels, Source, read_folder, read_idx
-from fewstep.distill.draws import Draws
-from fewstep.errors import UserError
-from fewstep.pictures import to_bytes, to_unit
+from fewstep.core.errors import UserError
+from fewstep.core.image_files import to_bytes, to_unit
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill.data.batch import Source
+from fewstep.distill.data.readers import IDX_FILES, read_folder, read_idx
+from fewstep.distill.data.sources import Images, Labels
 
 IMAGES_FILE, LABELS_FILE = IDX_FILES["train"]
 
@@ -170,7 +172,7 @@ def numbered() -> Images:
 
 
 def drawn(source: Source, step: int = 0, shard: int = 0) -> list[Tensor]:
-    batch = source(Draws(0, step, "data", shard), 32)
+    batch = source(KeyedRandom(0, step, "data", shard), 32)
     return [*batch.condition.tensors.values(), *batch.tensors.values()]
 
 
@@ -184,14 +186,14 @@ def test_a_batch_is_a_function_of_its_key(make: Callable[[], Source]) -> None:
 
 @pytest.mark.parametrize("make", [lambda: Labels(3, (1, 2, 2)), numbered], ids=["labels", "images"])
 def test_labels_are_classes_and_the_null_is_their_number(make: Callable[[], Source]) -> None:
-    batch = make()(Draws(0, 0, "data", 0), 32)
+    batch = make()(KeyedRandom(0, 0, "data", 0), 32)
     assert (batch.size, batch.shape) == (32, (1, 2, 2))
     assert batch.condition["labels"].unique().tolist() == [0, 1, 2]
     assert batch.condition.null()["labels"].tolist() == [3] * 32
 
 
 def test_images_keep_their_labels_and_all_of_them_are_drawn() -> None:
-    batch = numbered()(Draws(0, 0, "data", 0), 200)
+    batch = numbered()(KeyedRandom(0, 0, "data", 0), 200)
     numbers = to_bytes(batch["x0"])[:, 0, 0, 0].long()
     assert numbers.unique().tolist() == list(range(8))
     assert batch.condition["labels"].equal(numbers % 3)
@@ -199,10 +201,10 @@ def test_images_keep_their_labels_and_all_of_them_are_drawn() -> None:
 
 
 def test_labels_alone_bring_no_images() -> None:
-    assert dict(Labels(3, (1, 2, 2))(Draws(0, 0, "data", 0), 4)) == {}
+    assert dict(Labels(3, (1, 2, 2))(KeyedRandom(0, 0, "data", 0), 4)) == {}
 
 
 def test_a_batch_moves_as_a_whole() -> None:
-    batch = numbered()(Draws(0, 0, "data", 0), 4).to(torch.device("meta"))
+    batch = numbered()(KeyedRandom(0, 0, "data", 0), 4).to(torch.device("meta"))
     assert {tensor.device.type for tensor in [batch["x0"], batch.condition["labels"]]} == {"meta"}
     assert (batch.size, batch.shape) == (4, (1, 2, 2))

@@ -12,12 +12,14 @@ from torch import Tensor
 from worlds import tiny_config, write_idx
 
 import fewstep
+from fewstep.core.errors import UserError
+from fewstep.core.files import write_tensors
+from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.config import load_config, objective_module, objective_names, parse_config
-from fewstep.distill.draws import Draws
-from fewstep.errors import UserError
 from fewstep.eval.references import load_reference
 from fewstep.eval.validation import Validation
-from fewstep.models.store import FewStep, load_model, write_tensors
+from fewstep.models.loading import load_model
+from fewstep.models.model_config import FewStep
 from fewstep.samplers.grids import time_uniform
 
 MODEL = {"backbone": {"name": "unet", "widths": [8], "blocks": [1], "embedding": 8}, "shape": [1, 8, 8], "classes": 10}
@@ -102,10 +104,10 @@ def test_bfloat16_changes_the_losses_by_its_rounding_only(objective: str, tmp_pa
 @pytest.mark.gpu
 @pytest.mark.parametrize("objective", objective_names())
 def test_a_gpu_computes_what_the_cpu_does(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def on_the_host(self: Draws, shape: tuple[int, ...], stream: str = "noise") -> Tensor:
+    def on_the_host(self: KeyedRandom, shape: tuple[int, ...], stream: str = "noise") -> Tensor:
         return torch.randn(shape, generator=self._generator(stream, torch.device("cpu"))).to(self.device)
 
-    monkeypatch.setattr(Draws, "normal", on_the_host)  # a GPU draws other numbers
+    monkeypatch.setattr(KeyedRandom, "normal", on_the_host)  # a GPU draws other numbers
     cpu, gpu = (
         trained(settings(objective, tmp_path, device, "float32") | {"out": str(tmp_path / device)})[1]
         for device in ("cpu", "cuda")

@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from fewstep.distill.run import numbers
 from mixtures import CLASSES, guided_ring, pretrained_guided
 from worlds import FLOW, Affine, Points, gaussian, trained
 
+from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.config import HealthConfig
-from fewstep.distill.data import Labels
-from fewstep.distill.draws import Draws
+from fewstep.distill.data.sources import Labels
 from fewstep.distill.health import Probe, Profile, diagnose
 from fewstep.distill.loop import Loop
 from fewstep.distill.objectives import dmd2, tdm
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.run import numbers
 from fewstep.distill.stage import RoleConfig, make_role
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.store import ModelConfig
+from fewstep.models.model_config import ModelConfig
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.25, -0.5])
@@ -90,7 +90,7 @@ def names(
     loop = Loop(roles, objective, {"data": source}, 128)
     shape = ModelConfig(backbone={"name": "none"}, shape=(2,), classes=CLASSES)
     probe = Probe(
-        source(Draws(0, 0, "health", 0), 8).condition, HealthConfig(seeds=16), shape, torch.device("cpu"), 128
+        source(KeyedRandom(0, 0, "health", 0), 8).condition, HealthConfig(seeds=16), shape, torch.device("cpu"), 128
     )
     logged: list[dict[str, float]] = []
     latest: dict[str, float] = {}

@@ -9,12 +9,12 @@ import pytest
 import torch
 from worlds import Points, mlp, mlp_roles, trained
 
+from fewstep.core.errors import UserError
+from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.config import objective_module
-from fewstep.distill.draws import Draws
 from fewstep.distill.loop import PATIENCE, Loop
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.update import Anchor, Due, Micro, Objective, Term, Update
-from fewstep.errors import UserError
+from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
 
 
 def loop(name: str = "dmd2", **settings: object) -> Loop:
@@ -40,28 +40,28 @@ def test_only_the_updated_roles_receive_gradients(name: str) -> None:
 
 def test_a_graph_through_a_frozen_role_exists_only_where_it_is_asked_for() -> None:
     roles = mlp_roles()
-    draws = Draws(0, 0, "test", 0)
-    batch, x = Points(2)(draws, 4), draws.normal((4, 2)).requires_grad_()
+    random = KeyedRandom(0, 0, "test", 0)
+    batch, x = Points(2)(random, 4), random.normal((4, 2)).requires_grad_()
     with roles.updating(("student",)):
-        assert not roles.read("fake", x, 0.5, batch.condition).out.raw.requires_grad
-        assert roles.read("fake", x, 0.5, batch.condition, through=True).out.raw.requires_grad
-        assert roles.read("student", x, 0.5, batch.condition).out.raw.requires_grad
+        assert not roles.predict("fake", x, 0.5, batch.condition).out.raw.requires_grad
+        assert roles.predict("fake", x, 0.5, batch.condition, through=True).out.raw.requires_grad
+        assert roles.predict("student", x, 0.5, batch.condition).out.raw.requires_grad
 
 
 def test_due_counts_updates() -> None:
     """R = 5: twenty student and a hundred critic updates in a hundred steps; offset and start move them."""
-    assert sum(Due(every=5)(step) for step in range(100)) == 20
-    assert [step for step in range(12) if Due(every=4, offset=1, start=3)(step)] == [4, 8]
-    assert Due(every=4, offset=1, start=3).count(5, 12) == 1
+    assert sum(Every(every=5)(step) for step in range(100)) == 20
+    assert [step for step in range(12) if Every(every=4, offset=1, start=3)(step)] == [4, 8]
+    assert Every(every=4, offset=1, start=3).count(5, 12) == 1
 
 
 def test_the_critic_of_a_step_sees_the_students_own_sample_without_its_graph() -> None:
-    seen: list[Anchor] = []
+    seen: list[StudentSample] = []
     run = loop("dmd2", steps=1, critic_updates=1)
     student, fake = run.objective.updates
 
     def watch(update: Update) -> Update:
-        def terms(m: Micro) -> Iterator[Term]:
+        def terms(m: MicroBatch) -> Iterator[LossTerm]:
             seen.append(m.sample)
             yield from update.terms(m)
 
@@ -81,13 +81,13 @@ def test_terms_that_share_a_sample_add_up_to_their_sum() -> None:
     def gradient(split: bool) -> list[torch.Tensor]:
         roles = mlp_roles()
 
-        def terms(m: Micro) -> Iterator[Term]:
+        def terms(m: MicroBatch) -> Iterator[LossTerm]:
             first, second = m.sample.x.square().mean(), (m.sample.x - 1).abs().mean()
             if split:
-                yield Term("first", first)
-                yield Term("second", second)
+                yield LossTerm("first", first)
+                yield LossTerm("second", second)
             else:
-                yield Term("both", first + second)
+                yield LossTerm("both", first + second)
 
         base = objective_module("dmd2")
         rollout = base.build(base.Config(steps=1), roles).rollout
@@ -113,9 +113,9 @@ def test_accumulated_shards_average() -> None:
 
 
 def broken(every: int) -> Loop:
-    def terms(m: Micro) -> Iterator[Term]:
-        out = roles.read("student", m.draws.normal((4, 2)), 0.5, m.batch.condition).out.raw
-        yield Term("loss", out.mean() * (float("nan") if m.step % every == 0 else 1.0))
+    def terms(m: MicroBatch) -> Iterator[LossTerm]:
+        out = roles.predict("student", m.random.normal((4, 2)), 0.5, m.batch.condition).out.raw
+        yield LossTerm("loss", out.mean() * (float("nan") if m.step % every == 0 else 1.0))
 
     roles = Roles({"student": trained(mlp(2, 0))})
     return Loop(roles, Objective((Update("student", ("student",), terms),)), {"data": Points(2)}, batch=4)

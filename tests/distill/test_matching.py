@@ -6,9 +6,9 @@ import pytest
 import torch
 from worlds import FLOW
 
-from fewstep.distill.draws import Draws
-from fewstep.distill.matching import huber_pull, l1_weight, pull, renoise
-from fewstep.distill.update import Anchor
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill.matching import huber_surrogate_loss, l1_weight, renoise, surrogate_loss
+from fewstep.distill.update import StudentSample
 from fewstep.models.condition import Condition
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -17,7 +17,7 @@ X, D, W = torch.randn(3, 4, 5, generator=GENERATOR, dtype=torch.float64)
 
 def test_pull_has_the_gradient_and_value_of_the_pseudo_loss() -> None:
     x = X.clone().requires_grad_()
-    loss = pull(x, D, W)
+    loss = surrogate_loss(x, D, W)
     loss.backward()
     assert torch.allclose(x.grad, -W * D / x.numel())
     assert loss.item() == pytest.approx(0.5 * (W * D).square().mean().item())
@@ -25,11 +25,11 @@ def test_pull_has_the_gradient_and_value_of_the_pseudo_loss() -> None:
 
 def test_huber_pull_is_zero_at_rest_and_its_gradient_is_bounded_by_the_weight() -> None:
     x = X.clone().requires_grad_()
-    huber_pull(x, torch.zeros_like(x)).backward()
+    huber_surrogate_loss(x, torch.zeros_like(x)).backward()
     assert torch.equal(x.grad, torch.zeros_like(x))
     x.grad = None
     c = 1e-3
-    huber_pull(x, D, 2.0, c).backward()
+    huber_surrogate_loss(x, D, 2.0, c).backward()
     assert torch.allclose(x.grad, -2.0 * D / torch.sqrt(D**2 + c**2) / x.numel())
     assert x.grad.abs().max() <= 2.0 / x.numel()
 
@@ -39,7 +39,7 @@ def test_huber_pull_is_the_sign_for_a_small_constant_and_the_square_for_a_large_
     direction = torch.tensor([[0.5, -2.0, 1e-3, 0.0]])
     for c, limit in ((1e-8, direction.sign()), (1e4, direction / 1e4)):
         x = torch.zeros(1, 4, requires_grad=True)
-        huber_pull(x, direction, 3.0, c).backward()
+        huber_surrogate_loss(x, direction, 3.0, c).backward()
         assert x.grad is not None
         torch.testing.assert_close(x.grad, -3.0 * limit / 4, rtol=1e-5, atol=1e-12)
 
@@ -68,6 +68,6 @@ def test_renoise_gives_the_marginal_of_a_clean_sample_whatever_the_level_it_star
     z = torch.randn(2, n, 1, generator=torch.Generator().manual_seed(1))
     x_s = (1 - s) * (m + std * z[0]) + s * z[1]
     levels, times = torch.full((n,), s, dtype=torch.float64), torch.full((n,), t, dtype=torch.float64)
-    x_t, _ = renoise(FLOW, Anchor(x_s, levels, x_s, times, Condition()), times, Draws(0, 0, "test", 0))
+    x_t, _ = renoise(FLOW, StudentSample(x_s, levels, x_s, times, Condition()), times, KeyedRandom(0, 0, "test", 0))
     assert x_t.mean().item() == pytest.approx((1 - t) * m, abs=0.01)
     assert x_t.var().item() == pytest.approx((1 - t) ** 2 * std**2 + t**2, rel=0.01)

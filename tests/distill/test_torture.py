@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from worlds import FLOW, Affine, Points, gaussian
 
+from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.checkpoint import restore_role, role_tensors
 from fewstep.distill.critics import denoising_loss
-from fewstep.distill.data import Batch, Source
-from fewstep.distill.draws import Draws
+from fewstep.distill.data.batch import Batch, Source
 from fewstep.distill.loop import Loop
-from fewstep.distill.matching import l1_weight, pull, renoise
+from fewstep.distill.matching import l1_weight, renoise, surrogate_loss
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.rollouts import noised, renoise_simulation, start
+from fewstep.distill.rollouts import add_noise, backward_simulation, start
 from fewstep.distill.stage import RoleConfig, enter_stage, make_role
-from fewstep.distill.update import Anchor, Due, Micro, Objective, Term, Update
+from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, Routed
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
@@ -45,14 +45,14 @@ class MLP(nn.Module):
         return self.out(self.hidden(torch.cat([x_t, angles.sin(), angles.cos()], 1)))
 
 
-def images(draws: Draws, size: int) -> Batch:
-    return Batch(size, (2,), NOTHING, {"x0": MIXTURE.sample(size, int(draws.integers(1, 2**31))).float()})
+def images(random: KeyedRandom, size: int) -> Batch:
+    return Batch(size, (2,), NOTHING, {"x0": MIXTURE.sample(size, int(random.integers(1, 2**31))).float()})
 
 
-def flow_matching(m: Micro, x0: Tensor) -> Tensor:
+def flow_matching(m: MicroBatch, x0: Tensor) -> Tensor:
     """The per-sample velocity error [B] of the student at random times."""
-    t, noise = m.draws.uniform(len(x0), stream="flow_t"), m.draws.normal(x0.shape, "flow")
-    velocity = m.roles.read("student", noised(FLOW, x0, noise, t), t, NOTHING).out.velocity
+    t, noise = m.random.uniform(len(x0), stream="flow_t"), m.random.normal(x0.shape, "flow")
+    velocity = m.roles.predict("student", add_noise(FLOW, x0, noise, t), t, NOTHING).out.velocity
     return (velocity - (noise - x0)).square().mean(1)
 
 
@@ -77,10 +77,10 @@ def loop_of(roles: Roles, objective: Objective, batch: int = 256, **sources: Sou
 def base() -> Denoiser:
     """A network taught by flow matching on the mixture, with a tap: where students and fakes start."""
     torch.manual_seed(0)
-    denoiser = Denoiser(MLP(), FLOW, "velocity", taps=["hidden.2"])
+    denoiser = Denoiser(MLP(), FLOW, "velocity", feature_layers=["hidden.2"])
 
-    def student(m: Micro) -> Iterator[Term]:
-        yield Term("flow", flow_matching(m, m.batch["x0"]).mean())
+    def student(m: MicroBatch) -> Iterator[LossTerm]:
+        yield LossTerm("flow", flow_matching(m, m.batch["x0"]).mean())
 
     objective = Objective((Update("student", ("student",), student),))
     train(loop_of(Roles({"student": trained(denoiser, 5e-3)}), objective, data=images), 500)
@@ -116,12 +116,12 @@ def gradients(role: Role) -> list[Tensor | None]:
 def critic(roles: Roles, low: float = 0.0, start: int = 0) -> Update:
     """The fake score's update at times from ``low``, the anchor's level, to 1."""
 
-    def fake(m: Micro) -> Iterator[Term]:
-        a, t = m.sample, m.draws.uniform(len(m.sample.s), low, 1.0)
-        x_t, n = renoise(FLOW, a, t, m.draws)
-        yield Term("critic", denoising_loss(roles.read("fake", x_t, t, a.condition).out, FLOW, a, t, n))
+    def fake(m: MicroBatch) -> Iterator[LossTerm]:
+        a, t = m.sample, m.random.uniform(len(m.sample.s), low, 1.0)
+        x_t, n = renoise(FLOW, a, t, m.random)
+        yield LossTerm("critic", denoising_loss(roles.predict("fake", x_t, t, a.condition).out, FLOW, a, t, n))
 
-    return Update("fake", ("fake",), fake, Due(start=start))
+    return Update("fake", ("fake",), fake, Every(start=start))
 
 
 # 1. SiD (arXiv 2404.04057): gradient through the inputs of both frozen score networks.
@@ -130,16 +130,16 @@ def critic(roles: Roles, low: float = 0.0, start: int = 0) -> Update:
 def sid(roles: Roles, low: float, high: float, *, through: bool = True, normalised: bool = True) -> Objective:
     """``(x0_T - x0_F) ((x0_T - x) - a (x0_T - x0_F)) / omega`` with a = 1, after an ordinary fake update."""
 
-    def student(m: Micro) -> Iterator[Term]:
-        a, t = m.sample, m.draws.uniform(len(m.sample.s), low, high)
-        x_t, _ = renoise(FLOW, a, t, m.draws)
-        T = roles.read("teacher", x_t, t, a.condition, through=through).out.x0
-        F = roles.read("fake", x_t, t, a.condition, through=through).out.x0
+    def student(m: MicroBatch) -> Iterator[LossTerm]:
+        a, t = m.sample, m.random.uniform(len(m.sample.s), low, high)
+        x_t, _ = renoise(FLOW, a, t, m.random)
+        T = roles.predict("teacher", x_t, t, a.condition, through=through).out.x0
+        F = roles.predict("fake", x_t, t, a.condition, through=through).out.x0
         omega = 1 / l1_weight(a.x, T, 1e-5) if normalised else 1.0
-        yield Term("sid", ((T - F) * ((T - a.x) - (T - F)) / omega).sum(1).mean())
+        yield LossTerm("sid", ((T - F) * ((T - a.x) - (T - F)) / omega).sum(1).mean())
 
     updates = critic(roles, start=1), Update("student", ("student",), student)
-    return Objective(updates, lambda m: renoise_simulation(m, roles, [1.0]))
+    return Objective(updates, lambda m: backward_simulation(m, roles, [1.0]))
 
 
 @pytest.mark.parametrize(("through", "expected"), [(True, (0.134228, -0.160803)), (False, (0.2, -0.119799))])
@@ -192,20 +192,23 @@ class Head(nn.Module):
 
 
 def gan(roles: Roles, head: nn.Module) -> Objective:
-    def logits(m: Micro, x0: Tensor, name: str, through: bool) -> Tensor:
-        t = m.draws.uniform(len(x0), 0.02, 0.7, stream=f"{name}_t")
-        x_t = noised(FLOW, x0, m.draws.normal(x0.shape, name), t)
-        return head(roles.read("teacher", x_t, t, NOTHING, through=through).cond.features["hidden.2"], t)
+    def logits(m: MicroBatch, x0: Tensor, name: str, through: bool) -> Tensor:
+        t = m.random.uniform(len(x0), 0.02, 0.7, stream=f"{name}_t")
+        x_t = add_noise(FLOW, x0, m.random.normal(x0.shape, name), t)
+        return head(roles.predict("teacher", x_t, t, NOTHING, through=through).cond.features["hidden.2"], t)
 
-    def student(m: Micro) -> Iterator[Term]:
-        yield Term("gan", softplus(-logits(m, m.sample.x, "generated", through=True)).mean())
+    def student(m: MicroBatch) -> Iterator[LossTerm]:
+        yield LossTerm("gan", softplus(-logits(m, m.sample.x, "generated", through=True)).mean())
 
-    def discriminator(m: Micro) -> Iterator[Term]:
+    def discriminator(m: MicroBatch) -> Iterator[LossTerm]:
         generated = softplus(logits(m, m.sample.x, "generated", through=False)).mean()
-        yield Term("discriminator", generated + softplus(-logits(m, m.batch["x0"], "data", through=False)).mean())
+        yield LossTerm("discriminator", generated + softplus(-logits(m, m.batch["x0"], "data", through=False)).mean())
 
-    updates = Update("student", ("student",), student), Update("head", ("discriminator",), discriminator, Due(start=1))
-    return Objective(updates, lambda m: renoise_simulation(m, roles, [1.0]))
+    updates = (
+        Update("student", ("student",), student),
+        Update("head", ("discriminator",), discriminator, Every(start=1)),
+    )
+    return Objective(updates, lambda m: backward_simulation(m, roles, [1.0]))
 
 
 def test_gan_on_the_taps_of_the_frozen_teacher(base):
@@ -235,25 +238,25 @@ def test_gan_on_the_taps_of_the_frozen_teacher(base):
 MIDDLE = 0.5
 
 
-def phase(roles: Roles, t_in: float, s: float) -> Objective:
+def phase(roles: Roles, t_student: float, s: float) -> Objective:
     """The student goes from ``t_in`` to ``s`` in one Euler step; what comes before is the frozen role ``expert``."""
 
-    def rollout(m: Micro) -> Anchor:
+    def rollout(m: MicroBatch) -> StudentSample:
         x = start(m, FLOW, 1.0)
-        if t_in < 1:
-            x = x + (t_in - 1) * roles.read("expert", x, 1.0, NOTHING).out.velocity
-        x_s = x + (s - t_in) * roles.read("student", x, t_in, NOTHING).out.velocity
+        if t_student < 1:
+            x = x + (t_student - 1) * roles.predict("expert", x, 1.0, NOTHING).out.velocity
+        x_s = x + (s - t_student) * roles.predict("student", x, t_student, NOTHING).out.velocity
         times = torch.ones(len(x), dtype=torch.float64)
-        return Anchor(x_s, s * times, x_s, t_in * times, NOTHING)
+        return StudentSample(x_s, s * times, x_s, t_student * times, NOTHING)
 
-    def student(m: Micro) -> Iterator[Term]:
-        a, t = m.sample, m.draws.uniform(len(m.sample.s), s + 0.02, 0.98)
-        x_t, _ = renoise(FLOW, a, t, m.draws)
-        T = roles.read("teacher", x_t, t, NOTHING).out.x0
-        F = roles.read("fake", x_t, t, NOTHING).out.x0
-        yield Term("match", pull(a.handle, T - F, l1_weight(a.x, T, 0.1)))
+    def student(m: MicroBatch) -> Iterator[LossTerm]:
+        a, t = m.sample, m.random.uniform(len(m.sample.s), s + 0.02, 0.98)
+        x_t, _ = renoise(FLOW, a, t, m.random)
+        T = roles.predict("teacher", x_t, t, NOTHING).out.x0
+        F = roles.predict("fake", x_t, t, NOTHING).out.x0
+        yield LossTerm("match", surrogate_loss(a.output, T - F, l1_weight(a.x, T, 0.1)))
 
-    updates = Update("student", ("student",), student, Due(every=2)), critic(roles, s)
+    updates = Update("student", ("student",), student, Every(every=2)), critic(roles, s)
     return Objective(updates, rollout)
 
 
@@ -268,7 +271,7 @@ def test_phased_dmd_trains_the_second_expert_behind_the_frozen_first(base):
     )
     noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(3))
     x0 = MIXTURE.sample(2000, 4).float()
-    x_s = noised(FLOW, x0, noise.roll(1, 0), torch.full((2000,), MIDDLE, dtype=torch.float64))
+    x_s = add_noise(FLOW, x0, noise.roll(1, 0), torch.full((2000,), MIDDLE, dtype=torch.float64))
 
     @torch.no_grad()
     def distance_at_s(denoiser: Denoiser) -> float:
@@ -298,42 +301,42 @@ def test_phased_dmd_trains_the_second_expert_behind_the_frozen_first(base):
 # 4. Matching and a preference (Diffusion-DPO, arXiv 2311.12908) in one update, from two sources.
 
 
-def pairs(draws: Draws, size: int) -> Batch:
+def pairs(random: KeyedRandom, size: int) -> Batch:
     """Two samples of the data each; the winner is the one further to the right."""
-    x0 = images(draws, 2 * size)["x0"]
+    x0 = images(random, 2 * size)["x0"]
     order = x0[:, 0].view(2, size).argsort(0)[:, :, None].expand(2, size, 2)
     loser, winner = x0.view(2, size, 2).gather(0, order)
     return Batch(size, (2,), NOTHING, {"winner": winner, "loser": loser})
 
 
 def joint(roles: Roles, beta: float, terms: tuple[str, ...] = ("match", "preference")) -> Objective:
-    def match(m: Micro) -> Tensor:
-        a, t = m.sample, m.draws.uniform(len(m.sample.s), 0.02, 0.98)
-        x_t, _ = renoise(FLOW, a, t, m.draws)
-        T, F = (roles.read(name, x_t, t, NOTHING).out.x0 for name in ("teacher", "fake"))
-        return pull(a.handle, T - F, l1_weight(a.x, T, 0.1))
+    def match(m: MicroBatch) -> Tensor:
+        a, t = m.sample, m.random.uniform(len(m.sample.s), 0.02, 0.98)
+        x_t, _ = renoise(FLOW, a, t, m.random)
+        T, F = (roles.predict(name, x_t, t, NOTHING).out.x0 for name in ("teacher", "fake"))
+        return surrogate_loss(a.output, T - F, l1_weight(a.x, T, 0.1))
 
-    def preference(m: Micro) -> Tensor:
+    def preference(m: MicroBatch) -> Tensor:
         pair = m.batches["pairs"]
-        t = m.draws.uniform(pair.size, stream="pair_t").repeat(2)
-        noise = m.draws.normal((pair.size, 2), "pair").repeat(2, 1)  # shared by winner and loser, as t is
+        t = m.random.uniform(pair.size, stream="pair_t").repeat(2)
+        noise = m.random.normal((pair.size, 2), "pair").repeat(2, 1)  # shared by winner and loser, as t is
         x0 = torch.cat([pair["winner"], pair["loser"]])
-        x_t, velocity = noised(FLOW, x0, noise, t), noise - x0
+        x_t, velocity = add_noise(FLOW, x0, noise, t), noise - x0
         policy, reference = (
-            (roles.read(name, x_t, t, NOTHING).out.velocity - velocity).square().mean(1)
+            (roles.predict(name, x_t, t, NOTHING).out.velocity - velocity).square().mean(1)
             for name in ("student", "reference")
         )
         winner, loser = (policy - reference).chunk(2)
         m.note("accuracy", (winner < loser).float())
         return softplus(beta / 2 * (winner - loser)).mean()
 
-    def student(m: Micro) -> Iterator[Term]:
+    def student(m: MicroBatch) -> Iterator[LossTerm]:
         for name, loss in (("match", match), ("preference", preference)):
             if name in terms:
-                yield Term(name, loss(m))
+                yield LossTerm(name, loss(m))
 
     updates = Update("student", ("student",), student), critic(roles)
-    return Objective(updates, lambda m: renoise_simulation(m, roles, [1.0]))
+    return Objective(updates, lambda m: backward_simulation(m, roles, [1.0]))
 
 
 def joint_loop(base: Denoiser, beta: float, *terms: str) -> Loop:
@@ -371,21 +374,21 @@ def online(base: Denoiser) -> Loop:
     roles = Roles({"student": trained(copy.deepcopy(base), 1e-3)})
     buffer = torch.zeros(512, 2)
 
-    def source(draws: Draws, size: int) -> Batch:
-        return Batch(size, (2,), NOTHING, {"x0": buffer[draws.integers(size, len(buffer))]})
+    def source(random: KeyedRandom, size: int) -> Batch:
+        return Batch(size, (2,), NOTHING, {"x0": buffer[random.integers(size, len(buffer))]})
 
     @torch.no_grad()
-    def refill(draws: Draws) -> None:
-        if draws.key[1] % 20 == 0:
-            noise = draws.normal(buffer.shape)
+    def refill(random: KeyedRandom) -> None:
+        if random.key[1] % 20 == 0:
+            noise = random.normal(buffer.shape)
             buffer.copy_(euler(Predictor(roles.denoiser("student"), NOTHING), noise, (1.0, 0.75, 0.5, 0.25, 0.0)))
 
-    def student(m: Micro) -> Iterator[Term]:
+    def student(m: MicroBatch) -> Iterator[LossTerm]:
         x0 = m.batch["x0"]
         m.note("reward", x0[:, 0])
-        yield Term("policy", (x0[:, 0].softmax(0) * flow_matching(m, x0)).sum())
+        yield LossTerm("policy", (x0[:, 0].softmax(0) * flow_matching(m, x0)).sum())
 
-    refill(Draws(0, 0, "refill", 0))
+    refill(KeyedRandom(0, 0, "refill", 0))
     update = Update("student", ("student",), student, after=refill)
     return loop_of(roles, Objective((update,), state={"buffer": buffer}), data=source)
 

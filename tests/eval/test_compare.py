@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from worlds import tiny_teacher
 
-from fewstep.eval.compare import _save_video, compare
-from fewstep.models.store import FewStep, Model, load_model
-from fewstep.pictures import read_video
+from fewstep.core.image_files import read_video
+from fewstep.eval.report.comparison import _save_video, compare
+from fewstep.models.loading import Model, load_model
+from fewstep.models.model_config import FewStep
 
 SIDE = 16  # of an 8 x 8 image, enlarged
 

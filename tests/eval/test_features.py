@@ -9,10 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError
-from fewstep.eval.classifier import CONFIG, WEIGHTS, Classifier, _shifted, accuracy, save_classifier, train_classifier
-from fewstep.eval.features import ClassifierFeatures, extract
-from fewstep.models.store import sha256
+from fewstep.core.errors import UserError
+from fewstep.core.files import sha256
+from fewstep.eval.networks.classifier import (
+    CONFIG,
+    WEIGHTS,
+    Classifier,
+    _shifted,
+    accuracy,
+    save_classifier,
+    train_classifier,
+)
+from fewstep.eval.networks.features import ClassifierFeatures, extract
 
 WIDTHS = (4, 8, 8, 8)
 

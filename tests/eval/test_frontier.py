@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from fewstep.eval.frontier import draw_frontier
-from fewstep.eval.scores import Score
+from fewstep.eval.report.frontier import draw_frontier
+from fewstep.eval.score_files import Score
 
 SOLVERS = ("euler", "heun", "ddim", "dpmpp_2m", "unipc_2", "dpm_solver_v3_2")
 

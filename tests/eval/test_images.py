@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.errors import UserError
-from fewstep.eval.images import Crop, Drawn, ImageSet, is_image_set
-from fewstep.eval.pictures import save_sample
+from fewstep.core.errors import UserError
+from fewstep.core.image_grid import save_sample
+from fewstep.eval.images import Crop, ImageSet, InMemoryImages, is_image_set
 
 
 def pixels(n: int = 5, height: int = 12, width: int = 12, seed: int = 0) -> np.ndarray:
@@ -90,7 +90,7 @@ def test_the_crop_is_pils_of_the_centred_square() -> None:
     expected = image.crop((5, 0, 25, 20)).resize((8, 8), Image.Resampling.LANCZOS)
     assert np.array_equal(np.array(Crop(8)(image)), np.array(expected))
     batch = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    ((drawn,),) = Drawn([batch], Crop(8)).batches(lambda image: image)
+    ((drawn,),) = InMemoryImages([batch], Crop(8)).batches(lambda image: image)
     assert np.array_equal(drawn.permute(1, 2, 0).numpy(), np.array(expected))
 
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from fewstep.errors import UserError
-from fewstep.eval.cmmd import cmmd
-from fewstep.eval.diversity import cross_seed_diversity, in_batch_similarity
-from fewstep.eval.frechet import Moments, Statistics, bias, frechet_distance, frechet_infinity
-from fewstep.eval.inception_score import inception_score
-from fewstep.eval.kid import kid
-from fewstep.eval.precision_recall import density_coverage, precision_recall
+from fewstep.core.errors import UserError
+from fewstep.eval.metrics.cmmd import cmmd
+from fewstep.eval.metrics.diversity import cross_seed_diversity, in_batch_similarity
+from fewstep.eval.metrics.frechet import Moments, Statistics, bias, frechet_distance, frechet_infinity
+from fewstep.eval.metrics.inception_score import inception_score
+from fewstep.eval.metrics.kid import kid
+from fewstep.eval.metrics.precision_recall import density_coverage, precision_recall
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -231,7 +231,7 @@ def test_cmmd_of_single_pairs() -> None:
 def test_the_parts_of_cmmd_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = (torch.nn.functional.normalize(normal(n, 6, seed=n), dim=1) for n in (50, 40))
     whole = cmmd(x, y)
-    monkeypatch.setattr("fewstep.eval.cmmd.ROWS", 7)
+    monkeypatch.setattr("fewstep.eval.metrics.cmmd.ROWS", 7)
     assert cmmd(x, y) == pytest.approx(whole, rel=1e-12)
 
 
@@ -288,7 +288,7 @@ def test_balls_reach_to_the_kth_neighbour_that_is_not_the_point_itself(k: int, r
 def test_the_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     real, generated = normal(70, 3), normal(90, 3, seed=1) * 1.5
     whole = precision_recall(real, generated)
-    monkeypatch.setattr("fewstep.eval.precision_recall.ROWS", 7)
+    monkeypatch.setattr("fewstep.eval.metrics.precision_recall.ROWS", 7)
     assert precision_recall(real, generated) == whole
     assert 0 < whole[0] < whole[1] <= 1  # too wide a generator: less precise than complete
 

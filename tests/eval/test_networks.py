@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from worlds import tiny_teacher
 
 from fewstep import load
-from fewstep.errors import UserError
-from fewstep.eval.by_protocol import ByProtocol
-from fewstep.eval.collected import collect, read_statistics, write_statistics
-from fewstep.eval.features import Features
-from fewstep.eval.frechet import frechet_distance
-from fewstep.eval.images import Drawn, ImageSet
+from fewstep.core.errors import UserError
+from fewstep.core.image_grid import save_sample
+from fewstep.core.torchvision_compat import import_torchvision
+from fewstep.eval.evaluate_protocol import ProtocolEvaluator
+from fewstep.eval.feature_statistics import collect, read_statistics, write_statistics
+from fewstep.eval.images import ImageSet, InMemoryImages
+from fewstep.eval.metrics.frechet import frechet_distance
 from fewstep.eval.networks import clip, dinov2, i3d, inception
 from fewstep.eval.networks.clip import Clip
 from fewstep.eval.networks.dinov2 import DinoV2
 from fewstep.eval.networks.efficientnet import EfficientNet
+from fewstep.eval.networks.features import Features
 from fewstep.eval.networks.i3d import I3d
 from fewstep.eval.networks.inception import Inception, InceptionClasses
-from fewstep.eval.networks.weights import Place
-from fewstep.eval.pictures import save_sample
+from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import Protocol
-from fewstep.torchvision_cure import import_torchvision
 
 pytest.importorskip("cleanfid")
 torchvision = import_torchvision()
@@ -115,7 +115,7 @@ def test_fid_is_clean_fids_in_all_modes_and_statistics_are_exchanged_both_ways(
     plane = np.linalg.qr(np.concatenate(feats).T)[0]
     expected = fid.fid_from_feats(*(each @ plane for each in feats))
 
-    network = Inception.load(mode, Place((weights,)))
+    network = Inception.load(mode, WeightsLocator((weights,)))
     known = [collect({"x": network}, ImageSet.open(folder), frozenset({"x"}))["x"] for folder in folders]
     assert frechet_distance(known[0].statistics, known[1].statistics) == pytest.approx(expected, rel=1e-3)
     torch.testing.assert_close(known[0].features(), torch.from_numpy(feats[0]), rtol=1e-3, atol=1e-4)
@@ -132,14 +132,17 @@ def test_fid_is_clean_fids_in_all_modes_and_statistics_are_exchanged_both_ways(
 def test_several_sizes_are_refused_where_the_network_resizes_inside(weights: Path, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "a", 3, 0)
     Image.new("RGB", (40, 40)).save(folder / "small.png")
-    assert collect({"x": Inception.load("clean", Place((weights,)))}, ImageSet.open(folder))["x"].statistics.count == 4
+    assert (
+        collect({"x": Inception.load("clean", WeightsLocator((weights,)))}, ImageSet.open(folder))["x"].statistics.count
+        == 4
+    )
     with pytest.raises(UserError, match="inception_legacy_tensorflow needs images of one size"):
-        collect({"x": Inception.load("legacy_tensorflow", Place((weights,)))}, ImageSet.open(folder))
+        collect({"x": Inception.load("legacy_tensorflow", WeightsLocator((weights,)))}, ImageSet.open(folder))
 
 
 def test_statistics_of_another_network_are_refused(weights: Path, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "a", 4, 0)
-    networks = {mode: Inception.load(mode, Place((weights,))) for mode in ("clean", "legacy_tensorflow")}
+    networks = {mode: Inception.load(mode, WeightsLocator((weights,))) for mode in ("clean", "legacy_tensorflow")}
     for mode, known in collect(networks, ImageSet.open(folder)).items():
         write_statistics(known, tmp_path / f"{mode}.npz")
     with pytest.raises(UserError, match="features of inception_legacy_tensorflow, not of inception_clean"):
@@ -149,7 +152,7 @@ def test_statistics_of_another_network_are_refused(weights: Path, tmp_path: Path
     torch.manual_seed(1)
     torch.jit.script(Script()).save(str(other / inception.SCRIPT))
     with pytest.raises(UserError, match="with other weights"):
-        read_statistics(tmp_path / "clean.npz", Inception.load("clean", Place((other,))))
+        read_statistics(tmp_path / "clean.npz", Inception.load("clean", WeightsLocator((other,))))
     np.savez(tmp_path / "small.npz", mu=np.zeros(64), sigma=np.eye(64))
     with pytest.raises(UserError, match="64 features, inception_clean has 2048"):
         read_statistics(tmp_path / "small.npz", networks["clean"])
@@ -162,7 +165,7 @@ def test_statistics_of_another_network_are_refused(weights: Path, tmp_path: Path
 
 
 def test_the_classes_are_probabilities_without_the_outputs_bias(weights: Path) -> None:
-    network = Inception.load("legacy_tensorflow", Place((weights,)))
+    network = Inception.load("legacy_tensorflow", WeightsLocator((weights,)))
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     probabilities = InceptionClasses(network)(images)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
@@ -188,19 +191,22 @@ def test_weights_are_found_where_they_may_be_and_asked_for_where_they_are_not(
     monkeypatch.setattr("fewstep.eval.networks.inception.temporary", lambda: tmp_path / "no")
     monkeypatch.delenv("FEWSTEP_WEIGHTS", raising=False)
     with pytest.raises(UserError, match=r"inception-2015-12-05\.pt are not there\. Fetch https://\S+ and put it into"):
-        Inception.load("clean", Place.of())
-    assert Inception.load("clean", Place.of(weights)).name == "inception_clean"
-    assert Inception.load("clean", Place.of(weights / inception.SCRIPT)).dimension == 2048
+        Inception.load("clean", WeightsLocator.of())
+    assert Inception.load("clean", WeightsLocator.of(weights)).name == "inception_clean"
+    assert Inception.load("clean", WeightsLocator.of(weights / inception.SCRIPT)).dimension == 2048
     monkeypatch.setenv("FEWSTEP_WEIGHTS", str(weights))
-    assert Inception.load("clean", Place.of()).sha256 == Inception.load("legacy_tensorflow", Place.of()).sha256
+    assert (
+        Inception.load("clean", WeightsLocator.of()).sha256
+        == Inception.load("legacy_tensorflow", WeightsLocator.of()).sha256
+    )
     with pytest.raises(UserError, match="no such file or folder"):
-        Place.of(tmp_path / "missing")
+        WeightsLocator.of(tmp_path / "missing")
     shutil.copy(weights / inception.PORT, tmp_path / inception.SCRIPT)
     with pytest.raises(UserError, match="holds no weights of Inception-V3"):
-        Inception.load("clean", Place.of(tmp_path))
+        Inception.load("clean", WeightsLocator.of(tmp_path))
     shutil.copy(weights / inception.SCRIPT, tmp_path / inception.PORT)
     with pytest.raises(UserError, match="holds no weights of Inception-V3"):
-        Inception.load("legacy_pytorch", Place.of(tmp_path))
+        Inception.load("legacy_pytorch", WeightsLocator.of(tmp_path))
 
 
 # --- CLIP -------------------------------------------------------------------------------------------------------------
@@ -229,7 +235,7 @@ def seen_by(network: Features, images: Tensor) -> Tensor:
 def test_clip_scores_are_open_clips(clip_file: Path) -> None:
     import open_clip
 
-    network = Clip.load(f"{SMALL}:{clip_file}", Place())
+    network = Clip.load(f"{SMALL}:{clip_file}", WeightsLocator())
     model, transform = open_clip.create_model_from_pretrained(SMALL, str(clip_file))
     images = torch.randint(0, 256, (3, 3, 40, 60), dtype=torch.uint8)
     stack = torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images])
@@ -239,15 +245,15 @@ def test_clip_scores_are_open_clips(clip_file: Path) -> None:
     torch.testing.assert_close(seen_by(network, images), seen, rtol=0, atol=1e-6)
     torch.testing.assert_close(network.texts(CAPTIONS), read, rtol=0, atol=1e-6)
     assert network.dimension == seen.shape[1]
-    squashed = Clip.load(f"{SMALL}:{clip_file}", Place(), squash=True)
+    squashed = Clip.load(f"{SMALL}:{clip_file}", WeightsLocator(), squash=True)
     assert not torch.allclose(seen_by(squashed, images), seen, atol=1e-3), "a wide picture is stretched, not cropped"
-    raw = seen_by(Clip.load(f"{SMALL}:{clip_file}", Place(), unit=False), images)
+    raw = seen_by(Clip.load(f"{SMALL}:{clip_file}", WeightsLocator(), unit=False), images)
     torch.testing.assert_close(F.normalize(raw, dim=1), seen, rtol=0, atol=1e-5)
 
 
 def test_the_prefix_is_put_before_a_caption_as_tokens(clip_file: Path) -> None:
     """A caption that fits is one with the words before it; of one that does not the end is cut."""
-    network = Clip.load(f"{SMALL}:{clip_file}", Place())
+    network = Clip.load(f"{SMALL}:{clip_file}", WeightsLocator())
     torch.testing.assert_close(
         network.texts(CAPTIONS[:1], clip.PREFIX), network.texts([clip.PREFIX + CAPTIONS[0]]), rtol=0, atol=1e-6
     )
@@ -262,7 +268,7 @@ def test_unknown_and_missing_clip_models_are_refused(clip_file: Path, tmp_path: 
         (f"ViT-B-32:{clip_file}", "holds no weights of ViT-B-32"),
     ):
         with pytest.raises(UserError, match=message):
-            Clip.load(name, Place())
+            Clip.load(name, WeightsLocator())
 
 
 def test_metrics_of_captions_by_a_protocol(clip_file: Path, tmp_path: Path) -> None:
@@ -273,8 +279,8 @@ def test_metrics_of_captions_by_a_protocol(clip_file: Path, tmp_path: Path) -> N
     protocol = Protocol(
         name="own", metrics=names, clip=f"{SMALL}:{clip_file}", captions=str(tmp_path / "captions.txt"), n=6
     )
-    values = ByProtocol(protocol, Place()).values(protocol.images(folder))
-    network = Clip.load(protocol.clip, Place())
+    values = ProtocolEvaluator(protocol, WeightsLocator()).values(protocol.images(folder))
+    network = Clip.load(protocol.clip, WeightsLocator())
     (prepared,) = ImageSet.open(folder).batches(network.prepare)
     seen = network(torch.stack(prepared))
     captions = ["a red sneaker", "a dog", "nothing"]
@@ -286,7 +292,7 @@ def test_metrics_of_captions_by_a_protocol(clip_file: Path, tmp_path: Path) -> N
     assert values["diversity"] == pytest.approx((seen[:3] - seen[3:]).norm(dim=1).mean().item(), abs=1e-5)
 
     with pytest.raises(UserError, match="--skip-bad would give captions to the wrong images"):
-        ByProtocol(protocol, Place(), skip_bad=True)
+        ProtocolEvaluator(protocol, WeightsLocator(), skip_bad=True)
 
 
 # --- others -----------------------------------------------------------------------------------------------------------
@@ -304,7 +310,7 @@ def test_dinov2_reads_metas_file_and_resizes_its_positions_as_meta_does(
     torch.save(weights, tmp_path / dinov2.FILE)
     make = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: make(*a, **k, **settings))
-    network = DinoV2.load(Place((tmp_path,)))
+    network = DinoV2.load(WeightsLocator((tmp_path,)))
     features = seen_by(network, torch.randint(0, 256, (2, 3, 50, 50), dtype=torch.uint8))
     assert features.shape == (2, 64)
     resized = dinov2.timms(weights)["pos_embed"]
@@ -312,7 +318,7 @@ def test_dinov2_reads_metas_file_and_resizes_its_positions_as_meta_does(
     torch.testing.assert_close(resized[:, 0], weights["pos_embed"][:, 0])
     torch.save({"a": torch.zeros(1)}, tmp_path / dinov2.FILE)
     with pytest.raises(UserError, match="holds no weights of DINOv2"):
-        DinoV2.load(Place((tmp_path,)))
+        DinoV2.load(WeightsLocator((tmp_path,)))
 
 
 class Videos(nn.Module):
@@ -322,7 +328,7 @@ class Videos(nn.Module):
 
 def test_i3d_sees_videos_of_224_pixels_between_minus_one_and_one(tmp_path: Path) -> None:
     torch.jit.script(Videos()).save(str(tmp_path / i3d.FILE))
-    network = I3d.load(Place((tmp_path,)))
+    network = I3d.load(WeightsLocator((tmp_path,)))
     dark, light = torch.zeros(1, 12, 3, 30, 40, dtype=torch.uint8), torch.full((1, 12, 3, 30, 40), 255).byte()
     assert seen_by(network, torch.cat([dark, light]))[:, 0].tolist() == pytest.approx([-1, 1])
     with pytest.raises(UserError, match="videos of 10 frames or more"):
@@ -336,11 +342,11 @@ def test_fvd_is_of_videos_from_files_and_from_models(tmp_path: Path) -> None:
     for k, video in enumerate(frames):
         save_sample(video, tmp_path / "real" / f"{k}.gif")
     protocol = Protocol(name="own", metrics=("fvd",), reference=str(tmp_path / "real"), n=5, frames=12)
-    judge = ByProtocol(protocol, Place((tmp_path,)))
+    judge = ProtocolEvaluator(protocol, WeightsLocator((tmp_path,)))
     assert judge.values(protocol.images(tmp_path / "real"))["fvd"] == pytest.approx(0, abs=1e-3)
-    assert judge.values(Drawn([frames[:2], frames[2:]]))["fvd"] == pytest.approx(0, abs=1e-3)
+    assert judge.values(InMemoryImages([frames[:2], frames[2:]]))["fvd"] == pytest.approx(0, abs=1e-3)
     moved = 400 * (51 / 127.5) ** 2  # brighter by 51 of 255, in each of 400 features
-    assert judge.values(Drawn([frames + 51]))["fvd"] == pytest.approx(moved, rel=1e-3)
+    assert judge.values(InMemoryImages([frames + 51]))["fvd"] == pytest.approx(moved, rel=1e-3)
     with pytest.raises(UserError, match="looks at videos; this model draws images"):
         judge.check(load(tiny_teacher(tmp_path / "teacher"), "cpu"))
 

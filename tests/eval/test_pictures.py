@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.errors import UserError
-from fewstep.eval.pictures import Line, chart, comparison, grid, save_grid
+from fewstep.core.errors import UserError
+from fewstep.core.image_grid import comparison, grid, save_grid
+from fewstep.eval.report.charts import Line, chart
 
 
 def test_grid_places_every_pixel() -> None:

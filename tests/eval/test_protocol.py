@@ -14,16 +14,15 @@ from PIL import Image
 from test_cli import fewstep, refused
 from worlds import tiny_teacher
 
-from fewstep import measure
-from fewstep.errors import UserError
-from fewstep.eval.by_protocol import ByProtocol
-from fewstep.eval.frechet import Statistics, frechet_distance
+from fewstep.core.errors import UserError
+from fewstep.eval.evaluate_protocol import ProtocolEvaluator
 from fewstep.eval.images import ImageSet
+from fewstep.eval.metrics.frechet import Statistics, frechet_distance
 from fewstep.eval.networks.efficientnet import EfficientNet
-from fewstep.eval.networks.weights import Place
+from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import METRICS, Protocol, load_protocol, protocols
 from fewstep.eval.references import real_images
-from fewstep.eval.scores import read_scores
+from fewstep.eval.score_files import read_scores
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
@@ -88,7 +87,7 @@ def test_a_model_is_scored_in_parts_over_the_protocols_seeds(
     whole = measure.evaluate(teacher, protocol=settings, steps=[2], device="cpu")
     assert [(score.seed, score.nfe, score.n) for score in whole] == [(3, 2, 14), (4, 2, 14)]
     assert whole[0].value != whole[1].value
-    monkeypatch.setattr("fewstep.eval.draw.PART", 4)
+    monkeypatch.setattr("fewstep.samplers.generate.PART", 4)
     parts = measure.evaluate(teacher, protocol=settings, steps=[2], device="cpu")
     assert [score.value for score in parts] == pytest.approx([score.value for score in whole], rel=1e-4)
 
@@ -108,19 +107,19 @@ def test_protocols_that_ship_are_valid_and_say_which_weights_are_missing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = load_protocol(name)
-    assert settings.embedded or settings.metrics
-    if settings.embedded:
+    assert settings.bundled or settings.metrics
+    if settings.bundled:
         return
     if settings.captions:
         with pytest.raises(UserError, match=r"captions\.txt are not there: name a text file, one a line"):
-            ByProtocol(settings, Place.of())
+            ProtocolEvaluator(settings, WeightsLocator.of())
         (tmp_path / "captions.txt").write_text("a shoe\n")
         settings = load_protocol(name, captions=str(tmp_path / "captions.txt"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("fewstep.eval.networks.inception.temporary", lambda: tmp_path)
     monkeypatch.delenv("FEWSTEP_WEIGHTS", raising=False)
     with pytest.raises(UserError, match=r"are not there\. Fetch \S+"):
-        ByProtocol(settings, Place.of())
+        ProtocolEvaluator(settings, WeightsLocator.of())
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.errors import UserError
-from fewstep.eval.pictures import comparison, save_grid, save_picture
-from fewstep.eval.report import write_report
+from fewstep.core.errors import UserError
+from fewstep.core.image_grid import comparison, save_grid, save_picture
+from fewstep.eval.report.html import write_report
 
 CONFIG = "teacher: fashion\nseed: 3\nstages:\n- objective: {name: tdm}\n  note: <script>alert(1)</script>\n"
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fewstep.eval.rewards.rewards import brightness, confidence, find_reward, symmetry, win_rate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep.errors import UserError
-from fewstep.eval.features import ClassifierFeatures, extract
+from fewstep.core.errors import UserError
+from fewstep.eval.networks.features import ClassifierFeatures, extract
 from fewstep.eval.references import real_images
-from fewstep.eval.rewards import brightness, confidence, find_reward, symmetry, win_rate
 
 NETWORK = ClassifierFeatures.load()
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.errors import UserError
-from fewstep.eval.scores import Score, merged, read_scores
-from fewstep.eval.tables import best_teacher, refreshed, rows, side_by_side
+from fewstep.core.errors import UserError
+from fewstep.eval.report.tables import best_teacher, refreshed, rows, side_by_side
+from fewstep.eval.score_files import Score, merged, read_scores
 
 
 def score(value: float, **changes: object) -> Score:

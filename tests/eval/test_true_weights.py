@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fewstep.errors import UserError
-from fewstep.eval.by_protocol import ByProtocol
+from fewstep.core.errors import UserError
+from fewstep.eval.evaluate_protocol import ProtocolEvaluator
 from fewstep.eval.networks.inception import PORT, Inception
-from fewstep.eval.networks.weights import Place
+from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import Protocol
 
 CIFAR = "FEWSTEP_CIFAR10"  # a folder of the 50,000 training images as PNG
@@ -28,7 +28,7 @@ def missing(what: str) -> None:
 
 def inception(mode: str) -> Inception:
     try:
-        return Inception.load(mode, Place.of())
+        return Inception.load(mode, WeightsLocator.of())
     except UserError as error:
         missing(str(error))
         raise
@@ -52,10 +52,10 @@ def test_both_files_hold_one_network() -> None:
 def test_cifar10_is_at_no_distance_from_the_statistics_that_clean_fid_publishes() -> None:
     inception("clean")
     folder = Path(os.environ.get(CIFAR, "no"))
-    place = Place.of()
+    place = WeightsLocator.of()
     if not folder.is_dir():
         missing(f"${CIFAR}, a folder of CIFAR-10's training images")
     if place.look(STATISTICS) is None:
         missing(f"{STATISTICS} in $FEWSTEP_WEIGHTS (from clean-fid's server)")
     protocol = Protocol(name="cifar10", metrics=("fid",), reference=STATISTICS, n=50_000)
-    assert ByProtocol(protocol, place).values(protocol.images(folder))["fid"] < 0.01
+    assert ProtocolEvaluator(protocol, place).values(protocol.images(folder))["fid"] < 0.01

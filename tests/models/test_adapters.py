@@ -8,19 +8,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny_diffusers import TARGETS, Family, stable_diffusion, wan
+from tiny_diffusers import LORA_TARGETS, Family, stable_diffusion, wan
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
+from fewstep.core.errors import UserError
+from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.critics import denoising_loss
-from fewstep.distill.draws import Draws
 from fewstep.distill.loop import Loop
-from fewstep.distill.matching import l1_weight, pull, renoise
+from fewstep.distill.matching import l1_weight, renoise, surrogate_loss
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.rollouts import renoise_simulation
+from fewstep.distill.rollouts import backward_simulation
 from fewstep.distill.stage import RoleConfig, enter_stage, make_role
-from fewstep.distill.update import Micro, Objective, Term, Update
-from fewstep.errors import UserError
+from fewstep.distill.update import LossTerm, MicroBatch, Objective, Update
 from fewstep.models.adapters import AdapterView, share
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
@@ -228,20 +228,22 @@ def two_steps(family: Family, teacher: nn.Module, student: nn.Module, fake: nn.M
         }
     )
 
-    def match(m: Micro) -> Iterator[Term]:
-        a, t = m.sample, m.draws.uniform(len(m.sample.s), 0.02, 0.98)
-        x_t, _ = renoise(family.schedule, a, t, m.draws)
-        T = roles.read("teacher", x_t.detach(), t, a.condition, guidance=Guidance(2.0)).out.x0
-        F = roles.read("fake", x_t.detach(), t, a.condition).out.x0
-        yield Term("match", pull(a.handle, T - F, l1_weight(a.x, T)))
+    def match(m: MicroBatch) -> Iterator[LossTerm]:
+        a, t = m.sample, m.random.uniform(len(m.sample.s), 0.02, 0.98)
+        x_t, _ = renoise(family.schedule, a, t, m.random)
+        T = roles.predict("teacher", x_t.detach(), t, a.condition, guidance=Guidance(2.0)).out.x0
+        F = roles.predict("fake", x_t.detach(), t, a.condition).out.x0
+        yield LossTerm("match", surrogate_loss(a.output, T - F, l1_weight(a.x, T)))
 
-    def critic(m: Micro) -> Iterator[Term]:
-        a, t = m.sample, m.draws.uniform(len(m.sample.s))
-        x_t, n = renoise(family.schedule, a, t, m.draws)
-        yield Term("critic", denoising_loss(roles.read("fake", x_t, t, a.condition).out, family.schedule, a, t, n))
+    def critic(m: MicroBatch) -> Iterator[LossTerm]:
+        a, t = m.sample, m.random.uniform(len(m.sample.s))
+        x_t, n = renoise(family.schedule, a, t, m.random)
+        yield LossTerm(
+            "critic", denoising_loss(roles.predict("fake", x_t, t, a.condition).out, family.schedule, a, t, n)
+        )
 
     updates = Update("student", ("student",), match), Update("fake", ("fake",), critic)
-    objective = Objective(updates, lambda m: renoise_simulation(m, roles, [1.0, 0.5]))
+    objective = Objective(updates, lambda m: backward_simulation(m, roles, [1.0, 0.5]))
     loop = Loop(roles, objective, {"data": family.prompts}, batch=2)
     for step in range(2):
         assert all(torch.isfinite(value) for value in loop.step(step).values())
@@ -262,7 +264,7 @@ def test_diffusers_networks_as_copies(family):
 def test_diffusers_networks_as_sets_on_one_checkpointed_base(family):
     def run(checkpointing: bool) -> tuple[nn.Module, Roles, list[Tensor]]:
         base = family.network()
-        teacher = share(base, rank=2, alpha=2, targets=TARGETS)
+        teacher = share(base, rank=2, alpha=2, targets=LORA_TARGETS)
         student, fake = teacher.fork(), teacher.fork()
         randomise(student, 1, 0.1)
         randomise(fake, 2, 0.1)
@@ -287,7 +289,7 @@ def test_diffusers_networks_as_sets_on_one_checkpointed_base(family):
     }
     assert weights.keys() == original.state_dict().keys()
     assert all(torch.equal(weights[name], value) for name, value in original.state_dict().items())
-    batch = family.prompts(Draws(0, 0, "test", 0), 2)
+    batch = family.prompts(KeyedRandom(0, 0, "test", 0), 2)
     x, t = torch.randn(2, *family.shape), torch.tensor([0.3, 0.8], dtype=torch.float64)
     with torch.no_grad():
         assert torch.equal(roles.denoiser("teacher").backbone(x, t, batch.condition), original(x, t, batch.condition))

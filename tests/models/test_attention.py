@@ -7,9 +7,9 @@ from typing import get_args
 import pytest
 import torch
 
-from fewstep.errors import UserError
+from fewstep.core.errors import UserError
 from fewstep.models.attention import Attends, Backend, attention, runs, set_attention
-from fewstep.models.store import load_model
+from fewstep.models.loading import load_model
 
 CPU = torch.device("cpu")
 HERE = [name for name in get_args(Backend) if runs(name, CPU)]

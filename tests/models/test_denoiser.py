@@ -117,7 +117,7 @@ def test_an_unknown_kind_is_refused() -> None:
 @pytest.mark.parametrize("copied", [False, True], ids=["original", "deep copy"])
 def test_taps_bring_the_features_of_this_very_read(copied: bool) -> None:
     """A student made as a deep copy of the teacher has taps of its own."""
-    teacher = Denoiser(Layers(), RectifiedFlow(), taps=("first", "first.0"))
+    teacher = Denoiser(Layers(), RectifiedFlow(), feature_layers=("first", "first.0"))
     denoiser = copy.deepcopy(teacher) if copied else teacher
     for x_t in torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)):
         features = denoiser(x_t, 0.5, Condition()).features
@@ -131,7 +131,7 @@ def test_without_taps_there_are_no_features() -> None:
 
 def test_gradient_checkpointing_leaves_features_and_gradients_alone() -> None:
     """The backward pass runs the tapped module again; the prediction keeps what it had."""
-    plain = Denoiser(Layers(), RectifiedFlow(), taps=("first", "first.0"))
+    plain = Denoiser(Layers(), RectifiedFlow(), feature_layers=("first", "first.0"))
     recomputing = copy.deepcopy(plain)
     recomputing.backbone.recompute = True
     x_t = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
@@ -146,7 +146,7 @@ def test_gradient_checkpointing_leaves_features_and_gradients_alone() -> None:
 
 def test_a_tap_on_nothing_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"no module 'third' to tap"):
-        Denoiser(Layers(), RectifiedFlow(), taps=("third",))
+        Denoiser(Layers(), RectifiedFlow(), feature_layers=("third",))
 
 
 @pytest.mark.parametrize("rest", ["prompt", "nothing", "residuals"])
@@ -163,7 +163,7 @@ def test_of_several_outputs_the_last_tensor_is_the_feature(rest: str) -> None:
         def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
             return next(out for out in reversed(self.pair(x_t)) if isinstance(out, Tensor))
 
-    prediction = Denoiser(Backbone(), RectifiedFlow(), taps=("pair",))(torch.zeros(1, 1), 0.5, Condition())
+    prediction = Denoiser(Backbone(), RectifiedFlow(), feature_layers=("pair",))(torch.zeros(1, 1), 0.5, Condition())
     assert (prediction.features["pair"].item(), prediction.raw.item()) == (2, 2)
 
 

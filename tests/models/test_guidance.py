@@ -115,6 +115,6 @@ def test_the_parts_keep_their_own_features() -> None:
         def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
             return self.inner(super().forward(x_t, t, condition))
 
-    read = guide(Denoiser(Tapped(), RectifiedFlow(), taps=("inner",)), X_T, 0.5, LABELS, Guidance(2.0))
+    read = guide(Denoiser(Tapped(), RectifiedFlow(), feature_layers=("inner",)), X_T, 0.5, LABELS, Guidance(2.0))
     for part in (read.cond, read.unconditional):
         assert_close(part.features["inner"], part.raw)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from worlds import HIGH, LOW, NOISE, VP, by_log_snr, mixture
 
-from fewstep.errors import UserError
+from fewstep.core.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance

@@ -26,11 +26,11 @@ from fewstep.samplers.ddim import ddim
 from fewstep.samplers.dpm_solver import dpm_solver
 from fewstep.samplers.dpm_solver_pp import multistep_pp, pp_steps, singlestep_pp
 from fewstep.samplers.euler import euler
-from fewstep.samplers.exponential import Known, form_moments, moments, weights
+from fewstep.samplers.exponential import HistoryEntry, integrals_of_form, moments, weights
 from fewstep.samplers.grids import End, Node, checked, grid
 from fewstep.samplers.heun import Churn, heun_edm
 from fewstep.samplers.multistep import Step, multistep, states
-from fewstep.samplers.predictor import Predictor, Reading
+from fewstep.samplers.predictor import ModelOutput, Predictor
 from fewstep.samplers.solvers import SOLVERS, Rule
 from fewstep.samplers.unipc import unipc, unipc_steps
 
@@ -57,10 +57,10 @@ def test_moments_are_the_integrals(h: float) -> None:
     for k, a in enumerate(moments(h, 4)):
         exact = quad(lambda r, k=k: math.exp(-(h - r)) * r**k / math.factorial(k), 0, h, epsabs=0, epsrel=1e-12)[0]
         assert a == pytest.approx(exact, rel=1e-9)
-    for k, b in enumerate(form_moments("noise", h, 3)):
+    for k, b in enumerate(integrals_of_form("noise", h, 3)):
         exact = quad(lambda r, k=k: math.exp(h - r) * r**k / math.factorial(k), 0, h, epsabs=0, epsrel=1e-12)[0]
         assert b == pytest.approx(exact, rel=1e-9)
-    for k, b in enumerate(form_moments("sde", h, 3)):
+    for k, b in enumerate(integrals_of_form("sde", h, 3)):
         exact = quad(lambda r, k=k: 2 * math.exp(-2 * (h - r)) * r**k / math.factorial(k), 0, h, epsrel=1e-12)[0]
         assert b == pytest.approx(exact, rel=1e-8, abs=1e-14)
 
@@ -286,7 +286,7 @@ def test_a_shifted_value_is_the_polynomial_at_the_shifted_time() -> None:
     times = (0.5, 0.7, 0.8)
     nodes = mixture().nodes(times)
     values = [torch.tensor([[2.0 - t + 3 * t * t]], dtype=torch.float64) for t in times]
-    known = [Known(n, Reading(v, v, "x0", (1.0, 1.0, 0.0, 0.0))) for n, v in zip(nodes, values, strict=True)]
+    known = [HistoryEntry(n, ModelOutput(v, v, "x0", (1.0, 1.0, 0.0, 0.0))) for n, v in zip(nodes, values, strict=True)]
     for rho in (0.0, 0.6, 1.0, 1.7):
         t = rho * 0.5 + (1 - rho) * 0.7
         assert shifted(known, rho).said.x0.item() == pytest.approx(2 - t + 3 * t * t, abs=1e-12)

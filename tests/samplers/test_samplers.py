@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 from worlds import FLOW, gaussian
 
-from fewstep.errors import UserError
+from fewstep.core.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
+from fewstep.models.model_config import FewStep, ModelConfig
 from fewstep.models.schedules import VPLinear
-from fewstep.models.store import FewStep, ModelConfig
 from fewstep.samplers.ddim import ddim
 from fewstep.samplers.euler import euler
 from fewstep.samplers.few_step import renoise
+from fewstep.samplers.generate import SampleNoise, plan, sample, steps_within
 from fewstep.samplers.grids import grid, time_uniform
 from fewstep.samplers.heun import heun
 from fewstep.samplers.predictor import Predictor
-from fewstep.samplers.sample import SampleNoise, plan, sample, steps_within
 from fewstep.samplers.solvers import SOLVERS, STUDENTS, Rule
 
 MIXTURE = GaussianMixture([0.3, 0.7], [[-1.5, 0.5], [1.0, -0.5]], [0.4, 0.6], labels=[0, 1])
@@ -121,13 +121,13 @@ def test_grids() -> None:
 def test_a_sample_does_not_depend_on_its_batch(rule: str) -> None:
     condition = Condition.of_labels(torch.arange(10) % 2, 2)
     teacher = Denoiser(MixtureBackbone(MIXTURE, FLOW), FLOW, "x0")
-    draws = [
+    random = [
         sample(
             teacher, condition, (2,), 10, rule=(SOLVERS | STUDENTS)[rule], times=time_uniform(3), seed=5, batch=batch
         ).x0
         for batch in (10, 3)
     ]
-    assert torch.allclose(*draws, atol=1e-6)
+    assert torch.allclose(*random, atol=1e-6)
     later = condition.index(slice(4, 10))
     assert torch.allclose(
         sample(
@@ -140,14 +140,14 @@ def test_a_sample_does_not_depend_on_its_batch(rule: str) -> None:
             seed=5,
             numbers=range(4, 10),
         ).x0,
-        draws[0][4:],
+        random[0][4:],
         atol=1e-6,
     )
 
 
 def test_sampling_leaves_a_network_and_samples_that_can_be_trained_with() -> None:
     network = torch.nn.Linear(2, 2)
-    denoiser = Denoiser(Told(network), FLOW, "x0")
+    denoiser = Denoiser(Progress(network), FLOW, "x0")
     drawn = sample(denoiser, Condition(), (2,), 4, rule=SOLVERS["unipc_2"], times=time_uniform(3)).x0
     assert not drawn.is_inference()
     network(drawn.requires_grad_()).sum().backward()
@@ -155,7 +155,7 @@ def test_sampling_leaves_a_network_and_samples_that_can_be_trained_with() -> Non
     assert drawn.grad is not None
 
 
-class Told(torch.nn.Module):
+class Progress(torch.nn.Module):
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
         self.network = network

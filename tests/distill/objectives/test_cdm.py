@@ -6,26 +6,26 @@ import pytest
 import torch
 from worlds import FLOW, Affine, Points, gaussian, mlp_roles, trained
 
-from fewstep.distill.draws import Draws
+from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.loop import Loop
 from fewstep.distill.objectives import cdm
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.rollouts import noised, random_ode
-from fewstep.distill.update import Anchor, Micro
+from fewstep.distill.rollouts import add_noise, random_time_rollout
+from fewstep.distill.update import MicroBatch, StudentSample
 from fewstep.models.denoiser import Denoiser
 
 
-def anchor(roles: Roles, step: int, batch: int = 16, max_steps: int = 6) -> Anchor:
-    draws = Draws(0, step, "rollout", 0)
-    m = Micro({"data": Points(2)(draws, batch)}, draws, step, roles)
+def sample(roles: Roles, step: int, batch: int = 16, max_steps: int = 6) -> StudentSample:
+    random = KeyedRandom(0, step, "rollout", 0)
+    micro = MicroBatch({"data": Points(2)(random, batch)}, random, step, roles)
     with torch.no_grad():
-        return random_ode(m, roles, max_steps, (0.25, 0.95))
+        return random_time_rollout(micro, roles, max_steps, (0.25, 0.95))
 
 
 def test_the_anchor_is_pure_noise_as_often_as_the_law_says() -> None:
     """P(t_in = 1) = E[1 / N] = (1 + 1/2 + ... + 1/6) / 6; other times lie within the inner range."""
     roles = Roles({"student": trained(Denoiser(Affine(0.0, 0.5), FLOW, "x0"))})
-    times = torch.cat([anchor(roles, step).t_in for step in range(800)])
+    times = torch.cat([sample(roles, step).t_student for step in range(800)])
     assert (times == 1).double().mean().item() == pytest.approx(sum(1 / n for n in range(1, 7)) / 6, abs=0.02)
     inner = times[times < 1]
     assert inner.min() >= 0.25
@@ -35,24 +35,27 @@ def test_the_anchor_is_pure_noise_as_often_as_the_law_says() -> None:
 def test_a_straight_flow_leads_from_every_state_to_the_same_point() -> None:
     """Where all data are one point the student's x0 is that point, and extrapolation stays on the true line."""
     student = Role(gaussian(0.7, 1e-6, 2))
-    a = anchor(Roles({"student": student}), 3, batch=200)
-    assert a.noise is not None
-    torch.testing.assert_close(a.x, torch.full_like(a.x, 0.7), atol=1e-4, rtol=0)
+    sample = sample(Roles({"student": student}), 3, batch=200)
+    assert sample.noise is not None
+    torch.testing.assert_close(sample.x, torch.full_like(sample.x, 0.7), atol=1e-4, rtol=0)
     for t in (0.1, 0.6, 1.0):
         times = torch.full((200,), t, dtype=torch.float64)
-        x = noised(FLOW, a.x, a.noise, times)
-        torch.testing.assert_close((x - (1 - t) * 0.7) / t, a.noise, atol=1e-3, rtol=0)
+        x = add_noise(FLOW, sample.x, sample.noise, times)
+        torch.testing.assert_close((x - (1 - t) * 0.7) / t, sample.noise, atol=1e-3, rtol=0)
 
 
 def test_the_implied_noise_and_x0_give_the_state_back() -> None:
     """x_t' = (1 - t') x0 + t' e is e at 1, x0 at 0, and the state itself at its own time."""
     roles = mlp_roles()
-    draws = Draws(0, 0, "rollout", 0)
-    m = Micro({"data": Points(2)(draws, 50)}, draws, 0, roles)
-    a = random_ode(m, roles, 1, (0.25, 0.95))  # one step: the state is the noise that it started from
-    assert a.noise is not None
-    assert (a.t_in == 1).all()
-    torch.testing.assert_close(noised(FLOW, a.x, a.noise, a.t_in), Draws(0, 0, "rollout", 0).normal((50, 2), "start"))
+    random = KeyedRandom(0, 0, "rollout", 0)
+    micro = MicroBatch({"data": Points(2)(random, 50)}, random, 0, roles)
+    sample = random_time_rollout(micro, roles, 1, (0.25, 0.95))  # one step: the state is the noise that it started from
+    assert sample.noise is not None
+    assert (sample.t_student == 1).all()
+    torch.testing.assert_close(
+        add_noise(FLOW, sample.x, sample.noise, sample.t_student),
+        KeyedRandom(0, 0, "rollout", 0).normal((50, 2), "start"),
+    )
 
 
 def test_the_fake_moves_towards_the_student_after_its_update() -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from worlds import FLOW, Affine, gaussian, trained
 
+from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill import matching
-from fewstep.distill.data import Batch
-from fewstep.distill.draws import Draws
+from fewstep.distill.data.batch import Batch
 from fewstep.distill.loop import Loop
 from fewstep.distill.objectives import decoupled_dmd, dmd2
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.update import Anchor, Micro, Objective
+from fewstep.distill.update import MicroBatch, Objective, StudentSample
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 
@@ -33,7 +33,7 @@ class Conditional(nn.Module):
         return mean + (1 - t) / variance * (x_t - (1 - t) * mean)
 
 
-def labelled(draws: Draws, size: int) -> Batch:
+def labelled(random: KeyedRandom, size: int) -> Batch:
     return Batch(size, (1,), Condition.of_labels(torch.zeros(size, dtype=torch.long), 1))
 
 
@@ -52,12 +52,12 @@ def gradient(roles: Roles, objective: Objective, batch: int) -> float:
 
 
 def test_at_one_time_and_noise_the_two_halves_are_guided_dmd(monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = Draws.normal
+    fresh = KeyedRandom.normal
 
-    def one_noise(self: Draws, shape: tuple[int, ...], stream: str = "noise") -> Tensor:
-        return fresh(Draws(0, 0, "one", 0) if stream == "bridge" else self, shape, stream)
+    def one_noise(self: KeyedRandom, shape: tuple[int, ...], stream: str = "noise") -> Tensor:
+        return fresh(KeyedRandom(0, 0, "one", 0) if stream == "bridge" else self, shape, stream)
 
-    monkeypatch.setattr(Draws, "normal", one_noise)
+    monkeypatch.setattr(KeyedRandom, "normal", one_noise)
     shared = {"steps": 1, "guidance": 5.0, "critic_updates": 1, "t_range": (0.5, 0.5)}
     split, whole = world(-0.5, 0.7), world(-0.5, 0.7)
     decoupled = decoupled_dmd.build(decoupled_dmd.Config(**shared), split)
@@ -67,16 +67,18 @@ def test_at_one_time_and_noise_the_two_halves_are_guided_dmd(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(("t_in", "mean"), [(1.0, 5.0), (0.75, 3.746657), (0.5, 2.227411), (0.25, 1.239970)])
-def test_equilibrium_without_normaliser(t_in: float, mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equilibrium_without_normaliser(t_student: float, mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """mu* = m_c + (w - 1)(m_c - m_0) E h(t_ca) / E h(t_dm), h = t^2 / (alpha^2 + t^2): CA that is confined to levels
     cleaner than the step tempers the guidance of the late steps."""
     monkeypatch.setattr(matching, "l1_weight", lambda *_: 1.0)
 
     def at(mu: float) -> float:
-        def sample(m: Micro) -> Anchor:
-            x0 = roles.read("student", m.draws.normal((m.batch.size, 1)), t_in, m.batch.condition).out.x0
-            zero = torch.zeros(m.batch.size, dtype=torch.float64)
-            return Anchor(x0, zero, x0, zero + t_in, m.batch.condition)
+        def sample(micro: MicroBatch) -> StudentSample:
+            x0 = roles.predict(
+                "student", micro.random.normal((micro.batch.size, 1)), t_student, micro.batch.condition
+            ).out.x0
+            zero = torch.zeros(micro.batch.size, dtype=torch.float64)
+            return StudentSample(x0, zero, x0, zero + t_student, micro.batch.condition)
 
         roles = world(mu)
         settings = decoupled_dmd.Config(guidance=5.0, critic_updates=1, t_range=(0.0, 1.0))
@@ -88,7 +90,7 @@ def test_equilibrium_without_normaliser(t_in: float, mean: float, monkeypatch: p
 
 def test_augmentation_alone_has_no_fixed_point() -> None:
     """Its expected displacement (w - 1) h (m_c - m_0) does not depend on the student: the mean would grow for ever."""
-    teacher, condition = Denoiser(Conditional(), FLOW, "x0"), labelled(Draws(0, 0, "", 0), 8).condition
+    teacher, condition = Denoiser(Conditional(), FLOW, "x0"), labelled(KeyedRandom(0, 0, "", 0), 8).condition
     x_t = torch.linspace(-5, 5, 8)[:, None]
     cond, null = teacher(x_t, 0.5, condition), teacher(x_t, 0.5, condition.null())
     torch.testing.assert_close(cond.x0 - null.x0, torch.full_like(x_t, 0.5))

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from worlds import FLOW, gaussian, tiny_config, trained
 
 import fewstep
+from fewstep.core.files import write_tensors
 from fewstep.distill.config import parse_config
-from fewstep.distill.data import Stored
+from fewstep.distill.data.sources import Stored
 from fewstep.distill.loop import Loop
 from fewstep.distill.objectives import diffusion_dpo
 from fewstep.distill.roles import Role, Roles
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.store import load_model, write_tensors
+from fewstep.models.loading import load_model
 
 D = 3
 REFERENCE = gaussian(0.0, 1.0, D)

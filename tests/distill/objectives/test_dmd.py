@@ -9,14 +9,16 @@ import torch
 from worlds import FLOW, Affine, gaussian, tiny_config, tiny_teacher, trained
 
 import fewstep
+from fewstep.core.errors import UserError
+from fewstep.core.files import write_tensors
 from fewstep.distill.config import parse_config
-from fewstep.distill.data import Stored, read_stored
+from fewstep.distill.data.readers import read_stored
+from fewstep.distill.data.sources import Stored
 from fewstep.distill.loop import Loop
 from fewstep.distill.objectives import dmd
 from fewstep.distill.roles import Role, Roles
-from fewstep.errors import UserError
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.store import load_model, write_tensors
+from fewstep.models.loading import load_model
 from fewstep.samplers.heun import heun
 from fewstep.samplers.predictor import Predictor
 

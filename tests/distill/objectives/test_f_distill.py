@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from worlds import FLOW, Affine, Points, gaussian, trained
 
-from fewstep.distill.adversarial import Heads, density_ratio, fools, tells_apart
-from fewstep.distill.data import Batch
-from fewstep.distill.draws import Draws
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill.adversarial import Heads, density_ratio, discriminator_loss, generator_loss
+from fewstep.distill.data.batch import Batch
 from fewstep.distill.loop import Loop
 from fewstep.distill.objectives import dmd2, f_distill
 from fewstep.distill.objectives.f_distill import H, divergence_weight
@@ -106,19 +106,19 @@ def test_the_ratio_is_bounded_and_detached() -> None:
 
 def test_the_losses_of_a_discriminator_that_cannot_tell() -> None:
     zero = torch.zeros(5, 2)
-    assert fools(zero).item() == pytest.approx(math.log(2))
-    assert tells_apart(zero, zero).item() == pytest.approx(2 * math.log(2))
-    assert tells_apart(zero - 3, zero + 3).item() == pytest.approx(2 * softplus(torch.tensor(-3.0)).item())
+    assert generator_loss(zero).item() == pytest.approx(math.log(2))
+    assert discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2))
+    assert discriminator_loss(zero - 3, zero + 3).item() == pytest.approx(2 * softplus(torch.tensor(-3.0)).item())
 
 
-def images(draws: Draws, size: int) -> Batch:
-    points = Points(16)(draws, size)
-    return Batch(size, points.shape, points.condition, {"x0": draws.normal((size, 16), "data")})
+def images(random: KeyedRandom, size: int) -> Batch:
+    points = Points(16)(random, size)
+    return Batch(size, points.shape, points.condition, {"x0": random.normal((size, 16), "data")})
 
 
 def student_gradient(objective: str, weight: float = 0.0) -> float:
     """d / d mu of the student's whole loss, where the untrained heads give one logit to every sample."""
-    teacher = Denoiser(gaussian(1.0, 0.8, 16).backbone, FLOW, "x0", taps=("",))
+    teacher = Denoiser(gaussian(1.0, 0.8, 16).backbone, FLOW, "x0", feature_layers=("",))
     student = trained(Denoiser(Affine(-0.5, 0.5), FLOW, "x0"))
     heads = Heads({"": 16})
     for parameter in heads.parameters():

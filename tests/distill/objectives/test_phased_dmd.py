@@ -11,18 +11,19 @@ import torch
 from worlds import FLOW, Affine, Points, gaussian, tiny_config, trained
 
 import fewstep
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors
 from fewstep.distill.config import parse_config
 from fewstep.distill.loop import Loop
 from fewstep.distill.objectives import phased_dmd
 from fewstep.distill.roles import Role, Roles
-from fewstep.errors import UserError
 from fewstep.models.denoiser import Denoiser, Routed
-from fewstep.models.store import load_model, read_tensors
+from fewstep.models.loading import load_model
 
 M, S, END = 1.0, 0.8, 0.5  # the teacher, and the noise level at which phase 1 of 2 ends
 
 
-def gradients(mu: float, rho: float, pull: str, batch: int, dimensions: int = 64) -> tuple[float, float]:
+def gradients(mu: float, rho: float, match_on: str, batch: int, dimensions: int = 64) -> tuple[float, float]:
     """The student's x_s is N(a mu, (a rho + s)^2), as if data of N(mu, effective^2) had been noised to s."""
     effective = math.sqrt(((1 - END) * rho + END) ** 2 - END**2) / (1 - END)
     roles = Roles(
@@ -32,7 +33,7 @@ def gradients(mu: float, rho: float, pull: str, batch: int, dimensions: int = 64
             "fake": Role(gaussian(mu, effective, dimensions)),
         }
     )
-    config = phased_dmd.Config(steps=2, phases=2, guidance=1.0, critic_updates=1, pull=pull)
+    config = phased_dmd.Config(steps=2, phases=2, guidance=1.0, critic_updates=1, match_on=surrogate_loss)
     objective = phased_dmd.build(config, roles)
     Loop(roles, objective, {"data": Points(dimensions)}, batch).update(objective.updates[0], 0, {0: {}})
     affine = roles.denoiser("student").backbone
@@ -40,11 +41,11 @@ def gradients(mu: float, rho: float, pull: str, batch: int, dimensions: int = 64
 
 
 @pytest.mark.parametrize("pull", ["x0", "x_s"])
-def test_the_fixed_point_is_the_teachers_law_at_the_phases_end(pull: str) -> None:
+def test_the_fixed_point_is_the_teachers_law_at_the_phases_end(match_on: str) -> None:
     """mu = m and (a rho + s)^2 = a^2 S^2 + s^2: the student's own x0 is narrower than the data there."""
     rho = (math.sqrt((1 - END) ** 2 * S**2 + END**2) - END) / (1 - END)
     assert rho < S
-    assert gradients(M, rho, pull, batch=64) == pytest.approx((0.0, 0.0), abs=1e-6)
+    assert gradients(M, rho, surrogate_loss, batch=64) == pytest.approx((0.0, 0.0), abs=1e-6)
 
 
 def test_expected_gradient_at_the_noisy_end() -> None:

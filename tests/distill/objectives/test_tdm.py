@@ -10,10 +10,10 @@ import torch
 from worlds import tiny_config, tiny_teacher
 
 import fewstep
+from fewstep.core.errors import UserError
 from fewstep.distill.config import parse_config
-from fewstep.errors import UserError
 from fewstep.models.condition import Condition
-from fewstep.models.store import load_model
+from fewstep.models.loading import load_model
 from fewstep.models.unet import UNet
 
 

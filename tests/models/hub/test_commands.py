@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fewstep.distill.run import Run
 from PIL import Image
 from tiny_pipelines import TINY, settings
 
 import fewstep
-from fewstep import make, measure
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors
+from fewstep.core.image_files import read_video, size_of
+from fewstep.core.image_grid import save_sample
+from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.config import parse_config
-from fewstep.distill.data import Prompts
-from fewstep.distill.draws import Draws
-from fewstep.distill.run import Run
-from fewstep.errors import UserError
-from fewstep.eval.draw import Drawing, How, Painter
-from fewstep.eval.pictures import save_sample
+from fewstep.distill.data.sources import Prompts
 from fewstep.models.condition import Condition
 from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.store import load_model, pipeline_of, read_tensors
-from fewstep.pictures import read_video, size_of
+from fewstep.models.loading import load_model, pipeline_of
+from fewstep.samplers.generate import GeneratedSet, ImageGenerator, SamplingConfig
 
 pytest.importorskip("diffusers")
 Saved = Callable[[str], Path]
@@ -140,13 +140,13 @@ def test_prompts_are_encoded_a_part_at_a_time_and_each_once(saved: Saved, monkey
         return encode(folder, pipeline, prompts)
 
     monkeypatch.setattr(PipelineFolder, "condition", recorded)
-    monkeypatch.setattr("fewstep.eval.draw.PART", 4)
-    drawing = Drawing(model, How("euler", 1), 7, LINES[:2])
+    monkeypatch.setattr("fewstep.samplers.generate.PART", 4)
+    drawing = GeneratedSet(model, SamplingConfig("euler", 1), 7, LINES[:2])
     parts = list(drawing.parts())
     assert [len(part) for part in parts] == [4, 3]
     assert encoded == [LINES[:2], LINES[:2]]
     assert drawing.nfe == 1
-    whole = Painter(model, LINES[:2])([0, 1, 0, 1, 0, 1, 0], How("euler", 1))
+    whole = ImageGenerator(model, LINES[:2])([0, 1, 0, 1, 0, 1, 0], SamplingConfig("euler", 1))
     assert (torch.cat(parts).int() - whole.int()).abs().max() <= 2
 
 
@@ -185,14 +185,14 @@ def test_a_batch_is_of_one_of_several_sizes(saved: Saved, tmp_path: Path) -> Non
     assert [tuple(x0.shape) for x0, _ in stored.buckets] == [(2, 4, 8, 8), (1, 4, 8, 16), (2, 4, 16, 8)]
     assert [prompts.tolist() for _, prompts in stored.buckets] == [[0, 2], [1], [3, 4]]
     source = Prompts(stored, [(4, 8, 8)])
-    seen = [source(Draws(0, step, "data", 0), 4) for step in range(60)]
+    seen = [source(KeyedRandom(0, step, "data", 0), 4) for step in range(60)]
     shapes = Counter(batch.shape for batch in seen)
     assert set(shapes) == {(4, 8, 8), (4, 8, 16), (4, 16, 8)}
     assert all(batch["x0"].shape[1:] == batch.shape for batch in seen)
     raw = settings(saved("sd"), "sd", tmp_path / "run", None)
     raw["data"] |= {"sizes": [[16, 16, 1], [16, 32, 1]]}
     run = Run.create(parse_config(raw, "test"), torch.device("cpu"))
-    drawn = {run.loop.sources["data"](Draws(0, step, "data", 0), 2).shape for step in range(20)}
+    drawn = {run.loop.sources["data"](KeyedRandom(0, step, "data", 0), 2).shape for step in range(20)}
     assert drawn == {(4, 8, 8), (4, 8, 16)}
     run.train()
     with pytest.raises(UserError, match=r"3\.png is not of the size of .*0\.png|1\.png is not of the size"):
@@ -231,8 +231,8 @@ def test_a_folder_that_is_no_pipeline_and_an_unsupported_family(tmp_path: Path, 
 
 def test_a_stored_prompt_is_drawn_as_a_label_is(saved: Saved) -> None:
     source = Prompts(EncodedPrompts(saved("sd") / "prompts"), [(4, 8, 8)])
-    batch = source(Draws(0, 1, "data", 0), 3)
-    again = source(Draws(0, 1, "data", 0), 3)
+    batch = source(KeyedRandom(0, 1, "data", 0), 3)
+    again = source(KeyedRandom(0, 1, "data", 0), 3)
     assert torch.equal(batch.condition["prompt"], again.condition["prompt"])
     assert batch.condition["prompt"].shape == (3, 5, 32)
 
@@ -255,7 +255,7 @@ def test_pictures_with_captions_become_latents_with_prompts(saved: Saved, tmp_pa
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         torch.testing.assert_close(x0, folder.family.encode_images(folder.pipeline(), x), rtol=1e-4, atol=1e-4)
-    batch = Prompts(stored, [(4, 8, 8)])(Draws(0, 0, "data", 0), 5)
+    batch = Prompts(stored, [(4, 8, 8)])(KeyedRandom(0, 0, "data", 0), 5)
     for row, image in zip(batch["x0"], batch.condition["prompt"], strict=True):
         k = int((x0 - row).flatten(1).abs().sum(1).argmin())
         assert torch.equal(image, stored(prompts[k : k + 1])["prompt"][0])

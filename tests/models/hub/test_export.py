@@ -13,14 +13,15 @@ import torch
 from tiny_pipelines import ADAPTERS, STEPS, TINY, called, difference, packed, settings
 
 import fewstep
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_metadata
 from fewstep.distill.config import parse_config
-from fewstep.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.guidance import OFF
 from fewstep.models.hub import export as module
 from fewstep.models.hub.export import Form
 from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.store import load_model, pipeline_of, read_metadata
+from fewstep.models.loading import load_model, pipeline_of
 from fewstep.samplers.ddim import ddim
 from fewstep.samplers.predictor import Predictor
 

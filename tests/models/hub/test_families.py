@@ -93,8 +93,8 @@ def test_images_come_back_from_their_latents_shape(case: tuple[Tiny, PipelineFol
 def test_taps_and_targets_exist_in_the_network(case: tuple[Tiny, PipelineFolder, Any]) -> None:
     _, folder, _ = case
     family = folder.family
-    network = folder.denoiser(taps=family.taps).backbone.network
+    network = folder.denoiser(feature_layers=family.feature_layers).backbone.network
     names = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert family.taps
+    assert family.feature_layers
     for target in family.targets:
         assert any(name == target or name.endswith(f".{target}") for name in names), target

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from fewstep.distill.run import Run
 from tiny_pipelines import ADAPTERS, TINY, settings
 
 import fewstep
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors
 from fewstep.distill.config import parse_config
-from fewstep.distill.run import Run
-from fewstep.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.hub.export import Form
 from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.offload import Waiting
+from fewstep.models.offload import OffloadedModule
 from fewstep.models.quantized import Bits, quantize
-from fewstep.models.store import read_tensors
 
 pytest.importorskip("peft")
 Saved = Callable[[str], Path]
@@ -110,7 +110,7 @@ def test_a_frozen_network_waits_in_host_memory_between_reads(saved: Saved, tmp_p
 
 def test_a_network_read_with_a_graph_stays_until_the_update_is_over() -> None:
     network = torch.nn.Linear(3, 2)
-    waiting = Waiting(network, CPU)
+    waiting = OffloadedModule(network, CPU)
     home = network.weight.data_ptr()
     waiting.fetch()
     fetched = network.weight.data_ptr()

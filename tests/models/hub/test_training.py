@@ -10,20 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from fewstep.distill.run import Run
 from PIL import Image
 from tiny_pipelines import ADAPTERS, TINY, settings, stable_diffusion, write_embeddings
 
 import fewstep
-from fewstep.distill.bench import bench_memory
+from fewstep.api.bench_cost import bench_memory
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors, write_tensors
+from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.config import parse_config
-from fewstep.distill.draws import Draws
-from fewstep.distill.run import Run
-from fewstep.errors import UserError
 from fewstep.models.adapters import AdapterView
 from fewstep.models.guidance import guide
 from fewstep.models.hub.encoded import read_index
 from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.store import load_model, read_tensors, write_tensors
+from fewstep.models.loading import load_model
 
 pytest.importorskip("peft")
 Saved = Callable[[str], Path]
@@ -48,7 +49,7 @@ def test_a_family_trains_and_its_student_comes_back(
     assert all(torch.equal(trained[key], value) for key, value in reloaded.items())
     with torch.no_grad():
         x = torch.randn(2, *student.config.shape, generator=torch.Generator().manual_seed(0))
-        condition = run.loop.sources["data"](Draws(0, 0, "test", 0), 2).condition
+        condition = run.loop.sources["data"](KeyedRandom(0, 0, "test", 0), 2).condition
         readers = (run.generator, student.denoiser, run.roles.denoiser("teacher"))
         ours, theirs, teacher = (guide(denoiser, x, 0.5, condition).out.raw for denoiser in readers)
     assert torch.equal(ours, theirs)
@@ -83,7 +84,7 @@ def test_a_merged_adapter_computes_the_same(saved: Saved, name: str, tmp_path: P
     assert isinstance(view, AdapterView)
     x = torch.randn(2, *run.origin.shape, generator=torch.Generator().manual_seed(0))
     t = torch.full((2,), 0.5, dtype=torch.float64)
-    condition = run.loop.sources["data"](Draws(0, 0, "test", 0), 2).condition.replace(guidance=torch.ones(2))
+    condition = run.loop.sources["data"](KeyedRandom(0, 0, "test", 0), 2).condition.replace(guidance=torch.ones(2))
     merged = view.merged()
     assert not [key for key in merged.state_dict() if "lora" in key]
     with torch.no_grad():

@@ -1,0 +1,151 @@
+"""Builds what a run starts from: roles, data sources and model config, from a config or from the user's own objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fewstep.core.errors import UserError
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.core.registry import dotted_name
+from fewstep.distill.config import DATA_KINDS, Config, DataConfig
+from fewstep.distill.data.batch import SOURCES, Source
+from fewstep.distill.data.readers import read_folder, read_idx, read_stored
+from fewstep.distill.data.sources import Images, Labels, Prompts, Stored
+from fewstep.distill.roles import Role
+from fewstep.models.adapters import checkpoint_gradients, share_network
+from fewstep.models.attention import set_attention
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.hub.encoded import EncodedPrompts
+from fewstep.models.hub.folder import PipelineFolder
+from fewstep.models.loading import Model, load_model, pipeline_of
+from fewstep.models.model_config import ModelConfig
+from fewstep.models.quantized import quantize
+from fewstep.models.schedules import schedule_to_dict
+
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16, "nf4": torch.bfloat16,
+}  # of weights; the quantized ones: of everything but linear layers  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What training starts from. ``roles`` holds the teacher, or the new network as ``model``; ``model_config`` is
+    that network's. ``prompts`` and ``pipeline`` are those of a text-conditioned teacher."""
+
+    roles: Mapping[str, Role]
+    sources: Mapping[str, Source]
+    model_config: ModelConfig
+    prompts: EncodedPrompts | None = None
+    pipeline: PipelineFolder | None = None
+
+
+def build_parts(
+    config: Config, device: torch.device, teacher: Model | Denoiser | None = None, data: Source | None = None
+) -> Parts:
+    """Loads the teacher (or makes the new network) and opens the data. ``teacher`` and ``data`` replace those of the
+    config. Raises ``UserError`` if they are missing, damaged or do not fit each other."""
+    features = tuple(dict.fromkeys(path for stage in config.stages for path in stage.objective.teacher_features))
+    if data is None and config.data.kind not in DATA_KINDS:
+        data = _own_source(config.data)
+    if teacher is None and config.model is not None:
+        return _pretraining(config, config.model, device, data)
+    if teacher is not None:
+        model = _model_of(teacher, data)
+        model.denoiser.record_features(features)
+    elif config.teacher is not None:
+        model = load_model(config.teacher, features, config.size, DTYPES[config.weights])
+    else:
+        raise UserError("The config has neither teacher (to distil) nor model (to pretrain); give one of them.")
+    pipeline = pipeline_of(model) if config.data.kind == "prompts" and data is None else None
+    backbone, model_config = model.denoiser.backbone, model.config
+    set_attention(backbone, config.attention, device)
+    if config.weights in ("int8", "nf4"):
+        quantize(backbone, config.weights)
+    if config.adapters is not None:
+        lora = share_network(model.denoiser, **dict(config.adapters))
+        model_config = model_config.model_copy(update={"base": config.teacher, "lora": lora})
+    if config.gradient_checkpointing:
+        checkpoint_gradients(model.denoiser.backbone)
+    roles = {"teacher": Role(model.denoiser.to(device))}
+    prompts = _prompts(config.data, pipeline) if pipeline is not None else None
+    source = data or _source(config.data, model_config, prompts, pipeline)
+    return Parts(roles, {"data": source}, model_config, prompts, pipeline)
+
+
+def _pretraining(config: Config, model_config: ModelConfig, device: torch.device, data: Source | None) -> Parts:
+    with torch.random.fork_rng():  # torch's initialisers read the global generator
+        torch.manual_seed(config.seed)
+        roles = {"model": Role(model_config.build().to(device))}
+    return Parts(roles, {"data": data or _source(config.data, model_config, None, None)}, model_config)
+
+
+# --- the user's own objects -------------------------------------------------------------------------------------------
+
+
+def _own_source(data: DataConfig) -> Source:
+    make = SOURCES.resolve(data.kind)
+    try:
+        source: Source = make(**data.options)
+    except TypeError as error:
+        raise UserError(f"data.options do not fit {data.kind!r}: {error}.") from error
+    return source
+
+
+def _model_of(teacher: Model | Denoiser, data: Source | None) -> Model:
+    """A teacher with its config; that of a bare denoiser is read off itself and a batch of ``data``."""
+    if isinstance(teacher, Model):
+        return teacher
+    if data is None:
+        raise UserError("A teacher that is a Denoiser needs data=... (a source), which shows the shape of a sample.")
+    batch = data(KeyedRandom(0, 0, "probe", 0), 1)
+    labels = batch.condition.nulls.get("labels")
+    config = ModelConfig(
+        backbone={"name": dotted_name(type(teacher.backbone))},
+        noise_schedule=schedule_to_dict(teacher.schedule),
+        prediction=teacher.kind,
+        shape=batch.shape,
+        classes=0 if labels is None else int(labels),
+    )
+    return Model(denoiser=teacher, config=config)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _prompts(data: DataConfig, pipeline: PipelineFolder) -> EncodedPrompts:
+    assert data.path is not None
+    prompts = EncodedPrompts(Path(data.path))
+    prompts.check(pipeline)
+    return prompts
+
+
+def _source(
+    data: DataConfig, model: ModelConfig, prompts: EncodedPrompts | None, pipeline: PipelineFolder | None
+) -> Source:
+    if data.kind == "labels":
+        if not model.classes and model.base is not None:
+            raise UserError("This teacher takes prompts: run fewstep data encode, then set data.kind and data.path.")
+        return Labels(model.classes, model.shape)
+    if prompts is not None and pipeline is not None:
+        sizes = [pipeline.family.shape(*size) for size in data.sizes]
+        return Prompts(prompts, sizes or [model.shape])
+    assert data.path is not None
+    source: Images | Stored
+    if data.kind == "tensors":
+        source = read_stored(Path(data.path), model.classes)
+    elif data.kind == "folder":
+        source = Images(*read_folder(data.path, model.shape), model.classes)
+    elif data.kind == "idx":
+        source = Images(*read_idx(data.path, data.split), model.classes)
+    else:
+        raise UserError(f"data.kind: {data.kind} needs a teacher that is a diffusers pipeline.")
+    if source.shape != model.shape or int(source.labels.max()) >= model.classes:
+        raise UserError(
+            f"The images in {data.path} are {list(source.shape)} with labels up to {int(source.labels.max())}; "
+            f"the model is for {list(model.shape)} and {model.classes} classes."
+        )
+    return source

@@ -1,0 +1,52 @@
+"""A batch and the interface of everything that makes batches.
+
+A source is a function of keyed random numbers, so it has no position to save: any step's batch can be recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.core.registry import Registry
+from fewstep.models.condition import Condition
+
+
+@dataclass(frozen=True)
+class Batch(Mapping[str, Tensor]):
+    """``size`` samples: their condition, the ``shape`` of one, and named tensors (``x0``; ``winner`` and ``loser``)."""
+
+    size: int
+    shape: tuple[int, ...]
+    condition: Condition
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.size, self.shape, self.condition.to(device), {k: v.to(device) for k, v in self.tensors.items()}
+        )
+
+
+class Source(Protocol):
+    """Makes the batch of ``size`` samples that belongs to ``draws``."""
+
+    def __call__(self, random: KeyedRandom, size: int) -> Batch: ...
+
+
+SOURCES: Registry[Callable[..., Source]] = Registry(
+    "data", dict, callable, "a class or function that returns a source"
+)  # fmt: skip

@@ -1,0 +1,101 @@
+"""Files of labelled samples: idx files, folders of images, safetensors."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors
+from fewstep.core.image_files import PICTURES, files_of, read_picture, to_unit
+from fewstep.distill.data.sources import Stored
+
+IDX_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def read_idx(folder: str | Path, split: str = "train") -> tuple[Tensor, Tensor]:
+    """Images uint8 [N, 1, H, W] and labels int64 [N] from the idx files of the MNIST family, plain or gzipped.
+
+    Raises ``UserError`` when a file is missing or damaged.
+    """
+    images, labels = (_read_idx_file(Path(folder), name) for name in IDX_FILES[split])
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+        raise UserError(
+            f"{folder}: images {list(images.shape)} and labels {list(labels.shape)} do not belong together."
+        )
+    return images[:, None], labels.long()
+
+
+def _read_idx_file(folder: Path, name: str) -> Tensor:
+    file = next((f for f in (folder / f"{name}.gz", folder / name) if f.is_file()), None)
+    if file is None:
+        raise UserError(
+            f"No {name}.gz in {str(folder)!r}. Set data.path to the folder with the four Fashion-MNIST idx files "
+            "(Debian's package dataset-fashion-mnist puts them in /usr/share/datasets/fashion-mnist)."
+        )
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as handle:
+            content = handle.read()
+        zero, kind, axes = struct.unpack(">HBB", content[:4])
+        shape = struct.unpack(f">{axes}I", content[4 : 4 + 4 * axes])
+        if (zero, kind) != (0, 8) or len(content) != 4 + 4 * axes + math.prod(shape):
+            raise ValueError("its header does not fit its length")
+        if 0 in shape:
+            raise ValueError("it is empty")
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        raise UserError(f"{file} is not a whole idx file: {error}.") from error
+    return torch.frombuffer(bytearray(content[4 + 4 * axes :]), dtype=torch.uint8).reshape(shape)
+
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def read_stored(file: Path, classes: int) -> Stored:
+    """A safetensors file with ``labels`` [N] and other tensors [N, ...]; uint8 ``images`` become ``x0`` in [-1, 1].
+
+    A file that is not there may be one that ships with the package (``eval/reference/fashion/real.safetensors``).
+    Raises ``UserError`` if it is none.
+    """
+    found = next((place for place in (file, PACKAGE / file) if place.is_file()), None)
+    if found is None:
+        raise UserError(f"data.path = {file} is not there. fewstep pairs or fewstep prefer makes such a file.")
+    tensors = read_tensors(found)
+    if "images" in tensors:
+        tensors["x0"] = to_unit(tensors.pop("images"))
+    labels = tensors.pop("labels", None)
+    shapes = {tensor.shape for tensor in tensors.values()}
+    if labels is None or len(shapes) != 1 or len(next(iter(tensors.values()))) != len(labels):
+        raise UserError(f"{file} does not hold labels and samples, all of one number and shape: make it with fewstep.")
+    return Stored({name: tensor.float() for name, tensor in tensors.items()}, labels.long(), classes)
+
+
+def read_folder(folder: str | Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Pictures of ``shape`` [C, H, W] as uint8 [N, C, H, W], and labels int64 [N].
+
+    Each subfolder is a class, in alphabetical order; pictures in ``folder`` itself are all of class 0. Raises
+    ``UserError`` that names the first file that is damaged or of another size.
+    """
+    root = Path(folder)
+    classes = sorted(child for child in root.iterdir() if child.is_dir()) if root.is_dir() else []
+    files = [(file, label) for label, place in enumerate(classes or [root]) for file in files_of(place, PICTURES)]
+    if not files:
+        raise UserError(f"No pictures ({', '.join(PICTURES)}) in {folder} or its subfolders; set data.path.")
+    channels, height, width = shape
+    images = torch.empty(len(files), channels, height, width, dtype=torch.uint8)
+    for row, (file, _) in enumerate(files):
+        picture = read_picture(file, channels)
+        if picture.shape[1:] != (height, width):
+            raise UserError(
+                f"{file} is {picture.shape[2]} x {picture.shape[1]}, the model needs {width} x {height}: resize."
+            )
+        images[row] = picture
+    return images, torch.tensor([label for _, label in files])

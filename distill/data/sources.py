@@ -1,0 +1,85 @@
+"""Sources of batches: labels, labelled images, stored samples, encoded prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.core.image_files import to_unit
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill.data.batch import Batch
+from fewstep.models.condition import Condition
+from fewstep.models.hub.encoded import EncodedPrompts
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class labels drawn uniformly: all that a data-free method needs of a class-conditional teacher."""
+
+    classes: int
+    shape: tuple[int, ...]
+
+    def __call__(self, random: KeyedRandom, size: int) -> Batch:
+        labels = random.integers(size, self.classes)
+        return Batch(size, self.shape, Condition.of_labels(labels, self.classes))
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images, uint8 [N, C, H, W], drawn with replacement; ``x0`` is float32 in [-1, 1]."""
+
+    images: Tensor
+    labels: Tensor
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image."""
+        return tuple(self.images.shape[1:])
+
+    def __call__(self, random: KeyedRandom, size: int) -> Batch:
+        rows = random.integers(size, len(self.images))
+        x0 = to_unit(self.images[rows])
+        condition = Condition.of_labels(self.labels[rows], self.classes)
+        return Batch(size, tuple(x0.shape[1:]), condition, {"x0": x0})
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Named tensors of one sample each, float32 [N, ...], with labels: noise and x0, winner and loser."""
+
+    tensors: Mapping[str, Tensor]
+    labels: Tensor
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return tuple(next(iter(self.tensors.values())).shape[1:])
+
+    def __call__(self, random: KeyedRandom, size: int) -> Batch:
+        rows = random.integers(size, len(self.labels))
+        condition = Condition.of_labels(self.labels[rows], self.classes)
+        return Batch(size, self.shape, condition, {name: tensor[rows] for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Encoded prompts drawn uniformly: all that a data-free method needs of a text-conditioned teacher. Of captioned
+    images, an image and its prompt; ``x0`` is its latents. A batch is of one of ``shapes``, or of the images'."""
+
+    prompts: EncodedPrompts
+    shapes: Sequence[tuple[int, ...]]
+
+    def __call__(self, random: KeyedRandom, size: int) -> Batch:
+        if not self.prompts.buckets:
+            shape = self.shapes[int(random.integers(1, len(self.shapes), "bucket"))]
+            return Batch(size, shape, self.prompts(random.integers(size, len(self.prompts))))
+        counts = torch.tensor([len(x0) for x0, _ in self.prompts.buckets])
+        image = random.integers(1, int(counts.sum()), "bucket")
+        x0, said = self.prompts.buckets[int((image >= counts.cumsum(0)).sum())]
+        rows = random.integers(size, len(x0))
+        return Batch(size, tuple(x0.shape[1:]), self.prompts(said[rows]), {"x0": x0[rows]})

@@ -1,0 +1,38 @@
+"""What a run writes down besides weights: the numbers of its steps, and the environment that it ran in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fewstep.core.errors import UserError
+
+
+class MetricsLogger:
+    """Appends to ``metrics.jsonl``, and to TensorBoard's event files in ``tensorboard/`` where that is asked for."""
+
+    def __init__(self, folder: Path, tensorboard: bool) -> None:
+        self._file = folder / "metrics.jsonl"
+        self._writer = _tensorboard(folder / "tensorboard") if tensorboard else None
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        """One line for ``step``. Raises ``UserError`` if it cannot be written."""
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"Cannot write {self._file}: {error}.") from error
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # an extra, and slow to import
+    except ImportError as error:
+        raise UserError("tensorboard: true needs the extra: pip install 'fewstep[tensorboard]'.") from error
+    return SummaryWriter(str(folder))

@@ -1,0 +1,163 @@
+"""A run's folder: config, environment, metrics, checkpoints, the best and the final student; resuming and replaying."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.core.environment import environment
+from fewstep.core.errors import UserError
+from fewstep.core.files import write_text
+from fewstep.distill.build import Parts, build_parts
+from fewstep.distill.checkpoint import checkpoints, read_checkpoint, write_checkpoint
+from fewstep.distill.config import Config, dump_config, load_config, read_settings
+from fewstep.distill.metrics_logger import MetricsLogger
+from fewstep.distill.processes import ALONE, World
+from fewstep.distill.trainer import Callback, Interrupted, Trainer, Validator
+from fewstep.models.saving import save_model
+
+
+class RunFolder(Callback):
+    """The folder of a run in progress, with its ``trainer``, whose events it records. Only rank 0 writes."""
+
+    def __init__(self, folder: Path, trainer: Trainer) -> None:
+        self.folder = folder
+        self.trainer = trainer
+        self._writes = trainer.world.rank == 0
+        self._log: MetricsLogger | None = None
+
+    @staticmethod
+    def create(config: Config, device: torch.device, world: World = ALONE, parts: Parts | None = None) -> RunFolder:
+        """Starts a fresh run. Raises ``UserError`` if the folder already contains something."""
+        if config.out is None:
+            raise UserError("The key 'out', the run folder, is missing: set out=runs/NAME.")
+        folder = Path(config.out)
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty. Resume it with --resume {folder}, or choose another out=….")
+        run = RunFolder(folder, Trainer(config, parts or build_parts(config, device), device, world))
+        if run._writes:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"Cannot create the run folder {folder}: {error}.") from error
+            write_text(dump_config(config), folder / "config.yaml")
+            write_text(json.dumps(environment(device), indent=2) + "\n", folder / "environment.json")
+        return run
+
+    @staticmethod
+    def reopen(
+        folder: str | Path, device: torch.device, world: World = ALONE, before: int | None = None,
+        parts: Parts | None = None,
+    ) -> RunFolder:  # fmt: skip
+        """Opens a run at its last checkpoint (or the last one at or before step ``before``).
+
+        Raises ``UserError`` if the folder is not a run or the checkpoint is damaged.
+        """
+        folder, config = Path(folder), run_config(folder)
+        run = RunFolder(folder, Trainer(config, parts or build_parts(config, device), device, world))
+        saved = [c for c in checkpoints(folder / "checkpoints") if before is None or step_of(c) <= before]
+        if saved:
+            run._restore(saved[-1])
+        return run
+
+    def train(self, validate: Validator | None = None, callbacks: Sequence[Callback] = ()) -> None:
+        """Trains to the end. Raises ``Interrupted`` as ``Trainer.train`` does."""
+        self._log = MetricsLogger(self.folder, self.trainer.config.tensorboard) if self._writes else None
+        self.trainer.validate = validate
+        self.trainer.callbacks = [self, *callbacks]
+        try:
+            self.trainer.train()
+        except Interrupted as stop:
+            stop.folder = self.folder
+            raise
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def on_log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        self._record(trainer, {"stage": trainer.stage, **values})
+
+    def on_validation(self, trainer: Trainer, value: float) -> None:
+        if trainer.best["step"] == trainer.step:
+            self._write_student(trainer, "best")
+        self._record(trainer, {"validation": value})
+
+    def on_checkpoint(self, trainer: Trainer) -> None:
+        if self._writes:
+            tensors, state = trainer.state()
+            keep = trainer.config.checkpoint.keep
+            write_checkpoint(self.folder / "checkpoints", trainer.step, tensors, state, keep)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """``student/``: the best validated student, or the last one where nothing was validated."""
+        if self._writes and trainer.best:
+            shutil.copytree(self.folder / "best", self.folder / "student", dirs_exist_ok=True)
+        else:
+            self._write_student(trainer, "student")
+
+    def _record(self, trainer: Trainer, values: dict[str, float]) -> None:
+        if self._log is not None:
+            spent = {"seconds": round(trainer.seconds, 3), "evaluations": trainer.evaluations}
+            self._log(trainer.step, spent | values)
+
+    def _write_student(self, trainer: Trainer, name: str) -> None:
+        if self._writes:
+            with trainer.roles["student"].averaged():
+                save_model(trainer.generator, trainer.student_config, self.folder / name)
+
+    def _restore(self, checkpoint: Path) -> None:
+        tensors, state = read_checkpoint(checkpoint)
+        try:
+            self.trainer.load_state(tensors, state)
+        except KeyError as error:
+            raise UserError(
+                f"{checkpoint} has no {error}: it was written by another version of fewstep. Train again, in another "
+                "folder."
+            ) from error
+
+
+def run_config(folder: str | Path) -> Config:
+    """The resolved config of a run folder. Raises ``UserError`` if it is not one."""
+    file = Path(folder) / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml.")
+    return load_config(file)
+
+
+def run_settings(folder: str | Path) -> dict[str, Any]:
+    """The settings of a run folder as written, without importing what they name. Raises ``UserError`` if there are
+    none."""
+    file = Path(folder) / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml.")
+    return read_settings(file)[0]
+
+
+def teacher_of(folder: Path) -> str | None:
+    """The teacher of a run folder; None for a pretraining run and for a folder that is not a run."""
+    return run_settings(folder).get("teacher") if (folder / "config.yaml").is_file() else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
+    """The numbers of a logged step as recorded and as recomputed from the checkpoint before it.
+
+    Raises ``UserError`` if the step was not logged.
+    """
+    trainer = RunFolder.reopen(folder, device, before=step - 1).trainer
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    logged = {line["step"]: line for line in lines if "validation" not in line}
+    if step not in logged:
+        raise UserError(
+            f"Step {step} was not logged; logged are every {trainer.config.log_every} up to {max(logged, default=0)}."
+        )
+    computed = trainer.advance(step)
+    return {name: logged[step][name] for name in computed if name in logged[step]}, computed

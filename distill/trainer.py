@@ -1,0 +1,324 @@
+"""The trainer: roles, sources, stages and callbacks. It writes no files; ``run_folder`` does that as a callback."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.core.devices import pick_device
+from fewstep.core.errors import UserError
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill.build import DTYPES, Parts, build_parts
+from fewstep.distill.checkpoint import restore_role, role_tensors
+from fewstep.distill.config import Config
+from fewstep.distill.data.batch import Source
+from fewstep.distill.health import Probe
+from fewstep.distill.loop import Loop
+from fewstep.distill.processes import ALONE, World
+from fewstep.distill.roles import Role, Roles
+from fewstep.distill.stage import MatchingConfig, StageContext, enter_stage, learning_rate
+from fewstep.distill.update import Objective
+from fewstep.models.adapters import AdapterView
+from fewstep.models.denoiser import Denoiser, routed
+from fewstep.models.loading import Model
+from fewstep.models.model_config import FewStep, ModelConfig
+
+
+class Interrupted(Exception):
+    """Ctrl-C or a termination signal; the checkpoint is written, in ``folder`` if the run has one."""
+
+    folder: Path | None = None
+
+
+class Validator(Protocol):
+    """Scores the student, whose averaged weights are in place: lower is better, None if nothing can be scored."""
+
+    def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> float | None: ...
+
+
+class Callback:
+    """Is notified of what training does; override the methods you need."""
+
+    def on_log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Every ``log_every`` steps: losses, gradient norms and diagnostics since the last call."""
+
+    def on_step(self, trainer: Trainer) -> None:
+        """After every step."""
+
+    def on_validation(self, trainer: Trainer, value: float) -> None:
+        """After a validation with a score; ``trainer.best`` is up to date."""
+
+    def on_checkpoint(self, trainer: Trainer) -> None:
+        """When the state should be saved: regularly, at the end of a stage, at the end, and before a stop."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step."""
+
+
+@dataclass
+class Trainer:
+    """Trains the stages of ``config`` from ``parts``.
+
+    ``step`` counts the steps done so far over all stages, ``evaluations`` the samples at which networks were evaluated
+    for them, over all processes. ``best`` is the best validation of the current stage.
+    """
+
+    config: Config
+    parts: Parts
+    device: torch.device
+    world: World = ALONE
+    validate: Validator | None = None
+    callbacks: Sequence[Callback] = ()
+    roles: Roles = field(init=False)
+    objective: Objective = field(init=False)
+    loop: Loop = field(init=False)
+    few_step: FewStep | None = field(init=False, default=None)
+    stage: int = field(init=False, default=-1)
+    step: int = field(init=False, default=0)
+    best: dict[str, float] = field(init=False, default_factory=dict)
+    seconds: float = field(init=False, default=0.0)
+    evaluations: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        health = self.config.health
+        rows = self.parts.sources["data"](KeyedRandom(0, 0, "health", 0), health.conditions).condition
+        self._probe = Probe(rows.to(self.device), health, self.parts.model_config, self.config.batch)
+        self.enter(0)
+
+    @staticmethod
+    def create(
+        config: Config, *, teacher: Model | Denoiser | None = None, data: Source | None = None,
+        callbacks: Sequence[Callback] = (), device: str = "auto",
+    ) -> Trainer:  # fmt: skip
+        """A trainer of the config, with the user's own teacher and data where given. Raises ``UserError`` on a mistake
+        in the config."""
+        place = pick_device(device)
+        return Trainer(config, build_parts(config, place, teacher, data), place, callbacks=callbacks)
+
+    # --- stages -------------------------------------------------------------------------------------------------------
+
+    def enter(self, number: int) -> None:
+        """Builds roles, objective and loop of a stage from the roles of the one before."""
+        stage = self.config.stages[number]
+        settings = stage.objective
+        before = dict(self.roles) if self.stage >= 0 else dict(self.parts.roles)
+        probe = self.parts.sources["data"](KeyedRandom(0, 0, "probe", 0), 1).to(self.device)
+        network = before["teacher" if "teacher" in before else "model"].module
+        assert isinstance(network, Denoiser)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            networks = settings.networks(network, probe.shape, probe.condition)
+        for name in networks:
+            if name in stage.roles and stage.roles[name].init not in ("new", "keep"):
+                raise UserError(
+                    f"stages.{number}.roles.{name}.init = {stage.roles[name].init!r}: the objective {settings.name!r} "
+                    "creates this network itself; use init: new."
+                )
+        if self.stage >= 0:
+            self.roles.fetch()  # so that copies are made on the device
+        roles = enter_stage(before, stage.roles, stage.freeze, networks)
+        if missing := settings.needs - set(roles):
+            raise UserError(
+                f"stages.{number}: the objective {settings.name!r} needs the roles {sorted(settings.needs)}, "
+                f"but {sorted(missing)} is missing (under roles: or freeze:; known here: {', '.join(roles)})."
+            )
+        if missing := settings.tensors - set(probe):
+            raise UserError(
+                f"stages.{number}: the objective {settings.name!r} needs {sorted(missing)} with each condition, and "
+                f"data.kind={self.config.data.kind} provides {sorted(probe) or 'none'}; use real images "
+                "(data.kind=idx or folder, data.path=FOLDER) or a file of samples (data.kind=tensors data.path=FILE; "
+                "fewstep data ode-pairs creates one)."
+            )
+        first = self.ends[number] - stage.steps
+        self.stage = number
+        self.roles = Roles(roles, DTYPES[self.config.precision])
+        self.objective = settings.build(self.roles, StageContext(number, first, stage.steps))
+        if self.config.offload:
+            frozen = roles.keys() - stage.roles.keys() - dict(self.objective.experts).keys()
+            self.roles.offload(frozen, self.device)
+        if unknown := {role for update in self.objective.updates for role in update.roles} - set(stage.roles):
+            raise UserError(
+                f"stages.{number}.roles: {sorted(unknown)} is trained by the objective, so it needs a learning rate."
+            )
+        self.few_step = self.objective.few_step or (self.few_step if number else self.parts.model_config.few_step)
+        for name, role in stage.roles.items():
+            due = [update.due for update in self.objective.updates if name in update.roles]
+            self.roles[name].lr_factor = learning_rate(role, sum(d.count(first, self.ends[number]) for d in due))
+        self.loop = Loop(
+            self.roles, self.objective, self.parts.sources, self.config.batch, self.config.accumulate, stage.clip,
+            self.config.seed, self.device, self.world,
+        )  # fmt: skip
+
+    @property
+    def ends(self) -> list[int]:
+        """The step at which each stage ends."""
+        return [sum(stage.steps for stage in self.config.stages[: i + 1]) for i in range(len(self.config.stages))]
+
+    @property
+    def student_config(self) -> ModelConfig:
+        """The model config of the student: the teacher's, and how the objective samples it."""
+        origin = self.parts.model_config
+        boundaries = tuple(lowest for _, lowest in self.objective.experts)
+        adapter = isinstance(self.roles.denoiser("student").backbone, AdapterView)
+        return origin.model_copy(
+            update={
+                "few_step": self.few_step,
+                "boundaries": boundaries if len(boundaries) > 1 else None,
+                "backbone": origin.backbone | self.objective.backbone,
+                "lora": origin.lora if adapter else None,
+            }
+        )
+
+    @property
+    def generator(self) -> Denoiser:
+        """What is sampled and saved: the student, or the experts by noise level, the student among them."""
+        experts = [self.roles.denoiser(role) for role, _ in self.objective.experts]
+        return experts[0] if len(experts) == 1 else routed(experts, [low for _, low in self.objective.experts])
+
+    @property
+    def student(self) -> Model:
+        """The generator with its config, as ``samplers.generate`` takes it."""
+        return Model(denoiser=self.generator, config=self.student_config)
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Trains to the end of the last stage, from the current step.
+
+        Raises ``Interrupted`` after a checkpoint if a signal asked to stop.
+        """
+        started = time.monotonic() - self.seconds
+        end = self.ends[-1]
+        latest: dict[str, Tensor] = {}  # since the last log line: not every update is due at a logged step
+        health: dict[str, float] = {}
+        with stop_requests() as stop:
+            while self.step < end:
+                latest |= self.one_step()
+                last = self.step == end
+                if self.world.rank == 0 and self._due(self.config.health.every):
+                    health = self._check_health()
+                self.seconds = time.monotonic() - started
+                if last or self._due(self.config.log_every):
+                    self._notify("on_log", to_numbers(latest) | health)
+                    latest, health = {}, {}
+                self._notify("on_step")
+                if self.validate is not None and (last or self._due(self.config.validation.every)):
+                    self._validate(self.validate)
+                stage_ends = self.step == self.ends[self.stage]
+                if stop.requested or stage_ends or self._due(self.config.checkpoint.every):
+                    self._notify("on_checkpoint")
+                if stop.requested and not last:
+                    raise Interrupted(f"stopped at step {self.step} of {end}")
+        self._notify("on_end")
+
+    def advance(self, step: int) -> dict[str, float]:
+        """Continues to ``step`` without callbacks; returns the numbers of the last step."""
+        metrics: dict[str, Tensor] = {}
+        while self.step < step:
+            metrics = self.one_step()
+        return to_numbers(metrics)
+
+    def one_step(self) -> dict[str, Tensor]:
+        """One step of the current stage, or of the next where that has ended."""
+        if self.step >= self.ends[self.stage]:
+            self.enter(self.stage + 1)
+            self.best = {}  # of another method or generator, not comparable
+        before = self.roles.evaluations
+        metrics = self.loop.step(self.step)
+        self.evaluations += (self.roles.evaluations - before) * self.world.size  # as if all processes did the same
+        self.step += 1
+        return metrics
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _notify(self, event: str, *details: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *details)
+
+    def _check_health(self) -> dict[str, float]:
+        """How samples of the averaged student differ from the teacher's; empty without a teacher."""
+        if "teacher" not in self.parts.roles:
+            return {}
+        settings = self.config.stages[self.stage].objective
+        scale = settings.guidance if isinstance(settings, MatchingConfig) else 1.0
+        with self.roles["student"].averaged(), torch.no_grad(), self.roles.resident("teacher") as teacher:
+            return self._probe(self.student, teacher, scale)
+
+    def _validate(self, validate: Validator) -> None:
+        with self.roles["student"].averaged(), torch.no_grad():
+            value = validate(self.generator, self.student_config, self.step)
+        if value is None:
+            return
+        if value < self.best.get("value", float("inf")):
+            self.best = {"value": value, "step": self.step}
+        self._notify("on_validation", value)
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that training changed: the tensors of every trained role and of the objective, and the counters."""
+        tensors: dict[str, Tensor] = {}
+        for name, role in self._trained().items():
+            tensors |= role_tensors(name, role)
+        tensors |= {f"objective/{name}": value for name, value in self.objective.state.items()}
+        spent = {"seconds": self.seconds, "evaluations": self.evaluations}
+        return tensors, {"stage": self.stage, "step": self.step, **spent, "best": self.best}
+
+    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """The inverse of ``state``. Raises ``KeyError`` on missing tensors or counters."""
+        for stage in range(self.stage + 1, state["stage"] + 1):
+            self.enter(stage)
+        for name, role in self._trained().items():
+            restore_role(name, role, tensors)
+        for name, value in self.objective.state.items():
+            value.copy_(tensors[f"objective/{name}"])
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.evaluations = state["evaluations"]
+
+    def _trained(self) -> dict[str, Role]:
+        """The roles that training made."""
+        return {name: role for name, role in self.roles.items() if name not in self.parts.roles}
+
+
+def to_numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """The metrics as numbers, without diagnostics that no sample contributed to (an empty range of times)."""
+    values = {name: value.item() for name, value in metrics.items()}
+    return {name: value for name, value in values.items() if not (name.startswith("health/") and math.isnan(value))}
+
+
+@dataclass
+class _Stop:
+    requested: bool = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[_Stop]:
+    """Turns the first Ctrl-C or SIGTERM into a request; a second one acts at once."""
+    stop = _Stop()
+
+    def request(number: int, frame: object) -> None:
+        stop.requested = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, request)
+    except ValueError:  # not the main thread, which owns the signals
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

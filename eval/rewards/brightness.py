@@ -1,0 +1,12 @@
+"""How bright an image is."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fewstep.eval.networks.features import ClassifierFeatures
+
+
+def brightness(network: ClassifierFeatures, images: Tensor, labels: Tensor) -> Tensor:
+    """The mean of the pixels, in 0..255."""
+    return images.float().flatten(1).mean(1)

@@ -1,0 +1,45 @@
+"""What fewstep may ask of a network besides calling it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from fewstep.core.errors import UserError
+from fewstep.models.condition import Condition
+
+
+class Backbone(nn.Module):
+    """A network ``(x_t [B, ...], t [B], condition) -> tensor like x_t`` with defaults for optional features.
+
+    Any ``nn.Module`` that is called like this serves as a backbone; this base class is for those that support more.
+    ``lora_targets`` are the layers that LoRA adapts by default, as PEFT takes them, and ``feature_layers`` the modules
+    whose outputs a discriminator reads by default.
+    """
+
+    lora_targets: Sequence[str] = ()
+    feature_layers: Sequence[str] = ()
+
+    @classmethod
+    def build(cls, shape: tuple[int, ...], classes: int, **settings: Any) -> Self:
+        """A new network for samples of ``shape`` and ``classes`` class labels (0: none)."""
+        return cls(**settings)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        raise NotImplementedError
+
+    def with_step_counts(self, most: int) -> Backbone:
+        """A copy that also reads ``condition["steps"]`` in 1..most and initially computes the same.
+
+        Raises ``UserError`` if the network does not support it.
+        """
+        raise UserError(f"A {type(self).__name__} cannot be conditioned on a step count, which unify needs.")
+
+    def checkpoint_gradients(self, function: Callable[..., Any]) -> None:
+        """Recomputes blocks in the backward pass by ``function(block, *args)`` instead of storing their activations.
+
+        Raises ``UserError`` if the network does not support it.
+        """
+        raise UserError(f"gradient_checkpointing is not supported by {type(self).__name__}.")

@@ -1,0 +1,201 @@
+"""Loading models: a folder with ``config.json`` and ``model.safetensors``, a bundled model, a diffusers pipeline."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from fewstep.core.errors import UserError, nearest
+from fewstep.core.files import read_tensors, tensor_names
+from fewstep.core.registry import Registry
+from fewstep.models.adapters import AdapterView, share_network
+from fewstep.models.denoiser import Denoiser, routed
+from fewstep.models.model_config import ModelConfig, Size
+from fewstep.models.schedules import schedule_to_dict
+
+if TYPE_CHECKING:
+    from fewstep.models.hub.folder import PipelineFolder
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+
+class Model(BaseModel):
+    """A denoiser with its config and where it came from."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True)
+    denoiser: Denoiser
+    config: ModelConfig
+    path: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        backbone = self.denoiser.backbone
+        network = backbone.shared_network if isinstance(backbone, AdapterView) else backbone
+        tensor = next(chain(network.parameters(), network.buffers()), None)
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    def labels(self, n: int) -> Tensor:
+        """``0, 1, ..., classes - 1, 0, ...``: every class equally often, as in a reference. Raises ``UserError`` on a
+        model that takes prompts."""
+        if not self.config.classes:
+            raise UserError("This is for class-conditional models; this one takes prompts.")
+        return torch.arange(n) % self.config.classes
+
+
+TEACHERS: Registry[Model | Callable[[], Model]] = Registry(
+    "teacher", dict, lambda value: isinstance(value, Model) or callable(value),
+    "a fewstep.Model or a function that returns one",
+)  # fmt: skip
+
+
+def bundled_models() -> list[str]:
+    """The names of the models that ship with the package: of fewstep, and diffusers pipelines."""
+    return sorted(file.parent.name for kind in ("config", "model_index") for file in BUNDLED.glob(f"*/{kind}.json"))
+
+
+def load_model(
+    source: str | Path, feature_layers: tuple[str, ...] = (), size: Size | None = None,
+    dtype: torch.dtype = torch.float32, *, from_file: bool = False,
+) -> Model:  # fmt: skip
+    """Loads a model folder, a bundled model by name, a diffusers pipeline by folder or hub id, or a model of the user's
+    own by registered or dotted name, in eval mode on the CPU.
+
+    ``size`` (height, width, frames in pixels) and ``dtype`` of the weights are for pipelines. ``from_file``: ``source``
+    was read from a saved model, so that it causes no import. Raises ``UserError`` if the model does not exist, a file is
+    damaged, or the weights do not fit the config.
+    """
+    if str(source) in TEACHERS:
+        return _own_model(str(source), feature_layers, from_file)
+    folder = resolve_path(source)
+    if is_pipeline(source):
+        return _load_pipeline(folder, feature_layers, size, dtype)
+    if not (folder / "config.json").exists():
+        hint = nearest(str(source), bundled_models())
+        raise UserError(
+            f"No model at {str(source)!r}: neither a folder with config.json (a fewstep model) or model_index.json "
+            f"(a diffusers pipeline) nor a bundled model{hint}."
+        )
+    config = _read_config(folder)
+    try:
+        stored = tensor_names(folder / "model.safetensors") if config.base else set()
+        denoiser = _network(config, feature_layers, dtype, stored)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    load_weights(denoiser.backbone, folder / "model.safetensors")
+    return Model(denoiser=denoiser, config=config, path=folder)
+
+
+def _own_model(name: str, feature_layers: tuple[str, ...], from_file: bool) -> Model:
+    found = TEACHERS.resolve(name, from_file=from_file)
+    model = found if isinstance(found, Model) else found()
+    if not isinstance(model, Model):
+        raise UserError(f"The teacher {name!r} returns a {type(model).__name__}, not a fewstep.Model.")
+    model.denoiser.eval().record_features(feature_layers)
+    return model
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a string that is no path can be a pipeline's id on the hub: ``owner/name``, no folder ``owner`` here."""
+    parts = source.split("/")
+    return len(parts) == 2 and all(parts) and not Path(source).exists() and not Path(parts[0]).exists()
+
+
+def pipeline_of(model: Model) -> PipelineFolder:
+    """The diffusers pipeline whose text encoders and VAE belong to a model: its own, or that of its base's base.
+
+    Raises ``UserError`` for a native model, which has none.
+    """
+    from fewstep.models.hub.folder import PipelineFolder  # needs the extra
+
+    config = model.config
+    while config.base is not None:
+        if is_pipeline(config.base):
+            return PipelineFolder.open(resolve_path(config.base))
+        config = _read_config(resolve_path(config.base))
+    raise UserError("This model takes class labels, not prompts.")
+
+
+def resolve_path(source: str | Path) -> Path:
+    """A folder, or that of an embedded model by name."""
+    return BUNDLED / str(source) if not Path(source).exists() and str(source) in bundled_models() else Path(source)
+
+
+def is_pipeline(source: str | Path) -> bool:
+    """Whether a model's folder or name is that of a diffusers pipeline, embedded, on disk or on the hub."""
+    return (resolve_path(source) / "model_index.json").is_file() or is_hub_id(str(source))
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    file = folder / "config.json"
+    try:
+        return ModelConfig.model_validate_json(file.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not a fewstep model config: {_first(error)}.") from error
+
+
+def _load_pipeline(source: Path, feature_layers: tuple[str, ...], size: Size | None, dtype: torch.dtype) -> Model:
+    from fewstep.models.hub.folder import PipelineFolder  # needs the extra
+
+    folder = PipelineFolder.open(source)
+    if source.parent == BUNDLED:
+        base = source.name
+    else:
+        base = str(source) if is_hub_id(str(source)) else str(folder.path.resolve())
+    config = ModelConfig(
+        backbone={"name": "diffusers"},
+        noise_schedule=schedule_to_dict(folder.noise_process.schedule),
+        prediction=folder.noise_process.kind,
+        shape=folder.family.shape(*(size or folder.family.default_size)),
+        shift=folder.noise_process.shift,
+        base=base,
+    )
+    return Model(denoiser=folder.denoiser(dtype, feature_layers), config=config, path=folder.path)
+
+
+def _network(config: ModelConfig, feature_layers: tuple[str, ...], dtype: torch.dtype, stored: set[str]) -> Denoiser:
+    """The network that the weights of a model folder, named in ``stored``, belong to."""
+    if config.base is None:
+        return config.build(feature_layers, from_file=True)
+    denoiser = load_model(config.base, feature_layers, dtype=dtype, from_file=True).denoiser
+    if lora := config.lora:
+        share_network(denoiser, lora.rank, lora.alpha, lora.targets)
+    if config.boundaries:  # an expert without weights of its own is the base
+        own = [any(name.startswith(f"experts.{k}.") for name in stored) for k in range(len(config.boundaries))]
+        experts = [copy.deepcopy(denoiser) if its_own else denoiser for its_own in own]
+        return routed(experts, config.boundaries).eval()
+    return (copy.deepcopy(denoiser) if lora else denoiser).eval()
+
+
+def load_weights(module: nn.Module, file: Path) -> None:
+    """Fills ``module`` from a safetensors file. Raises ``UserError`` on damage, missing names or wrong shapes."""
+    tensors = read_tensors(file)
+    own = module.state_dict()
+    missing, foreign = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or foreign:
+        raise UserError(
+            f"{file} does not belong to this network: {len(missing)} tensors missing (first: {missing[:1]}), "
+            f"{len(foreign)} unknown (first: {foreign[:1]}). Is it the file of another model?"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"{file}: {name} has shape {list(tensor.shape)}, the network needs {list(own[name].shape)}. "
+                "Does config.json stand beside the right weights?"
+            )
+    module.load_state_dict(tensors)
+
+
+def _first(error: ValidationError | UnicodeDecodeError | OSError) -> str:
+    if not isinstance(error, ValidationError):
+        return "it is not text" if isinstance(error, UnicodeDecodeError) else str(error)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])

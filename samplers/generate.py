@@ -1,0 +1,160 @@
+"""Generating samples and images from a model, for training, health checks, evaluation and the report alike.
+
+The noise of a sample is a function of (seed, its number), so that a sample is the same whatever batch it is in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.core.image_files import to_bytes
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.guidance import OFF, Guidance
+from fewstep.models.loading import Model, pipeline_of
+from fewstep.samplers.plan import Plan, SamplingConfig, plan
+from fewstep.samplers.predictor import Predictor
+
+PART = 500
+Progress = Callable[[int], None]  # the number of samples that are done
+
+
+class Samples(NamedTuple):
+    """Clean samples [N, ...], in the model's range, and the network evaluations per sample."""
+
+    x0: Tensor
+    nfe: int
+
+
+class SampleNoise:
+    """The noise of the samples ``numbers``: a function of (seed, number) only, whatever batch they are in."""
+
+    def __init__(self, seed: int, numbers: Sequence[int], shape: tuple[int, ...], device: torch.device) -> None:
+        self._random = [KeyedRandom(seed, number, "sample", 0) for number in numbers]
+        self._shape = shape
+        self._device = device
+
+    def __call__(self) -> Tensor:
+        return torch.stack([random.normal(self._shape) for random in self._random]).to(self._device)
+
+
+def integrate(
+    denoiser: Denoiser,
+    condition: Condition,
+    shape: tuple[int, ...],
+    *,
+    plan: Plan,
+    numbers: Sequence[int],
+    guidance: Guidance = OFF,
+    seed: int = 0,
+    batch: int = 100,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Samples:
+    """One sample of ``shape`` per row of ``condition``, the k-th with the noise of ``(seed, numbers[k])``.
+
+    Runs in inference mode, which makes calls of a small network a few percent faster; the result holds ordinary tensors.
+    """
+    start = float(denoiser.schedule.sigma(torch.tensor(plan.times[0], dtype=torch.float64)))
+    parts, nfe = [], 0
+    for low in range(0, len(numbers), batch):
+        rows = slice(low, min(low + batch, len(numbers)))
+        noise = SampleNoise(seed, numbers[rows], shape, torch.device(device))
+        predict = Predictor(denoiser, condition.index(rows).to(device), guidance)
+        with torch.inference_mode():
+            parts.append(plan.solver(predict, start * noise(), plan.times, noise).cpu())
+        nfe = predict.nfe
+        if progress is not None:
+            progress(rows.stop)
+    return Samples(torch.cat(parts), nfe)
+
+
+def generate(
+    model: Model, condition: Condition | Tensor, config: SamplingConfig, *, numbers: Sequence[int] | None = None,
+    batch: int = 100, progress: Progress | None = None,
+) -> Samples:  # fmt: skip
+    """One sample per row of ``condition``, or per class label [N], numbered from 0 or by ``numbers`` (which an empty
+    condition needs). Raises ``UserError`` as ``plan`` does.
+    """
+    if isinstance(condition, Tensor):
+        condition = Condition.of_labels(condition, model.config.classes)
+    numbers = range(len(next(iter(condition.values())))) if numbers is None else numbers
+    chosen = plan(model, config)
+    if model.config.few_step and model.config.few_step.counts:
+        condition = condition.replace(steps=torch.full((len(numbers),), len(chosen.times) - 1))
+    return integrate(
+        model.denoiser, condition, model.config.shape, plan=chosen, numbers=numbers,
+        guidance=Guidance(config.guidance), seed=config.seed, batch=batch, device=model.device, progress=progress,
+    )  # fmt: skip
+
+
+class ImageGenerator:
+    """Images, uint8 [N, C, H, W] (or videos [N, F, 3, H, W]), for a model's conditions: its classes or the given
+    prompts. Prompts are encoded when they are used, so that memory does not grow with their number."""
+
+    def __init__(self, model: Model, prompts: Sequence[str] = (), batch: int = 8) -> None:
+        """``batch`` is for pipelines. Raises ``UserError`` on prompts for a class-conditional model, on missing prompts
+        for a text-conditioned one, and on a pipeline that cannot encode them."""
+        self.model, self.nfe = model, 0  # evaluations per image of the last call
+        self._encode: Callable[[Tensor], Condition]
+        if prompts:
+            folder = pipeline_of(model)
+            pipeline = folder.pipeline().to(model.device)
+            self.conditions, self._batch = len(prompts), batch
+            self._encode = lambda rows: folder.condition(pipeline, [prompts[k] for k in rows.tolist()])
+            self._to_images: Callable[[Tensor], Tensor] = partial(folder.pictures, pipeline, batch=batch)
+        else:
+            self.conditions, self._batch = len(model.labels(model.config.classes)), 100
+            self._encode = lambda rows: Condition.of_labels(rows, self.conditions)
+            self._to_images = to_bytes
+
+    def __call__(
+        self, which: Sequence[int] | Tensor, config: SamplingConfig, numbers: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:  # fmt: skip
+        """One image for each of the conditions ``which``, numbered from 0 or by ``numbers``; raises ``UserError`` as
+        ``plan`` does."""
+        once, back = torch.as_tensor(which).unique(return_inverse=True)
+        condition = self._encode(once).to("cpu").index(back)
+        samples = generate(self.model, condition, config, numbers=numbers, batch=self._batch, progress=progress)
+        self.nfe = samples.nfe
+        return self._to_images(samples.x0)
+
+
+@dataclass
+class GeneratedSet:
+    """``n`` images of a model's conditions in turn, generated in parts so that memory does not grow with ``n``.
+    After a pass ``seconds`` and ``nfe`` hold what it took."""
+
+    model: Model
+    config: SamplingConfig
+    n: int
+    prompts: Sequence[str] = ()
+    batch: int = 8
+    progress: Progress | None = None
+    seconds: float = field(default=0.0, init=False)
+    nfe: int = field(default=0, init=False)
+
+    def parts(self) -> Iterator[Tensor]:
+        """uint8 [N, C, H, W], or videos [N, F, 3, H, W]."""
+        started = time.monotonic()
+        images_of = ImageGenerator(self.model, self.prompts, self.batch)
+        for first in range(0, self.n, PART):
+            numbers = range(first, min(first + PART, self.n))
+            images = images_of(torch.tensor(numbers) % images_of.conditions, self.config, numbers, self._from(first))
+            self.seconds += time.monotonic() - started
+            self.nfe = images_of.nfe
+            yield images
+            started = time.monotonic()
+
+    def _from(self, first: int) -> Progress | None:
+        progress = self.progress
+        return (lambda done: progress(first + done)) if progress is not None else None

@@ -1,0 +1,149 @@
+"""Scores: of a model or of images, by a protocol or by a bundled reference; win rates of one model over another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.api.models import Source, load
+from fewstep.core.devices import pick_device
+from fewstep.core.files import check_writable, write_text
+from fewstep.core.image_files import to_bytes
+from fewstep.distill.run_folder import teacher_of
+from fewstep.eval.evaluate_protocol import ProtocolEvaluator
+from fewstep.eval.evaluate_reference import ReferenceEvaluator
+from fewstep.eval.networks.weights import WeightsLocator
+from fewstep.eval.protocol import Protocol
+from fewstep.eval.references import load_reference
+from fewstep.eval.rewards.registry import REWARDS
+from fewstep.eval.rewards.win_rate import win_rate
+from fewstep.eval.score_files import Score, merge, read_scores, write_scores
+from fewstep.models.loading import load_model
+from fewstep.samplers.generate import generate
+from fewstep.samplers.plan import SamplingConfig, plan, steps_within
+
+
+def evaluate(
+    source: Source,
+    *,
+    protocol: Protocol | None = None,
+    locator: WeightsLocator | None = None,
+    reference: str = "fashion",
+    steps: Sequence[int] = (1, 2, 4),
+    nfe: Sequence[int] = (),
+    solver: Sequence[str] = (),
+    guidance: Sequence[float] = (1.0,),
+    grid: str = "time",
+    n: int = 10_000,
+    seed: int = 0,
+    device: str = "auto",
+    json_file: Source | None = None,
+    name: str | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> list[Score]:
+    """Scores every combination of ``solver``, ``steps`` and ``guidance``. A teacher's steps are spaced as ``grid`` says
+    (see ``samplers.grids``). A ``protocol`` says what is measured, on how many samples of which seeds and against what
+    (``locator``: where the weights of its networks are); without one, ``n`` samples are compared with the test images of
+    an embedded ``reference``.
+
+    ``nfe`` takes the place of ``steps``: as many steps as that number of evaluations allows. After each combination the
+    scores are merged into ``json_file``; for a run folder that is its ``eval.json``, which also takes over the scores
+    that its teacher came with. Raises ``UserError`` on a request that cannot be met, before anything is computed.
+    """
+    model = load(source, device)
+    judge: ReferenceEvaluator | ProtocolEvaluator
+    if protocol is None:
+        judge = ReferenceEvaluator(load_reference(reference, "test", model.device), n, (seed,))
+    else:
+        judge = _judge(protocol, locator, model.device)
+    solvers = list(solver) or ["student" if model.config.few_step else "euler"]
+    file = Path(json_file) if json_file else _default_json(Path(source))
+    known = read_scores(file) if file and file.is_file() else known_teacher_scores(Path(source), judge.hashes)
+    requests = [
+        SamplingConfig(rule, steps_within(rule, count, scale != 1, model.config) if nfe else count, scale, grid)
+        for rule in solvers for count in nfe or steps for scale in guidance
+    ]  # fmt: skip
+    for request in requests:
+        plan(model, request)
+    judge.check(model)
+    if file is not None:
+        check_writable(file)
+    scores: list[Score] = []
+    for request, own in product(dict.fromkeys(requests), judge.seeds):
+        label = f"{request.solver} {request.steps} steps, guidance {request.guidance:g}"
+        report = partial(progress, label) if progress else None
+        scores += judge(model, name or Path(source).name, replace(request, seed=own), report)
+        if file is not None:
+            write_scores(merge(known, scores), file)
+    return scores
+
+
+def evaluate_images(
+    source: Source, protocol: Protocol, locator: WeightsLocator | None = None, *, skip_bad: bool = False, device: str = "auto",
+    json_file: Source | None = None, name: str | None = None,
+) -> list[Score]:  # fmt: skip
+    """Scores the images of a folder or an archive. Raises ``UserError`` on images that cannot be scored."""
+    judge = _judge(protocol, locator, pick_device(device), skip_bad)
+    known: list[Score] = []
+    if json_file is not None:
+        check_writable(json_file)
+        known = read_scores(Path(json_file)) if Path(json_file).is_file() else []
+    scores = judge.of_images(Path(source), name or Path(source).name)
+    if json_file is not None:
+        write_scores(merge(known, scores), Path(json_file))
+    return scores
+
+
+def _judge(
+    protocol: Protocol, locator: WeightsLocator | None, device: torch.device, skip_bad: bool = False
+) -> ReferenceEvaluator | ProtocolEvaluator:
+    if protocol.bundled:
+        real = load_reference(str(protocol.reference), "test", device)
+        return ReferenceEvaluator(real, protocol.n, protocol.seeds, protocol.name, skip_bad)
+    return ProtocolEvaluator(protocol, locator or WeightsLocator.of(), device, skip_bad)
+
+
+def known_teacher_scores(run: Path, hashes: set[str]) -> list[Score]:
+    """The known scores of a run's teacher, from the ``eval.json`` beside its weights, if made with the same features."""
+    teacher = teacher_of(run)
+    folder = load_model(teacher, from_file=True).path if teacher is not None else None
+    scores = read_scores(folder / "eval.json") if folder and (folder / "eval.json").is_file() else []
+    return [score for score in scores if score.features_sha256 in hashes]
+
+
+def _default_json(source: Path) -> Path | None:
+    return source / "eval.json" if (source / "config.yaml").is_file() else None
+
+
+def win_rates(
+    ours: Source, theirs: Source, *, n: int = 2_000, sampling: SamplingConfig | None = None,
+    reference: str = "fashion", device: str = "auto", json_file: Source | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """For every reward, how often ``ours`` has more of it than ``theirs`` on the same label and noise, with Wilson's
+    95 % interval, and both means. The default seed is 1, other than that of ``make_preferences``."""
+    if json_file is not None:
+        check_writable(json_file)
+    sampling = sampling or SamplingConfig(seed=1)
+    images = []
+    for source in (ours, theirs):
+        model = load(source, device)
+        labels = model.labels(n)
+        images.append(to_bytes(generate(model, labels, sampling).x0))
+    network = load_reference(reference, "train", model.device).network
+    results = []
+    for name in REWARDS.names():
+        a, b = (REWARDS.resolve(name)(network, some, labels) for some in images)
+        rate, low, high = win_rate(a, b)
+        means = {"ours": a.mean().item(), "theirs": b.mean().item()}
+        row = {"reward": name, "win_rate": rate, "low": low, "high": high, **means, "n": n, "seed": sampling.seed}
+        results.append(row)
+    if json_file is not None:
+        write_text(json.dumps(results, indent=1) + "\n", Path(json_file))
+    return results

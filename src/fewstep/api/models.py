@@ -1,0 +1,31 @@
+"""Loading a model: the student of a run, a saved model, a bundled one, a diffusers pipeline, one of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewstep.core.devices import pick_device
+from fewstep.core.errors import UserError
+from fewstep.models.loading import Model, load_model
+from fewstep.models.model_config import Size
+
+Source = str | Path
+
+
+def load(source: Source, device: str = "auto", size: Size | None = None) -> Model:
+    """The student of a run folder, a model folder, a bundled model by name, a diffusers pipeline by folder or hub id,
+    or a model of the user's own by registered or dotted name, on its device.
+
+    ``size`` (height, width, frames in pixels) is for pipelines. Raises ``UserError`` if there is no such model, or if
+    the run has no student yet.
+    """
+    folder = Path(source)
+    if (folder / "config.yaml").is_file():
+        if not (folder / "student" / "config.json").is_file():
+            raise UserError(
+                f"The run {folder} has no student yet: it is not finished. Resume it with --resume {folder}."
+            )
+        source = folder / "student"
+    model = load_model(source, size=size)
+    model.denoiser.to(pick_device(device))
+    return model

@@ -1,0 +1,36 @@
+"""The images and the report of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewstep.api.models import Source, load
+from fewstep.core.files import read_prompts
+from fewstep.distill.run_folder import run_settings
+from fewstep.eval.report.comparison import compare
+from fewstep.eval.report.html import write_report
+from fewstep.models.hub.encoded import PROMPTS
+
+
+def compare_images(
+    run: Source, device: str = "auto", columns: int = 20, seed: int = 0, guidance: float | None = None
+) -> Path:
+    """Writes ``samples/comparison.png``: teacher and student of a run from the same noise, one row each, for all
+    classes or for prompts spread over the training prompts (of videos the first frames, and all frames in
+    ``comparison.mp4`` where PyAV is installed); and ``samples/diversity.png``: several noises for some conditions.
+
+    The teacher is shown at 16 Euler steps with ``guidance`` (by default 1.5, and 2 for prompts) and, unguided, at as
+    many evaluations as the student; a teacher that is itself a student, by its own rule.
+    """
+    folder = Path(run)
+    settings = run_settings(folder)
+    student = load(folder, device)
+    size = tuple(settings["size"]) if settings.get("size") else None
+    teacher = load(settings["teacher"], device, size) if settings.get("teacher") else None
+    prompts = [] if student.config.classes else read_prompts(Path(settings["data"]["path"]) / PROMPTS)
+    return compare(student, teacher, prompts, folder / "samples", columns=columns, seed=seed, guidance=guidance)
+
+
+def report(run: Source) -> Path:
+    """Writes ``report.html`` into a run folder and returns its path."""
+    return write_report(Path(run))

@@ -1,0 +1,82 @@
+"""Sampling: images of class labels as one tensor, images or videos of prompts as files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.api.models import Source, load
+from fewstep.core.errors import UserError
+from fewstep.core.image_files import require_av
+from fewstep.core.image_grid import save_sample
+from fewstep.models.loading import Model, pipeline_of
+from fewstep.samplers.generate import ImageGenerator
+from fewstep.samplers.plan import SamplingConfig, plan
+
+
+def sample(
+    source: Source | Model,
+    *,
+    n: int = 80,
+    labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    sampling: SamplingConfig | None = None,
+    device: str = "auto",
+) -> Tensor:
+    """``n`` images, uint8 [n, C, H, W]; ``labels`` are repeated in turn (all classes by default). Of a text-conditioned
+    model, one image per prompt of ``prompts``, or one video, uint8 [n, F, 3, H, W].
+
+    ``sampling`` says how; by default a student uses its own rule and times, and a teacher 32 Euler steps. Raises
+    ``UserError`` on a request that does not fit the model.
+    """
+    model = source if isinstance(source, Model) else load(source, device)
+    sampling = sampling or SamplingConfig()
+    if prompts is not None or model.config.backbone.get("name") == "diffusers":
+        if not prompts:
+            raise UserError("This model takes prompts: give at least one.")
+        plan(model, sampling)  # refuses, before anything is loaded or encoded
+        return ImageGenerator(model, prompts)(range(len(prompts)), sampling)
+    classes = model.config.classes
+    wanted = list(range(classes)) if labels is None else list(labels)
+    wrong = [label for label in wanted if not 0 <= label < classes]
+    if wrong or not wanted:
+        raise UserError(f"Labels must be between 0 and {classes - 1}, got {wrong or 'none'}.")
+    if n < 1:
+        raise UserError(f"n must be at least 1, got {n}.")
+    return ImageGenerator(model)(torch.tensor(wanted)[torch.arange(n) % len(wanted)], sampling)
+
+
+def sample_files(
+    source: Source | Model, prompts: Sequence[str], folder: Source, *, seeds: Sequence[int] = (0,), batch: int = 8,
+    sampling: SamplingConfig | None = None, video: Literal["gif", "mp4"] = "gif", device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:  # fmt: skip
+    """Writes one file per prompt and seed, ``00000-0.png`` (of a video model ``.gif`` or ``.mp4``), whatever the batch;
+    ``seeds`` replace that of ``sampling``. Existing files are kept, so that an interrupted call can be continued.
+    ``progress`` receives (files done, files in all)."""
+    model = source if isinstance(source, Model) else load(source, device)
+    pipeline_of(model)  # refuses another model
+    sampling = sampling or SamplingConfig()
+    plan(model, sampling)  # refuses, before anything is loaded or encoded
+    suffix = video if len(model.config.shape) == 4 else "png"
+    if suffix == "mp4":
+        require_av()
+    files = {seed: [Path(folder) / f"{number:05d}-{seed}.{suffix}" for number in range(len(prompts))] for seed in seeds}
+    left = {seed: [number for number, file in enumerate(own) if not file.is_file()] for seed, own in files.items()}
+    written = sum(len(own) - len(left[seed]) for seed, own in files.items())
+    images_of = ImageGenerator(model, prompts, batch) if any(left.values()) else None
+    for seed, numbers in left.items():
+        for low in range(0, len(numbers), batch):
+            some = numbers[low : low + batch]
+            assert images_of is not None
+            for number, image in zip(some, images_of(some, replace(sampling, seed=seed), some), strict=True):
+                save_sample(image, files[seed][number])
+            written += len(some)
+            if progress is not None:
+                progress(written, len(prompts) * len(files))
+    return [file for own in files.values() for file in own]

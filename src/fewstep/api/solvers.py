@@ -1,0 +1,87 @@
+"""A teacher's training-free solvers: comparing them, and measuring what some of them need to know about a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fewstep.api.models import Source, load
+from fewstep.core.files import check_writable, write_text
+from fewstep.eval.references import load_reference
+from fewstep.eval.report.solver_figure import write_comparison
+from fewstep.eval.solver_comparison import Line
+from fewstep.eval.solver_comparison import compare_solvers as compare_model_solvers
+from fewstep.models.condition import Condition
+from fewstep.models.guidance import Guidance
+from fewstep.samplers.dc_solver import Searched, goals, search
+from fewstep.samplers.generate import SampleNoise, generate
+from fewstep.samplers.plan import SamplingConfig, plan
+from fewstep.samplers.predictor import Predictor
+from fewstep.samplers.statistics import estimate
+
+SEARCH_SEED = 12345  # of the samples that solvers are tuned on: far from the seeds that people compare
+
+
+def compare_solvers(
+    source: Source, *, solvers: Sequence[str], nfe: Sequence[int], folder: Source, grids: Sequence[str] = ("time",),
+    guidance: float = 1.0, n: int = 2_000, long: int = 1000, reference: str | None = None, seed: int = 0,
+    device: str = "auto", progress: Callable[[int, int], None] | None = None,
+) -> list[Line]:  # fmt: skip
+    """Compares every solver, grid and budget of evaluations of a class-conditional teacher with ``long`` steps of
+    UniPC-3 from the same noise (and scores them, with ``reference``). Writes ``sweep.json``, ``sweep.md`` and
+    ``sweep.png``; existing results in ``folder`` are kept, so that a comparison can be continued or extended.
+
+    Raises ``UserError`` before sampling: on an unknown solver or grid, a solver that adds noise, and a budget too small
+    for one step.
+    """
+    model = load(source, device)
+    labels = model.labels(n)
+    real = load_reference(reference, "test", model.device) if reference else None
+    lines = compare_model_solvers(
+        model, labels, real, Path(folder), name=Path(source).name, solvers=solvers, nfe=nfe, grids=grids,
+        guidance=guidance, long=long, seed=seed, progress=progress,
+    )  # fmt: skip
+    write_comparison(lines, Path(folder))
+    return lines
+
+
+def fit_v3(
+    source: Source, file: Source, *, n: int = 1024, intervals: int = 120, guidance: float = 1.0, seed: int = 0,
+    device: str = "auto", progress: Callable[[int, int], None] | None = None,
+) -> None:  # fmt: skip
+    """Writes the statistics that DPM-Solver-v3 needs of a class-conditional model, over ``n`` of its own samples. The
+    solver looks for them in ``statistics.safetensors`` beside the model's weights. Continues an interrupted call."""
+    check_writable(file)
+    model = load(source, device)
+    labels = model.labels(n)
+    x0 = generate(model, labels, SamplingConfig("heun", 16, guidance, seed=SEARCH_SEED + seed)).x0
+    condition = Condition.of_labels(labels, model.config.classes)
+    estimate(
+        model.denoiser, x0.to(model.device), condition.to(model.device), Path(file), guidance=Guidance(guidance),
+        intervals=intervals, seed=seed, progress=progress,
+    )  # fmt: skip
+
+
+def fit_dc(
+    source: Source, file: Source, *, steps: Sequence[int], guidance: Sequence[float], order: int = 2, n: int = 32,
+    seed: int = 0, device: str = "auto", progress: Callable[[int, int], None] | None = None,
+) -> None:  # fmt: skip
+    """Searches DC-Solver's ratios for every number of steps and guidance scale, against runs with twenty times the
+    steps. The solver looks for them in ``dc_solver.json`` beside the model's weights."""
+    check_writable(file)
+    model = load(source, device)
+    labels = model.labels(n)
+    condition = Condition.of_labels(labels, model.config.classes).to(model.device)
+    noise = SampleNoise(SEARCH_SEED + seed, range(n), model.config.shape, model.device)()
+    found: list[Searched] = []
+    wanted = [(count, scale) for scale in guidance for count in steps]
+    for done, (count, scale) in enumerate(wanted, start=1):
+        times = plan(model, SamplingConfig("unipc_2", count)).times
+        predict = Predictor(model.denoiser, condition, Guidance(scale))
+        x = predict.nodes(times)[0].sigma * noise
+        ratios = search(predict, x, times, goals(predict, x, times), order=order)
+        found.append(Searched(steps=count, guidance=scale, order=order, ratios=ratios))
+        if progress is not None:
+            progress(done, len(wanted))
+    write_text(json.dumps([one.model_dump() for one in found], indent=1) + "\n", Path(file))

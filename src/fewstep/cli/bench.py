@@ -1,0 +1,89 @@
+"""``fewstep bench``: methods at one budget of evaluations, and what training and sampling cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fewstep.cli.options import (
+    ConfigFile,
+    Device,
+    JsonFile,
+    ModelName,
+    Overrides,
+    out,
+    print_scores,
+    progress_bar,
+    write_json,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(no_args_is_help=True, help="Compare methods at one budget, and measure what a step costs.")
+Rounds = Annotated[int, typer.Option(help="Paired rounds; medians are reported.")]
+
+
+@app.command(epilog="Example: fewstep bench objectives configs/fashion/shootout.yaml seeds=[0]")
+def objectives(config: ConfigFile, overrides: Overrides = None, device: Device = "auto") -> None:
+    """Train several methods from one teacher at one budget of evaluations, several seeds each, and compare them."""
+    from fewstep.api.bench_objectives import bench_objectives
+    from fewstep.distill.trainer import Callback, Trainer
+
+    with progress_bar() as bar:
+
+        class RunProgress(Callback):
+            def __init__(self, name: str) -> None:
+                self.task = bar.add_task(name)
+
+            def on_step(self, trainer: Trainer) -> None:
+                bar.update(self.task, completed=trainer.step, total=trainer.config.steps)
+
+        scores = bench_objectives(config, *overrides or [], progress=RunProgress, device=device)
+    print_scores(scores)
+
+
+@app.command(epilog="Example: fewstep bench step configs/fashion/tdm.yaml")
+def step(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None, rounds: Rounds = 15) -> None:
+    """Time a full update against its bare network evaluations, paired in one process."""
+    from fewstep.api.bench_cost import bench_step
+    from fewstep.distill.config import load_config
+
+    _print(bench_step(load_config(config, overrides or []), rounds), file)
+
+
+@app.command(epilog="Example: fewstep bench sampler fashion --solver unipc_2 --steps 10")
+def sampler(
+    model_name: ModelName,
+    solver: Annotated[str, typer.Option(help="One of fewstep solver list.")] = "dpmpp_2m",
+    steps: Annotated[int, typer.Option(help="Steps.")] = 10,
+    batch: Annotated[int, typer.Option(help="Samples per batch.")] = 64,
+    file: JsonFile = None,
+    rounds: Rounds = 15,
+    device: Device = "auto",
+) -> None:
+    """Time a solver's steps against as many bare calls of the network, paired in one process."""
+    from fewstep.api.bench_cost import bench_sampler
+    from fewstep.api.models import load
+    from fewstep.samplers.plan import SamplingConfig
+
+    _print(bench_sampler(load(model_name, device), SamplingConfig(solver, steps), batch, rounds), file)
+
+
+@app.command(epilog="Example: fewstep bench memory configs/fashion/tdm.yaml")
+def memory(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None) -> None:
+    """Measure bytes of weights and the peak of training, with adapters (where the config has them) and with copies."""
+    from fewstep.api.bench_cost import bench_memory
+    from fewstep.distill.config import load_config
+
+    _print(bench_memory(load_config(config, overrides or [])), file)
+
+
+def _print(result: dict[str, Any], file: Path | None) -> None:
+    if file is None or str(file) != "-":
+        for name, value in result.items():
+            out.print(f"{name}: {value}")
+    if file is not None:
+        write_json(result, file)

@@ -1,0 +1,120 @@
+"""``fewstep data``: commands that create the files that training and evaluation read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.options import (
+    Device,
+    GuidanceScale,
+    ModelName,
+    Seed,
+    Solver,
+    Steps,
+    counting,
+    out,
+    parse_size,
+    progress_bar,
+    sampling_of,
+)  # fmt: skip
+
+app = typer.Typer(no_args_is_help=True, help="Create the files that training and evaluation read.")
+
+
+@app.command(epilog="Example: fewstep data encode prompts.txt --teacher fashion-text --out runs/prompts")
+def encode(
+    prompts: Annotated[
+        Path, typer.Argument(metavar="PROMPTS", help="A text file, one prompt per line; or a folder of images + .txt.")
+    ],
+    teacher: Annotated[str, typer.Option(help="A diffusers pipeline, by folder or hub id.")],
+    folder: Annotated[Path, typer.Option("--out", help="A folder, for data.path with data.kind=prompts.")],
+    sizes: Annotated[
+        str | None, typer.Option(help="For images: HEIGHTxWIDTH,...; each is encoded at the nearest.")
+    ] = None,
+    frames: Annotated[int, typer.Option(help="For videos (.mp4, .gif): number of frames.")] = 1,
+    batch: Annotated[int, typer.Option(help="Prompts per batch.")] = 16,
+    rows: Annotated[int, typer.Option(help="Prompts per file.")] = 512,
+    device: Device = "auto",
+) -> None:
+    """Encode prompts (and images) once, so that training needs no encoder. Continues an interrupted call."""
+    from fewstep.api import data
+
+    wanted = [size[:2] for text in sizes.split(",") if (size := parse_size(text))] if sizes else []
+    with counting("encoding") as progress:
+        n = data.encode(
+            teacher, prompts, folder, sizes=wanted, frames=frames, batch=batch, rows=rows, device=device,
+            progress=progress,
+        )  # fmt: skip
+    out.print(f"{n} are encoded in {folder}.")
+
+
+@app.command(epilog="Example: fewstep data reference DIR --out squares")
+def reference(
+    data_folder: Annotated[Path, typer.Argument(metavar="DATA", help="A folder with the four idx files.")],
+    folder: Annotated[Path, typer.Option("--out", help="A new folder for the reference.")],
+    epochs: Annotated[int, typer.Option(help="Epochs of the classifier's training.")] = 6,
+    seed: Annotated[int, typer.Option(help="Seed of the classifier's training.")] = 0,
+) -> None:
+    """Train a classifier on images and write a reference: its features of real images, and some of the images."""
+    from fewstep.api import data
+
+    with progress_bar() as bar:
+        task = bar.add_task("training the classifier", total=None)
+        result = data.make_reference(
+            data_folder, folder, epochs=epochs, seed=seed,
+            progress=lambda step, steps, loss: bar.update(task, completed=step, total=steps),
+        )  # fmt: skip
+    out.print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
+
+
+@app.command("ode-pairs", epilog="Example: fewstep data ode-pairs fashion --n 10000 --out runs/pairs.safetensors")
+def ode_pairs(
+    model_name: ModelName,
+    file: Annotated[Path, typer.Option("--out", help="A safetensors file, for data.path with data.kind=tensors.")],
+    n: Annotated[int, typer.Option("--n", help="Number of pairs.")] = 10_000,
+    solver: Annotated[str, typer.Option(help="One of fewstep solver list.")] = "heun",
+    steps: Annotated[int, typer.Option(help="Steps.")] = 18,
+    guidance: GuidanceScale = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Sample a teacher and keep the noise with the samples: what a regression loss learns from."""
+    from fewstep.api import data
+
+    with progress_bar() as bar:
+        task = bar.add_task("sampling", total=n)
+        data.make_ode_pairs(
+            model_name, file, n=n, sampling=sampling_of(solver, steps, guidance, "time", seed), device=device,
+            progress=lambda done: bar.update(task, completed=done),
+        )  # fmt: skip
+    out.print(f"{n} pairs are in {file}.")
+
+
+@app.command(epilog="Example: fewstep data preferences runs/tdm --reward symmetry --out runs/preferences.safetensors")
+def preferences(
+    model_name: ModelName,
+    file: Annotated[Path, typer.Option("--out", help="A safetensors file, for data.path with data.kind=tensors.")],
+    reward: Annotated[str, typer.Option(help="confidence, symmetry, brightness, or package.module:function.")],
+    n: Annotated[int, typer.Option("--n", help="Number of pairs.")] = 2_000,
+    reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",
+    candidates: Annotated[int, typer.Option(help="Samples per pair; the best and the worst are kept.")] = 4,
+    solver: Solver = None,
+    steps: Steps = None,
+    guidance: GuidanceScale = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Sample a model several times per label, and keep the best and the worst by a reward as a preference pair."""
+    from fewstep.api import data
+
+    with progress_bar() as bar:
+        task = bar.add_task("sampling", total=n * candidates)
+        data.make_preferences(
+            model_name, file, reward=reward, n=n, candidates=candidates,
+            sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference, device=device,
+            progress=lambda done: bar.update(task, completed=done),
+        )  # fmt: skip
+    out.print(f"{n} pairs are in {file}.")

@@ -1,0 +1,53 @@
+"""``fewstep demo``: the bundled example end to end."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.options import counting, out, print_scores, sampling_bar
+from fewstep.cli.train import run_training
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: fewstep demo --out runs/demo")
+def demo(
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="The run folder. Default: runs/demo, or runs/demo_text.")
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="The text-conditioned teacher; needs the extra diffusers.")
+    ] = False,
+) -> None:
+    """Distil a bundled teacher, score the student and write a report: a few minutes on a laptop."""
+    from fewstep.api.data import encode
+    from fewstep.api.evaluate import evaluate
+    from fewstep.api.report import compare_images, report
+    from fewstep.distill.config import find_config
+    from fewstep.eval.report.tables import best_teacher
+    from fewstep.eval.score_files import read_scores
+
+    config, n, overrides = "configs/fashion/demo.yaml", 10_000, []
+    folder = folder or Path("runs/demo_text" if text else "runs/demo")
+    if text:
+        captions = folder.with_name(f"{folder.name}_captions")
+        config, n, overrides = "configs/fashion_text/demo.yaml", 1_440, [f"data.path={captions}"]
+        with counting("encoding captions") as encoding:
+            encode("fashion-text", find_config(config).with_name("captions.txt"), captions, progress=encoding)
+    names = (folder if k == 1 else folder.with_name(f"{folder.name}-{k}") for k in count(1))
+    folder = next(name for name in names if not (name / "report.html").exists())
+    if (folder / "config.yaml").is_file():
+        out.print(f"{folder} contains an unfinished demo: resuming it.")
+        run_training(None, [], folder)
+    else:
+        run_training(config, [f"out={folder}", *overrides], None)
+    with sampling_bar(n) as progress:
+        evaluate(folder, n=n, progress=progress)
+    images = compare_images(folder)
+    out.print("Teacher (its best setting within each number of evaluations) and student:")
+    print_scores(best_teacher(read_scores(folder / "eval.json")))
+    out.print(f"Teacher and student side by side: {images}\nThe report: {report(folder)}")

@@ -1,0 +1,143 @@
+"""Commands that measure models: eval, compare, winrate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.options import (
+    Device,
+    Grid,
+    GuidanceScale,
+    JsonFile,
+    ModelName,
+    Seed,
+    Solver,
+    Steps,
+    out,
+    parse_numbers,
+    print_scores,
+    print_table,
+    sampling_bar,
+    sampling_of,
+    write_json,
+)  # fmt: skip
+from fewstep.core.errors import UserError
+
+app = typer.Typer()
+
+
+@app.command("eval", epilog="Example: fewstep eval runs/tdm --reference fashion --steps 1,2,4")
+def evaluate(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_IMAGES", help="A run or model, or images: a folder, .zip, .tar or .npz.")
+    ],
+    protocol: Annotated[str | None, typer.Option(help="What is measured: one that ships, or a YAML file.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Replaces the protocol's. Without a protocol: fashion by default.")
+    ] = None,
+    captions: Annotated[str | None, typer.Option(help="Replaces the protocol's: a text file, one per line.")] = None,
+    steps: Annotated[str | None, typer.Option(help="One or several. Default: 1,2,4.")] = None,
+    nfe: Annotated[str | None, typer.Option(help="Instead of --steps: as many as fit into these evaluations.")] = None,
+    solver: Annotated[str | None, typer.Option(help="One or several: student, or any of fewstep solver list.")] = None,
+    guidance: Annotated[str, typer.Option(help="One or several scales, for example 1,2.")] = "1",
+    grid: Grid = "time",
+    n: Annotated[
+        int | None, typer.Option("--n", help="Samples per combination. Default: 10,000, or the protocol's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: 0, or the protocol's.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--json", help="Merge the scores into this file. Default for a run: its eval.json.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name in tables. Default: its folder's name.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights of the metrics' networks: a folder, or a file.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Download missing weights.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be scored.")] = False,
+    stats: Annotated[
+        Path | None, typer.Option("--write-stats", help="Only write the statistics of the images, as a reference.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Score a model or images: Fréchet distances, KID, precision, recall, CLIP scores, ... as a protocol specifies."""
+    from fewstep.api.evaluate import evaluate as evaluate_model
+    from fewstep.api.evaluate import evaluate_images
+    from fewstep.core.devices import pick_device
+    from fewstep.eval.evaluate_protocol import write_reference
+    from fewstep.eval.images import is_image_set
+    from fewstep.eval.networks.weights import WeightsLocator
+    from fewstep.eval.protocol import load_protocol
+
+    if steps and nfe:
+        raise UserError("Give --steps or --nfe, not both.")
+    images = is_image_set(Path(source))
+    if protocol is None and (images or stats):
+        raise UserError("Images are scored by a protocol: give --protocol.")
+    if protocol is None and (captions or weights or download or skip_bad):
+        raise UserError("--captions, --weights, --download and --skip-bad belong to a protocol: give --protocol.")
+    settings = load_protocol(protocol, reference=reference, captions=captions, n=n, seed=seed) if protocol else None
+    locator = WeightsLocator.of(weights, download)
+    if settings is not None and stats is not None:
+        for written in write_reference(Path(source), settings, str(stats), locator, pick_device(device), skip_bad):
+            out.print(f"The statistics are in {written}.")
+        return
+    if settings is not None and images:
+        scores = evaluate_images(source, settings, locator, skip_bad=skip_bad, device=device, json_file=file, name=name)
+    else:
+        with sampling_bar(settings.n if settings else n or 10_000) as progress:
+            scores = evaluate_model(
+                source, protocol=settings, locator=locator, reference=reference or "fashion",
+                steps=parse_numbers(steps or "1,2,4", int, "--steps"),
+                nfe=parse_numbers(nfe, int, "--nfe") if nfe else [], solver=solver.split(",") if solver else [],
+                guidance=parse_numbers(guidance, float, "--guidance"), grid=grid, n=n or 10_000, seed=seed or 0,
+                device=device, json_file=file, name=name, progress=progress,
+            )  # fmt: skip
+    print_scores(scores)
+
+
+@app.command(epilog="Example: fewstep compare runs/a/eval.json runs/b/eval.json")
+def compare(
+    ours: Annotated[Path, typer.Argument(metavar="A.json", help="A file of scores.")],
+    theirs: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.")],
+    file: JsonFile = None,
+) -> None:
+    """Compare two files of scores, and say whether their values are comparable."""
+    from fewstep.eval.report.tables import side_by_side
+    from fewstep.eval.score_files import read_scores
+
+    head, *body = rows = side_by_side(read_scores(ours), read_scores(theirs))
+    if file is not None:
+        write_json([dict(zip(head, row, strict=True)) for row in body], file)
+    else:
+        print_table(rows)
+
+
+@app.command(epilog="Example: fewstep winrate runs/dpo runs/tdm --n 1000")
+def winrate(
+    ours: ModelName,
+    theirs: Annotated[str, typer.Argument(metavar="OTHER", help="The model to compare with.")],
+    n: Annotated[int, typer.Option("--n", help="Samples of each.")] = 2_000,
+    reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",
+    solver: Solver = None,
+    steps: Steps = None,
+    guidance: GuidanceScale = 1.0,
+    seed: Seed = 1,
+    file: JsonFile = None,
+    device: Device = "auto",
+) -> None:
+    """Measure how often a model's samples have more of each reward than another model's, on equal labels and noise."""
+    from fewstep.api.evaluate import win_rates
+
+    results = win_rates(
+        ours, theirs, n=n, sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference,
+        device=device,
+    )  # fmt: skip
+    if file is not None:
+        write_json(results, file)
+        return
+    rows = [("reward", "win rate", "95 % interval", "mean", "mean of the other")]
+    for r in results:
+        interval = f"{r['low']:.3f} to {r['high']:.3f}"
+        rows.append((r["reward"], f"{r['win_rate']:.3f}", interval, f"{r['ours']:.3f}", f"{r['theirs']:.3f}"))
+    print_table(rows)

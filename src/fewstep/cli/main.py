@@ -1,0 +1,89 @@
+"""The console script ``fewstep``: arguments in, messages out; the work is done by ``fewstep.api``.
+
+Commands import what they need when they run, so that ``fewstep --help`` is fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from fewstep.cli import bench, data, demo, evaluate, models, solver, train
+from fewstep.cli.options import err
+from fewstep.core.errors import UserError
+
+RENAMED = {
+    "pretrain": "train", "show": "explain", "encode": "data encode", "reference": "data reference",
+    "pairs": "data ode-pairs", "prefer": "data preferences", "wins": "winrate", "shootout": "bench objectives",
+    "sweep": "solver compare (and solver list)", "ems": "solver fit-v3", "ratios": "solver fit-dc",
+}  # old command: what it is called now  # fmt: skip
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Distil a many-step diffusion or flow model into a few-step generator.",
+    epilog="Example: fewstep train configs/fashion/demo.yaml out=runs/first",
+)  # fmt: skip
+for group in (train, models, evaluate, demo):
+    app.add_typer(group.app)
+app.add_typer(data.app, name="data")
+app.add_typer(solver.app, name="solver")
+app.add_typer(bench.app, name="bench")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fewstep {version('fewstep')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Import a module of your own first: it may register networks."),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    sys.path.append(os.getcwd())  # where modules of one's own are looked for last
+    for module in modules or []:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"--import {module}: {error}.") from error
+
+
+def main() -> None:
+    """Runs a command. A mistake ends as one paragraph with exit code 1, Ctrl-C with exit code 130."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        _refuse_renamed(arguments)
+        app(arguments, standalone_mode=True)
+    except KeyboardInterrupt:
+        err.print("\nInterrupted.", style="yellow")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        known = isinstance(error, UserError)
+        text = str(error) if known else f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)"
+        err.print(f"Error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _refuse_renamed(arguments: list[str]) -> None:
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if command in RENAMED:
+        raise UserError(f"The command {command!r} is now: fewstep {RENAMED[command]}.")
+    if command == "eval" and "--compare" in arguments:
+        raise UserError("eval --compare is now: fewstep compare A.json B.json.")

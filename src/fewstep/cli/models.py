@@ -1,0 +1,97 @@
+"""Commands that use a model: sample, export."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.options import (
+    Device,
+    Grid,
+    GuidanceScale,
+    ModelName,
+    Seed,
+    Solver,
+    Steps,
+    counting,
+    out,
+    parse_numbers,
+    parse_seeds,
+    parse_size,
+    sampling_of,
+)  # fmt: skip
+from fewstep.core.errors import UserError
+from fewstep.models.hub.export_format import ExportFormat
+
+app = typer.Typer()
+
+
+class Video(StrEnum):
+    """The format of videos; MP4 needs the extra ``video``."""
+
+    gif = "gif"
+    mp4 = "mp4"
+
+
+@app.command(epilog="Example: fewstep sample runs/tdm --steps 4 --n 80 --out grid.png")
+def sample(
+    model_name: ModelName,
+    n: Annotated[int, typer.Option("--n", help="Number of images of labels; for prompts see --seeds.")] = 80,
+    steps: Steps = None,
+    prompt: Annotated[str | None, typer.Option(help="What to show, for a text-conditioned model.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one per line.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds for each prompt: 0-3 or 0,5,7. Default: --seed.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for a pipeline.")] = None,
+    batch: Annotated[int, typer.Option(help="Prompts per batch.")] = 8,
+    labels: Annotated[str | None, typer.Option(help="Class labels, for example 0,1,2. Default: all in turn.")] = None,
+    solver: Solver = None,
+    guidance: GuidanceScale = 1.0,
+    grid: Grid = "time",
+    seed: Seed = 0,
+    video: Annotated[Video, typer.Option(help="The format of a video model's files.")] = Video.gif,
+    file: Annotated[Path, typer.Option("--out", help="A PNG file; for prompts, a folder.")] = Path("grid.png"),
+    device: Device = "auto",
+) -> None:
+    """Generate images: of labels as one grid, of prompts as one file each (existing files are kept)."""
+    from fewstep.api.models import load
+    from fewstep.api.sample import sample as sample_labels
+    from fewstep.api.sample import sample_files
+    from fewstep.core.files import check_writable, read_prompts
+    from fewstep.core.image_grid import save_grid
+
+    numbers = parse_numbers(labels, int, "--labels") if labels is not None else None
+    sampling = sampling_of(solver, steps, guidance, grid, seed)
+    model = load(model_name, device, parse_size(size))
+    if prompt is not None or prompts is not None:
+        if file.suffix:
+            raise UserError(f"--out is a folder for prompts, with one file each; {file} looks like a file.")
+        lines = [prompt] if prompt is not None else read_prompts(prompts or Path())
+        with counting("sampling") as progress:
+            written = sample_files(
+                model, lines, file, seeds=parse_seeds(seeds, seed), batch=batch, sampling=sampling, video=video.value,
+                progress=progress,
+            )  # fmt: skip
+        out.print(f"{len(written)} samples are in {file}.")
+        return
+    check_writable(file)
+    images = sample_labels(model, n=n, labels=numbers, sampling=sampling)
+    columns = len(numbers) if numbers and len(numbers) > 1 else min(n, model.config.classes or 10)
+    save_grid(images, file, columns=columns)
+    out.print(f"{n} images are in {file}.")
+
+
+@app.command(epilog="Example: fewstep export runs/sd15_tdm --to lora --out my_lora")
+def export(
+    model_name: ModelName,
+    folder: Annotated[Path, typer.Option("--out", help="A new folder.")],
+    form: Annotated[ExportFormat, typer.Option("--to", help="What to write.")] = ExportFormat.diffusers,
+    device: Device = "cpu",
+) -> None:
+    """Write a student as a diffusers pipeline, a bare network or a LoRA file, and compare it with the student."""
+    from fewstep.api.export import export as export_model
+
+    written = export_model(model_name, form, folder, device)
+    out.print(f"The student is in {written}. It was reloaded and gives the same output.")

@@ -1,0 +1,134 @@
+"""What the commands share: console, options, progress bars, and parsing of lists. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fewstep.core.errors import UserError
+
+if TYPE_CHECKING:
+    from fewstep.eval.score_files import Score
+    from fewstep.samplers.plan import SamplingConfig
+
+out = Console(width=None if Console().is_terminal else 160)
+err = Console(stderr=True)
+
+Number = TypeVar("Number", int, float)
+
+ConfigFile = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the path of one that ships with fewstep.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example seed=1 or stages.0.steps=500.")
+]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A run, a model folder, a pipeline, or the name of a bundled model.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is standard output.")
+]
+Solver = Annotated[
+    str | None, typer.Option(help="student, or one of fewstep solver list. Default: student for a student, else euler.")
+]
+Steps = Annotated[int | None, typer.Option(help="Steps. Default: a student's own number; 32 for a teacher.")]
+GuidanceScale = Annotated[float, typer.Option("--guidance", help="Guidance scale; 1 is off.")]
+Grid = Annotated[
+    str, typer.Option(help="Spacing of a teacher's times: time, quadratic, log_snr, karras, exponential or beta.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+
+
+def sampling_of(solver: str | None, steps: int | None, guidance: float, grid: str, seed: int) -> SamplingConfig:
+    """The sampling options of a command."""
+    from fewstep.samplers.plan import SamplingConfig
+
+    return SamplingConfig(solver, steps, guidance, grid, seed)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        yield bar
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, and the function that moves it: (number done, number in all)."""
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def sampling_bar(n: int) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar over ``n`` samples, and the function that moves it: (what is sampled, number done)."""
+    with progress_bar() as bar:
+        task = bar.add_task("sampling", total=n)
+        yield lambda label, done: bar.update(task, description=label, completed=done)
+
+
+def parse_size(text: str | None) -> tuple[int, int, int] | None:
+    """Height, width and frames in pixels from ``512x512`` or ``480x832x81``."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) not in (2, 3) or not all(part.isdigit() and int(part) for part in parts):
+        raise UserError(f"--size is HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for example 512x512, got {text!r}.")
+    height, width, frames = (*map(int, parts), 1)[:3]
+    return height, width, frames
+
+
+def parse_seeds(text: str | None, seed: int) -> list[int]:
+    """``0-3`` or ``0,5,7``; the one ``seed`` without a text."""
+    first, dash, last = (text or "").partition("-")
+    if dash and first.isdigit() and last.isdigit():
+        return list(range(int(first), int(last) + 1))
+    return parse_numbers(text, int, "--seeds") if text else [seed]
+
+
+def parse_numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Number]:
+    """Numbers separated by commas."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option} takes numbers separated by commas, got {text!r}.") from error
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first row is the header."""
+    head, *body = rows
+    table = Table(*head)
+    for row in body:
+        table.add_row(*row)
+    out.print(table)
+
+
+def print_scores(scores: list[Score]) -> None:
+    from fewstep.eval.report.tables import rows
+
+    print_table(rows(scores))
+    for note in dict.fromkeys(note for score in scores for note in (score.manifest or {}).get("notes", [])):
+        out.print(note, style="yellow", markup=False, highlight=False)
+
+
+def write_json(result: Any, file: Path) -> None:
+    """To a file, or to standard output if it is ``-``."""
+    text = json.dumps(result, indent=1) + "\n"
+    if str(file) == "-":
+        typer.echo(text, nl=False)
+        return
+    from fewstep.core.files import write_text
+
+    write_text(text, file)

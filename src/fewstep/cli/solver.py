@@ -1,0 +1,108 @@
+"""``fewstep solver``: a teacher's training-free solvers, what they need to know of a model, and how they compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.options import (
+    Device,
+    GuidanceScale,
+    JsonFile,
+    ModelName,
+    counting,
+    out,
+    parse_numbers,
+    print_table,
+    write_json,
+)  # fmt: skip
+from fewstep.core.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, help="List, compare and prepare training-free solvers of a teacher.")
+OutFile = Annotated[Path, typer.Option("--out", help="A file; solvers look for it beside the model's weights.")]
+
+
+@app.command("list", epilog="Example: fewstep solver list")
+def list_solvers(file: JsonFile = None) -> None:
+    """List the solvers: order, network evaluations per step, paper."""
+    from fewstep.samplers.solvers import described
+
+    head = ("solver", "order", "evaluations per step", "paper")
+    if file is not None:
+        write_json([dict(zip(head, row, strict=True)) for row in described()], file)
+    else:
+        print_table([head, *described()])
+
+
+@app.command(epilog="Example: fewstep solver compare fashion --solvers ddim,unipc_2 --nfe 5,8 --n 200 --long 100")
+def compare(
+    model_name: ModelName,
+    solvers: Annotated[str, typer.Option(help="Names of fewstep solver list, separated by commas.")],
+    nfe: Annotated[str, typer.Option(help="Network evaluations per sample.")] = "4,5,6,8,10,15,20,32",
+    grids: Annotated[str, typer.Option(help="Grids to try; each solver is shown at its best.")] = "time",
+    guidance: GuidanceScale = 1.0,
+    n: Annotated[int, typer.Option("--n", help="Number of samples.")] = 2_000,
+    long: Annotated[int, typer.Option(help="Steps of the long run that errors are measured against.")] = 1000,
+    reference: Annotated[str | None, typer.Option(help="Also score on this reference.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="For sweep.json, sweep.md and sweep.png.")] = Path("runs/sweep"),
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Compare a teacher's solvers: the error to a long run from the same noise, and quality, by evaluations."""
+    from fewstep.api.solvers import compare_solvers
+    from fewstep.eval.solver_comparison import at_their_best, cells
+
+    budgets = parse_numbers(nfe, int, "--nfe")
+    if guidance != 1 and any(count < 2 for count in budgets):
+        raise UserError("A guided step costs two evaluations.")
+    with counting("sampling") as progress:
+        lines = compare_solvers(
+            model_name, solvers=solvers.split(","), nfe=budgets, grids=grids.split(","), guidance=guidance, n=n,
+            long=long, reference=reference, folder=folder, seed=seed, device=device, progress=progress,
+        )  # fmt: skip
+    print_table(cells(at_their_best(lines)))
+    out.print(f"All grids, the table and the figure are in {folder}.")
+
+
+@app.command("fit-v3", epilog="Example: fewstep solver fit-v3 fashion --n 512 --out statistics.safetensors")
+def fit_v3(
+    model_name: ModelName,
+    file: OutFile,
+    n: Annotated[int, typer.Option("--n", help="Samples of the model that expectations are taken over.")] = 1024,
+    intervals: Annotated[int, typer.Option(help="Intervals in log-SNR.")] = 120,
+    guidance: GuidanceScale = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of samples and noise.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Measure the statistics of a model that DPM-Solver-v3 needs. Continues an interrupted call."""
+    from fewstep.api import solvers
+
+    with counting("measuring") as progress:
+        solvers.fit_v3(
+            model_name, file, n=n, intervals=intervals, guidance=guidance, seed=seed, device=device, progress=progress
+        )
+    out.print(f"The statistics are in {file}.")
+
+
+@app.command("fit-dc", epilog="Example: fewstep solver fit-dc fashion --steps 5,8 --out dc_solver.json")
+def fit_dc(
+    model_name: ModelName,
+    file: OutFile,
+    steps: Annotated[str, typer.Option(help="Numbers of steps.")] = "5,6,8,10",
+    guidance: Annotated[str, typer.Option(help="Guidance scales.")] = "2",
+    order: Annotated[int, typer.Option(help="Order of the UniPC that is compensated.")] = 2,
+    n: Annotated[int, typer.Option("--n", help="Samples that the search uses.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Search the ratios that DC-Solver needs for a model."""
+    from fewstep.api import solvers
+
+    with counting("searching") as progress:
+        solvers.fit_dc(
+            model_name, file, steps=parse_numbers(steps, int, "--steps"), order=order,
+            guidance=parse_numbers(guidance, float, "--guidance"), n=n, seed=seed, device=device, progress=progress,
+        )  # fmt: skip
+    out.print(f"The ratios are in {file}.")

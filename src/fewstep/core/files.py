@@ -1,0 +1,120 @@
+"""Files written atomically and read with clear errors: text, safetensors, prompts, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep.core.errors import UserError
+
+
+@contextmanager
+def atomic_write(file: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``file`` that is renamed to it on success. Creates the parent folder.
+
+    A full disk or a killed process never leaves a partial file. Raises ``UserError`` if the file cannot be written.
+    """
+    temporary = file.with_name(file.name + ".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(file)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise _unwritable(file, error) from error
+
+
+def check_writable(file: str | Path) -> None:
+    """Checks, before long work, that its result can be written to ``file``. Raises ``UserError`` otherwise."""
+    file = Path(file)
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; name a file.")
+    trial = file.with_name(f".{file.name}.try")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise _unwritable(file, error) from error
+
+
+def _unwritable(file: Path, error: Exception) -> UserError:
+    return UserError(f"Cannot write {file}: {error}. Free some space or choose another folder.")
+
+
+def write_text(text: str, file: Path) -> None:
+    """Writes a UTF-8 text file atomically. Raises ``UserError`` if it cannot be written."""
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically. Raises ``UserError`` if it cannot be written."""
+    with atomic_write(file) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ``UserError`` if it is missing or damaged."""
+    if not file.is_file():
+        raise UserError(f"{file} does not exist.")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(file, error) from error
+
+
+def tensor_names(file: Path) -> set[str]:
+    """The tensor names in a safetensors file. Raises ``UserError`` if it is missing or damaged."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return set(handle.keys())
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The string metadata of a safetensors file."""
+    with safe_open(file, framework="pt") as handle:
+        return handle.metadata() or {}
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} is not a readable safetensors file ({error}). Restore it or regenerate it.")
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a UTF-8 text file, one per line. Raises ``UserError`` that names an empty or unreadable line."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read the prompts in {file}: {error}.") from error
+    prompts = []
+    for number, raw in enumerate(content.splitlines(), start=1):
+        try:
+            line = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}, line {number} is not UTF-8 ({error.reason}); save the file as UTF-8.") from error
+        if not line:
+            raise UserError(f"{file}, line {number} is empty; every line must be a prompt.")
+        prompts.append(line)
+    if not prompts:
+        raise UserError(f"{file} contains no prompts.")
+    return prompts
+
+
+def sha256(*files: Path) -> str:
+    """SHA-256 of the bytes of one file, or of several concatenated, in hex."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            while chunk := handle.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()

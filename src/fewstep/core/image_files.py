@@ -1,0 +1,113 @@
+"""Pictures as numbers, and picture and video files as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageSequence
+from torch import Tensor
+
+from fewstep.core.errors import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+VIDEOS = (".mp4", ".gif")
+Cover = tuple[int, int]
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(x0: Tensor) -> Tensor:
+    """[-1, 1] (clamped) -> uint8 0..255, rounded."""
+    return ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def files_of(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files of a folder with these suffixes, not those of its subfolders, by name."""
+    found = folder.iterdir() if folder.is_dir() else iter(())
+    return sorted(file for file in found if file.suffix.lower() in suffixes)
+
+
+def read_picture(file: Path, channels: int = 3, cover: Cover | None = None) -> Tensor:
+    """A picture, uint8 [channels, H, W], grey (1) or RGB (3); with ``cover`` (height, width) it is scaled, keeping its
+    proportions, until it covers that size, and cropped around its centre.
+
+    Raises ``UserError`` that names a damaged file.
+    """
+    try:
+        with Image.open(file) as picture:
+            pixels = _covering(picture.convert("L" if channels == 1 else "RGB"), cover)
+    except OSError as error:
+        raise UserError(f"{file} is no readable picture ({error}).") from error
+    return torch.from_numpy(np.array(pixels)).reshape(pixels.height, pixels.width, channels).permute(2, 0, 1)
+
+
+def size_of(file: Path) -> Cover:
+    """Height and width of a picture or video file, by its header. Raises ``UserError`` that names a damaged file."""
+    try:
+        if file.suffix.lower() == ".mp4":
+            require_av()
+            import av
+
+            with av.open(str(file)) as container:
+                return container.streams.video[0].height, container.streams.video[0].width
+        with Image.open(file) as opened:
+            return opened.height, opened.width
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{file} is no readable picture or video ({error}).") from error
+
+
+def read_video(file: Path, frames: int, cover: Cover | None = None) -> Tensor:
+    """The first ``frames`` frames of a GIF or MP4, uint8 [3, frames, H, W]; ``cover`` as of ``read_picture``.
+
+    Raises ``UserError`` that names a damaged or shorter file, or says what MP4 needs.
+    """
+    try:
+        shown = [np.array(_covering(frame, cover)) for frame in islice(_frames(file), frames)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is no readable video ({error}).") from error
+    if len(shown) < frames:
+        raise UserError(f"{file} has {len(shown)} frames, {frames} are wanted.")
+    return torch.from_numpy(np.stack(shown)).permute(3, 0, 1, 2)
+
+
+def has_av() -> bool:
+    """Whether PyAV, which reads and writes MP4, is installed."""
+    return find_spec("av") is not None
+
+
+def require_av() -> None:
+    """Raises ``UserError`` if PyAV is not installed."""
+    if not has_av():
+        raise UserError("MP4 needs an extra: pip install 'fewstep[video]'; or use GIF.")
+
+
+def _frames(file: Path) -> Iterator[Image.Image]:
+    if file.suffix.lower() == ".gif":
+        with Image.open(file) as opened:
+            for frame in ImageSequence.Iterator(opened):
+                yield frame.convert("RGB")
+        return
+    require_av()
+    import av
+
+    with av.open(str(file)) as container:
+        for decoded in container.decode(video=0):
+            yield decoded.to_image()
+
+
+def _covering(pixels: Image.Image, cover: Cover | None) -> Image.Image:
+    if cover is None or (pixels.height, pixels.width) == cover:
+        return pixels
+    scale = max(cover[0] / pixels.height, cover[1] / pixels.width)
+    height, width = max(cover[0], round(scale * pixels.height)), max(cover[1], round(scale * pixels.width))
+    top, left = (height - cover[0]) // 2, (width - cover[1]) // 2
+    scaled = pixels.resize((width, height), Image.Resampling.LANCZOS)
+    return scaled.crop((left, top, left + cover[1], top + cover[0]))
