@@ -5,17 +5,18 @@ PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; d
 BIN = .venv/bin
 
 .NOTPARALLEL:
-.PHONY: help demo demo-text test lint types teacher-scores text-scores preference-scores clean
+.PHONY: help demo demo-text test lint types docs teacher-scores text-scores preference-scores clean
 
 help:
-	@echo 'make demo    distil the embedded teacher, score the student, write runs/demo/report.html'
+	@echo 'make demo        distil the bundled teacher, score the student, write runs/demo/report.html'
 	@echo 'make demo-text   the same for the text-conditioned teacher, a diffusers pipeline (runs/demo_text)'
-	@echo 'make test    lint, types and tests'
-	@echo 'make lint    ruff: rules and formatting'
-	@echo 'make types   mypy'
-	@echo 'make teacher-scores   score the embedded teacher anew (over an hour on two cores)'
-	@echo 'make text-scores, make preference-scores   train and score anew what the documents say of words, of preferences'
-	@echo 'make clean   remove .venv, caches and build leftovers (never runs/)'
+	@echo 'make test        lint, types, documentation and tests'
+	@echo 'make lint        ruff (rules and formatting) and import-linter'
+	@echo 'make types       mypy'
+	@echo 'make docs        build the documentation as a site (site/); fails on broken links'
+	@echo 'make teacher-scores   score the bundled teacher again (over an hour on two cores)'
+	@echo 'make text-scores, make preference-scores   train and score the models in docs/results.md again'
+	@echo 'make clean       remove .venv, caches and build leftovers (never runs/)'
 
 demo: .venv/installed
 	@$(BIN)/fewstep demo
@@ -25,7 +26,7 @@ demo-text: .venv/installed-text
 
 # Two workers with one thread each: with more threads than cores torch gets many times slower.
 test: export OMP_NUM_THREADS = 1
-test: lint types
+test: lint types docs
 	@echo '== tests'
 	@$(BIN)/pytest -n 2
 
@@ -34,12 +35,17 @@ lint: .venv/installed-dev
 	@echo '== lint'
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo
 
 types: .venv/installed-dev
 	@echo '== types'
 	@$(BIN)/mypy
 
-# The sweep that students are compared with. Scores are merged into the file, so it can be repeated in parts.
+docs: .venv/installed-dev
+	@echo '== documentation'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The teacher's scores that students are compared with. They are merged into the file, so this can be repeated in parts.
 SCORE = $(BIN)/fewstep eval fashion --json models/bundled/fashion/eval.json
 teacher-scores: .venv/installed
 	$(SCORE) --solver euler,heun,ddim --nfe 4,8 --guidance 1,1.4,2
@@ -48,10 +54,10 @@ teacher-scores: .venv/installed
 	$(SCORE) --solver unipc_2,dpm_solver_v3_2 --nfe 8 --guidance 1.4
 	$(SCORE) --solver unipc_2 --nfe 32 --guidance 1.15,1.3
 
-# What README (two seeds, of the training and of the samples alike) and docs/methods.md say of fashion-text.
+# The text-conditioned students in docs/results.md; two seeds, of training and samples alike.
 TEXT = $(BIN)/fewstep eval --n 2160 --json results/fashion_text/eval.json
 text-scores: .venv/installed-text
-	$(BIN)/fewstep encode configs/fashion_text/captions.txt --teacher fashion-text --out runs/fashion_text_captions
+	$(BIN)/fewstep data encode configs/fashion_text/captions.txt --teacher fashion-text --out runs/fashion_text_captions
 	for seed in 0 1; do \
 		$(BIN)/fewstep train configs/fashion_text/tdm.yaml out=runs/copies-$$seed seed=$$seed && \
 		$(BIN)/fewstep train configs/fashion_text/tdm_adapters.yaml out=runs/adapters-$$seed seed=$$seed && \
@@ -66,19 +72,19 @@ text-scores: .venv/installed-text
 			--name "decoupled_dmd, w = $$w" || exit 1; \
 	done
 
-# What docs/methods.md says of preferences: three seeds of the training, each judged on samples of its own.
+# The preferences in docs/results.md: three seeds of training, each scored on its own samples.
 TUNED = $(BIN)/fewstep eval --json results/dpo
 PLAN = --solver heun --steps 8 --guidance 1.3
 preference-scores: .venv/installed
 	[ -d runs/tdm/student ] || $(BIN)/fewstep train configs/fashion/tdm.yaml
-	$(BIN)/fewstep prefer runs/tdm --reward symmetry --out runs/preferences.safetensors
-	$(BIN)/fewstep prefer fashion --reward symmetry $(PLAN) --out runs/preferences_teacher.safetensors
+	$(BIN)/fewstep data preferences runs/tdm --reward symmetry --out runs/preferences.safetensors
+	$(BIN)/fewstep data preferences fashion --reward symmetry $(PLAN) --out runs/preferences_teacher.safetensors
 	for seed in 0 1 2; do \
 		$(BIN)/fewstep train configs/fashion/dpo.yaml out=runs/dpo-$$seed seed=$$seed && \
 		$(BIN)/fewstep train configs/fashion/dpo_teacher.yaml out=runs/dpo_teacher-$$seed seed=$$seed && \
-		$(BIN)/fewstep wins runs/dpo-$$seed runs/tdm --n 1000 --seed $$((seed + 1)) \
+		$(BIN)/fewstep winrate runs/dpo-$$seed runs/tdm --n 1000 --seed $$((seed + 1)) \
 			--json results/dpo/student_wins-$$seed.json && \
-		$(BIN)/fewstep wins runs/dpo_teacher-$$seed fashion $(PLAN) --n 1000 --seed $$((seed + 1)) \
+		$(BIN)/fewstep winrate runs/dpo_teacher-$$seed fashion $(PLAN) --n 1000 --seed $$((seed + 1)) \
 			--json results/dpo/teacher_wins-$$seed.json && \
 		$(TUNED)/student_eval.json runs/tdm --steps 4 --seed $$seed --name tdm && \
 		$(TUNED)/teacher_eval.json fashion $(PLAN) --n 2000 --seed $$seed && \
@@ -87,12 +93,12 @@ preference-scores: .venv/installed
 	done
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- set-up, repeated only when one of these two files has changed ---------------------------------------------------
 
-# Quiet, but a failure shows pip's own words.
+# Quiet, but a failure shows pip's messages.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
 QUIETLY = >.venv/pip.log 2>&1 || { tail -n 30 .venv/pip.log >&2; exit 1; }
 
@@ -113,7 +119,7 @@ QUIETLY = >.venv/pip.log 2>&1 || { tail -n 30 .venv/pip.log >&2; exit 1; }
 
 .venv/bin/pip:
 	@test -d src/fewstep/models || { echo 'This checkout has no working symbolic links' \
-		'(src/fewstep/models is no folder): clone again with "git clone -c core.symlinks=true".' >&2; exit 1; }
+		'(src/fewstep/models is not a folder): clone again with "git clone -c core.symlinks=true".' >&2; exit 1; }
 	@test -n '$(PYTHON)' || { echo 'fewstep needs Python 3.11 or newer: install one,' \
 		'or name it with "make PYTHON=/path/to/python3".' >&2; exit 1; }
 	@'$(PYTHON)' -m venv .venv || { rm -rf .venv; exit 1; }

@@ -1,7 +1,6 @@
-"""Writes docs/capabilities.md from the results of tests/models/hub: ``python tests/capabilities.py`` (some minutes).
+"""Writes docs/capabilities.md from the results of tests/models/hub: ``python benchmarks/capabilities.py`` (minutes).
 
-A tick is a test that passed on a tiny random pipeline, a dash a combination that is refused, a blank a test that is
-missing.
+A tick is a test that passed on a tiny random pipeline, a dash a combination that is refused, a blank a missing test.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ COLUMNS = {
     "adapters": r"test_a_family_trains_and_its_student_comes_back\[{family}-adapters\]",
     "checkpointing": r"test_recomputing_activations_changes_no_gradient\[{family}-",
     "export diffusers": r"test_the_exported_pipelines_default_call_samples_as_the_student\[{family}-",
-    "lora": r"test_adapters_and_bare_networks_are_read_back\[{family}-lora\]",
-    "comfyui": r"test_adapters_and_bare_networks_are_read_back\[{family}-comfyui\]",
+    "lora": r"test_exported_adapters_and_networks_pass_their_check\[{family}-lora\]",
+    "comfyui": r"test_exported_adapters_and_networks_pass_their_check\[{family}-comfyui\]",
 }
 REFUSED = {("pixart", "comfyui"): "–"}
 
@@ -58,12 +57,12 @@ def page(passed: dict[str, bool]) -> str:
     ]
     return (
         "# What has been tested on pipelines\n\n"
-        "Made from test results by `python tests/capabilities.py`: ticks are tests that passed on tiny random\n"
-        "pipelines of diffusers' own classes; a dash is a combination that is refused with a reason. Nothing here was\n"
-        "run at real size. [What each column means](pipelines.md).\n\n"
-        "Families, each trained two steps by `tdm`:\n\n"
+        "Generated from test results by `python benchmarks/capabilities.py`: a tick is a test that passed on a tiny\n"
+        "random pipeline of diffusers' own classes; a dash is a combination that is refused with a reason. Nothing\n"
+        "here was run at real size. [What the columns mean](testing.md#pipelines).\n\n"
+        "Families, each trained for two steps with `tdm`:\n\n"
         + table(["family", *COLUMNS], by_family)
-        + "\nObjectives, each trained two steps on Stable Diffusion:\n\n"
+        + "\nObjectives, each trained for two steps on Stable Diffusion:\n\n"
         + table(["objective", *MODES], by_objective)
     )
 

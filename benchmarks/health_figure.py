@@ -1,4 +1,4 @@
-"""Draws health.png from the ``metrics.jsonl`` of the three runs beside this file: ``python results/health/draw.py``."""
+"""Draws ``results/health/health.png`` from the logs of three runs beside it: ``python benchmarks/health_figure.py``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent.parent / "results" / "health"
 RUNS = {"lagging": "#d9731a", "strong": "#b3679b", "demo": "#3a86c8"}
 CURVES = {
     "validation": "fd_fashion, 500 samples",
-    "health/sample_sd": "deviation of the training samples",
-    "health/sd_ratio": "deviation, times the teacher's",
-    "health/ca_share": "share of guidance in the pull",
+    "health/sample_sd": "std of the training samples",
+    "health/sd_ratio": "std, times the teacher's",
+    "health/ca_share": "share of guidance in the direction",
 }
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     figure = Figure((11, 2.6), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
         for name, colour in RUNS.items():
-            lines = [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]
+            lines = [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text().splitlines()]
             points = [(line["step"], line[key]) for line in lines if key in line]
             axes.plot(*(zip(*points, strict=True) if points else ([], [])), color=colour, label=name, linewidth=1.4)
         axes.set_title(title, fontsize=9)
@@ -29,7 +29,7 @@ def main() -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(bottom=0)
     figure.axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(HERE / "health.png", dpi=110)
+    figure.savefig(FOLDER / "health.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 # mypy: ignore-errors
-"""Makes the pipeline of the ``fashion-text`` teacher, in the format of Stable Diffusion, all but its denoiser trained.
+"""Creates the pipeline of the ``fashion-text`` teacher, in the format of Stable Diffusion, without a trained denoiser.
 
     python benchmarks/make_fashion_text.py FASHION_MNIST_FOLDER OUT
 
-writes OUT/pipeline (a small VAE, trained here; a tokenizer of the captions' words; a CLIP text encoder of random
-weights, which stay so: enough to tell thirty words apart; a denoiser of random weights) and OUT/images, tinted pictures
-with their captions. Then
+writes OUT/pipeline (a small VAE, trained here; a tokenizer of the captions' words; a CLIP text encoder with random
+weights, which are never trained: enough to distinguish thirty words; a denoiser with random weights) and OUT/images,
+tinted images with captions. Then run
 
-    fewstep encode OUT/images --teacher OUT/pipeline --out OUT/encoded
+    fewstep data encode OUT/images --teacher OUT/pipeline --out OUT/encoded
     fewstep train configs/fashion_text/teacher.yaml teacher=OUT/pipeline data.path=OUT/encoded
 """
 
@@ -58,12 +58,12 @@ def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
     encoder = CLIPTextModel(config)
     for name, parameter in encoder.named_parameters():
         if "embedding" in name:
-            torch.nn.init.normal_(parameter, std=0.5)  # CLIP's own 0.02 would drown in the layers' biases
+            torch.nn.init.normal_(parameter, std=0.5)  # CLIP's own 0.02 is too small against the layers' biases
     return encoder.eval()
 
 
 def train_vae(images: Tensor, labels: Tensor, steps: int = 3000, batch: int = 48) -> AutoencoderKL:
-    """Absolute difference with a small KL, on pictures tinted anew in every batch."""
+    """Trains with the absolute difference and a small KL term, on images with new random tints in every batch."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, norm_num_groups=8, sample_size=32,
@@ -73,7 +73,7 @@ def train_vae(images: Tensor, labels: Tensor, steps: int = 3000, batch: int = 48
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in range(steps):
         rows = torch.randint(len(images), (batch,), generator=generator)
-        x = to_unit(tint(images[rows], CaptionSet.draw(labels[rows], generator)))
+        x = to_unit(tint(images[rows], CaptionSet.sample(labels[rows], generator)))
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         out = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -87,15 +87,15 @@ def train_vae(images: Tensor, labels: Tensor, steps: int = 3000, batch: int = 48
     vae.eval()
     with torch.no_grad():
         some = torch.arange(2000)
-        latents = vae.encode(to_unit(tint(images[some], CaptionSet.draw(labels[some], generator)))).latent_dist.mode()
+        latents = vae.encode(to_unit(tint(images[some], CaptionSet.sample(labels[some], generator)))).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     return vae
 
 
-def main(source: str, out: Path, pictures: int = 30_000) -> None:
+def main(source: str, out: Path, count: int = 30_000) -> None:
     torch.manual_seed(0)
     images, labels = read_idx(source, "train")
-    words = tokenizer(CaptionSet.every().captions)
+    words = tokenizer(CaptionSet.all().captions)
     encoder = text_encoder(words)
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=8, out_channels=8, layers_per_block=1, block_out_channels=(64, 96),
@@ -114,11 +114,11 @@ def main(source: str, out: Path, pictures: int = 30_000) -> None:
     pipeline.save_pretrained(out / "pipeline")
     (out / "images").mkdir()
     generator = torch.Generator().manual_seed(1)
-    rows = torch.randperm(len(images), generator=generator)[:pictures]
-    asked = CaptionSet.draw(labels[rows], generator)
-    for number, (picture, caption) in enumerate(zip(tint(images[rows], asked), asked.captions, strict=True)):
+    rows = torch.randperm(len(images), generator=generator)[:count]
+    captions = CaptionSet.sample(labels[rows], generator)
+    for number, (image, caption) in enumerate(zip(tint(images[rows], captions), captions.captions, strict=True)):
         file = out / "images" / f"{number:05d}.png"
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
         file.with_suffix(".txt").write_text(caption)
 
 

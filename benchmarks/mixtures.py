@@ -1,6 +1,6 @@
-"""Behaviour on mixtures in the plane: what each divergence keeps, and what several steps do on a ring.
+"""Behaviour on mixtures in the plane: which modes each divergence keeps, and several steps on a ring of modes.
 
-``python tests/mixtures.py`` runs everything and writes ``results/mixtures.json``, which docs/methods.md shows.
+``python benchmarks/mixtures.py`` runs everything and writes ``results/mixtures.json``, which docs/results.md shows.
 """
 
 from __future__ import annotations
@@ -14,45 +14,53 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from worlds import FLOW, Points
 
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.adversarial import Heads
-from fewstep.distill.config import objective_module
+from fewstep.distill.config import OBJECTIVES
 from fewstep.distill.data.batch import Batch
 from fewstep.distill.loop import Loop
-from fewstep.distill.objectives import f_distill
+from fewstep.distill.objectives.f_distill import WEIGHTS, FDistill
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.stage import RoleConfig, enter_stage, make_role
+from fewstep.distill.stage import RoleConfig, StageContext, enter_stage, make_role
 from fewstep.distill.update import Objective
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, routed
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
-from fewstep.samplers.generate import sample
-from fewstep.samplers.solvers import STUDENTS
+from fewstep.models.schedules import RectifiedFlow
+from fewstep.samplers.generate import integrate
+from fewstep.samplers.plan import Plan
+from fewstep.samplers.solvers import STUDENT_SOLVERS
 
 RESULTS = Path(__file__).parent.parent / "results" / "mixtures.json"
+FLOW = RectifiedFlow()
+
+
+def points(random: KeyedRandom, size: int) -> Batch:
+    """A source without data: it only defines that samples have two numbers."""
+    return Batch(size, (2,), Condition())
+
 
 # --- divergences: a Gaussian student between two modes ----------------------------------------------------------------
 
 TWO = GaussianMixture([0.5, 0.5], [[-1.5, 0.0], [1.5, 0.0]], [0.5, 0.5])
 
 
-class TintedReading(nn.Module):
-    """The exact denoiser of a mixture, with (x_t, t) as a feature that heads can read."""
+class ExactWithFeatures(nn.Module):
+    """The exact denoiser of a mixture, with (x_t, t) as the features of the layer ``inputs``."""
 
     def __init__(self, mixture: GaussianMixture) -> None:
         super().__init__()
         self.exact = MixtureBackbone(mixture, FLOW)
-        self.seen = nn.Identity()
+        self.inputs = nn.Identity()
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        self.seen(torch.cat([x_t, t.to(x_t)[:, None]], 1))
+        self.inputs(torch.cat([x_t, t.to(x_t)[:, None]], 1))
         return self.exact(x_t, t, condition)
 
 
 class Ellipse(nn.Module):
-    """A one-step student ``mu + rho z`` with a mean and a deviation for each axis."""
+    """A one-step student ``mu + rho z`` with a mean and a standard deviation per axis."""
 
     def __init__(self, mu: tuple[float, float], rho: float) -> None:
         super().__init__()
@@ -68,29 +76,29 @@ class Ellipse(nn.Module):
 
 
 class Exact(nn.Module):
-    """The ellipse's own exact denoiser: a fake score that is always up to date."""
+    """The exact denoiser of the ellipse's samples: a fake score that is always up to date."""
 
     def __init__(self, student: Ellipse) -> None:
         super().__init__()
-        self.of = [student]  # in a list, so that its parameters are not this module's
+        self.student = [student]  # in a list, so that its parameters do not become this module's
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        mu, rho, t = self.of[0].mu.detach(), self.of[0].rho.detach(), t.to(x_t)[:, None]
+        mu, rho, t = self.student[0].mu.detach(), self.student[0].rho.detach(), t.to(x_t)[:, None]
         return mu + (1 - t) * rho**2 / (((1 - t) * rho) ** 2 + t**2) * (x_t - (1 - t) * mu)
 
 
 class ExactRatio(nn.Module):
-    """A discriminator that knows log p / q."""
+    """A discriminator that returns log p / q exactly."""
 
     def __init__(self, student: Ellipse) -> None:
         super().__init__()
-        self.of = [student]
+        self.student = [student]
         self.unused = nn.Parameter(torch.zeros(()))
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
-        x_t, t = features["seen"].split([2, 1], 1)
+        x_t, t = features["inputs"].split([2, 1], 1)
         log_p = TWO.log_density(x_t.detach(), 1 - t[:, 0].double(), t[:, 0].double()).float()
-        return (log_p - self.of[0].log_density(x_t, t))[:, None].detach() + 0 * self.unused
+        return (log_p - self.student[0].log_density(x_t, t))[:, None].detach() + 0 * self.unused
 
 
 def two_modes(random: KeyedRandom, size: int) -> Batch:
@@ -100,26 +108,27 @@ def two_modes(random: KeyedRandom, size: int) -> Batch:
 
 
 def lesser_mode(divergence: str, learned: bool, steps: int = 400, seed: int = 0) -> float:
-    """The share of the student's samples on the left of 0 after training from within the right mode: 0.5 keeps both.
+    """The share of the student's samples left of 0 after training from inside the right mode: 0.5 keeps both modes.
 
-    Renoise times stop at 0.4: with more noise the two modes melt together and every divergence keeps both.
+    Renoise times end at 0.4: with more noise the two modes merge, and every divergence keeps both.
     """
     student = Ellipse((1.2, 0.0), 0.6)
-    heads = Heads({"seen": 3}) if learned else ExactRatio(student)
+    heads = Heads({"inputs": 3}) if learned else ExactRatio(student)
     rate = RoleConfig(init="keep", lr=2e-2)
     roles = Roles(
         {
-            "teacher": Role(Denoiser(TintedReading(TWO), FLOW, "x0", feature_layers=("seen",))),
+            "teacher": Role(Denoiser(ExactWithFeatures(TWO), FLOW, "x0", feature_layers=("inputs",))),
             "student": make_role(Denoiser(student, FLOW, "x0"), rate),
             "fake": Role(Denoiser(Exact(student), FLOW, "x0")),
             "discriminator": make_role(heads, RoleConfig(init="keep", lr=1e-2)),
         }
     )
-    # the network's fake is replaced by the exact one, and the generator's GAN term is left out: only h(r) differs
-    settings = f_distill.Config(
-        divergence=divergence, guidance=1.0, critic_updates=1, gan_weight=0.0, heads=("seen",), t_range=(0.02, 0.4)
+    # the fake is exact and the generator has no GAN term: only h(r) differs between divergences
+    settings = FDistill(
+        divergence=divergence, guidance=1.0, critic_updates=1, gan_weight=0.0, feature_layers=("inputs",),
+        t_range=(0.02, 0.4),
     )  # fmt: skip
-    objective = f_distill.build(settings, roles)
+    objective = settings.build(roles, StageContext(0, 0, steps))
     by_name = {update.name: update for update in objective.updates}
     names = ("discriminator", "student") if learned else ("student",)
     objective = Objective(tuple(by_name[name] for name in names), objective.rollout)
@@ -141,7 +150,7 @@ RING = GaussianMixture(
 
 
 class Net(nn.Module):
-    """A small network on the plane, told the time."""
+    """A small network on the plane, conditioned on the time."""
 
     def __init__(self, width: int = 96) -> None:
         super().__init__()
@@ -156,7 +165,7 @@ class Net(nn.Module):
 
 
 def pretrained(seed: int, steps: int = 3000) -> Denoiser:
-    """A network that has learned the ring's velocity: where student and fake start."""
+    """A network trained on the ring's velocity, from which student and fake start."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         denoiser = Denoiser(Net(), FLOW, "velocity")
@@ -177,32 +186,34 @@ def pretrained(seed: int, steps: int = 3000) -> Denoiser:
 
 
 def ring(method: str, start: Denoiser, seed: int, steps: int = 1500) -> dict[str, float]:
-    """Four steps, trained from ``start``: ``phased`` in two phases, ``truncated`` with the gradient of one random step
-    of four (the rollout of dmd2), each with ``steps`` steps in all. How many modes are kept and how well."""
+    """The quality of four-step students trained from ``start`` for ``steps`` steps in all: ``phased`` in two phases,
+    ``truncated`` with the gradient of one random step of four (the rollout of dmd2)."""
     rate = {"student": RoleConfig(init="start", lr=3e-4), "fake": RoleConfig(init="start", lr=1e-3)}
     shared = {"steps": 4, "guidance": 1.0, "critic_updates": 2}
     phases = {"phased": [{"phase": 1}, {"phase": 2}], "truncated": [{}]}[method]
-    module = objective_module("phased_dmd" if method == "phased" else "dmd2")
+    config = OBJECTIVES.resolve("phased_dmd" if method == "phased" else "dmd2")
     roles: dict[str, Role] = {"teacher": Role(Denoiser(MixtureBackbone(RING, FLOW), FLOW, "x0")), "start": Role(start)}
     for number, phase in enumerate(phases):
         frozen = {"expert1": "student"} if number else {}
         roles = enter_stage(roles, rate, frozen)
         view = Roles(roles)
-        objective = module.build(module.Config(**shared, **phase), view)
-        loop = Loop(view, objective, {"data": Points(2)}, 256, seed=seed)
-        for step in range(steps // len(phases)):
+        length = steps // len(phases)
+        objective = config(**shared, **phase).build(view, StageContext(number, number * length, length))
+        loop = Loop(view, objective, {"data": points}, 256, seed=seed)
+        for step in range(length):
             loop.step(step)
     return quality(view, objective)
 
 
 def quality(roles: Roles, objective: Objective, n: int = 4000) -> dict[str, float]:
-    """Modes that hold at least a fifth of their share of the samples within three deviations, the samples that lie in
-    some mode, and the entropy of the modes' shares relative to that of equal ones."""
+    """The number of modes with at least a fifth of their share of the samples within three standard deviations, the
+    share of samples in any mode, and the entropy of the modes' shares relative to that of equal ones."""
     experts = [roles.denoiser(role) for role, _ in objective.experts]
     generator = experts[0] if len(experts) == 1 else routed(experts, [low for _, low in objective.experts])
     few = objective.few_step
     assert few is not None
-    x = sample(generator, Condition(), (2,), n, rule=STUDENTS[few.rule], times=(*few.times, 0.0), seed=1, batch=n).x0
+    plan = Plan(STUDENT_SOLVERS[few.rule], (*few.times, 0.0))
+    x = integrate(generator, Condition(), (2,), plan=plan, numbers=range(n), seed=1, batch=n).x0
     distance = torch.cdist(x.double(), RING.means)
     nearest = distance.min(1)
     near = nearest.values < 3 * 0.05 * 1.2
@@ -216,13 +227,13 @@ def quality(roles: Roles, objective: Objective, n: int = 4000) -> dict[str, floa
     }
 
 
-# --- a ring of two classes, with something for guidance to do ---------------------------------------------------------
+# --- a ring of two classes, for guidance ------------------------------------------------------------------------------
 
 CLASSES = 2
 
 
 def guided_ring() -> Denoiser:
-    """The exact teacher of a ring whose left and right halves are two classes."""
+    """The exact teacher of a ring whose halves are two classes."""
     means = [[math.cos(2 * math.pi * k / MODES), math.sin(2 * math.pi * k / MODES)] for k in range(MODES)]
     labels = [k * CLASSES // MODES for k in range(MODES)]
     mixture = GaussianMixture([1.0] * MODES, means, [0.1] * MODES, labels)
@@ -241,8 +252,8 @@ class Labelled(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         t = t.to(x_t)[:, None]
-        told = self.embedding(condition["labels"])
-        return self.layers(torch.cat([x_t, t, t.square(), (3 * t).sin(), (3 * t).cos(), told], 1))
+        label = self.embedding(condition["labels"])
+        return self.layers(torch.cat([x_t, t, t.square(), (3 * t).sin(), (3 * t).cos(), label], 1))
 
 
 @functools.cache
@@ -272,7 +283,7 @@ def _guided_weights(steps: int = 1500) -> Denoiser:
 
 
 def pretrained_guided() -> Denoiser:
-    """A network that has learned the velocity of ``guided_ring``."""
+    """A network trained on the velocity of ``guided_ring``."""
     return copy.deepcopy(_guided_weights())
 
 
@@ -280,7 +291,7 @@ def main() -> None:
     started = time.monotonic()
     divergences = {
         name: {"exact": lesser_mode(name, learned=False), "learned": lesser_mode(name, learned=True)}
-        for name in f_distill.H
+        for name in WEIGHTS
     }
     for name, row in divergences.items():
         print(name, row, f"{time.monotonic() - started:.0f} s", flush=True)

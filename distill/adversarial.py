@@ -1,7 +1,7 @@
-"""Discriminators on the features of a denoiser: heads, GAN losses (arXiv 2405.14867), the density ratio they know.
+"""Discriminators on the features of a denoiser: heads, GAN losses (arXiv 2405.14867), and their density ratio.
 
-A head reads what a tap gives at a noised sample, so that the discriminator is the denoiser's own view of it. With the
-logistic loss its optimum is ``log p / q``, the log ratio of real to generated density at that noise level.
+A head takes a feature layer's output at a noised sample. With the logistic loss its optimum is ``log p / q``, the log
+ratio of real to generated density at that noise level.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fewstep.models.guidance import guide
 
 
 class Head(nn.Module):
-    """One logit a sample from a feature map [B, C, ...], or from tokens [B, N, C]: a network a position, averaged."""
+    """One logit per sample from a feature map [B, C, ...] or tokens [B, N, C]: an MLP at each position, averaged."""
 
     def __init__(self, channels: int, width: int = 64) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """A ``Head`` for each tap: features by path -> logits [B, taps], float32."""
+    """A ``Head`` for each feature layer: features by path -> logits [B, layers], float32."""
 
     def __init__(self, channels: Mapping[str, int]) -> None:
         super().__init__()
@@ -40,8 +40,8 @@ class Heads(nn.Module):
 
     @staticmethod
     @torch.no_grad()
-    def on(denoiser: Denoiser, shape: tuple[int, ...], condition: Condition) -> Heads:
-        """Heads that fit the taps of ``denoiser``, found out by one read; ``condition`` has one row."""
+    def for_denoiser(denoiser: Denoiser, shape: tuple[int, ...], condition: Condition) -> Heads:
+        """Heads for the features that ``denoiser`` returns, found by one evaluation; ``condition`` has one row."""
         device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
         features = guide(denoiser, torch.zeros(1, *shape, device=device), 0.5, condition).cond.features
         return Heads({path: x.shape[-1] if x.ndim == 3 else x.shape[1] for path, x in features.items()}).to(device)
@@ -56,10 +56,10 @@ def generator_loss(logits: Tensor) -> Tensor:
 
 
 def discriminator_loss(generated: Tensor, real: Tensor) -> Tensor:
-    """The discriminator's logistic loss; ``2 log 2`` where it cannot."""
+    """The discriminator's logistic loss; ``2 log 2`` if its logits are 0."""
     return F.softplus(generated).mean() + F.softplus(-real).mean()
 
 
 def density_ratio(logits: Tensor, low: float = 0.1, high: float = 20.0) -> Tensor:
-    """``p / q`` [B] of real to generated density from logits [B, taps], detached, in [low, high]."""
+    """``p / q`` [B] of real to generated density from logits [B, layers], detached, in [low, high]."""
     return logits.detach().float().mean(1).clamp(-10, 10).exp().clamp(low, high)

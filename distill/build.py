@@ -1,4 +1,4 @@
-"""Builds what a run starts from: roles, data sources and model config, from a config or from the user's own objects."""
+"""Builds the inputs of training (roles, data sources, model config) from a config or from your own objects."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from fewstep.models.schedules import schedule_to_dict
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16, "nf4": torch.bfloat16,
-}  # of weights; the quantized ones: of everything but linear layers  # fmt: skip
+}  # of the weights; with quantized linear layers, of all others  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What training starts from. ``roles`` holds the teacher, or the new network as ``model``; ``model_config`` is
-    that network's. ``prompts`` and ``pipeline`` are those of a text-conditioned teacher."""
+    """The inputs of training. ``roles`` holds the teacher, or the new network as ``model``; ``model_config`` belongs to
+    that network. ``prompts`` and ``pipeline`` belong to a text-conditioned teacher."""
 
     roles: Mapping[str, Role]
     sources: Mapping[str, Source]
@@ -46,11 +46,11 @@ class Parts:
 def build_parts(
     config: Config, device: torch.device, teacher: Model | Denoiser | None = None, data: Source | None = None
 ) -> Parts:
-    """Loads the teacher (or makes the new network) and opens the data. ``teacher`` and ``data`` replace those of the
-    config. Raises ``UserError`` if they are missing, damaged or do not fit each other."""
+    """Loads the teacher (or creates the new network) and opens the data. ``teacher`` and ``data`` replace those of the
+    config. Raises ``UserError`` if one is missing or damaged, or if they do not fit together."""
     features = tuple(dict.fromkeys(path for stage in config.stages for path in stage.objective.teacher_features))
     if data is None and config.data.kind not in DATA_KINDS:
-        data = _own_source(config.data)
+        data = _custom_source(config.data)
     if teacher is None and config.model is not None:
         return _pretraining(config, config.model, device, data)
     if teacher is not None:
@@ -77,16 +77,16 @@ def build_parts(
 
 
 def _pretraining(config: Config, model_config: ModelConfig, device: torch.device, data: Source | None) -> Parts:
-    with torch.random.fork_rng():  # torch's initialisers read the global generator
+    with torch.random.fork_rng():  # torch's initialisers use the global generator
         torch.manual_seed(config.seed)
         roles = {"model": Role(model_config.build().to(device))}
     return Parts(roles, {"data": data or _source(config.data, model_config, None, None)}, model_config)
 
 
-# --- the user's own objects -------------------------------------------------------------------------------------------
+# --- your own objects -------------------------------------------------------------------------------------------------
 
 
-def _own_source(data: DataConfig) -> Source:
+def _custom_source(data: DataConfig) -> Source:
     make = SOURCES.resolve(data.kind)
     try:
         source: Source = make(**data.options)
@@ -96,11 +96,11 @@ def _own_source(data: DataConfig) -> Source:
 
 
 def _model_of(teacher: Model | Denoiser, data: Source | None) -> Model:
-    """A teacher with its config; that of a bare denoiser is read off itself and a batch of ``data``."""
+    """A teacher with its config; for a bare denoiser, the config is derived from it and from a batch of ``data``."""
     if isinstance(teacher, Model):
         return teacher
     if data is None:
-        raise UserError("A teacher that is a Denoiser needs data=... (a source), which shows the shape of a sample.")
+        raise UserError("A teacher that is a Denoiser needs data=SOURCE, which defines the shape of a sample.")
     batch = data(KeyedRandom(0, 0, "probe", 0), 1)
     labels = batch.condition.nulls.get("labels")
     config = ModelConfig(
@@ -128,7 +128,7 @@ def _source(
 ) -> Source:
     if data.kind == "labels":
         if not model.classes and model.base is not None:
-            raise UserError("This teacher takes prompts: run fewstep data encode, then set data.kind and data.path.")
+            raise UserError("This teacher needs prompts: run fewstep data encode, then set data.kind and data.path.")
         return Labels(model.classes, model.shape)
     if prompts is not None and pipeline is not None:
         sizes = [pipeline.family.shape(*size) for size in data.sizes]

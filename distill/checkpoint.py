@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON only, written aside and renamed, hashed, with the last few kept."""
+"""Checkpoints: safetensors and JSON only, hashed, written under a temporary name and renamed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fewstep.distill.roles import Role
 
 
 def role_tensors(name: str, role: Role) -> dict[str, Tensor]:
-    """Everything of a trained role: weights, averages, and the optimizer's moments by parameter name."""
+    """The state of a trained role: weights, averages, and the optimizer's moments by parameter name."""
     tensors = {f"{name}/weights/{key}": value for key, value in role.module.state_dict().items()}
     tensors |= {f"{name}/average/{key}": value for key, value in role.average.items()}
     if role.optimizer is not None:
         for key, parameter in role.module.named_parameters():
             for moment, value in role.optimizer.state.get(parameter, {}).items():
-                # a copy, for what all parameters share (the code books of 8-bit moments)
+                # a copy, because 8-bit moments share their code books
                 tensors[f"{name}/optimizer/{moment}/{key}"] = torch.as_tensor(value).clone()
         tensors[f"{name}/updates"] = torch.tensor(role.updates)
     return tensors
@@ -50,7 +50,7 @@ def restore_role(name: str, role: Role, tensors: Mapping[str, Tensor]) -> None:
                 if path.startswith("optimizer/") and path.split("/", 2)[2] == key
             }
             if moments:
-                step = moments.pop("step")  # AdamW keeps it as a tensor on the host, that of 8 bits as a number
+                step = moments.pop("step")  # a host tensor in AdamW, a number in its 8-bit version
                 role.optimizer.state[parameter] = {
                     "step": step.item() if "qmap1" in moments else step.clone(),
                     **{moment: value.to(parameter.device) for moment, value in moments.items()},
@@ -60,38 +60,41 @@ def restore_role(name: str, role: Role, tensors: Mapping[str, Tensor]) -> None:
 def write_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
 ) -> Path:
-    """Writes ``folder/step-XXXXXX`` whole or not at all, then drops all but the last ``keep``."""
+    """Writes ``folder/step-XXXXXXX`` completely or not at all, then deletes all but the last ``keep``.
+
+    Raises ``UserError`` if it cannot be written.
+    """
     final = folder / f"step-{step:07d}"
-    aside = folder / f".step-{step:07d}.part"
-    shutil.rmtree(aside, ignore_errors=True)
+    partial = folder / f".step-{step:07d}.part"
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        write_tensors(tensors, aside / "state.safetensors")
-        record = {**state, "step": step, "sha256": sha256(aside / "state.safetensors")}
-        write_text(json.dumps(record, indent=2) + "\n", aside / "state.json")
+        partial.mkdir(parents=True)
+        write_tensors(tensors, partial / "state.safetensors")
+        record = {**state, "step": step, "sha256": sha256(partial / "state.safetensors")}
+        write_text(json.dumps(record, indent=2) + "\n", partial / "state.json")
         shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        partial.rename(final)
     except OSError as error:
-        raise UserError(f"Cannot write the checkpoint {final}: {error}. Free some space, then --resume.") from error
+        raise UserError(f"Cannot write the checkpoint {final}: {error}. Free some space, then use --resume.") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints, oldest first."""
+    """The complete checkpoints, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of one checkpoint, its hash verified. Raises ``UserError`` on damage."""
+    """The tensors and the state of a checkpoint. Raises ``UserError`` if it is damaged or its hash does not match."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder} is not a whole checkpoint ({error}). Delete it to resume from the one before."
+            f"{folder} is not a complete checkpoint ({error}). Delete it to resume from the one before."
         ) from error
     if sha256(folder / "state.safetensors") != state.get("sha256"):
         raise UserError(

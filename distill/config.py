@@ -1,4 +1,4 @@
-"""A run's configuration: one YAML file, typed, with every key known and every mistake named."""
+"""The configuration of a run: one typed YAML file. Unknown keys and wrong values are errors that name them."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ RENAMED = {
     "decay": ("lr_schedule",),
     "pull": ("match_on",),
     "times": ("renoise_times", "student_times"),
-}  # old key: what it is called now
+    "pictures": ("images",),
+}  # old key: its new names
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class DataConfig(BaseConfig):
-    """What a step starts from. ``kind`` is one of
+    """The data source. ``kind`` is one of
 
-    ``labels``: class labels drawn uniformly, no data. ``idx``: a folder of idx files. ``folder``: images, one subfolder
-    per class. ``tensors``: a safetensors file of labelled samples (``fewstep data ode-pairs``, ``fewstep data
-    preferences``, or the real images that come with a reference). ``prompts``: a folder written by ``fewstep data
-    encode``, no images needed; ``sizes`` lists height, width and frames in pixels, one of which every batch has (by
-    default the run's ``size``). Any other name is a source of your own, created with ``options``.
+    ``labels``: uniform class labels, no data. ``idx``: a folder of idx files. ``folder``: images, one subfolder per
+    class. ``tensors``: a safetensors file of labelled samples (``fewstep data ode-pairs``, ``fewstep data
+    preferences``, or the real images of a reference). ``prompts``: a folder from ``fewstep data encode``, with or
+    without images; without, ``sizes`` lists height, width and frames in pixels, and each batch has one of them (by
+    default the run's ``size``). Any other name is your own source, created with ``options``.
     """
 
     kind: str = "labels"
@@ -57,12 +58,12 @@ class DataConfig(BaseConfig):
         if self.sizes and self.kind != "prompts":
             raise ValueError(f"sizes are for kind prompts, not {self.kind}")
         if self.options and self.kind in DATA_KINDS:
-            raise ValueError(f"options are for sources of your own, not for kind {self.kind}")
+            raise ValueError(f"options are for your own sources, not for kind {self.kind}")
         return self
 
 
 class CheckpointConfig(BaseConfig):
-    """A checkpoint every ``every`` steps (also at the end and on Ctrl-C); the last ``keep`` are kept."""
+    """A checkpoint is written every ``every`` steps, at the end and on Ctrl-C; the last ``keep`` stay."""
 
     every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)
@@ -70,9 +71,9 @@ class CheckpointConfig(BaseConfig):
 
 class ValidationConfig(BaseConfig):
     """Every ``every`` steps (0: never) ``n`` samples of the averaged student are scored against the *training*-image
-    statistics of ``reference``, and the best student so far is kept. ``solver``, ``steps`` and ``guidance`` say how
-    they are drawn; ``student`` is the student's own few-step rule. A pipeline's student is not scored: ``pictures`` of
-    prompts, spread over all, are drawn."""
+    statistics of ``reference``, and the best student so far is saved. They are generated with ``solver`` (``student``:
+    the student's own few-step rule), ``steps`` and ``guidance``. A pipeline's student is not scored: it generates
+    ``images`` for prompts spread over all."""
 
     every: int = Field(0, ge=0)
     n: int = Field(1000, ge=10)
@@ -80,12 +81,12 @@ class ValidationConfig(BaseConfig):
     solver: str = "student"
     steps: int | None = Field(None, ge=1)
     guidance: float = 1.0
-    pictures: int = Field(4, ge=1)
+    images: int = Field(4, ge=1)
 
 
 class HealthConfig(BaseConfig):
-    """Every ``every`` steps (0: never) ``seeds`` samples for each of ``conditions`` conditions are drawn from the
-    averaged student and compared with the teacher's: ``teacher_steps`` Heun steps with the objective's guidance."""
+    """Every ``every`` steps (0: never) the averaged student generates ``seeds`` samples for each of ``conditions``
+    conditions. They are compared with the teacher's: ``teacher_steps`` Heun steps with the objective's guidance."""
 
     every: int = Field(50, ge=0)
     conditions: int = Field(8, ge=1)
@@ -94,7 +95,8 @@ class HealthConfig(BaseConfig):
 
 
 class StageConfig(BaseConfig):
-    """One stage: an objective, the roles that it trains, and for how many steps."""
+    """One stage: its steps, its objective, the roles that it trains, frozen copies (``freeze`` maps new name to role),
+    and the maximum gradient norm ``clip``."""
 
     steps: int = Field(ge=1)
     objective: SerializeAsAny[ObjectiveConfig]
@@ -104,8 +106,8 @@ class StageConfig(BaseConfig):
 
 
 class AdapterConfig(BaseConfig):
-    """Trained roles as LoRA sets on the teacher's one frozen network, instead of copies of it. ``alpha`` defaults to
-    the rank (a scale of 1, which every loader reads right), ``targets`` to what the family adapts."""
+    """Trains roles as LoRA adapters on the teacher's frozen network instead of as copies of it. ``alpha`` defaults to
+    the rank (a scale of 1, which every loader applies correctly), ``targets`` to the layers that the family adapts."""
 
     rank: int = Field(64, ge=1)
     alpha: float | None = Field(None, gt=0)
@@ -113,10 +115,13 @@ class AdapterConfig(BaseConfig):
 
 
 class Config(BaseConfig):
-    """The whole run. Either ``teacher`` is given (a folder, an embedded name, a diffusers pipeline by folder or hub id)
-    or ``model`` (a new network). ``size`` (height, width and frames in pixels), ``weights`` (the type of the teacher's,
-    and of its copies'; under adapters also ``int8`` or ``nf4`` of linear layers) and ``gradient_checkpointing`` are for
-    pipelines. ``offload``: frozen copies wait in host memory while they are not read."""
+    """A run. Give either ``teacher`` (a folder, a bundled name, or a diffusers pipeline by folder or hub id) or
+    ``model`` (a new network).
+
+    For pipelines: ``size`` is height, width and frames in pixels; ``weights`` is the type of the teacher's weights and
+    of its copies' (with adapters also ``int8`` or ``nf4`` for linear layers); ``gradient_checkpointing`` saves memory.
+    ``offload`` keeps frozen copies in host memory between their evaluations.
+    """
 
     out: str | None = None
     teacher: str | None = None
@@ -145,21 +150,21 @@ class Config(BaseConfig):
         if self.teacher is not None and self.model is not None:
             raise ValueError("give either teacher (to distil) or model (to pretrain), not both")
         if self.data.kind == "prompts" and self.model is not None:
-            raise ValueError("data.kind: prompts is for a teacher that is a diffusers pipeline")
+            raise ValueError("data.kind: prompts needs a teacher that is a diffusers pipeline")
         if self.weights in ("int8", "nf4") and self.adapters is None:
             raise ValueError(f"weights: {self.weights} cannot be trained; add adapters")
         if self.offload and self.adapters is not None:
-            raise ValueError("offload is for copies: adapters share one network, which every evaluation needs")
+            raise ValueError("offload is for copies: with adapters every evaluation needs the one shared network")
         return self
 
     @property
     def steps(self) -> int:
-        """Steps of all stages."""
+        """The number of steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
 
-class _Files(Mapping[str, type[ObjectiveConfig]]):
-    """The objectives of ``distill/objectives``, by file name: a file defines one subclass of ``ObjectiveConfig``."""
+class _BuiltinObjectives(Mapping[str, type[ObjectiveConfig]]):
+    """The classes in ``distill/objectives`` by file name, imported on access."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(module.name for module in pkgutil.iter_modules(objectives.__path__)))
@@ -179,26 +184,29 @@ class _Files(Mapping[str, type[ObjectiveConfig]]):
 
 
 OBJECTIVES: Registry[type[ObjectiveConfig]] = Registry(
-    "objective", _Files, lambda value: isinstance(value, type) and issubclass(value, ObjectiveConfig),
+    "objective", _BuiltinObjectives, lambda value: isinstance(value, type) and issubclass(value, ObjectiveConfig),
     "a subclass of fewstep.distill.stage.ObjectiveConfig",
 )  # fmt: skip
 
 
 def find_config(path: str | Path) -> Path:
-    """A config file, or one of those that ship with the package (``configs/fashion/demo.yaml`` works anywhere)."""
+    """A config file, or one that the package contains (``configs/fashion/demo.yaml`` works in any folder).
+
+    Raises ``UserError`` if there is neither.
+    """
     given = Path(path)
     if given.is_file():
         return given
     inside = Path(*given.parts[1:]) if given.parts and given.parts[0] == "configs" else given
-    shipped = CONFIGS / inside.with_suffix(".yaml")
-    if shipped.is_file():
-        return shipped
+    packaged = CONFIGS / inside.with_suffix(".yaml")
+    if packaged.is_file():
+        return packaged
     known = sorted("configs/" + str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml"))
     raise UserError(f"No config file {str(path)!r}{nearest(str(path), known)}.")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and ``key=value`` overrides (dotted keys, list items by number).
+    """The config in a YAML file with ``key=value`` overrides (dotted keys, list items by number).
 
     Raises ``UserError`` that names the file (or the command line), the key, the value and the nearest valid key.
     """
@@ -206,9 +214,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str, dict[str, str]]:
-    """What a YAML file holds under overrides, the file's name, and the overrides by key, both for messages.
+    """The contents of a YAML file with overrides applied; for messages, also its name and the overrides by key.
 
-    Raises ``UserError`` if there is no such file, it is no YAML, or an override has no place in it.
+    Raises ``UserError`` if the file does not exist, is not valid YAML, or an override does not fit.
     """
     file = find_config(path)
     try:
@@ -216,12 +224,15 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{file} holds {type(raw).__name__}, a mapping of settings was expected.")
+        raise UserError(f"{file} must contain a mapping of settings, not a {type(raw).__name__}.")
     return raw, str(file), {_override(raw, text): text for text in overrides}
 
 
 def parse_config(raw: dict[str, Any], file: str, overridden: Mapping[str, str] | None = None) -> Config:
-    """Validates raw settings; ``file`` and ``overridden`` (dotted key to ``key=value``) only serve the messages."""
+    """Validates raw settings; ``file`` and ``overridden`` (dotted key to ``key=value``) are for messages only.
+
+    Raises ``UserError`` that lists all problems.
+    """
     overridden = overridden or {}
     raw = dict(raw)
     problems: list[str] = []
@@ -245,7 +256,7 @@ def parse_config(raw: dict[str, Any], file: str, overridden: Mapping[str, str] |
 def _with_objective(
     stage: dict[str, Any], where: str, file: str, overridden: Mapping[str, str], problems: list[str]
 ) -> dict[str, Any]:
-    """The stage with its objective's settings validated by the objective's own file."""
+    """The stage with its objective's settings validated by the objective's own class."""
     settings = stage.get("objective")
     if isinstance(settings, str):
         settings = {"name": settings}
@@ -264,7 +275,7 @@ def _with_objective(
 
 
 def dump_config(config: Config) -> str:
-    """YAML with every default visible; ``load_config`` reads it back equal."""
+    """YAML with all defaults; ``load_config`` returns an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
 
 
@@ -272,7 +283,7 @@ def _override(raw: dict[str, Any], text: str) -> str:
     """Applies one ``key=value`` in place and returns its key."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"{text!r} is no override; write key=value, for example seed=1 or stages.0.steps=200.")
+        raise UserError(f"{text!r} is not an override; write key=value, for example seed=1 or stages.0.steps=200.")
     parts = key.split(".")
     node: Any = raw
     for depth, part in enumerate(parts[:-1]):
@@ -280,12 +291,10 @@ def _override(raw: dict[str, Any], text: str) -> str:
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
         except (ValueError, IndexError) as error:
             raise UserError(
-                f"Override {text!r}: {'.'.join(parts[:depth])} is a list of {len(node)}; number its items."
+                f"Override {text!r}: {'.'.join(parts[:depth])} is a list of {len(node)}; give the number of an item."
             ) from error
         if not isinstance(node, dict | list):
-            raise UserError(
-                f"Override {text!r}: {'.'.join(parts[: depth + 1])} is a single value, it has no keys below it."
-            )
+            raise UserError(f"Override {text!r}: {'.'.join(parts[: depth + 1])} is a single value without keys.")
     try:
         parsed = yaml.safe_load(value)
         node[int(parts[-1]) if isinstance(node, list) else parts[-1]] = parsed
@@ -297,13 +306,17 @@ def _override(raw: dict[str, Any], text: str) -> str:
 def describe(
     error: ValidationError, root: type[BaseModel], prefix: str, file: str, overridden: Mapping[str, str]
 ) -> list[str]:
-    """One line a problem with settings of ``root``: where it was given, key, value, what is wrong, the nearest key."""
+    """One line per problem with settings of ``root``: where it is, key, value, what is wrong, the nearest key."""
     lines = []
+    places = [problem["loc"] for problem in error.errors()]
     for problem in error.errors():
-        key = ".".join([*([prefix] if prefix else []), *(str(part) for part in problem["loc"])])
+        loc = problem["loc"]
+        if problem["type"] == "too_short" and any(len(p) > len(loc) and p[: len(loc)] == loc for p in places):
+            continue  # only because its items are invalid
+        key = ".".join([*([prefix] if prefix else []), *map(str, loc)])
         origin = next((f"the override {t!r}" for k, t in overridden.items() if _same_branch(k, key)), file)
         if problem["type"] == "extra_forbidden":
-            last, known = str(problem["loc"][-1]), _keys_beside(root, problem["loc"])
+            last, known = str(loc[-1]), _keys_beside(root, loc)
             renamed = next((new for new in RENAMED.get(last, ()) if new in known), None)
             hint = f"; it is now called {renamed!r}" if renamed else nearest(last, known)
             lines.append(f"{origin}: unknown key {key!r}{hint}.")
@@ -317,12 +330,12 @@ def describe(
 
 
 def _same_branch(a: str, b: str) -> bool:
-    """Whether one dotted key is the other or lies below it."""
+    """Whether one dotted key equals the other or is below it."""
     return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
 
 
 def _keys_beside(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The valid keys at the place of the last part of ``loc``."""
+    """The valid keys beside the last part of ``loc``."""
     kind: Any = root
     for part in loc[:-1]:
         if isinstance(kind, type) and issubclass(kind, BaseModel):

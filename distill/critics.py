@@ -1,11 +1,11 @@
-"""The fake score's regression: an unbiased denoising target for an anchor at any noise level.
+"""The fake score's regression: an unbiased denoising target for a student sample at any noise level.
 
 For ``x_t = scale x_s + std n`` denoising score matching gives the targets (Phased DMD, arXiv 2510.27684)
 
     noise* = (sigma_t / std) n          x0* = (x_t - sigma_t noise*) / alpha_t = x_s / alpha_s - k n
 
-whose conditional means given ``x_t`` are those of the anchor's law diffused to ``t``. A clean anchor is ``s = 0``:
-``noise* = n`` and ``x0* = x``.
+whose conditional means given ``x_t`` are those of the sample's distribution diffused to ``t``. For a clean sample,
+``s = 0``, they are ``noise* = n`` and ``x0* = x``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fewstep.models.schedules import NoiseSchedule, bridge
 def denoising_loss(
     fake: Prediction, schedule: NoiseSchedule, sample: StudentSample, t: Tensor, n: Tensor, clamp: float | None = None
 ) -> Tensor:
-    """Mean squared error [scalar] of the fake's own output against the target, ``t`` [B], ``n`` the bridge's noise.
+    """The mean squared error of the fake's raw output against the target; ``t`` [B], ``n`` is the bridge's noise.
 
-    Weighted by ``std^2 / sigma_t^2``, which is 1 for a clean anchor and keeps the target's variance bounded as
-    ``t -> s``; with ``clamp``, by the paper's ``min(1, clamp std^2)`` to the same end.
+    It is weighted by ``std^2 / sigma_t^2``, which is 1 for a clean sample and keeps the target's variance bounded as
+    ``t -> s``; with ``clamp``, by the paper's ``min(1, clamp std^2)``, which does the same.
     """
     x0, noise, weight = denoising_target(schedule, sample, t, n)
     if clamp is not None:
@@ -40,7 +40,7 @@ def denoising_loss(
 def denoising_target(
     schedule: NoiseSchedule, sample: StudentSample, t: Tensor, n: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x0*, noise*, weight) of the header, for times ``t`` [B] above the anchor's level; the weight is [B, 1, ...]."""
+    """(x0*, noise*, weight) as above, for times ``t`` [B] above the sample's level; the weight is [B, 1, ...]."""
     s, t = expand_like(sample.level, n), expand_like(t, n)
     _, std = bridge(schedule, s, t)
     alpha_s, sigma_s, alpha_t, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.alpha(t), schedule.sigma(t)
@@ -54,8 +54,8 @@ def importance_weight(
 ) -> Tensor:
     """TDM's ratio ``q(x_t | x0) / q(x_t | x_s)`` (arXiv 2503.06674), detached, [B, 1, ...].
 
-    Exactly ``(std / sigma_t)^d exp((|n|^2 - |m|^2) / 2)`` with ``m = (x_t - alpha_t x0) / sigma_t`` and d dimensions a
-    sample; its exponent is of order d, so the published code takes the d-th root (``tempered``).
+    It is ``(std / sigma_t)^d exp((|n|^2 - |m|^2) / 2)`` with ``m = (x_t - alpha_t x0) / sigma_t`` and d dimensions per
+    sample. The exponent is of order d, so the published code takes the d-th root (``tempered``).
     """
     scale, std = (expand_like(value, n) for value in bridge(schedule, sample.level, t))
     times = expand_like(t, n)
@@ -67,7 +67,7 @@ def importance_weight(
 
 
 def weighted_clean_loss(fake: Prediction, sample: StudentSample, weight: Tensor, snr_cap: float = 5.0) -> Tensor:
-    """TDM's critic: regression to the x0 that the state came from, times ``weight`` and ``min(SNR, cap)``."""
+    """TDM's critic: regression to the x0 that the sample came from, times ``weight`` and ``min(SNR, cap)``."""
     c = fake.coefficients
     snr = (c.alpha / c.sigma).square().clamp(max=snr_cap).to(fake.raw)
     return (weight * snr * (fake.x0 - sample.output.detach()).square()).mean()

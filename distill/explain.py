@@ -1,8 +1,7 @@
-"""Explains a config without weights, data or a network: equations, updates, evaluations per step, departures from the
-published settings.
+"""Explains a config without weights, data or network: equations, updates, evaluations per step, and differences from
+the published settings.
 
-The stages are built with stand-in networks of a few numbers and run for some steps, so that what is counted is what
-training does.
+The stages are built with tiny stand-in networks and run for some steps, so that the counts are those of training.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.schedules import RectifiedFlow
 
-CYCLES = 12  # over which evaluations are averaged: rollouts have random lengths
+CYCLES = 12  # evaluations are averaged over these, because rollouts have random lengths
 BATCH, SHAPE = 4, (4, 2, 2)
 
 
 @dataclass(frozen=True)
 class UpdateExplanation:
-    """An update of a stage, due at ``share`` of its steps. ``evaluations`` are forward passes by role, per sample and
-    update: (without, with) gradient."""
+    """An update of a stage, due at ``share`` of its steps. ``evaluations`` are forward passes per sample and update, by
+    role: (without, with) gradient."""
 
     name: str
     roles: tuple[str, ...]
@@ -48,8 +47,8 @@ class UpdateExplanation:
 
 @dataclass(frozen=True)
 class StageExplanation:
-    """A stage: the objective's own words, its updates, and (setting, here, default, published) where a value was
-    published or the setting is not the default."""
+    """A stage: the objective's description, its updates, and (setting, here, default, published) for settings that have
+    a published value or differ from the default."""
 
     text: str
     updates: list[UpdateExplanation]
@@ -72,7 +71,7 @@ class StageExplanation:
 
 
 def explain(config: Config) -> list[StageExplanation]:
-    """All stages of a config. Raises ``UserError`` as training would on roles and settings that do not fit."""
+    """All stages of a config. Raises ``UserError``, as training does, on roles and settings that do not fit."""
     trainer = stand_in_trainer(config)
     explanations = []
     for number, stage in enumerate(config.stages):
@@ -88,7 +87,7 @@ def explain(config: Config) -> list[StageExplanation]:
 
 
 class StandIn(Backbone):
-    """A network of one weight that supports whatever an objective may ask of one."""
+    """A tiny network with all features that an objective may need."""
 
     feature_layers = ("layer",)
 
@@ -97,7 +96,7 @@ class StandIn(Backbone):
         self.layer = nn.Conv2d(1, 1, 1)
 
     def get_submodule(self, target: str) -> nn.Module:
-        """Every path is the one layer."""
+        """Returns the one layer for every path."""
         return self.layer
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -110,7 +109,7 @@ class StandIn(Backbone):
 
 @dataclass(frozen=True)
 class StandInData:
-    """Labels and any tensors that the stages' objectives ask for."""
+    """A source of labels and of the tensors that the stages' objectives need."""
 
     tensors: frozenset[str]
 
@@ -120,7 +119,7 @@ class StandInData:
 
 
 def stand_in_trainer(config: Config) -> Trainer:
-    """A trainer of the config's stages with stand-ins for network and data."""
+    """A trainer of the config's stages with stand-ins for the network and the data."""
     schedule = RectifiedFlow()
     origin = "model" if config.teacher is None and config.model is not None else "teacher"
     tensors = frozenset(name for stage in config.stages for name in stage.objective.tensors)
@@ -150,7 +149,7 @@ class Evaluation:
 
 
 def evaluations_of(roles: Roles, work: Callable[[], object]) -> list[Evaluation]:
-    """The network evaluations that ``work`` makes through ``roles``, in order."""
+    """The network evaluations in ``work`` through ``roles``, in order."""
     evaluations: list[Evaluation] = []
 
     def hook(role: str, module: nn.Module, inputs: tuple[Tensor, Tensor, Condition], output: Tensor) -> None:
@@ -168,33 +167,34 @@ def evaluations_of(roles: Roles, work: Callable[[], object]) -> list[Evaluation]
 
 
 def _updates(trainer: Trainer) -> list[UpdateExplanation]:
-    """The updates of the current stage, with their evaluations over some cycles."""
+    """The updates of the current stage, with their evaluations averaged over some cycles."""
     updates = trainer.objective.updates
     steps = CYCLES * max(update.due.n for update in updates)
     samples: dict[str, Counter[tuple[str, bool]]] = {update.name: Counter() for update in updates}
-    times: Counter[str] = Counter()
+    runs: Counter[str] = Counter()
     for step in range(steps):
         shared: dict[int, dict[str, StudentSample]] = {0: {}}
         for update in updates:
             if update.due(step):
-                times[update.name] += 1
+                runs[update.name] += 1
                 run = partial(trainer.loop.update, update, step, shared)
                 for evaluation in evaluations_of(trainer.roles, run):
                     samples[update.name][evaluation.role, evaluation.graph] += len(evaluation.x)
     found = []
     for update in updates:
-        seen, size = samples[update.name], times[update.name] * BATCH
-        evaluations = {
-            role: (seen[role, False] / size, seen[role, True] / size) for role in dict.fromkeys(r for r, _ in seen)
-        }
-        found.append(UpdateExplanation(update.name, update.roles, update.due, times[update.name] / steps, evaluations))
+        counts, size = samples[update.name], runs[update.name] * BATCH
+        roles = dict.fromkeys(role for role, _ in counts)
+        evaluations = {role: (counts[role, False] / size, counts[role, True] / size) for role in roles}
+        found.append(UpdateExplanation(update.name, update.roles, update.due, runs[update.name] / steps, evaluations))
     return found
 
 
 def _settings(config: Config, stage: StageConfig) -> list[tuple[str, str, str, str]]:
     objective = stage.objective
-    defaults = dict(type(objective)(name=objective.name))
+    fields = type(objective).model_fields.items()
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
     here = dict(objective) | {f"{name}.lr": role.lr for name, role in stage.roles.items()}
     here["batch"] = config.batch * config.accumulate
+    del here["name"]
     shown = [name for name in here if name in objective.published or here[name] != defaults.get(name, here[name])]
     return [(name, str(here[name]), str(defaults.get(name, "")), objective.published.get(name, "")) for name in shown]

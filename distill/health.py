@@ -1,11 +1,11 @@
-"""Numbers that distinguish a healthy run from one that fails quietly; ``eval.report.diagnosis`` explains them.
+"""Numbers that distinguish a healthy run from one that fails silently; ``eval.report.diagnosis`` interprets them.
 
-``observe`` records how teacher and fake differ where a student is matched; ``Probe`` compares samples of the student
-with the teacher's.
+``observe`` logs how teacher and fake differ on the student's samples; ``Probe`` compares samples of the student with
+those of the teacher.
 
-The critic's slope. With F* = E[x0 | x_t] on the student's samples, E<T - x0, T - F> = E<T - F*, T - F> for any F,
-so the slope of the regression of T - x0 on T - F is 1 for a fake that is up to date. One that has gone a share q of
-the way from the teacher to the student has slope 1 / q: above 1 it lags, near 0 and below it points elsewhere.
+The critic's slope: with F* = E[x0 | x_t] on the student's samples, E<T - x0, T - F> = E<T - F*, T - F> for any F, so
+the slope of the regression of T - x0 on T - F is 1 for a fake that is up to date. A fake that has covered a share q of
+the distance from the teacher to the student has slope 1 / q: above 1 it lags; near 0 or below, its direction is wrong.
 """
 
 from __future__ import annotations
@@ -35,17 +35,12 @@ BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @torch.no_grad()
 def observe(
-    micro: MicroBatch,
-    schedule: NoiseSchedule,
-    sample: StudentSample,
-    t: Tensor,
-    n: Tensor,
-    teacher: Guided,
+    micro: MicroBatch, schedule: NoiseSchedule, sample: StudentSample, t: Tensor, n: Tensor, teacher: Guided,
     fake: Tensor,
-) -> None:
-    """Notes what a matching update sees at ``x_t`` (``n`` is the bridge's noise, ``fake`` the fake's x0): the gap
-    between guided teacher and fake relative to the pull's normaliser, also by time; the critic's slope; the cosine
-    of guidance (CA) and distribution matching (DM); the deviation of the samples."""
+) -> None:  # fmt: skip
+    """Logs the state of a matching update at ``x_t`` (``n`` is the bridge's noise, ``fake`` the fake's x0): the gap
+    between guided teacher and fake relative to the L1 normaliser, also by time; the critic's slope; the cosine between
+    guidance (CA) and distribution matching (DM); the standard deviation of the samples."""
     gap = (per_sample_mean((teacher.out.x0 - fake).abs()) * l1_weight(sample.output, teacher.out.x0)).flatten()
     micro.log("health/gap", gap)
     for low, high in pairwise(BUCKETS):
@@ -55,13 +50,13 @@ def observe(
     x0, _, weight = denoising_target(schedule, sample, t, n)
     micro.log("health/critic_slope", weight * dm * (teacher.cond.x0 - x0), weight * dm.square())
     if teacher.null is not None:
-        note_split(micro, teacher.out.x0 - teacher.cond.x0, dm)
+        observe_guidance(micro, teacher.out.x0 - teacher.cond.x0, dm)
     micro.log("health/sample_sd", sample.output.std())
 
 
 @torch.no_grad()
-def note_split(micro: MicroBatch, ca: Tensor, dm: Tensor) -> None:
-    """Notes how guidance and distribution matching stand to each other: in balance, cosine -1 and a share of 1/2."""
+def observe_guidance(micro: MicroBatch, ca: Tensor, dm: Tensor) -> None:
+    """Logs how guidance and distribution matching relate: in balance, the cosine is -1 and the share 1/2."""
     ca, dm = ca.flatten(1), dm.flatten(1)
     micro.log("health/ca_dm_cosine", F.cosine_similarity(ca, dm))
     micro.log("health/ca_share", ca.norm(dim=1), ca.norm(dim=1) + dm.norm(dim=1))
@@ -69,8 +64,8 @@ def note_split(micro: MicroBatch, ca: Tensor, dm: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Profile:
-    """What samples [S, N, C, ...] of S seeds for N conditions are like: mean and deviation of each channel, and the
-    distance between seeds."""
+    """Statistics of samples [S, N, C, ...] of S seeds for N conditions: mean and standard deviation per channel, and
+    the mean distance between seeds."""
 
     mean: Tensor
     sd: Tensor
@@ -80,13 +75,12 @@ class Profile:
     def of(samples: Tensor) -> Profile:
         channels = samples.float().flatten(0, 1).transpose(0, 1).flatten(1)
         rows = samples.float().flatten(2).transpose(0, 1)
-        apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum((1, 2)).mean() / (
-            len(samples) * (len(samples) - 1)
-        )
-        return Profile(channels.mean(1), channels.std(1), apart.item())
+        distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum((1, 2)).mean()
+        pairs = len(samples) * (len(samples) - 1)
+        return Profile(channels.mean(1), channels.std(1), (distances / pairs).item())
 
-    def against(self, teacher: Profile) -> dict[str, float]:
-        """Mean drift in the teacher's deviations, and the ratios of deviation and of diversity to the teacher's."""
+    def relative_to(self, teacher: Profile) -> dict[str, float]:
+        """The drift of the mean in standard deviations of the teacher, and the ratios of deviation and diversity."""
         return {
             "health/mean_drift": ((self.mean - teacher.mean) / teacher.sd).square().mean().sqrt().item(),
             "health/sd_ratio": (self.sd.mean() / teacher.sd.mean()).item(),
@@ -96,24 +90,24 @@ class Profile:
 
 @dataclass(frozen=True)
 class Probe:
-    """Generates samples for the rows of ``condition`` [conditions], always from the same noise. The teacher's profile,
-    of the model config ``origin``, is computed once per guidance scale."""
+    """Generates samples for the rows of ``condition`` [conditions], always from the same noise. The profile of the
+    teacher, whose model config is ``teacher_config``, is computed once per guidance scale."""
 
     condition: Condition
     settings: HealthConfig
-    origin: ModelConfig
+    teacher_config: ModelConfig
     batch: int
-    _teachers: dict[float, Profile] = field(default_factory=dict)
+    _teacher_profiles: dict[float, Profile] = field(default_factory=dict)
 
     def __call__(self, student: Model, teacher: Denoiser, scale: float) -> dict[str, float]:
-        """The student's samples against those of the teacher with guidance ``scale``, each by its own few-step rule; a
-        model without one (a teacher, a tuned teacher) takes ``teacher_steps`` Heun steps."""
-        if scale not in self._teachers:
-            self._teachers[scale] = self._profile(Model(denoiser=teacher, config=self.origin), scale)
-        return self._profile(student, scale).against(self._teachers[scale])
+        """Compares samples of the student with those of the teacher with guidance ``scale``. A model with a few-step
+        rule is sampled by it, any other (a teacher, a tuned teacher) by ``teacher_steps`` Heun steps."""
+        if scale not in self._teacher_profiles:
+            self._teacher_profiles[scale] = self._profile(Model(denoiser=teacher, config=self.teacher_config), scale)
+        return self._profile(student, scale).relative_to(self._teacher_profiles[scale])
 
     def _profile(self, model: Model, scale: float) -> Profile:
-        settings, shape = self.settings, self.origin.shape
+        settings, shape = self.settings, self.teacher_config.shape
         rows = torch.arange(settings.conditions).repeat(settings.seeds)
         few_step = model.config.few_step
         config = SamplingConfig() if few_step else SamplingConfig("heun", settings.teacher_steps, scale)

@@ -1,7 +1,7 @@
-"""Distribution matching: noise the anchor further, and pull it along the difference of two predictions.
+"""Distribution matching: re-noise the student's sample and move it along the difference of two predictions.
 
-An anchor at level ``s`` is re-noised to ``t > s`` by the bridge; a *direction* is where the anchor should move (teacher
-minus fake, in x0); ``pull`` turns a direction into a loss whose negative gradient is that direction.
+A sample at level ``s`` is re-noised to ``t > s`` by the bridge. A *direction* is where the sample should move (teacher
+minus fake, in x0). A surrogate loss turns a direction into a loss whose gradient is minus that direction.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fewstep.models.schedules import NoiseSchedule, bridge
 def renoise(
     schedule: NoiseSchedule, sample: StudentSample, t: Tensor, random: KeyedRandom, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``x_t = scale x_s + std n`` at times ``t`` [B], and ``n`` (``noise`` or a fresh draw); both like the anchor."""
+    """``x_t = scale x_s + std n`` at times ``t`` [B], and ``n`` (``noise``, or new noise); both shaped like x_s."""
     scale, std = bridge(schedule, sample.level, t)
     n = random.normal(sample.x.shape, "bridge") if noise is None else noise
     x = sample.x
@@ -26,7 +26,7 @@ def renoise(
 
 
 def per_sample_mean(x: Tensor) -> Tensor:
-    """Mean over all but the batch axis, shaped [B, 1, ...] to multiply ``x``."""
+    """The mean over all axes but the batch axis, shaped [B, 1, ...] so that it multiplies ``x``."""
     return x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
@@ -35,16 +35,16 @@ def l1_weight(x: Tensor, reference: Tensor, floor: float = 1e-6) -> Tensor:
     return 1 / per_sample_mean((x.detach() - reference.detach()).float().abs()).clamp_min(floor)
 
 
-def surrogate_loss(handle: Tensor, direction: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+def surrogate_loss(x: Tensor, direction: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """``1/2 mean (x - sg(x + w d))^2``: its gradient at ``x`` is ``-w d / numel``, its value ``1/2 mean (w d)^2``."""
-    target = (handle + weight * direction).detach()
-    return 0.5 * (handle - target).square().mean()
+    target = (x + weight * direction).detach()
+    return 0.5 * (x - target).square().mean()
 
 
-def huber_surrogate_loss(handle: Tensor, direction: Tensor, weight: Tensor | float = 1.0, c: float = 1e-3) -> Tensor:
+def huber_surrogate_loss(x: Tensor, direction: Tensor, weight: Tensor | float = 1.0, c: float = 1e-3) -> Tensor:
     """The same with a pseudo-Huber distance, as in TDM's code: ``mean w (sqrt((x - sg(x + d))^2 + c^2) - c)``.
 
-    Elementwise, so that its gradient ``-w d / sqrt(d^2 + c^2) / numel`` is bounded by ``w / numel``.
+    It is elementwise, so its gradient ``-w d / sqrt(d^2 + c^2) / numel`` is bounded by ``w / numel``.
     """
-    target = (handle + direction).detach()
-    return (weight * (torch.sqrt((handle - target).square() + c * c) - c)).mean()
+    target = (x + direction).detach()
+    return (weight * (torch.sqrt((x - target).square() + c * c) - c)).mean()

@@ -1,4 +1,4 @@
-"""What a run writes down besides weights: the numbers of its steps, and the environment that it ran in."""
+"""The log of a run's metrics, as JSON lines and optionally for TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fewstep.core.errors import UserError
 
 
 class MetricsLogger:
-    """Appends to ``metrics.jsonl``, and to TensorBoard's event files in ``tensorboard/`` where that is asked for."""
+    """Appends to ``metrics.jsonl``, and to TensorBoard's event files in ``tensorboard/`` if requested."""
 
     def __init__(self, folder: Path, tensorboard: bool) -> None:
         self._file = folder / "metrics.jsonl"
         self._writer = _tensorboard(folder / "tensorboard") if tensorboard else None
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """One line for ``step``. Raises ``UserError`` if it cannot be written."""
+        """Writes one line for ``step``. Raises ``UserError`` if it cannot be written."""
         try:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")

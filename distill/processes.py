@@ -1,4 +1,4 @@
-"""Data parallelism: this process among those that torchrun or ``accelerate launch`` started."""
+"""Data parallelism over the processes that torchrun or ``accelerate launch`` started."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fewstep.core.devices import pick_device
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: data parallelism needs its rank and the number of processes."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
     size: int = 1
@@ -29,14 +29,14 @@ class World:
             tensor.copy_(part.view_as(tensor))
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 def join_world(name: str = "auto") -> tuple[World, torch.device]:
-    """This process's place among those that torchrun or ``accelerate launch`` started, and its device."""
+    """Joins the processes that torchrun or ``accelerate launch`` started; returns rank and number, and the device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return World(), pick_device(name)
-    from accelerate import PartialState  # imports slowly, and only several processes need it
+        return SINGLE_PROCESS, pick_device(name)
+    from accelerate import PartialState  # slow to import
 
     state = PartialState(cpu=name == "cpu" or not torch.cuda.is_available())
     return World(state.process_index, state.num_processes), state.device

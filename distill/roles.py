@@ -1,4 +1,4 @@
-"""Who takes part in training: teacher, student, fake score, discriminator, reference, experts. The names are open."""
+"""The networks in training, by name: teacher, student, fake, discriminator, reference, experts, or any other."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from fewstep.models.offload import OffloadedModule
 
 @dataclass
 class Role:
-    """One network. Its trainable state is ``module.parameters()``: all of a copy, or the adapter of a shared base.
+    """One network. Its trainable state is ``module.parameters()``: all of a copy, or the adapter on a shared base.
 
-    ``optimizer`` is None for a frozen role. ``lr_factor(n)`` multiplies the learning rate at its n-th update. ``average``
-    holds the exponential moving average of the parameters (``ema_decay`` ramps up as min(ema_decay, (1 + n) / (10 + n))).
+    ``optimizer`` is None for a frozen role. ``lr_factor(n)`` multiplies the learning rate of the n-th update.
+    ``average`` holds the exponential moving average of the parameters, with the decay
+    ``min(ema_decay, (1 + n) / (10 + n))`` after n updates.
     """
 
     module: nn.Module
@@ -40,8 +41,8 @@ class Role:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One optimizer step on the gradients present, then the average."""
-        assert self.optimizer is not None, "a frozen role was asked to step"
+        """One optimizer step on the present gradients, then the update of the average."""
+        assert self.optimizer is not None, "a frozen role cannot step"
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.lr_factor(self.updates)
         self.optimizer.step()
@@ -53,36 +54,36 @@ class Role:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it the module has its averaged weights (its own, if it keeps no average)."""
+        """Inside this context the module has its averaged weights (its own, if there is no average)."""
         if not self.average:
             yield
             return
         live = {name: p.detach().clone() for name, p in self.module.named_parameters()}
-        self._put(self.average)
+        self._load(self.average)
         try:
             yield
         finally:
-            self._put(live)
+            self._load(live)
 
     @torch.no_grad()
-    def _put(self, values: Mapping[str, Tensor]) -> None:
+    def _load(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.module.named_parameters():
             parameter.copy_(values[name])
 
 
 @torch.no_grad()
 def blend(role: Role, towards: Role, share: float) -> None:
-    """Moves the parameters of a role (a copy, not an adapter) by ``share`` of the way to those of another."""
+    """Interpolates the parameters of a role (a copy, not an adapter) towards those of another by ``share``."""
     torch._foreach_lerp_([p.detach() for p in role.parameters], [p.detach() for p in towards.parameters], share)
 
 
 class Roles(Mapping[str, Role]):
-    """The roles of a stage by name, and the one way to read a network of theirs. ``evaluations`` counts the samples
-    that were read, guided ones twice."""
+    """The roles of a stage by name, and the one way to evaluate their networks. ``evaluations`` counts the samples that
+    were evaluated, guided ones twice."""
 
     def __init__(self, roles: Mapping[str, Role], precision: torch.dtype = torch.float32) -> None:
         self._roles = dict(roles)
-        self._waiting: dict[str, OffloadedModule] = {}
+        self._offloaded: dict[str, OffloadedModule] = {}
         self._updating: frozenset[str] = frozenset()
         self._precision = precision
         self.evaluations = 0
@@ -100,7 +101,7 @@ class Roles(Mapping[str, Role]):
         return len(self._roles)
 
     def denoiser(self, name: str) -> Denoiser:
-        """The role's network; raises ``TypeError`` for one that is no denoiser (a discriminator's head)."""
+        """The role's network. Raises ``TypeError`` if it is not a denoiser (the heads of a discriminator)."""
         module = self[name].module
         if not isinstance(module, Denoiser):
             raise TypeError(f"the role {name!r} is a {type(module).__name__}, not a Denoiser")
@@ -108,53 +109,47 @@ class Roles(Mapping[str, Role]):
 
     @contextmanager
     def updating(self, names: Sequence[str]) -> Iterator[None]:
-        """Within it ``predict`` records a graph to the parameters of these roles."""
+        """Inside this context ``predict`` records a graph to the parameters of these roles."""
         before, self._updating = self._updating, frozenset(names)
         try:
             yield
         finally:
             self._updating = before
-            for network in self._waiting.values():  # those that the update's graphs needed till now
+            for network in self._offloaded.values():  # the update's graphs needed them until now
                 network.release()
 
     def offload(self, names: Collection[str], device: torch.device) -> None:
-        """From now on the networks of these frozen roles wait in host memory, and are fetched for each read."""
-        self._waiting = {name: OffloadedModule(self[name].module, device) for name in names}
+        """From now on keeps the networks of these frozen roles in host memory and fetches them for each evaluation."""
+        self._offloaded = {name: OffloadedModule(self[name].module, device) for name in names}
 
     def fetch(self) -> None:
-        """Puts all networks on the device."""
-        for network in self._waiting.values():
+        """Moves all networks to the device."""
+        for network in self._offloaded.values():
             network.fetch()
 
     @contextmanager
     def resident(self, name: str) -> Iterator[Denoiser]:
-        """The role's network, within it on the device. One that is read with a graph stays until the update is over."""
-        if name in self._waiting:
-            self._waiting[name].fetch()
+        """The role's network, on the device inside this context; with gradients enabled, until the update is over."""
+        if name in self._offloaded:
+            self._offloaded[name].fetch()
         try:
             yield self.denoiser(name)
         finally:
-            if name in self._waiting and not torch.is_grad_enabled():
-                self._waiting[name].release()
+            if name in self._offloaded and not torch.is_grad_enabled():
+                self._offloaded[name].release()
 
     def is_updating(self, name: str) -> bool:
         return name in self._updating
 
     def predict(
-        self,
-        role: str,
-        x_t: Tensor,
-        t: Tensor | float,
-        condition: Condition,
-        *,
-        guidance: Guidance = OFF,
+        self, role: str, x_t: Tensor, t: Tensor | float, condition: Condition, *, guidance: Guidance = OFF,
         through: bool = False,
-    ) -> Guided:
-        """The role's prediction at ``x_t`` [B, ...] and ``t`` [B], with its parts.
+    ) -> Guided:  # fmt: skip
+        """The role's prediction at ``x_t`` [B, ...] and ``t`` [B], with its conditional and unconditional parts.
 
-        There is a graph only if the role is being updated or ``through`` asks for one to ``x_t`` (SiD, GAN terms). The
-        loop differentiates with respect to the updated roles' parameters alone, so a graph through a frozen role
-        never leaves gradients on it.
+        A graph is recorded only if the role is being updated, or if ``through`` requests one to ``x_t`` (SiD, GAN
+        terms). The loop differentiates with respect to the updated roles' parameters alone, so a graph through a frozen
+        role never leaves gradients on it.
         """
         device = x_t.device
         graph = nullcontext() if through or role in self._updating else torch.no_grad()

@@ -1,4 +1,4 @@
-"""A run's folder: config, environment, metrics, checkpoints, the best and the final student; resuming and replaying."""
+"""Run folders: config, environment, metrics, checkpoints, the best and the final student; resuming and replaying."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fewstep.distill.build import Parts, build_parts
 from fewstep.distill.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from fewstep.distill.config import Config, dump_config, load_config, read_settings
 from fewstep.distill.metrics_logger import MetricsLogger
-from fewstep.distill.processes import ALONE, World
+from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.trainer import Callback, Interrupted, Trainer, Validator
 from fewstep.models.saving import save_model
 
 
 class RunFolder(Callback):
-    """The folder of a run in progress, with its ``trainer``, whose events it records. Only rank 0 writes."""
+    """The folder of a run and its ``trainer``, whose events it records. Only rank 0 writes."""
 
     def __init__(self, folder: Path, trainer: Trainer) -> None:
         self.folder = folder
@@ -32,13 +32,15 @@ class RunFolder(Callback):
         self._log: MetricsLogger | None = None
 
     @staticmethod
-    def create(config: Config, device: torch.device, world: World = ALONE, parts: Parts | None = None) -> RunFolder:
-        """Starts a fresh run. Raises ``UserError`` if the folder already contains something."""
+    def create(
+        config: Config, device: torch.device, world: World = SINGLE_PROCESS, parts: Parts | None = None
+    ) -> RunFolder:
+        """Starts a new run. Raises ``UserError`` if the folder is not empty."""
         if config.out is None:
             raise UserError("The key 'out', the run folder, is missing: set out=runs/NAME.")
         folder = Path(config.out)
         if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty. Resume it with --resume {folder}, or choose another out=….")
+            raise UserError(f"{folder} is not empty. Resume it with --resume {folder}, or set another out=FOLDER.")
         run = RunFolder(folder, Trainer(config, parts or build_parts(config, device), device, world))
         if run._writes:
             try:
@@ -51,10 +53,10 @@ class RunFolder(Callback):
 
     @staticmethod
     def reopen(
-        folder: str | Path, device: torch.device, world: World = ALONE, before: int | None = None,
+        folder: str | Path, device: torch.device, world: World = SINGLE_PROCESS, before: int | None = None,
         parts: Parts | None = None,
     ) -> RunFolder:  # fmt: skip
-        """Opens a run at its last checkpoint (or the last one at or before step ``before``).
+        """Opens a run at its last checkpoint, or at the last one at or before step ``before``.
 
         Raises ``UserError`` if the folder is not a run or the checkpoint is damaged.
         """
@@ -93,7 +95,7 @@ class RunFolder(Callback):
             write_checkpoint(self.folder / "checkpoints", trainer.step, tensors, state, keep)
 
     def on_end(self, trainer: Trainer) -> None:
-        """``student/``: the best validated student, or the last one where nothing was validated."""
+        """Writes ``student/``: the best student in validation, or the last one if nothing was validated."""
         if self._writes and trainer.best:
             shutil.copytree(self.folder / "best", self.folder / "student", dirs_exist_ok=True)
         else:
@@ -101,8 +103,8 @@ class RunFolder(Callback):
 
     def _record(self, trainer: Trainer, values: dict[str, float]) -> None:
         if self._log is not None:
-            spent = {"seconds": round(trainer.seconds, 3), "evaluations": trainer.evaluations}
-            self._log(trainer.step, spent | values)
+            cost = {"seconds": round(trainer.seconds, 3), "evaluations": trainer.evaluations}
+            self._log(trainer.step, cost | values)
 
     def _write_student(self, trainer: Trainer, name: str) -> None:
         if self._writes:
@@ -115,26 +117,26 @@ class RunFolder(Callback):
             self.trainer.load_state(tensors, state)
         except KeyError as error:
             raise UserError(
-                f"{checkpoint} has no {error}: it was written by another version of fewstep. Train again, in another "
-                "folder."
+                f"{checkpoint} has no {error}: it is from another version of fewstep. Train again in another folder."
             ) from error
 
 
 def run_config(folder: str | Path) -> Config:
     """The resolved config of a run folder. Raises ``UserError`` if it is not one."""
-    file = Path(folder) / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml.")
-    return load_config(file)
+    return load_config(_config_file(folder))
 
 
 def run_settings(folder: str | Path) -> dict[str, Any]:
-    """The settings of a run folder as written, without importing what they name. Raises ``UserError`` if there are
-    none."""
+    """The settings of a run folder as written, without importing the modules they name. Raises ``UserError`` if it is
+    not one."""
+    return read_settings(_config_file(folder))[0]
+
+
+def _config_file(folder: str | Path) -> Path:
     file = Path(folder) / "config.yaml"
     if not file.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml.")
-    return read_settings(file)[0]
+    return file
 
 
 def teacher_of(folder: Path) -> str | None:
@@ -148,7 +150,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
-    """The numbers of a logged step as recorded and as recomputed from the checkpoint before it.
+    """The metrics of a logged step, as recorded and as recomputed from the checkpoint before it.
 
     Raises ``UserError`` if the step was not logged.
     """
@@ -157,7 +159,7 @@ def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str
     logged = {line["step"]: line for line in lines if "validation" not in line}
     if step not in logged:
         raise UserError(
-            f"Step {step} was not logged; logged are every {trainer.config.log_every} up to {max(logged, default=0)}."
+            f"Step {step} was not logged; the log has every {trainer.config.log_every} up to {max(logged, default=0)}."
         )
     computed = trainer.advance(step)
     return {name: logged[step][name] for name in computed if name in logged[step]}, computed

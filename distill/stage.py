@@ -1,4 +1,4 @@
-"""Stages: warm-ups, phases, experts, step halving and distil-then-prefer are one concept, run one after the other."""
+"""Stages: one concept for warm-ups, phases, experts, step-count halving and preference tuning after distillation."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from fewstep.models.quantized import require_bitsandbytes
 
 
 class BaseConfig(BaseModel):
-    """Base of every piece of configuration: immutable, and an unknown key is an error."""
+    """Base class of configs: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """Where an objective trains: the ``number`` of its stage, the stage's ``first_step`` and its length in ``steps``."""
+    """The stage that an objective is built for: its ``number``, its ``first_step``, and its length in ``steps``."""
 
     number: int
     first_step: int
@@ -41,9 +41,10 @@ class StageContext:
 
 
 class ObjectiveConfig(BaseConfig):
-    """Base of an objective's settings, with what it asks of its stage.
+    """Base class of objectives: their settings, their requirements, and ``build``.
 
-    ``published``: the values of the paper or its code in words, by setting (also ``batch``, ``ROLE.lr``), for ``show``.
+    ``published`` holds the values of the paper or its code as text, by setting (also ``batch``, ``ROLE.lr``), for
+    ``fewstep explain``.
     """
 
     published: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -52,7 +53,7 @@ class ObjectiveConfig(BaseConfig):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, settings: Any) -> Any:
-        """The name under which a config can give this class: its file's for the built-in ones, else a dotted name."""
+        """Fills in the name by which configs refer to this class: the file's for built-in ones, else a dotted name."""
         if isinstance(settings, dict) and not settings.get("name"):
             package, _, file = cls.__module__.rpartition(".")
             builtin = package == "fewstep.distill.objectives"
@@ -61,36 +62,36 @@ class ObjectiveConfig(BaseConfig):
 
     @classmethod
     def description(cls) -> str:
-        """Equations and updates in the words of the docstring, of the class or of its module."""
+        """The docstring of the class or of its module: equations and updates."""
         return inspect.cleandoc(vars(cls).get("__doc__") or sys.modules[cls.__module__].__doc__ or "")
 
     @property
     def needs(self) -> frozenset[str]:
-        """The roles that it reads."""
+        """The roles that it uses."""
         return frozenset({"teacher", "student", "fake"})
 
     @property
     def tensors(self) -> frozenset[str]:
-        """The tensors, besides the condition, that its batches must bring: none for a data-free method."""
+        """The tensors that its batches must contain besides the condition: none for a data-free method."""
         return frozenset()
 
     @property
     def teacher_features(self) -> tuple[str, ...]:
-        """The modules of the teacher's network, and of its copies, whose outputs it reads as features."""
+        """The modules of the teacher's network, and of its copies, whose outputs it uses as features."""
         return ()
 
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
-        """Networks of its own, by the role that starts from them (``init: new``); ``condition`` has one row."""
+        """The networks that it creates, by the role that uses them (``init: new``); ``condition`` has one row."""
         return {}
 
     def build(self, roles: Roles, stage: StageContext) -> Objective:
-        """The objective of these settings for the roles of a stage."""
+        """The objective with these settings, for the roles of a stage."""
         raise NotImplementedError
 
 
 class MatchingConfig(ObjectiveConfig):
-    """Base of the settings of distribution matching: the teacher is read with ``guidance`` (w), and the fake score is
-    updated ``critic_updates`` times for one update of the student."""
+    """Base class of distribution matching: the teacher is evaluated with ``guidance`` (w), and the fake score has
+    ``critic_updates`` updates per update of the student."""
 
     guidance: float = 2.0
     critic_updates: int = Field(5, ge=1)
@@ -99,10 +100,11 @@ class MatchingConfig(ObjectiveConfig):
 class RoleConfig(BaseConfig):
     """How a trained role starts and learns.
 
-    ``init`` names the role that it copies (``teacher``, or ``student`` of the stage before), ``model`` for a freshly
-    initialised network, ``new`` for one that the objective makes (a discriminator), or ``keep`` to go on with what the
-    role was; ``full_finetune`` makes it a copy even where the run has adapters. The learning rate is warmed up linearly over
-    ``warmup`` updates and then constant, or falls to zero as a cosine over the updates that the stage gives the role.
+    ``init`` names the role that it copies (``teacher``, or ``student`` of the previous stage); ``model`` is a newly
+    initialised network, ``new`` one that the objective creates (a discriminator), and ``keep`` continues with the role
+    as it was. ``full_finetune`` makes it a copy even in a run with adapters. The learning rate is warmed up linearly
+    over ``warmup`` updates. Then it is constant or, with ``lr_schedule: cosine``, falls to zero over the role's updates
+    in the stage. ``ema`` is the decay of the weights' moving average.
     """
 
     init: str = "teacher"
@@ -117,20 +119,20 @@ class RoleConfig(BaseConfig):
 
 
 def learning_rate(config: RoleConfig, updates: int) -> Callable[[int], float]:
-    """The factor on ``config.lr`` at the n-th of ``updates`` updates of the role."""
+    """The factor on ``config.lr`` for the n-th of the role's ``updates`` updates."""
 
     def factor(n: int) -> float:
         warm = min(1.0, (n + 1) / (config.warmup + 1))
-        return warm * (
-            0.5 + 0.5 * math.cos(math.pi * min(1.0, n / max(1, updates))) if config.lr_schedule == "cosine" else 1.0
-        )
+        if config.lr_schedule == "constant":
+            return warm
+        return warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, n / max(1, updates))))
 
     return factor
 
 
 def make_role(module: nn.Module, config: RoleConfig) -> Role:
-    """A trained role with its optimizer (AdamW, its moments in 8 bits if asked) over ``module``'s parameters, at a
-    constant rate so far."""
+    """A trained role with an AdamW optimizer over ``module``'s parameters, with 8-bit moments if configured. Its
+    learning rate is constant until ``lr_factor`` is set."""
     adamw = torch.optim.AdamW if config.optimizer == "adamw" else require_bitsandbytes().optim.AdamW8bit
     optimizer = adamw(module.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     for group in optimizer.param_groups:
@@ -146,13 +148,14 @@ def enter_stage(
 ) -> dict[str, Role]:
     """The roles of the next stage: frozen copies first (``freeze`` maps new name -> role), then the trained ones.
 
-    A role copied from a trained one takes its averaged weights. Roles not named stay, frozen.
+    A copy of a trained role has its averaged weights. Roles that are not named stay, frozen. Raises ``UserError`` if a
+    role to start from does not exist.
     """
 
-    def source(name: str, wanted_by: str) -> Role:
+    def source(name: str, user: str) -> Role:
         if name not in before:
             raise UserError(
-                f"The role {wanted_by!r} starts from {name!r}, which does not exist here{nearest(name, before)}."
+                f"The role {user!r} starts from {name!r}, which this stage does not have{nearest(name, before)}."
             )
         return before[name]
 
@@ -172,7 +175,7 @@ def enter_stage(
             roles[name] = make_role(source(name, name).module, config)
         elif config.init == "new":
             if name not in networks:
-                raise UserError(f"The objective makes no network {name!r}{nearest(name, networks)}; init is wrong.")
+                raise UserError(f"The objective creates no network {name!r}{nearest(name, networks)}; change its init.")
             roles[name] = make_role(networks[name], config)
         else:
             roles[name] = make_role(duplicate(source(config.init, name), config.full_finetune), config)

@@ -1,4 +1,4 @@
-"""The trainer: roles, sources, stages and callbacks. It writes no files; ``run_folder`` does that as a callback."""
+"""The trainer: runs stages and callbacks. It writes no files; ``run_folder.RunFolder`` does that as a callback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fewstep.distill.config import Config
 from fewstep.distill.data.batch import Source
 from fewstep.distill.health import Probe
 from fewstep.distill.loop import Loop
-from fewstep.distill.processes import ALONE, World
+from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import MatchingConfig, StageContext, enter_stage, learning_rate
 from fewstep.distill.update import Objective
@@ -34,48 +34,48 @@ from fewstep.models.model_config import FewStep, ModelConfig
 
 
 class Interrupted(Exception):
-    """Ctrl-C or a termination signal; the checkpoint is written, in ``folder`` if the run has one."""
+    """Raised after Ctrl-C or a termination signal, when callbacks have saved the state; ``folder`` is the run's."""
 
     folder: Path | None = None
 
 
 class Validator(Protocol):
-    """Scores the student, whose averaged weights are in place: lower is better, None if nothing can be scored."""
+    """Scores the student with its averaged weights: lower is better, None if there is no score."""
 
     def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> float | None: ...
 
 
 class Callback:
-    """Is notified of what training does; override the methods you need."""
+    """Receives the events of training. Override the methods you need."""
 
     def on_log(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """Every ``log_every`` steps: losses, gradient norms and diagnostics since the last call."""
+        """Called every ``log_every`` steps with losses, gradient norms and diagnostics since the last call."""
 
     def on_step(self, trainer: Trainer) -> None:
-        """After every step."""
+        """Called after every step."""
 
     def on_validation(self, trainer: Trainer, value: float) -> None:
-        """After a validation with a score; ``trainer.best`` is up to date."""
+        """Called after a validation with a score; ``trainer.best`` is up to date."""
 
     def on_checkpoint(self, trainer: Trainer) -> None:
-        """When the state should be saved: regularly, at the end of a stage, at the end, and before a stop."""
+        """Called when the state should be saved: regularly, at the end of a stage, and before an interruption."""
 
     def on_end(self, trainer: Trainer) -> None:
-        """After the last step."""
+        """Called after the last step."""
 
 
 @dataclass
 class Trainer:
     """Trains the stages of ``config`` from ``parts``.
 
-    ``step`` counts the steps done so far over all stages, ``evaluations`` the samples at which networks were evaluated
-    for them, over all processes. ``best`` is the best validation of the current stage.
+    ``step`` is the number of finished steps over all stages, ``evaluations`` the number of samples at which they
+    evaluated networks, over all processes. ``best`` is the best validation of the current stage.
     """
 
     config: Config
     parts: Parts
     device: torch.device
-    world: World = ALONE
+    world: World = SINGLE_PROCESS
     validate: Validator | None = None
     callbacks: Sequence[Callback] = ()
     roles: Roles = field(init=False)
@@ -99,15 +99,18 @@ class Trainer:
         config: Config, *, teacher: Model | Denoiser | None = None, data: Source | None = None,
         callbacks: Sequence[Callback] = (), device: str = "auto",
     ) -> Trainer:  # fmt: skip
-        """A trainer of the config, with the user's own teacher and data where given. Raises ``UserError`` on a mistake
-        in the config."""
-        place = pick_device(device)
-        return Trainer(config, build_parts(config, place, teacher, data), place, callbacks=callbacks)
+        """A trainer of the config, optionally with your own teacher and data. Raises ``UserError`` on a mistake in the
+        config."""
+        chosen = pick_device(device)
+        return Trainer(config, build_parts(config, chosen, teacher, data), chosen, callbacks=callbacks)
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
     def enter(self, number: int) -> None:
-        """Builds roles, objective and loop of a stage from the roles of the one before."""
+        """Builds roles, objective and loop of a stage from the roles of the previous one.
+
+        Raises ``UserError`` if roles or data do not match the objective.
+        """
         stage = self.config.stages[number]
         settings = stage.objective
         before = dict(self.roles) if self.stage >= 0 else dict(self.parts.roles)
@@ -124,12 +127,12 @@ class Trainer:
                     "creates this network itself; use init: new."
                 )
         if self.stage >= 0:
-            self.roles.fetch()  # so that copies are made on the device
+            self.roles.fetch()  # copies are created on the device
         roles = enter_stage(before, stage.roles, stage.freeze, networks)
         if missing := settings.needs - set(roles):
             raise UserError(
                 f"stages.{number}: the objective {settings.name!r} needs the roles {sorted(settings.needs)}, "
-                f"but {sorted(missing)} is missing (under roles: or freeze:; known here: {', '.join(roles)})."
+                f"but {sorted(missing)} is missing: add it under roles: or freeze: (known here: {', '.join(roles)})."
             )
         if missing := settings.tensors - set(probe):
             raise UserError(
@@ -147,7 +150,7 @@ class Trainer:
             self.roles.offload(frozen, self.device)
         if unknown := {role for update in self.objective.updates for role in update.roles} - set(stage.roles):
             raise UserError(
-                f"stages.{number}.roles: {sorted(unknown)} is trained by the objective, so it needs a learning rate."
+                f"stages.{number}.roles: the objective trains {sorted(unknown)}, so add it with a learning rate."
             )
         self.few_step = self.objective.few_step or (self.few_step if number else self.parts.model_config.few_step)
         for name, role in stage.roles.items():
@@ -165,7 +168,7 @@ class Trainer:
 
     @property
     def student_config(self) -> ModelConfig:
-        """The model config of the student: the teacher's, and how the objective samples it."""
+        """The model config of the student: the teacher's, with the objective's sampling rule and settings."""
         origin = self.parts.model_config
         boundaries = tuple(lowest for _, lowest in self.objective.experts)
         adapter = isinstance(self.roles.denoiser("student").backbone, AdapterView)
@@ -180,25 +183,25 @@ class Trainer:
 
     @property
     def generator(self) -> Denoiser:
-        """What is sampled and saved: the student, or the experts by noise level, the student among them."""
+        """The denoiser that is sampled and saved: the student, or all experts by noise level."""
         experts = [self.roles.denoiser(role) for role, _ in self.objective.experts]
         return experts[0] if len(experts) == 1 else routed(experts, [low for _, low in self.objective.experts])
 
     @property
     def student(self) -> Model:
-        """The generator with its config, as ``samplers.generate`` takes it."""
+        """The generator with its config, as ``samplers.generate`` expects it."""
         return Model(denoiser=self.generator, config=self.student_config)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Trains to the end of the last stage, from the current step.
+        """Trains from the current step to the end of the last stage.
 
-        Raises ``Interrupted`` after a checkpoint if a signal asked to stop.
+        Raises ``Interrupted`` if a signal requested a stop, after the callbacks' ``on_checkpoint``.
         """
         started = time.monotonic() - self.seconds
         end = self.ends[-1]
-        latest: dict[str, Tensor] = {}  # since the last log line: not every update is due at a logged step
+        latest: dict[str, Tensor] = {}  # since the last log line: some updates are not due at a logged step
         health: dict[str, float] = {}
         with stop_requests() as stop:
             while self.step < end:
@@ -221,20 +224,20 @@ class Trainer:
         self._notify("on_end")
 
     def advance(self, step: int) -> dict[str, float]:
-        """Continues to ``step`` without callbacks; returns the numbers of the last step."""
+        """Trains up to ``step`` without callbacks; returns the metrics of the last step."""
         metrics: dict[str, Tensor] = {}
         while self.step < step:
             metrics = self.one_step()
         return to_numbers(metrics)
 
     def one_step(self) -> dict[str, Tensor]:
-        """One step of the current stage, or of the next where that has ended."""
+        """Runs one step of the current stage, or of the next one if the current one is complete."""
         if self.step >= self.ends[self.stage]:
             self.enter(self.stage + 1)
-            self.best = {}  # of another method or generator, not comparable
+            self.best = {}  # scores of another objective or generator are not comparable
         before = self.roles.evaluations
         metrics = self.loop.step(self.step)
-        self.evaluations += (self.roles.evaluations - before) * self.world.size  # as if all processes did the same
+        self.evaluations += (self.roles.evaluations - before) * self.world.size  # equal in all processes
         self.step += 1
         return metrics
 
@@ -246,7 +249,7 @@ class Trainer:
             getattr(callback, event)(self, *details)
 
     def _check_health(self) -> dict[str, float]:
-        """How samples of the averaged student differ from the teacher's; empty without a teacher."""
+        """Compares samples of the averaged student with the teacher's; empty without a teacher."""
         if "teacher" not in self.parts.roles:
             return {}
         settings = self.config.stages[self.stage].objective
@@ -266,13 +269,13 @@ class Trainer:
     # --- state --------------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that training changed: the tensors of every trained role and of the objective, and the counters."""
+        """All that training changed: the tensors of trained roles and of the objective, and the counters."""
         tensors: dict[str, Tensor] = {}
         for name, role in self._trained().items():
             tensors |= role_tensors(name, role)
         tensors |= {f"objective/{name}": value for name, value in self.objective.state.items()}
-        spent = {"seconds": self.seconds, "evaluations": self.evaluations}
-        return tensors, {"stage": self.stage, "step": self.step, **spent, "best": self.best}
+        cost = {"seconds": self.seconds, "evaluations": self.evaluations}
+        return tensors, {"stage": self.stage, "step": self.step, **cost, "best": self.best}
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """The inverse of ``state``. Raises ``KeyError`` on missing tensors or counters."""
@@ -286,12 +289,12 @@ class Trainer:
         self.evaluations = state["evaluations"]
 
     def _trained(self) -> dict[str, Role]:
-        """The roles that training made."""
+        """The roles that training created."""
         return {name: role for name, role in self.roles.items() if name not in self.parts.roles}
 
 
 def to_numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """The metrics as numbers, without diagnostics that no sample contributed to (an empty range of times)."""
+    """The metrics as numbers, without diagnostics to which no sample contributed (an empty range of times)."""
     values = {name: value.item() for name, value in metrics.items()}
     return {name: value for name, value in values.items() if not (name.startswith("health/") and math.isnan(value))}
 
@@ -303,7 +306,7 @@ class _Stop:
 
 @contextmanager
 def stop_requests() -> Iterator[_Stop]:
-    """Turns the first Ctrl-C or SIGTERM into a request; a second one acts at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request; a second one acts immediately."""
     stop = _Stop()
 
     def request(number: int, frame: object) -> None:
@@ -314,7 +317,7 @@ def stop_requests() -> Iterator[_Stop]:
     try:
         for number in before:
             signal.signal(number, request)
-    except ValueError:  # not the main thread, which owns the signals
+    except ValueError:  # only the main thread can handle signals
         yield stop
         return
     try:

@@ -1,4 +1,4 @@
-"""What an objective is made of: updates, their terms, and the micro-batch a term sees."""
+"""The parts of an objective: its updates, their loss terms, and the micro-batch that a term receives."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Every:
 
 
 class LossTerm(NamedTuple):
-    """A named scalar loss. The loop back-propagates it before it asks for the next one."""
+    """A named scalar loss. The loop back-propagates it before it requests the next one."""
 
     name: str
     loss: Tensor
@@ -39,11 +39,12 @@ class LossTerm(NamedTuple):
 
 @dataclass(frozen=True)
 class StudentSample:
-    """The student's sample as an objective sees it.
+    """The student's sample, as objectives use it.
 
-    ``x`` [B, ...] at noise level ``level`` [B] (0 is clean) must have the teacher's law and is what is re-noised.
-    ``output`` is the tensor that receives the gradient: ``x`` itself or the ``x0`` it came from. ``t_student`` [B] is
-    the time at which the student was evaluated; ``noise`` the noise that its prediction implies, without a graph.
+    ``x`` [B, ...] at noise level ``level`` [B] (0 is clean) must have the teacher's distribution; it is what is
+    re-noised. ``output`` is the tensor that receives the gradient: ``x`` itself, or the ``x0`` that it came from.
+    ``t_student`` [B] is the time at which the student was evaluated, ``noise`` the noise that its prediction implies,
+    without a graph.
     """
 
     x: Tensor
@@ -54,7 +55,7 @@ class StudentSample:
     noise: Tensor | None = None
 
     def leaves(self, graph: bool) -> StudentSample:
-        """The same values detached from their graph; with ``graph``, as leaves that collect gradients."""
+        """The same values, detached from their graph; with ``graph``, as leaves that collect gradients."""
         x = self.x.detach().requires_grad_(graph)
         output = x if self.output is self.x else self.output.detach().requires_grad_(graph)
         return replace(self, x=x, output=output)
@@ -67,9 +68,9 @@ Rollout = Callable[["MicroBatch"], StudentSample]
 class MicroBatch:
     """One micro-batch of one update: batches by source name, random numbers, the student's sample, and metrics.
 
-    ``sample`` is the result of the objective's rollout: the same for every update of a step, with gradients in the one
-    that trains the student and without in the others. Its graph is cut there: terms may be back-propagated one by one,
-    each freeing its memory, and ``finish`` carries the collected gradients into the student once.
+    ``sample`` is the result of the objective's rollout. It is the same in all updates of a step, and collects gradients
+    only in the one that trains the student. Its graph is cut there: terms are back-propagated one by one, each freeing
+    its memory, and ``finish`` back-propagates the collected gradients through the student once.
     """
 
     batches: Mapping[str, Batch]
@@ -77,9 +78,9 @@ class MicroBatch:
     step: int
     roles: Roles
     rollout: Rollout | None = None
-    shared: dict[str, StudentSample] = field(default_factory=dict)  # by all updates of a step
+    shared: dict[str, StudentSample] = field(default_factory=dict)  # shared by all updates of a step
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _source: StudentSample | None = None
+    _with_graph: StudentSample | None = None
 
     @property
     def batch(self) -> Batch:
@@ -88,36 +89,37 @@ class MicroBatch:
 
     @property
     def sample(self) -> StudentSample:
+        """The student's sample. Raises ``ValueError`` if the objective has no rollout."""
         graph = self.roles.is_updating("student") and torch.is_grad_enabled()
-        if graph and self._source is None:
-            self._source = self._run_rollout()
-            self.shared["graph"] = self._source.leaves(True)
-            self.shared["plain"] = self._source.leaves(False)
+        if graph and self._with_graph is None:
+            self._with_graph = self._run_rollout()
+            self.shared["graph"] = self._with_graph.leaves(True)
+            self.shared["plain"] = self._with_graph.leaves(False)
         if not graph and "plain" not in self.shared:
             with torch.no_grad():
                 self.shared["plain"] = self._run_rollout().leaves(False)
         return self.shared["graph" if graph else "plain"]
 
     def _run_rollout(self) -> StudentSample:
-        """The rollout with random numbers of its own, so that every update of the step gets the same sample."""
+        """Runs the rollout with its own random numbers, so that every update of the step gets the same sample."""
         if self.rollout is None:
             raise ValueError("this objective has no rollout, so its terms have no sample")
         seed, step, _, shard = self.random.key
         return self.rollout(replace(self, random=KeyedRandom(seed, step, "rollout", shard, self.random.device)))
 
     def finish(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Back-propagates what the terms left on the sample's leaves through the rollout."""
-        if self._source is None:
+        """Back-propagates the gradients that the terms left on the sample through the rollout."""
+        if self._with_graph is None:
             return
         leaf = self.shared.pop("graph")
-        ends = {self._source.x: leaf.x.grad, self._source.output: leaf.output.grad}
+        ends = {self._with_graph.x: leaf.x.grad, self._with_graph.output: leaf.output.grad}
         used = [(tensor, grad) for tensor, grad in ends.items() if grad is not None]
         if used:
             torch.autograd.backward([t for t, _ in used], [g for _, g in used], inputs=parameters)
-        self._source = None
+        self._with_graph = None
 
     def log(self, name: str, value: Tensor, count: Tensor | None = None) -> None:
-        """Records a metric: what is logged is ``sum(value) / sum(count)`` over all shards, by default the mean."""
+        """Records a metric. ``sum(value) / sum(count)`` over all shards is logged, by default the mean."""
         value = value.detach().float()
         count = torch.ones_like(value) if count is None else count.detach().to(value)
         self.metrics[name] = value.sum(), count.sum()
@@ -125,8 +127,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step of some roles. ``after`` runs once it is done, with draws of its own that every process shares
-    (a fake <- student blend, a refill of a buffer by the policy)."""
+    """One optimizer step of some roles. ``after`` runs when it is done, with random numbers that all processes share
+    (to move the fake towards the student, or to refill a buffer from the policy)."""
 
     name: str
     roles: tuple[str, ...]
@@ -137,12 +139,12 @@ class Update:
 
 @dataclass(frozen=True)
 class Objective:
-    """A method: its updates in order, the rollout that makes their sample, and how what it trains is sampled.
+    """A method: its updates in order, the rollout that produces their sample, and how the trained model is sampled.
 
-    ``state`` names tensors that must survive a checkpoint besides the roles (a buffer that the policy refills); they
-    are saved and restored in place. ``few_step`` is how its student is sampled; None leaves that as it was. ``experts``
-    lists (role, lowest time) from noise downwards where the generator is not the student alone. ``backbone`` holds
-    settings of the student's network that differ from the teacher's.
+    ``state`` holds tensors that checkpoints must contain besides the roles (a buffer that the policy refills); they are
+    saved, and restored in place. ``few_step`` is the student's sampling rule; None keeps the previous one. ``experts``
+    lists (role, lowest time), noisiest first, if the generator is not the student alone. ``backbone`` holds settings of
+    the student's network that differ from the teacher's.
     """
 
     updates: tuple[Update, ...]

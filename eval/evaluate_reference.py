@@ -1,4 +1,4 @@
-"""Scores by an embedded reference: every metric of its classifier's features."""
+"""Scores by a bundled reference: the metrics of its classifier's features."""
 
 from __future__ import annotations
 
@@ -15,20 +15,30 @@ from fewstep.eval.images import ImageSet
 from fewstep.eval.metrics.diversity import cross_seed_diversity
 from fewstep.eval.metrics.frechet import Statistics, bias_note, frechet_distance
 from fewstep.eval.metrics.kid import kid
+from fewstep.eval.metrics.metric import Direction
 from fewstep.eval.metrics.precision_recall import precision_recall
-from fewstep.eval.networks.features import extract
-from fewstep.eval.references import Reference
+from fewstep.eval.networks.features import extract_features
+from fewstep.eval.references import DISTANCE_PREFIX, Reference
 from fewstep.eval.score_files import Score, scores_of_generated, scores_of_images
-from fewstep.eval.toy_captions import CaptionSet, following, read
+from fewstep.eval.toy_captions import CaptionSet, prompt_following, read_back
 from fewstep.models.loading import Model
 from fewstep.samplers.generate import GeneratedSet, Progress
 from fewstep.samplers.plan import SamplingConfig
 
-DIVERSITY_SEEDS = 50  # seeds a class for the diversity metric; its cost is quadratic in them
+DIVERSITY_SEEDS = 50  # seeds per class for the diversity, whose cost is quadratic in them
+DIRECTIONS: dict[str, Direction] = {
+    "kid": "lower", "precision": "higher", "recall": "higher", "accuracy": "higher", "diversity": "higher",
+    "garment": "higher", "colour": "higher", "background": "higher", "prompt": "higher",
+}  # fmt: skip
+
+
+def reference_direction(metric: str) -> Direction | None:
+    """The direction of a score computed here; None for other names."""
+    return "lower" if metric.startswith(DISTANCE_PREFIX) else DIRECTIONS.get(metric)
 
 
 def metrics(reference: Reference, features: Tensor) -> dict[str, float]:
-    """What an embedded reference says of images by their features [N, D]."""
+    """The metrics of images by their features [N, D]."""
     precision, recall = precision_recall(reference.features, features)
     return {
         reference.metric: frechet_distance(Statistics.of(features), reference.statistics),
@@ -38,25 +48,25 @@ def metrics(reference: Reference, features: Tensor) -> dict[str, float]:
     }
 
 
-def metrics_of_conditions(reference: Reference, images: Tensor, labels: Tensor, conditions: int) -> dict[str, float]:
-    """The same of images, uint8 [N, C, H, W], that show ``labels`` [N] and were drawn for ``conditions`` in turn; and
-    how often they show them, and how much those of one condition differ."""
-    features = extract(reference.network, images)
-    right = reference.network.classes(features) == labels
-    each = min(len(images) // conditions, DIVERSITY_SEEDS)
-    seeds = features[: conditions * each].reshape(each, conditions, -1)
+def conditional_metrics(reference: Reference, images: Tensor, labels: Tensor, conditions: int) -> dict[str, float]:
+    """The metrics of images, uint8 [N, C, H, W], generated for ``conditions`` in turn; how many of them the classifier
+    assigns to their ``labels`` [N] (accuracy); and how much the images of one condition differ (diversity)."""
+    features = extract_features(reference.network, images)
+    correct = reference.network.classes(features) == labels
+    seeds = min(len(images) // conditions, DIVERSITY_SEEDS)
+    by_seed = features[: conditions * seeds].reshape(seeds, conditions, -1)
     return metrics(reference, features) | {
-        "accuracy": right.float().mean().item(),
-        "diversity": cross_seed_diversity(seeds),
+        "accuracy": correct.float().mean().item(),
+        "diversity": cross_seed_diversity(by_seed),
     }
 
 
 @dataclass(frozen=True)
 class ReferenceEvaluator:
-    """Scores by an embedded reference: ``n`` samples of each of ``seeds`` against its test images.
+    """Scores by a bundled reference: ``n`` samples of each of ``seeds`` against its test images.
 
-    A text-conditioned model is asked for tinted garments (``eval/tinted.py``), every caption in turn: its scores are
-    those of the grey garments read back from its pictures, and how often they show what was asked for.
+    A text-conditioned model generates tinted garments (``eval/toy_captions.py``) for every caption in turn. Its scores
+    are those of the grey garments recovered from its images, and how often they show what the caption describes.
     """
 
     reference: Reference
@@ -67,44 +77,43 @@ class ReferenceEvaluator:
 
     @property
     def hashes(self) -> set[str]:
+        """SHA-256 of the classifier's weights."""
         return {self.reference.network.sha256}
 
     def check(self, model: Model) -> None:
-        """Raises ``UserError`` on a model whose samples it cannot score, before any is drawn."""
-        least = 2 * (model.config.classes or len(CaptionSet.every()))
-        if self.n < least:
-            raise UserError(f"n must be at least {least} (two samples a class or caption), got {self.n}.")
+        """Raises ``UserError`` on a model whose samples cannot be scored, before any is generated."""
+        minimum = 2 * (model.config.classes or len(CaptionSet.all()))
+        if self.n < minimum:
+            raise UserError(f"n must be at least {minimum} (two samples per class or caption), got {self.n}.")
         if model.config.classes:
             self.reference.network(torch.zeros(1, *model.config.shape, dtype=torch.uint8))
 
     def __call__(
         self, model: Model, name: str, sampling: SamplingConfig, progress: Progress | None = None
     ) -> list[Score]:
-        """Draws the samples and returns one score a metric. Raises ``UserError`` on a request that cannot be met."""
-        every = CaptionSet.every()
-        classes = model.config.classes
-        generated = GeneratedSet(
-            model, sampling, self.n, () if classes else every.captions, batch=100, progress=progress
-        )
-        pictures = torch.cat(list(generated.parts()))
+        """Generates the samples and returns one score per metric. Raises ``UserError`` on invalid requests."""
+        captions, classes = CaptionSet.all(), model.config.classes
+        prompts = () if classes else captions.captions
+        generated = GeneratedSet(model, sampling, self.n, prompts, batch=100, progress=progress)
+        images = torch.cat(list(generated.parts()))
         if classes:
-            values = metrics_of_conditions(self.reference, pictures, model.labels(self.n), classes)
+            values = conditional_metrics(self.reference, images, model.labels(self.n), classes)
         else:
-            asked = every.rows(torch.arange(self.n) % len(every))
-            values = metrics_of_conditions(self.reference, read(pictures).grey, asked.labels, len(every))
-            values |= following(self.reference.network, pictures, asked)
-        return scores_of_generated(generated, values, model=name, **self._about(values, self.n))
+            prompted = captions.select(torch.arange(self.n) % len(captions))
+            values = conditional_metrics(self.reference, read_back(images).grey, prompted.labels, len(captions))
+            values |= prompt_following(self.reference.network, images, prompted)
+        return scores_of_generated(generated, values, model=name, **self._fields(values, self.n))
 
     def of_images(self, source: Path, name: str) -> list[Score]:
-        """Of images on disk, all or ``n`` if there are more; of grey ones the first channel is looked at."""
-        images = ImageSet.open(source, skip_bad=self.skip_bad, most=self.n)
+        """Scores of images on disk, of at most ``n``. For a grey reference their first channel is used."""
+        images = ImageSet.open(source, skip_bad=self.skip_bad, limit=self.n)
         network = self.reference.network
         batches = images.batches(lambda image: image[: network.shape[0]])
         features = torch.cat([network(torch.stack(batch)).cpu() for batch in batches if batch])
         values = metrics(self.reference, features)
-        return scores_of_images(images, values, model=name, **self._about(values, len(features)))
+        return scores_of_images(images, values, model=name, **self._fields(values, len(features)))
 
-    def _about(self, values: Mapping[str, float], count: int) -> dict[str, Any]:
+    def _fields(self, values: Mapping[str, float], count: int) -> dict[str, Any]:
         name = self.reference.metric
         note = bias_note(name, values[name], count, self.reference.statistics)
         return {

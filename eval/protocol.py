@@ -1,4 +1,4 @@
-"""Evaluation protocols: what is measured, on how many images, prepared how, against what. One YAML file each."""
+"""Evaluation protocols, one YAML file each: what is measured, on how many images, how prepared, against what."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.files import read_prompts
 from fewstep.eval.images import Crop, Filter, ImageSet
-from fewstep.eval.metrics.registry import METRICS, Metric
+from fewstep.eval.metrics.metric import Metric
+from fewstep.eval.metrics.registry import METRICS
 from fewstep.eval.networks.inception import Mode
-from fewstep.eval.references import references
+from fewstep.eval.references import bundled_references
 
 PROTOCOLS = Path(__file__).parents[1] / "configs" / "eval"
 
 
 class Protocol(BaseModel):
-    """``reference``: an embedded reference by name (which has metrics of its own), or files of real images or their
-    statistics, ``{network}`` standing for each network's name. ``size``: images are cropped to their centred square and
-    resized to it with ``filter``. ``frames``: of videos, which only FVD looks at. ``captions``: a text file, one a
-    line; image k shows caption k, counted round.
+    """The settings of an evaluation.
+
+    Args:
+        reference: a bundled reference by name (which determines the metrics), or real images or files of their
+            statistics, with ``{network}`` for each network's name.
+        metrics: names in ``METRICS``, or dotted names of your own.
+        inception: how Inception's input is resized.
+        clip: the model of CLIP scores, ``MODEL:TAG`` or ``MODEL:FILE``.
+        size: images are cropped to their centred square and resized to this with ``filter``.
+        frames: of videos, for FVD.
+        captions: a text file, one caption per line; image k shows caption k modulo their number.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,60 +46,60 @@ class Protocol(BaseModel):
     captions: str | None = None
 
     @model_validator(mode="after")
-    def _complete(self) -> Protocol:
-        for name in self.metrics:
-            if name not in METRICS:
-                raise ValueError(f"unknown metric {name!r}{nearest(name, METRICS)}")
-        if not self.metrics and not self.bundled:
-            raise ValueError("metrics are needed, or an embedded reference")
-        if self.bundled and (self.metrics or self.captions or self.size or self.frames):
-            raise ValueError(f"the embedded reference {self.reference!r} has metrics and conditions of its own")
-        for name in self.metrics:
-            if METRICS[name].reference and self.reference is None:
+    def _check(self) -> Protocol:
+        if not self.metrics and not self.uses_bundled_reference:
+            raise ValueError("metrics or a bundled reference are needed")
+        if self.uses_bundled_reference and (self.metrics or self.captions or self.size or self.frames):
+            raise ValueError(f"the bundled reference {self.reference!r} determines metrics, captions, size and frames")
+        try:
+            resolved = self.resolved_metrics
+        except UserError as error:  # shown with the file's name
+            raise ValueError(str(error).removesuffix(".")) from error
+        for name, metric in resolved.items():
+            if metric.needs_reference and self.reference is None:
                 raise ValueError(f"{name} needs a reference")
-            if METRICS[name].prefix is not None and self.captions is None:
+            if metric.caption_prefix is not None and self.captions is None:
                 raise ValueError(f"{name} needs captions")
-            if (METRICS[name].network == "i3d") != bool(self.frames):
-                raise ValueError(
-                    f"{name} is of {'images: take frames out' if self.frames else 'videos: it needs frames'}"
-                )
+            if metric.videos and not self.frames:
+                raise ValueError(f"{name} is computed from videos and needs frames")
+            if self.frames and not metric.videos:
+                raise ValueError(f"{name} is computed from images; remove frames")
         if self.frames and self.size:
-            raise ValueError("videos are resized by the network: take size out")
+            raise ValueError("the network resizes videos; remove size")
         return self
 
     @property
-    def bundled(self) -> bool:
-        return self.reference in references()
+    def uses_bundled_reference(self) -> bool:
+        """Whether it is evaluated by ``ReferenceEvaluator``."""
+        return self.reference in bundled_references()
 
     @property
-    def chosen(self) -> list[Metric]:
-        return [METRICS[name] for name in self.metrics]
-
-    @property
-    def rows(self) -> frozenset[str]:
-        """The networks whose features are kept for every image."""
-        return frozenset(metric.network for metric in self.chosen if metric.rows)
+    def resolved_metrics(self) -> dict[str, Metric]:
+        """The metrics by their names in the protocol. Raises ``UserError`` on unknown names."""
+        return {name: METRICS.resolve(name) for name in self.metrics}
 
     @property
     def crop(self) -> Crop | None:
+        """How images are prepared; None leaves them unchanged."""
         return Crop(self.size, self.filter) if self.size else None
 
     def read_captions(self) -> list[str]:
-        """None, if it has no file of them. Raises ``UserError`` if that is missing."""
+        """The captions, if there are any. Raises ``UserError`` if their file is missing."""
         if self.captions is None:
             return []
         if not Path(self.captions).is_file():
             raise UserError(
-                f"The captions {self.captions} are not there: name a text file, one a line, with --captions."
+                f"The captions {self.captions} were not found: give a text file, one caption per line, with --captions."
             )
         return read_prompts(Path(self.captions))
 
-    def images(self, source: Path, skip_bad: bool = False, most: int | None = None) -> ImageSet:
-        """Images on disk, prepared as it wants them."""
-        return ImageSet.open(source, self.crop, skip_bad, most, self.frames)
+    def open_images(self, source: Path, skip_bad: bool = False, limit: int | None = None) -> ImageSet:
+        """The images or videos at ``source``, prepared as the protocol requires."""
+        return ImageSet.open(source, self.crop, skip_bad, limit, self.frames)
 
 
-def protocols() -> list[str]:
+def bundled_protocols() -> list[str]:
+    """The names of the protocols that ship with the package."""
     return sorted(file.stem for file in PROTOCOLS.glob("*.yaml"))
 
 
@@ -99,19 +107,18 @@ def load_protocol(
     name: str, *, reference: str | None = None, captions: str | None = None, n: int | None = None,
     seed: int | None = None,
 ) -> Protocol:  # fmt: skip
-    """One that ships, by name, or a YAML file; what is given takes the place of its own. Raises ``UserError``."""
+    """A bundled protocol by name, or one from a YAML file; the arguments replace its settings. Raises ``UserError``."""
     file = Path(name) if Path(name).suffix in (".yaml", ".yml") else PROTOCOLS / f"{name}.yaml"
     if not file.is_file():
-        raise UserError(f"No protocol {name!r}{nearest(name, protocols())}.")
+        raise UserError(f"No protocol {name!r}{nearest(name, bundled_protocols())}.")
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        given = {"reference": reference, "captions": captions, "n": n, "seeds": None if seed is None else (seed,)}
-        changed = {key: value for key, value in given.items() if value is not None}
+        arguments = {"reference": reference, "captions": captions, "n": n, "seeds": None if seed is None else (seed,)}
+        changed = {key: value for key, value in arguments.items() if value is not None}
         return Protocol.model_validate({"name": file.stem, **settings, **changed})
     except (yaml.YAMLError, TypeError) as error:
-        raise UserError(f"{file} is no YAML of settings ({error}).") from error
+        raise UserError(f"{file} is not a YAML file of settings ({error}).") from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(
-            f"{file}: {'.'.join(map(str, first['loc'])) or 'protocol'}: {first['msg'].removeprefix('Value error, ')}."
-        ) from error
+        key, message = ".".join(map(str, first["loc"])) or "protocol", first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{file}: {key}: {message}.") from error

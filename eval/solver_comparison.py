@@ -1,4 +1,4 @@
-"""A teacher's training-free solvers side by side: error to a long run from the same noise, and quality, by NFE."""
+"""Comparing a teacher's training-free solvers: error to a long run from the same noise, and quality, by NFE."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable, read_metadata, read_tensors, write_tensors, write_text
 from fewstep.core.image_files import to_bytes
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
-from fewstep.eval.networks.features import extract
+from fewstep.eval.networks.features import extract_features
 from fewstep.eval.references import Reference
 from fewstep.models.loading import Model
 from fewstep.samplers.generate import Samples, generate
 from fewstep.samplers.plan import SamplingConfig, plan, steps_within
-from fewstep.samplers.solvers import SOLVERS
 
 
-class Line(BaseModel):
-    """One solver at one number of evaluations. ``error`` is the root mean square distance of its samples from those of
-    the long run, in the model's range; ``metric`` and ``value`` a reference's score, if it was asked for."""
+class SolverResult(BaseModel):
+    """One solver on one grid within one budget of evaluations.
+
+    ``error`` is the root mean square distance of its samples from those of ``long`` steps, in the model's range;
+    ``metric`` and ``value`` are the Fréchet distance to a reference, if one was given.
+    """
 
     model_config = ConfigDict(frozen=True)
     model: str
@@ -43,108 +45,116 @@ class Line(BaseModel):
     long: int
 
 
-LINES = TypeAdapter(list[Line])
-LINES_FILE, LONG = "sweep.json", "long.safetensors"
+RESULTS = TypeAdapter(list[SolverResult])
+RESULTS_FILE, LONG_RUN_FILE = "sweep.json", "long.safetensors"
+Key = tuple[str, str, int]  # solver, grid, budget
 
 
-def read_lines(file: Path) -> list[Line]:
-    """The lines of a ``sweep.json``. Raises ``UserError`` if it is none."""
+def read_results(file: Path) -> list[SolverResult]:
+    """The results in a ``sweep.json``. Raises ``UserError`` if it cannot be read."""
     try:
-        return LINES.validate_json(file.read_bytes())
+        return RESULTS.validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
-        raise UserError(f"{file} is no readable file of a sweep; move it away or name another.") from error
+        raise UserError(f"{file} is not a readable file of solver results; move it or choose another file.") from error
 
 
 def compare_solvers(
     model: Model, labels: Tensor, real: Reference | None, folder: Path, *, name: str, solvers: Sequence[str],
     nfe: Sequence[int], grids: Sequence[str], guidance: float, long: int, seed: int,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Line]:  # fmt: skip
-    """A line for every solver, grid and budget, against ``long`` steps of UniPC-3 from the same noise; ``progress`` is
-    told network evaluations a sample. The long run and every line are kept in ``folder``, where another sweep of the
-    same model, guidance, samples and long run goes on."""
-    for solver in solvers:
-        if solver in SOLVERS and SOLVERS[solver].noisy:
-            raise UserError(f"{solver!r} adds noise of its own, so its samples have no error to a long run.")
+) -> list[SolverResult]:  # fmt: skip
+    """One result per solver, grid and budget, against ``long`` steps of UniPC-3 from the same noise.
+
+    ``folder`` keeps the long run and every result, so that a comparison with the same model, guidance, samples and long
+    run can be continued or extended. ``progress(done, total)`` counts network evaluations per sample.
+    """
     requests = [
         (solver, grid, budget, steps_within(solver, budget, guidance != 1, model.config))
         for solver in solvers for grid in grids for budget in nfe
     ]  # fmt: skip
     for solver, grid, _, steps in requests:
-        plan(model, SamplingConfig(solver, steps, guidance, grid))
-    done, total = 0, long * (1 if guidance == 1 else 2) + sum(budget for *_, budget, _ in requests)
+        if plan(model, SamplingConfig(solver, steps, guidance, grid)).solver.noisy:
+            raise UserError(f"{solver!r} adds noise, so its samples have no error to a long run.")
+    long_cost = long * (1 if guidance == 1 else 2)
+    done, total = 0, long_cost + sum(budget for *_, budget, _ in requests)
 
-    def drawn(solver: str, steps: int, grid: str, budget: int) -> Samples:
+    def sample(solver: str, steps: int, grid: str, cost: int) -> Samples:
         def report(samples: int) -> None:
             if progress is not None:
-                progress(done + budget * samples // len(labels), total)
+                progress(done + cost * samples // len(labels), total)
 
         return generate(model, labels, SamplingConfig(solver, steps, guidance, grid, seed), progress=report)
 
-    check_writable(folder / LONG)
+    check_writable(folder / LONG_RUN_FILE)
     settings = {"model": name, "guidance": guidance, "n": len(labels), "seed": seed, "long": long}
-    exact, known = _begun(folder, settings)
+    exact, known = _read_folder(folder, settings)
     if exact is None:
-        exact = drawn("unipc_3", long, "log_snr", total - sum(budget for *_, budget, _ in requests)).x0
-        write_tensors({"x0": exact}, folder / LONG, {"settings": json.dumps(settings)})
-    done = total - sum(budget for *_, budget, _ in requests)
-    lines: list[Line] = []
+        exact = sample("unipc_3", long, "log_snr", long_cost).x0
+        write_tensors({"x0": exact}, folder / LONG_RUN_FILE, {"settings": json.dumps(settings)})
+    done = long_cost
+    results: list[SolverResult] = []
     for solver, grid, budget, steps in requests:
-        line = known.get((solver, grid, budget))
-        if line is None or (real is not None and line.value is None):
-            samples = drawn(solver, steps, grid, budget)
-            value = None
-            if real is not None:
-                value = frechet_distance(Statistics.of(extract(real.network, to_bytes(samples.x0))), real.statistics)
-            line = Line(
-                solver=solver, grid=grid, nfe=samples.nfe, budget=budget, steps=steps, value=value,
+        result = known.get((solver, grid, budget))
+        if result is None or (real is not None and result.value is None):
+            samples = sample(solver, steps, grid, budget)
+            result = SolverResult(
+                solver=solver, grid=grid, nfe=samples.nfe, budget=budget, steps=steps,
                 error=(samples.x0 - exact).square().mean().sqrt().item(), metric=real.metric if real else None,
-                **settings,
+                value=_distance(real, samples.x0) if real else None, **settings,
             )  # fmt: skip
-            known[solver, grid, budget] = line
-            write_text(json.dumps([one.model_dump() for one in known.values()], indent=1) + "\n", folder / LINES_FILE)
-        lines.append(line)
+            known[solver, grid, budget] = result
+            content = json.dumps([each.model_dump() for each in known.values()], indent=1)
+            write_text(content + "\n", folder / RESULTS_FILE)
+        results.append(result)
         done += budget
-    return lines
+    return results
 
 
-def _begun(folder: Path, settings: dict[str, Any]) -> tuple[Tensor | None, dict[tuple[str, str, int], Line]]:
-    """The long run's samples and the lines that are in a folder already. Raises ``UserError`` if they are of other
-    settings."""
-    file = folder / LONG
+def _distance(real: Reference, x0: Tensor) -> float:
+    features = extract_features(real.network, to_bytes(x0))
+    return frechet_distance(Statistics.of(features), real.statistics)
+
+
+def _read_folder(folder: Path, settings: dict[str, Any]) -> tuple[Tensor | None, dict[Key, SolverResult]]:
+    """The samples of the long run, or None, and the results in a folder. Raises ``UserError`` if their settings differ
+    from ``settings``."""
+    file = folder / LONG_RUN_FILE
     if not file.is_file():
         return None, {}
     if read_metadata(file) != {"settings": json.dumps(settings)}:
-        raise UserError(f"{folder} holds a sweep of other settings; choose another --out.")
-    lines = read_lines(folder / LINES_FILE) if (folder / LINES_FILE).is_file() else []
-    return read_tensors(file)["x0"], {(line.solver, line.grid, line.budget): line for line in lines}
+        raise UserError(f"{folder} contains a comparison with other settings; choose another --out.")
+    results = read_results(folder / RESULTS_FILE) if (folder / RESULTS_FILE).is_file() else []
+    return read_tensors(file)["x0"], {(result.solver, result.grid, result.budget): result for result in results}
 
 
-def at_their_best(lines: Sequence[Line]) -> list[Line]:
-    """Of every solver the lines of one grid: that of the least geometric mean of the errors over all budgets."""
-    chosen: list[Line] = []
-    for solver in dict.fromkeys(line.solver for line in lines):
-        own = [line for line in lines if line.solver == solver]
-        grids = {grid: [line for line in own if line.grid == grid] for grid in dict.fromkeys(line.grid for line in own)}
-        chosen += min(grids.values(), key=lambda some: geometric_mean([line.error for line in some]))
+def best_grids(results: Sequence[SolverResult]) -> list[SolverResult]:
+    """Each solver's results on its best grid, the one with the lowest geometric mean of errors over all budgets."""
+    chosen: list[SolverResult] = []
+    for solver in dict.fromkeys(result.solver for result in results):
+        by_grid: dict[str, list[SolverResult]] = {}
+        for result in results:
+            if result.solver == solver:
+                by_grid.setdefault(result.grid, []).append(result)
+        chosen += min(by_grid.values(), key=lambda group: geometric_mean([result.error for result in group]))
     return chosen
 
 
 def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers."""
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def cells(lines: Sequence[Line]) -> list[list[str]]:
-    """A header, then a row a solver: its error (and score) at every budget, and the geometric mean of the errors."""
-    budgets = sorted({line.budget for line in lines})
-    table = [["solver", "grid", *(f"{budget} NFE" for budget in budgets), "geometric mean"]]
-    for solver in dict.fromkeys(line.solver for line in lines):
-        own = {line.budget: line for line in lines if line.solver == solver}
-        shown = [_cell(own[budget]) if budget in own else "" for budget in budgets]
-        mean = geometric_mean([line.error for line in own.values()])
-        table.append([solver, next(iter(own.values())).grid, *shown, f"{mean:.4f}"])
-    return table
+def table_rows(results: Sequence[SolverResult]) -> list[list[str]]:
+    """A header, then one row per solver: its error (and score) for every budget, and the geometric mean of errors."""
+    budgets = sorted({result.budget for result in results})
+    rows = [["solver", "grid", *(f"{budget} NFE" for budget in budgets), "geometric mean"]]
+    for solver in dict.fromkeys(result.solver for result in results):
+        by_budget = {result.budget: result for result in results if result.solver == solver}
+        cells = [_cell(by_budget[budget]) if budget in by_budget else "" for budget in budgets]
+        mean = geometric_mean([result.error for result in by_budget.values()])
+        rows.append([solver, next(iter(by_budget.values())).grid, *cells, f"{mean:.4f}"])
+    return rows
 
 
-def _cell(line: Line) -> str:
-    return f"{line.error:.4f}" + (f" ({line.value:.2f})" if line.value is not None else "")
+def _cell(result: SolverResult) -> str:
+    return f"{result.error:.4f}" + (f" ({result.value:.2f})" if result.value is not None else "")

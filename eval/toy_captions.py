@@ -1,8 +1,8 @@
-"""Grey garments tinted into captioned pictures, "a red sneaker on blue", and the rule that reads a picture back.
+"""Grey garments tinted by captions such as "a red sneaker on blue", and the rule that recovers them from an image.
 
-A grey value g in [0, 1] becomes ``background + g (garment - background)``: the picture lies on the straight line
-between two named colours, so that both colours and the grey garment can be recovered from it, and what a prompt asked
-for can be checked without another network than the classifier of the grey images.
+A grey value g in [0, 1] becomes ``background + g (garment - background)``. The pixels lie on the straight line between
+two named colours, so both colours and the grey garment can be recovered, and the classifier of the grey images is the
+only network needed to check whether an image shows what its caption describes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.eval.networks.features import ClassifierFeatures, extract
+from fewstep.eval.networks.features import ClassifierFeatures, extract_features
 
 SIDE = 32
 GARMENTS = (
@@ -31,7 +31,7 @@ PALETTE = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """What captions ask for: labels, garment colours and background colours, int64 [N] each (numbers of ``NAMES``)."""
+    """The contents of captions, int64 [N] each: labels, garment and background colours (indices of ``NAMES``)."""
 
     labels: Tensor
     garments: Tensor
@@ -39,6 +39,7 @@ class CaptionSet:
 
     @property
     def captions(self) -> list[str]:
+        """The captions as text."""
         return [
             f"a {NAMES[colour]} {GARMENTS[label]} on {NAMES[background]}"
             for label, colour, background in zip(
@@ -47,16 +48,16 @@ class CaptionSet:
         ]
 
     @staticmethod
-    def draw(labels: Tensor, generator: torch.Generator) -> CaptionSet:
-        """Two different colours for each label."""
+    def sample(labels: Tensor, generator: torch.Generator) -> CaptionSet:
+        """Two different random colours for each label [N]."""
         n = len(labels)
         garments = torch.randint(len(NAMES), (n,), generator=generator)
         other = torch.randint(1, len(NAMES), (n,), generator=generator)
         return CaptionSet(labels, garments, (garments + other) % len(NAMES))
 
     @staticmethod
-    def every() -> CaptionSet:
-        """All of the different captions, in order."""
+    def all() -> CaptionSet:
+        """All different captions, in order."""
         n = len(NAMES)
         triples = [(k, c, b) for k in range(len(GARMENTS)) for c in range(n) for b in range(n) if c != b]
         return CaptionSet(*torch.tensor(triples).T)
@@ -64,30 +65,34 @@ class CaptionSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def rows(self, rows: Tensor) -> CaptionSet:
-        return CaptionSet(self.labels[rows], self.garments[rows], self.backgrounds[rows])
+    def select(self, indices: Tensor) -> CaptionSet:
+        """The captions at ``indices`` [M]."""
+        return CaptionSet(self.labels[indices], self.garments[indices], self.backgrounds[indices])
 
 
-def tint(grey: Tensor, asked: CaptionSet) -> Tensor:
-    """uint8 [N, 1, 28, 28] -> uint8 [N, 3, 32, 32], with a border of the background."""
+def tint(grey: Tensor, captions: CaptionSet) -> Tensor:
+    """uint8 [N, 1, 28, 28] -> uint8 [N, 3, 32, 32], with a border of the background colour."""
     edge = (SIDE - grey.shape[-1]) // 2
     g = F.pad(grey.float() / 255, (edge,) * 4)
-    low, high = (PALETTE[rows][:, :, None, None] for rows in (asked.backgrounds, asked.garments))
+    low, high = (PALETTE[rows][:, :, None, None] for rows in (captions.backgrounds, captions.garments))
     return (low + g * (high - low)).round().to(torch.uint8)
 
 
-class TintedReading(NamedTuple):
-    """What a picture shows: colours, int64 [N] each, and the grey garment between them, uint8 [N, 1, 28, 28]."""
+class RecoveredImages(NamedTuple):
+    """The contents of images: colours of garment and background, int64 [N], and grey garments, uint8 [N, 1, 28, 28]."""
 
     garments: Tensor
     backgrounds: Tensor
     grey: Tensor
 
 
-def read(pictures: Tensor) -> TintedReading:
-    """Reads uint8 [N, 3, 32, 32] back. The background is the colour nearest to the median of the two outermost pixels;
-    the garment's is the one whose line from the background the inner pixels that differ most follow best."""
-    x = pictures.float()
+def read_back(images: Tensor) -> RecoveredImages:
+    """Recovers the contents of uint8 images [N, 3, 32, 32].
+
+    The background is the colour nearest to the median of the two outermost rows and columns. The garment colour is the
+    one whose line from the background fits the inner pixels that differ most from the background best.
+    """
+    x = images.float()
     edge = (SIDE - 28) // 2
     frame = torch.ones(SIDE, SIDE, dtype=torch.bool)
     frame[edge:-edge, edge:-edge] = False
@@ -102,23 +107,23 @@ def read(pictures: Tensor) -> TintedReading:
     along = (lines / length) @ strong  # [N, K, 60]
     across = (strong.square().sum(1)[:, None] - along.square()).clamp_min(0).sqrt()
     beyond = (along - length).clamp_min(0) + (-along).clamp_min(0)
-    # a line that is too long is not punished by distance from it, so its colour must be reached by the strongest pixels
+    # the distance from a line does not penalise one that is too long: the strongest pixels must reach its end
     short = (length[:, :, 0] - along.topk(10, dim=2).values.mean(2)).clamp_min(0)
     cost = (across + beyond).mean(2) + 0.3 * short
     cost[torch.arange(len(x)), background] = float("inf")
     garment = cost.argmin(1)
     axis = lines[torch.arange(len(x)), garment]
     grey = (axis[:, None] @ inner)[:, 0] / axis.square().sum(1, keepdim=True).clamp_min(1e-6)
-    return TintedReading(garment, background, (grey.clamp(0, 1) * 255).round().to(torch.uint8).view(-1, 1, 28, 28))
+    return RecoveredImages(garment, background, (grey.clamp(0, 1) * 255).round().to(torch.uint8).view(-1, 1, 28, 28))
 
 
-def following(network: ClassifierFeatures, pictures: Tensor, asked: CaptionSet) -> dict[str, float]:
-    """Shares of pictures that show what their caption asked for: garment, its colour, the background, and all three."""
-    seen = read(pictures)
-    right = {
-        "garment": network.classes(extract(network, seen.grey)).cpu() == asked.labels,
-        "colour": seen.garments == asked.garments,
-        "background": seen.backgrounds == asked.backgrounds,
+def prompt_following(network: ClassifierFeatures, images: Tensor, captions: CaptionSet) -> dict[str, float]:
+    """The shares (0..1) of images that show their caption's garment, its colour, the background, and all three."""
+    shown = read_back(images)
+    correct = {
+        "garment": network.classes(extract_features(network, shown.grey)).cpu() == captions.labels,
+        "colour": shown.garments == captions.garments,
+        "background": shown.backgrounds == captions.backgrounds,
     }
-    right["prompt"] = right["garment"] & right["colour"] & right["background"]
-    return {name: hits.float().mean().item() for name, hits in right.items()}
+    correct["prompt"] = correct["garment"] & correct["colour"] & correct["background"]
+    return {name: hits.float().mean().item() for name, hits in correct.items()}

@@ -1,4 +1,4 @@
-"""Validation during training: pictures from fixed noise, and the distance from *training*-image statistics."""
+"""Validation during training: images from fixed noise, and the distance to statistics of *training* images."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from fewstep.core.image_files import to_bytes
-from fewstep.core.image_grid import grid, save_picture
+from fewstep.core.image_grid import image_grid, save_image
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
-from fewstep.eval.networks.features import extract
+from fewstep.eval.networks.features import extract_features
 from fewstep.eval.references import Reference
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.hub.encoded import EncodedPrompts
@@ -20,13 +20,16 @@ from fewstep.models.model_config import ModelConfig
 from fewstep.samplers.generate import generate
 from fewstep.samplers.plan import SamplingConfig
 
-SHOWN = 80
-SEED = 1_000_000_007  # far from the seeds that people give, so that validation noise is never evaluation noise
+SHOWN_IMAGES = 80
+SEED = 1_000_000_007  # unlike seeds that people choose, so that validation and evaluation never share noise
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Called by the run with its student (averaged weights in place); writes ``samples/`` and returns the distance."""
+    """Writes a grid of images of a class-conditional student to ``samples/`` and returns its Fréchet distance.
+
+    The trainer calls it with the student's averaged weights.
+    """
 
     sampling: SamplingConfig
     n: int
@@ -38,16 +41,16 @@ class Validation:
         labels = model.labels(self.n)
         samples = generate(model, labels, replace(self.sampling, seed=SEED))
         images = to_bytes(samples.x0)
-        columns = max(1, SHOWN // config.classes)
+        columns = max(1, SHOWN_IMAGES // config.classes)
         shown = torch.cat([images[labels == label][:columns] for label in range(config.classes)])
-        save_picture(grid(shown, columns=columns), self.folder / "samples" / f"step-{step:07d}.png")
-        features = extract(self.reference.network, images)
+        save_image(image_grid(shown, columns=columns), self.folder / "samples" / f"step-{step:07d}.png")
+        features = extract_features(self.reference.network, images)
         return frechet_distance(Statistics.of(features), self.reference.statistics)
 
 
 @dataclass(frozen=True)
 class PromptValidation:
-    """The same for a pipeline's student: pictures of prompts spread over all, one noise each, and no score."""
+    """Writes a grid of images of a pipeline's student, for prompts spread evenly over all; there is no score."""
 
     sampling: SamplingConfig
     images: int
@@ -61,8 +64,9 @@ class PromptValidation:
         numbers = [k * len(self.prompts) // count for k in range(count)]
         condition = self.prompts(torch.tensor(numbers)).to(model.device)
         samples = generate(model, condition, replace(self.sampling, seed=SEED), numbers=numbers, batch=4)
-        pictures = self.pipeline.pictures(self.pipeline.pipeline(), samples.x0)
-        if pictures.ndim == 5:
-            pictures = pictures.flatten(0, 1)  # a video is a row of frames
-        columns = len(pictures) // len(numbers) if samples.x0.ndim == 5 else len(numbers)
-        save_picture(grid(pictures, columns=columns, scale=1), self.folder / "samples" / f"step-{step:07d}.png")
+        images = self.pipeline.decode_images(self.pipeline.pipeline(), samples.x0)
+        columns = len(numbers)
+        if images.ndim == 5:  # each video becomes a row of frames
+            columns = images.shape[1]
+            images = images.flatten(0, 1)
+        save_image(image_grid(images, columns=columns, scale=1), self.folder / "samples" / f"step-{step:07d}.png")

@@ -1,11 +1,11 @@
-"""LoRA sets of several roles on one frozen network, chosen by the role that reads (Hu et al., arXiv 2106.09685).
+"""LoRA adapters of several roles on one shared, frozen network (Hu et al., arXiv 2106.09685).
 
-    teacher = Denoiser(share(network, rank=16, alpha=16, targets=["to_q", "to_k", "to_v", "to_out.0"]), schedule, kind)
-    student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)      # a set each, on the same network
+    teacher = Denoiser(share_base(network, rank=16, alpha=16, targets=["to_q", "to_k", "to_v"]), schedule, kind)
+    student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)      # one adapter each, on the same network
 
-PEFT serves to inject the layers only. Its own switch, ``set_adapter``, flips ``requires_grad``: a fake score read
-between the student's forward and backward would silently take the student's gradient away. Here every set stays
-trainable, and the view that reads decides which one it goes through.
+PEFT only injects the layers. Its own switch, ``set_adapter``, flips ``requires_grad``: evaluating the fake score
+between the student's forward and backward would silently discard the student's gradient. Here all adapters stay
+trainable, and each view activates its own while it runs.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.model_config import Lora
 
 
-def share(base: nn.Module, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int = 0) -> AdapterView:
-    """Freezes ``base``, a backbone ``(x_t, t, condition) -> tensor``, and returns the view of it without a LoRA set.
+def share_base(base: nn.Module, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int = 0) -> AdapterView:
+    """Freezes ``base``, a backbone ``(x_t, t, condition) -> tensor``, and returns a view of it without an adapter.
 
-    That view is the teacher; ``fork`` (or ``copy.deepcopy``) makes views with a set of their own. ``targets`` are what
-    PEFT takes: ends of module names, or one regular expression. All sets start from the same A, drawn from ``seed``,
-    and B = 0, so that averages and blends of them are meaningful; they are float32 whatever the base is.
+    That view is the teacher; ``fork`` (or ``copy.deepcopy``) creates views with an adapter each. ``targets`` follow
+    PEFT: suffixes of module names, or one regular expression. All adapters start from the same A, sampled with
+    ``seed``, and B = 0, so that averages of them are meaningful; they are float32 whatever the dtype of the base.
     """
     base.requires_grad_(False).eval()
-    return AdapterView(_Shared(base, rank, alpha, targets, seed), ())
+    return AdapterView(_SharedBase(base, rank, alpha, targets, seed), ())
 
 
 def share_network(denoiser: Denoiser, rank: int, alpha: float | None, targets: Sequence[str] | None) -> Lora:
-    """Freezes the network of ``denoiser``, which becomes the view of it without a LoRA set; its copies are adapters.
+    """Freezes the network of ``denoiser`` and replaces it by a view without an adapter; copies then get one each.
 
     A network that already has an adapter is merged first. Returns the settings with defaults filled in: ``alpha`` is
-    the rank, ``targets`` the network's own ``lora_targets``. Raises ``UserError`` if these are unknown.
+    the rank, ``targets`` the network's ``lora_targets``. Raises ``UserError`` if the network defines none.
     """
     network = denoiser.backbone
     if isinstance(network, AdapterView):
@@ -53,14 +53,14 @@ def share_network(denoiser: Denoiser, rank: int, alpha: float | None, targets: S
         if not targets:
             raise UserError(f"Which layers of a {type(network).__name__} should LoRA adapt? Set adapters.targets.")
     lora = Lora(rank=rank, alpha=alpha or rank, targets=tuple(targets))
-    denoiser.backbone = share(network, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    denoiser.backbone = share_base(network, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     return lora
 
 
 def checkpoint_gradients(backbone: nn.Module) -> None:
-    """Makes a network, and copies made later, recompute its blocks in the backward pass instead of storing activations.
+    """Makes a network and its later copies recompute blocks in the backward pass instead of storing activations.
 
-    Raises ``UserError`` for a network that does not support it.
+    Raises ``UserError`` if the network does not support it.
     """
     network = backbone.shared_network if isinstance(backbone, AdapterView) else backbone
     if not isinstance(network, Backbone):
@@ -73,14 +73,14 @@ def _recompute(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class AdapterView(nn.Module):
-    """A backbone ``(x_t, t, condition) -> tensor``: the shared frozen network with one LoRA set active, or none.
+    """A backbone ``(x_t, t, condition) -> tensor``: the shared frozen network with one adapter active, or none.
 
-    Its parameters and its state dict are those of the set alone, under PEFT's names (``path.lora_A.weight``); the base
-    is no child of it. A deep copy is ``fork``. ``to`` moves the network with all its sets. Views of one base must not
-    be read from two threads at once.
+    Its parameters and state dict are those of the adapter alone, under PEFT's names (``path.lora_A.weight``); the base
+    is not a submodule. A deep copy is a ``fork``. ``to`` moves the base with all adapters. Views of one base must not
+    run in two threads at once.
     """
 
-    def __init__(self, shared: _Shared, names: tuple[str, ...]) -> None:
+    def __init__(self, shared: _SharedBase, names: tuple[str, ...]) -> None:
         super().__init__()
         self._shared = shared
         self._names = names
@@ -94,26 +94,26 @@ class AdapterView(nn.Module):
             holder.register_parameter(leaf, parameter)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        with self._shared.using(self._names):
+        with self._shared.activate(self._names):
             return self._shared.base(x_t, t, condition)  # type: ignore[no-any-return]
 
     def get_submodule(self, target: str) -> nn.Module:
-        """A module of the shared base, where taps are placed."""
+        """A submodule of the shared base, which is where feature hooks belong."""
         return self._shared.base.get_submodule(target)
 
     def fork(self) -> AdapterView:
-        """A view of the same function with a set of its own: this set's values, or B = 0 where this view has none.
+        """A view that computes the same with a new adapter: a copy of this view's, or B = 0 if it has none.
 
-        Raises ``UserError`` if PEFT is not installed or ``targets`` fit no module of the base.
+        Raises ``UserError`` if PEFT is not installed or ``targets`` match no module of the base.
         """
-        fork = AdapterView(self._shared, (self._shared.add(),))
+        fork = AdapterView(self._shared, (self._shared.add_adapter(),))
         if self._names:
             fork.load_state_dict(self.state_dict())
         return fork
 
     def merged(self) -> nn.Module:
-        """A plain network of its own that computes what this view does: its set added to a copy of the weights, in
-        float32 and then in the base's type."""
+        """A new network without LoRA layers that computes the same: the adapter is added to a copy of the weights in
+        float32, and the sum is cast to their dtype."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         copied = copy.deepcopy(self._shared.base)
@@ -131,32 +131,32 @@ class AdapterView(nn.Module):
         return self.fork()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterView:
-        # the sets are parameters of layers inside the base, so this moves them too, in place
+        # adapters are parameters of layers inside the base, so this moves them too, in place
         self._shared.base._apply(fn, recurse)
         return self
 
     @property
     def shared_network(self) -> nn.Module:
-        """The shared network, with the LoRA layers of all sets."""
+        """The shared network, with the LoRA layers of all adapters."""
         return self._shared.base
 
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Gradient checkpointing that recomputes under the set of the forward, whichever is active by then.
+        """Gradient checkpointing that recomputes with the adapter of the forward pass, whichever is active by then.
 
-        Give it (of any view of the base) to diffusers' ``enable_gradient_checkpointing``; without it recomputation runs
-        under no set or a wrong one: a ``CheckpointError`` at best, wrong gradients at worst.
+        Pass it (of any view of the base) to diffusers' ``enable_gradient_checkpointing``. Otherwise recomputation uses
+        no adapter or another one: a ``CheckpointError`` at best, wrong gradients at worst.
         """
         names = tuple(self._shared.active)
         return checkpoint(
-            function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self._shared.using(names))
+            function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self._shared.activate(names))
         )
 
 
-class _Shared:
-    """The network, its LoRA layers, and which sets are active in all of them (none: the bare network).
+class _SharedBase:
+    """The network, its LoRA layers, and the names of the adapters active in all of them (none: the bare network).
 
-    What is active stands in one list that every layer holds, so that a switch costs the same for any number of layers.
-    It is no context variable: autograd's own threads, in which a GPU's backward recomputes, do not see the caller's.
+    All layers hold the same list of active names, so that switching costs the same for any number of layers. It is not
+    a context variable, because autograd's threads, in which a GPU's backward recomputes, do not inherit the caller's.
     """
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, targets: str | Sequence[str], seed: int) -> None:
@@ -171,24 +171,24 @@ class _Shared:
         self._layers: dict[str, Any] = {}
         self._count = 0
 
-    def add(self) -> str:
-        """Injects one more set and returns its name."""
+    def add_adapter(self) -> str:
+        """Injects a new adapter and returns its name."""
         prepare_torchvision()
         try:
             from peft import LoraConfig, inject_adapter_in_model
             from peft.tuners.tuners_utils import BaseTunerLayer
         except ImportError as error:
             raise UserError("LoRA roles need PEFT: pip install 'fewstep[lora]'.") from error
-        name, self._count = f"set{self._count}", self._count + 1
+        name, self._count = f"adapter{self._count}", self._count + 1
         with torch.random.fork_rng(devices=()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several sets are the point
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are intended
             torch.default_generator.manual_seed(self._seed)
             try:
                 inject_adapter_in_model(LoraConfig(**self._settings), self.base, name)
             except ValueError as error:
                 raise UserError(f"LoRA cannot be added to this network: {error}") from error
         self._layers = {path: m for path, m in self.base.named_modules() if isinstance(m, BaseTunerLayer)}
-        for layer in self._layers.values():  # injecting activated the new set and changed flags of the others
+        for layer in self._layers.values():  # injection activated the new adapter and changed flags of the others
             layer._active_adapter = self.active
             layer.lora_A.requires_grad_(True)
             layer.lora_B.requires_grad_(True)
@@ -197,15 +197,15 @@ class _Shared:
         return name
 
     def parameters(self, names: Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of these sets, by the name that PEFT's files give them."""
+        """The parameters of these adapters, under their names in PEFT's files."""
         for name in names:
             for path, layer in self._layers.items():
                 yield f"{path}.lora_A.weight", layer.lora_A[name].weight
                 yield f"{path}.lora_B.weight", layer.lora_B[name].weight
 
     @contextmanager
-    def using(self, names: Sequence[str]) -> Iterator[None]:
-        """Within it the network runs with these sets."""
+    def activate(self, names: Sequence[str]) -> Iterator[None]:
+        """Runs the network with these adapters inside the context."""
         before = tuple(self.active)
         self.active[:] = names
         try:

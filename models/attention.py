@@ -1,7 +1,7 @@
-"""Fused attention behind one function for our own networks, and the same choice for diffusers' dispatcher.
+"""Attention backends: one function for fewstep's own networks, and the same choice for diffusers' dispatcher.
 
-``sdpa`` is torch's own, which picks flash, cuDNN, memory-efficient or plain kernels by device and shape; the next four
-force one of these. ``xformers`` and ``flex`` are asked for by name: the first is an extra, the second compiles.
+``sdpa`` lets torch choose the kernel by device and shape; the next four force flash, cuDNN, memory-efficient or plain
+attention. ``xformers`` needs an extra, ``flex`` compiles on first use.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DIFFUSERS = {
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "sdpa") -> Tensor:
     """Softmax attention of queries [B, H, N, D] over keys and values [B, H, M, D] -> [B, H, N, D].
 
-    Raises ``RuntimeError`` if the kernel does not serve these shapes, types or device (see ``runs``).
+    Raises ``RuntimeError`` if the kernel does not support these shapes, dtypes or the device (see ``runs``).
     """
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v)
@@ -57,7 +57,7 @@ def _flex() -> Callable[..., Tensor]:
 
 
 def runs(backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether a backend computes attention and its gradient here: tried on a small example."""
+    """Whether a backend computes attention and its gradient on this device, tried on a small example."""
     q, k, v = (torch.randn(1, 2, 16, 16, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     try:
         attention(q, k, v, backend).sum().backward()
@@ -67,15 +67,16 @@ def runs(backend: Backend, device: torch.device, dtype: torch.dtype = torch.floa
 
 
 def set_attention(backbone: nn.Module, backend: Backend, device: torch.device) -> None:
-    """Makes a network use ``backend`` (``sdpa`` is what it uses anyway).
+    """Makes a network use ``backend``; ``sdpa``, the default, changes nothing.
 
-    Raises ``UserError`` that lists those that run here if this one does not.
+    Raises ``UserError`` if the backend does not run on ``device`` (the message lists those that do) or if the network
+    has no attention layers.
     """
     if backend == "sdpa":
         return
     if not runs(backend, device):
         working = ", ".join(name for name in get_args(Backend) if runs(name, device))
-        raise UserError(f"attention: {backend} does not run on {device.type} here; these do: {working}.")
+        raise UserError(f"attention: {backend} is not available on {device.type}; available: {working}.")
     if isinstance(backbone, HubBackbone):
         backbone.network.set_attention_backend(DIFFUSERS[backend])
         return
@@ -87,6 +88,6 @@ def set_attention(backbone: nn.Module, backend: Backend, device: torch.device) -
 
 
 class AttentionLayer(nn.Module):
-    """Base of our own attention layers: which backend they use."""
+    """Base class of fewstep's attention layers: holds the backend that they use."""
 
     backend: Backend = "sdpa"

@@ -1,4 +1,4 @@
-"""What fewstep may ask of a network besides calling it."""
+"""The base class of networks: the optional features that fewstep uses besides calling them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fewstep.models.condition import Condition
 class Backbone(nn.Module):
     """A network ``(x_t [B, ...], t [B], condition) -> tensor like x_t`` with defaults for optional features.
 
-    Any ``nn.Module`` that is called like this serves as a backbone; this base class is for those that support more.
-    ``lora_targets`` are the layers that LoRA adapts by default, as PEFT takes them, and ``feature_layers`` the modules
-    whose outputs a discriminator reads by default.
+    Any ``nn.Module`` with this signature can be a backbone; this base class is for those that support more.
+    ``lora_targets`` are the layers that LoRA adapts by default, named as in PEFT, and ``feature_layers`` the modules
+    whose outputs are a discriminator's default features.
     """
 
     lora_targets: Sequence[str] = ()
@@ -24,14 +24,14 @@ class Backbone(nn.Module):
 
     @classmethod
     def build(cls, shape: tuple[int, ...], classes: int, **settings: Any) -> Self:
-        """A new network for samples of ``shape`` and ``classes`` class labels (0: none)."""
+        """A new network for samples of ``shape`` [C, ...] and ``classes`` class labels (0: none)."""
         return cls(**settings)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         raise NotImplementedError
 
     def with_step_counts(self, most: int) -> Backbone:
-        """A copy that also reads ``condition["steps"]`` in 1..most and initially computes the same.
+        """A copy that is also conditioned on ``condition["steps"]`` in 1..most and initially computes the same.
 
         Raises ``UserError`` if the network does not support it.
         """

@@ -1,4 +1,4 @@
-"""What a network is told besides ``x_t`` and ``t``: labels, prompt embeddings, masks, a step count, an image."""
+"""The inputs of a network besides ``x_t`` and ``t``: labels, prompt embeddings, masks, a step count, an image."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Condition(Mapping[str, Tensor]):
-    """Named tensors with a leading batch axis, and for those that guidance drops, their null value.
+    """Named tensors with a leading batch axis, and the null values of those that guidance drops.
 
-    ``tensors``: e.g. ``labels`` [B] int64, ``prompt`` [B, L, D], ``prompt_mask`` [B, L], ``steps`` [B] int64 (the step
-    count of a student that serves several), ``image`` [B, C, ...]. ``nulls``: for a subset of the names, the value that
-    stands for "no condition", without the batch axis. A name without a null (a step count, say) survives ``null()``.
+    ``tensors``: e.g. ``labels`` [B] int64, ``prompt`` [B, L, D], ``mask`` [B, L], ``steps`` [B] int64 (the step count
+    of a student that supports several), ``image`` [B, C, ...]. ``nulls``: for a subset of the names, the value that
+    means "no condition", without the batch axis. Names without one (such as the step count) are kept by ``null()``.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -24,10 +24,10 @@ class Condition(Mapping[str, Tensor]):
     def __post_init__(self) -> None:
         unknown = set(self.nulls) - set(self.tensors)
         if unknown:
-            raise ValueError(f"null values for names that the condition does not have: {sorted(unknown)}")
+            raise ValueError(f"null values for names that are not in the condition: {sorted(unknown)}")
         sizes = {name: value.shape[0] for name, value in self.tensors.items()}
         if len(set(sizes.values())) > 1:
-            raise ValueError(f"the tensors of one condition need one batch size, got {sizes}")
+            raise ValueError(f"the tensors of a condition must have one batch size, got {sizes}")
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -39,18 +39,20 @@ class Condition(Mapping[str, Tensor]):
         return len(self.tensors)
 
     def null(self, where: Tensor | None = None) -> Condition:
-        """The unconditional condition; with ``where`` ([B] bool), only for the samples it marks (label dropout)."""
+        """The null condition; with ``where`` ([B] bool), only for the marked samples (condition dropout)."""
 
         def drop(name: str, value: Tensor) -> Tensor:
             if name not in self.nulls:
                 return value
             null = self.nulls[name].to(value).expand_as(value)
-            return null if where is None else torch.where(_column(where.to(value.device), value.ndim), null, value)
+            if where is None:
+                return null
+            return torch.where(where.to(value.device).reshape(-1, *[1] * (value.ndim - 1)), null, value)
 
         return Condition({name: drop(name, value) for name, value in self.tensors.items()}, self.nulls)
 
     def index(self, rows: Tensor | slice) -> Condition:
-        """The condition of some samples: ``rows`` is a slice, an index or a [B] boolean tensor."""
+        """The condition of some samples: ``rows`` is a slice, an index tensor or a [B] boolean mask."""
         return Condition({name: value[rows] for name, value in self.tensors.items()}, self.nulls)
 
     def to(self, device: torch.device | str) -> Condition:
@@ -60,22 +62,18 @@ class Condition(Mapping[str, Tensor]):
         )
 
     def replace(self, **values: Tensor) -> Condition:
-        """A condition with some values added or changed, e.g. ``condition.replace(steps=k)``."""
+        """A copy with some values added or replaced, e.g. ``condition.replace(steps=k)``."""
         return Condition({**self.tensors, **values}, self.nulls)
 
     @staticmethod
     def cat(*parts: Condition) -> Condition:
-        """Joins conditions of the same names along the batch axis (guidance reads both branches in one call)."""
+        """Concatenates conditions with equal names along the batch axis. Raises ``ValueError`` if the names differ."""
         names = set(parts[0])
         if any(set(part) != names for part in parts):
-            raise ValueError(f"conditions of different names cannot be joined: {[sorted(part) for part in parts]}")
+            raise ValueError(f"cannot concatenate conditions with different names: {[sorted(part) for part in parts]}")
         return Condition({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, parts[0].nulls)
 
     @staticmethod
     def of_labels(labels: Tensor, classes: int) -> Condition:
         """Class labels [B] in [0, classes); the null label is ``classes``."""
         return Condition({"labels": labels}, {"labels": torch.tensor(classes)})
-
-
-def _column(mask: Tensor, ndim: int) -> Tensor:
-    return mask.reshape(-1, *[1] * (ndim - 1))

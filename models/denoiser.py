@@ -1,4 +1,4 @@
-"""The one interface of teacher, student, fake score and reference: ``Denoiser(x_t, t, condition) -> Prediction``."""
+"""The common interface of teacher, student and fake score: ``Denoiser(x_t, t, condition) -> Prediction``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from fewstep.models.condition import Condition
 from fewstep.models.prediction import KINDS, Coefficients, Kind, Prediction
 from fewstep.models.schedules import NoiseSchedule
 
+AUTO = "auto"  # the network's own ``feature_layers``
+
 
 def batch_times(t: Tensor | float, x: Tensor) -> Tensor:
-    """Times for a batch ``x`` [B, ...], float64: a number or [B] becomes [B]; a shape that broadcasts against ``x``
-    keeps its axes and gets B as the first. Raises ``ValueError`` on any other shape."""
+    """Times for a batch ``x`` [B, ...] as float64: a number or [B] becomes [B]; a shape that broadcasts against ``x``
+    keeps its axes, with B as the first. Raises ``ValueError`` on any other shape."""
     times = torch.as_tensor(t, dtype=torch.float64)
     if times.ndim == 0:
         return times.expand(x.shape[0])
@@ -31,17 +33,14 @@ def batch_times(t: Tensor | float, x: Tensor) -> Tensor:
 
 
 def expand_like(t: Tensor, x: Tensor) -> Tensor:
-    """Gives per-sample numbers [B] the trailing axes that let them multiply ``x`` [B, ...]."""
+    """Adds trailing axes to per-sample values [B] so that they broadcast against ``x`` [B, ...]."""
     return t.reshape(-1, *[1] * (x.ndim - 1)) if t.ndim == 1 else t
 
 
-AUTO = "auto"
-
-
 def resolve_feature_layers(requested: Sequence[str], network: nn.Module) -> tuple[str, ...]:
-    """``requested`` module paths, where ``auto`` stands for the ``feature_layers`` of ``network``.
+    """``requested`` module paths, with ``auto`` replaced by the ``feature_layers`` of ``network``.
 
-    Raises ``ValueError`` if the network has none.
+    Raises ``ValueError`` if the network defines none.
     """
     own = tuple(network.feature_layers) if isinstance(network, Backbone) else ()
     if AUTO in requested and not own:
@@ -53,10 +52,10 @@ _features: ContextVar[dict[str, Tensor] | None] = ContextVar("features", default
 
 
 def _record(path: str, module: nn.Module, inputs: object, output: Tensor | tuple[Any, ...]) -> None:
-    """The hook of a tap. It belongs to the network and writes for whichever denoiser is reading, so that it holds in
-    deep copies and in networks that several roles share; outside a read (recomputation) it does nothing. Of several
-    outputs it takes the last tensor: joint transformer blocks give the prompt's tokens and then the picture's, blocks
-    of U-Nets their output and a tuple of residuals."""
+    """Forward hook of a feature layer. It stores the output for the denoiser that is running, so that it works in deep
+    copies and in networks shared by several roles; outside a forward pass (in recomputation) it does nothing. Of
+    several outputs it takes the last tensor: joint transformer blocks return the prompt's tokens and then the image's,
+    U-Net blocks their output and a tuple of residuals."""
     features = _features.get()
     if features is not None:
         features[path] = output if isinstance(output, Tensor) else [x for x in output if isinstance(x, Tensor)][-1]
@@ -64,10 +63,10 @@ def _record(path: str, module: nn.Module, inputs: object, output: Tensor | tuple
 
 @dataclass(frozen=True)
 class GuidanceStyle:
-    """How a model wants to be guided, where that is not the plain way.
+    """How a model applies guidance, where it differs from plain classifier-free guidance.
 
-    ``embedded``: the network is told the scale as ``condition["guidance"]`` and read once (guidance-distilled models).
-    ``finish(cond, out)`` changes the guided output [B, ...] (Qwen-Image restores norms).
+    ``embedded``: the network receives the scale as ``condition["guidance"]`` and is evaluated once (guidance-distilled
+    models). ``finish(cond, out)`` post-processes the guided output [B, ...] (Qwen-Image restores norms).
     """
 
     embedded: bool = False
@@ -78,12 +77,12 @@ PLAIN = GuidanceStyle()
 
 
 class Denoiser(nn.Module):
-    """A backbone, the noise schedule it was trained on, the quantity it predicts, and how it wants to be guided.
+    """A backbone, the noise schedule that it was trained on, the quantity that it predicts, and its guidance style.
 
     ``backbone(x_t, t, condition)`` takes ``t`` float64 in [0, 1] (shape [B], or one that broadcasts against ``x_t``, as
-    for video frames at different levels) and returns a tensor like ``x_t``. ``taps`` are paths of the backbone's
-    modules whose outputs every prediction carries as ``features``; hooks are placed here, once, so that they also work
-    in a backbone whose blocks are compiled. Tap blocks, not the linear layers inside that an adapter replaces.
+    for video frames at different noise levels) and returns a tensor like ``x_t``. ``feature_layers`` are paths of
+    modules whose outputs every prediction contains as ``features``. Their hooks are registered here, once, so that they
+    also work in a backbone with compiled blocks. Name blocks, not linear layers, which an adapter may replace.
     """
 
     def __init__(
@@ -104,15 +103,15 @@ class Denoiser(nn.Module):
         self.record_features(feature_layers)
 
     def record_features(self, layers: Sequence[str]) -> None:
-        """Makes predictions carry the outputs of these layers (paths, or ``auto``) of the backbone as ``features``.
+        """Adds the outputs of these layers (paths, or ``auto``) of the backbone to the ``features`` of predictions.
 
-        Raises ``ValueError`` if there is no such module, or if ``auto`` is unknown for this network.
+        Raises ``ValueError`` if a module does not exist, or if the network defines no layers for ``auto``.
         """
         for path in resolve_feature_layers(layers, self.backbone):
             try:
                 self.backbone.get_submodule(path).register_forward_hook(partial(_record, path))
             except AttributeError as error:
-                raise ValueError(f"no module {path!r} to read features from: {error}") from error
+                raise ValueError(f"feature layer {path!r} does not exist: {error}") from error
 
     def forward(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Prediction:
         times = batch_times(t, x_t)
@@ -125,7 +124,7 @@ class Denoiser(nn.Module):
         return Prediction(raw, self.kind, x_t, Coefficients.at(self.schedule, expand_like(times, x_t)), features)
 
     def raw(self, x_t: Tensor, times: Tensor, condition: Condition) -> Tensor:
-        """The backbone's output alone, at least float32: what samplers read, who know the coefficients as numbers."""
+        """The backbone's output alone, in at least float32: for samplers, which compute the coefficients themselves."""
         raw: Tensor = self.backbone(x_t, times, condition)
         if raw.shape != x_t.shape:
             raise ValueError(f"the backbone returned {tuple(raw.shape)} for an input of {tuple(x_t.shape)}")
@@ -133,24 +132,24 @@ class Denoiser(nn.Module):
 
 
 class Routed(nn.Module):
-    """A backbone made of experts by noise level: ``experts[k]`` serves ``boundaries[k] <= t`` (the first that fits).
+    """A backbone of several experts by noise level: ``t`` goes to the first ``experts[k]`` with ``boundaries[k] <= t``.
 
-    ``boundaries`` fall and end at 0, e.g. ``(0.875, 0.0)`` for a high-noise and a low-noise network. A boundary belongs
-    to the noisier expert, so that of a few-step student lies strictly between two of its times. A mixed batch is split.
+    ``boundaries`` decrease to 0, e.g. ``(0.875, 0.0)`` for a high-noise and a low-noise network. A boundary belongs to
+    the noisier expert; a few-step student's boundaries lie strictly between two of its times. Mixed batches are split.
     """
 
     def __init__(self, experts: Sequence[nn.Module], boundaries: Sequence[float]) -> None:
         super().__init__()
         falling = list(boundaries) == sorted(boundaries, reverse=True)
         if not falling or len(experts) != len(boundaries) or list(boundaries[-1:]) != [0]:
-            raise ValueError("experts need as many falling boundaries, the last 0")
+            raise ValueError("each expert needs a boundary; boundaries must decrease and end at 0")
         self.experts = nn.ModuleList(experts)
         self.boundaries = tuple(boundaries)
 
     def expert_of(self, t: Tensor) -> Tensor:
-        """The index of the expert for each time of [B]. Raises ``ValueError`` on times within a sample (frames)."""
+        """The index of the expert for each time of [B]. Raises ``ValueError`` on several times per sample (frames)."""
         if t.ndim != 1:
-            raise ValueError(f"experts are chosen by one time a sample, got times of shape {tuple(t.shape)}")
+            raise ValueError(f"experts need one time per sample, got times of shape {tuple(t.shape)}")
         return (t[:, None] < torch.tensor(self.boundaries, dtype=t.dtype, device=t.device)).sum(1)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -165,7 +164,7 @@ class Routed(nn.Module):
 
 
 def routed(experts: Sequence[Denoiser], boundaries: Sequence[float]) -> Denoiser:
-    """One denoiser of several that share all but the backbone; raises ``ValueError`` as ``Routed`` does."""
+    """One denoiser of several that differ only in their backbones; raises ``ValueError`` as ``Routed`` does."""
     first = experts[0]
     backbone = Routed([expert.backbone for expert in experts], boundaries)
     return Denoiser(backbone, first.schedule, first.kind, style=first.style)

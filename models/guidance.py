@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans, 2207.12598), in one convention: ``null + w (cond - null)``; 1 is off."""
+"""Classifier-free guidance (Ho & Salimans, arXiv 2207.12598) as ``null + w (cond - null)``; w = 1 is off."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fewstep.models.prediction import Prediction
 
 @dataclass(frozen=True)
 class Guidance:
-    """``scale`` w; below 0 pushes away from the condition (SiD's anti-guidance). How the scale is applied is the model's
-    own ``GuidanceStyle``."""
+    """The guidance ``scale`` w; below 0 it points away from the condition (SiD's anti-guidance). The model's
+    ``GuidanceStyle`` defines how it is applied."""
 
     scale: float = 1.0
 
@@ -25,7 +25,7 @@ OFF = Guidance()
 
 
 class Guided(NamedTuple):
-    """A read and its parts; without guidance ``null`` is None and ``out`` is ``cond``."""
+    """A guided prediction ``out`` and its parts; without guidance ``null`` is None and ``out`` is ``cond``."""
 
     cond: Prediction
     null: Prediction | None
@@ -33,15 +33,15 @@ class Guided(NamedTuple):
 
     @property
     def unconditional(self) -> Prediction:
-        """The null branch of a guided read; raises ``ValueError`` where guidance was off and it does not exist."""
+        """The unconditional prediction. Raises ``ValueError`` if guidance was off, so that it was not computed."""
         if self.null is None:
-            raise ValueError("this read was not guided, so it has no unconditional part")
+            raise ValueError("guidance was off, so there is no unconditional prediction")
         return self.null
 
 
 def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor | float, condition: Condition, guidance: Guidance = OFF) -> Guided:
-    """Reads ``denoiser`` at ``x_t`` [B, ...] with guidance; both branches go through it as one batch of 2B. A model
-    that embeds guidance is read once, off or not, and its ``out`` is its ``cond``."""
+    """Evaluates ``denoiser`` at ``x_t`` [B, ...] with guidance, both branches in one batch of 2B. A model with embedded
+    guidance is evaluated once, whatever the scale, and its ``out`` is its ``cond``."""
     if denoiser.style.embedded:
         scale = torch.full((x_t.shape[0],), guidance.scale, device=x_t.device)
         condition = condition.replace(guidance=scale)

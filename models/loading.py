@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,7 +28,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 
 
 class Model(BaseModel):
-    """A denoiser with its config and where it came from."""
+    """A denoiser with its config and, if it was loaded from one, its folder."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True)
     denoiser: Denoiser
@@ -36,28 +37,33 @@ class Model(BaseModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         backbone = self.denoiser.backbone
         network = backbone.shared_network if isinstance(backbone, AdapterView) else backbone
         tensor = next(chain(network.parameters(), network.buffers()), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
     def labels(self, n: int) -> Tensor:
-        """``0, 1, ..., classes - 1, 0, ...``: every class equally often, as in a reference. Raises ``UserError`` on a
-        model that takes prompts."""
+        """``0, 1, ..., classes - 1, 0, ...`` [n]: all classes equally often. Raises ``UserError`` on a model that takes
+        prompts."""
         if not self.config.classes:
-            raise UserError("This is for class-conditional models; this one takes prompts.")
+            raise UserError("This needs a class-conditional model; this one takes prompts.")
         return torch.arange(n) % self.config.classes
 
 
+def _is_teacher(value: Any) -> bool:
+    """A model, or a function annotated to return one, so that a name in a saved model calls nothing else."""
+    returned = inspect.get_annotations(value).get("return") if callable(value) else None
+    return isinstance(value, Model) or returned in (Model, "Model", "fewstep.Model")
+
+
 TEACHERS: Registry[Model | Callable[[], Model]] = Registry(
-    "teacher", dict, lambda value: isinstance(value, Model) or callable(value),
-    "a fewstep.Model or a function that returns one",
-)  # fmt: skip
+    "teacher", dict, _is_teacher, "a fewstep.Model or a function annotated to return one (def f() -> Model)"
+)
 
 
 def bundled_models() -> list[str]:
-    """The names of the models that ship with the package: of fewstep, and diffusers pipelines."""
+    """The names of the models that ship with the package, in fewstep's format or as diffusers pipelines."""
     return sorted(file.parent.name for kind in ("config", "model_index") for file in BUNDLED.glob(f"*/{kind}.json"))
 
 
@@ -65,12 +71,12 @@ def load_model(
     source: str | Path, feature_layers: tuple[str, ...] = (), size: Size | None = None,
     dtype: torch.dtype = torch.float32, *, from_file: bool = False,
 ) -> Model:  # fmt: skip
-    """Loads a model folder, a bundled model by name, a diffusers pipeline by folder or hub id, or a model of the user's
-    own by registered or dotted name, in eval mode on the CPU.
+    """Loads a model folder, a bundled model by name, a diffusers pipeline by folder or hub id, or the user's own model
+    by registered or dotted name, in eval mode on the CPU.
 
-    ``size`` (height, width, frames in pixels) and ``dtype`` of the weights are for pipelines. ``from_file``: ``source``
-    was read from a saved model, so that it causes no import. Raises ``UserError`` if the model does not exist, a file is
-    damaged, or the weights do not fit the config.
+    ``size`` (height, width, frames in pixels) and the weights' ``dtype`` apply to pipelines. ``from_file``: ``source``
+    was read from a saved model and must not cause an import. Raises ``UserError`` if the model does not exist, a file
+    is damaged, or the weights do not match the config.
     """
     if str(source) in TEACHERS:
         return _own_model(str(source), feature_layers, from_file)
@@ -95,7 +101,7 @@ def load_model(
 
 def _own_model(name: str, feature_layers: tuple[str, ...], from_file: bool) -> Model:
     found = TEACHERS.resolve(name, from_file=from_file)
-    model = found if isinstance(found, Model) else found()
+    model = copy.deepcopy(found) if isinstance(found, Model) else found()  # never changes the user's object
     if not isinstance(model, Model):
         raise UserError(f"The teacher {name!r} returns a {type(model).__name__}, not a fewstep.Model.")
     model.denoiser.eval().record_features(feature_layers)
@@ -103,20 +109,20 @@ def _own_model(name: str, feature_layers: tuple[str, ...], from_file: bool) -> M
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a string that is no path can be a pipeline's id on the hub: ``owner/name``, no folder ``owner`` here."""
+    """Whether a string may be a pipeline's hub id: ``owner/name``, where neither it nor ``owner`` is a local path."""
     parts = source.split("/")
     return len(parts) == 2 and all(parts) and not Path(source).exists() and not Path(parts[0]).exists()
 
 
 def pipeline_of(model: Model) -> PipelineFolder:
-    """The diffusers pipeline whose text encoders and VAE belong to a model: its own, or that of its base's base.
+    """The diffusers pipeline that supplies a model's text encoders and VAE: that of its base, or of its base's base.
 
-    Raises ``UserError`` for a native model, which has none.
+    Raises ``UserError`` for a class-conditional model, which has none.
     """
     from fewstep.models.hub.folder import PipelineFolder  # needs the extra
 
     config = model.config
-    while config.base is not None:
+    while config.base is not None and config.base not in TEACHERS:
         if is_pipeline(config.base):
             return PipelineFolder.open(resolve_path(config.base))
         config = _read_config(resolve_path(config.base))
@@ -124,12 +130,12 @@ def pipeline_of(model: Model) -> PipelineFolder:
 
 
 def resolve_path(source: str | Path) -> Path:
-    """A folder, or that of an embedded model by name."""
+    """The path of a model folder, or of a bundled model by name."""
     return BUNDLED / str(source) if not Path(source).exists() and str(source) in bundled_models() else Path(source)
 
 
 def is_pipeline(source: str | Path) -> bool:
-    """Whether a model's folder or name is that of a diffusers pipeline, embedded, on disk or on the hub."""
+    """Whether a model's folder or name is a diffusers pipeline: bundled, on disk or on the hub."""
     return (resolve_path(source) / "model_index.json").is_file() or is_hub_id(str(source))
 
 
@@ -161,41 +167,41 @@ def _load_pipeline(source: Path, feature_layers: tuple[str, ...], size: Size | N
 
 
 def _network(config: ModelConfig, feature_layers: tuple[str, ...], dtype: torch.dtype, stored: set[str]) -> Denoiser:
-    """The network that the weights of a model folder, named in ``stored``, belong to."""
+    """The network for the weights of a model folder; ``stored`` are the names of its tensors."""
     if config.base is None:
         return config.build(feature_layers, from_file=True)
     denoiser = load_model(config.base, feature_layers, dtype=dtype, from_file=True).denoiser
     if lora := config.lora:
         share_network(denoiser, lora.rank, lora.alpha, lora.targets)
-    if config.boundaries:  # an expert without weights of its own is the base
-        own = [any(name.startswith(f"experts.{k}.") for name in stored) for k in range(len(config.boundaries))]
-        experts = [copy.deepcopy(denoiser) if its_own else denoiser for its_own in own]
+    if config.boundaries:  # an expert without stored weights is the base
+        trained = [any(name.startswith(f"experts.{k}.") for name in stored) for k in range(len(config.boundaries))]
+        experts = [copy.deepcopy(denoiser) if own_weights else denoiser for own_weights in trained]
         return routed(experts, config.boundaries).eval()
     return (copy.deepcopy(denoiser) if lora else denoiser).eval()
 
 
 def load_weights(module: nn.Module, file: Path) -> None:
-    """Fills ``module`` from a safetensors file. Raises ``UserError`` on damage, missing names or wrong shapes."""
+    """Fills ``module`` from a safetensors file. Raises ``UserError`` on damage or if names or shapes do not match."""
     tensors = read_tensors(file)
     own = module.state_dict()
-    missing, foreign = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    if missing or foreign:
+    missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or unknown:
         raise UserError(
             f"{file} does not belong to this network: {len(missing)} tensors missing (first: {missing[:1]}), "
-            f"{len(foreign)} unknown (first: {foreign[:1]}). Is it the file of another model?"
+            f"{len(unknown)} unknown (first: {unknown[:1]}). Check that it belongs to this model."
         )
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise UserError(
                 f"{file}: {name} has shape {list(tensor.shape)}, the network needs {list(own[name].shape)}. "
-                "Does config.json stand beside the right weights?"
+                "Check that config.json belongs to these weights."
             )
     module.load_state_dict(tensors)
 
 
 def _first(error: ValidationError | UnicodeDecodeError | OSError) -> str:
     if not isinstance(error, ValidationError):
-        return "it is not text" if isinstance(error, UnicodeDecodeError) else str(error)
+        return "not a text file" if isinstance(error, UnicodeDecodeError) else str(error)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{where}: {first['msg']}" if where else str(first["msg"])

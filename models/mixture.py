@@ -1,4 +1,4 @@
-"""Gaussian mixtures with everything known in closed form at every noise level: the teacher of the tests and the docs.
+"""Gaussian mixtures with closed-form density, score and posterior mean at every noise level: exact teachers.
 
 If ``x0 ~ sum_k w_k N(mu_k, s_k^2 I)`` and ``x_t = alpha x0 + sigma noise``, then ``x_t`` is a mixture of
 ``N(alpha mu_k, v_k I)`` with ``v_k = alpha^2 s_k^2 + sigma^2``, and with the responsibilities ``r_k(x_t)``
@@ -20,15 +20,15 @@ from fewstep.models.schedules import NoiseSchedule
 
 
 class GaussianMixture(nn.Module):
-    """``weights`` [K] > 0 (normalised here), ``means`` [K, D], ``stds`` [K] >= 0 (isotropic); kept and used in float64.
+    """``weights`` [K] > 0 (normalised here), ``means`` [K, D], ``stds`` [K] >= 0 (isotropic); stored in float64.
 
-    ``labels`` [K] in 0..C-1 gives each component a class. Then class ``c`` means its components alone and the null
-    label ``C`` (``classes``) all of them, so that guidance has something to do; without it C = 0. Points x are [B, ...]
-    with D numbers a sample; ``alpha`` and ``sigma`` are numbers or [B]; a call's ``labels`` [B] default to null.
-    Nothing is undefined but a component of zero variance, ``s_k = sigma = 0``.
+    ``labels`` [K] in 0..C-1 assigns each component to a class. Class ``c`` is then the mixture of its components, and
+    the null label ``C`` (``classes``) that of all; without ``labels`` C = 0. Points x are [B, ...] with D values per
+    sample; ``alpha`` and ``sigma`` are numbers or [B]; a call's ``labels`` [B] default to null. Results are undefined
+    only for a component of zero variance, ``s_k = sigma = 0``.
     """
 
-    log_weights: Tensor  # [C + 1, K]: of the components given the class, the last row given nothing
+    log_weights: Tensor  # [C + 1, K]: of the components given each class; the last row is unconditional
     means: Tensor
     stds: Tensor
 
@@ -48,7 +48,7 @@ class GaussianMixture(nn.Module):
         rows = [log_weights]
         if labels is not None:
             if len(labels) != len(means) or set(labels) != set(range(self.classes)):
-                raise ValueError("a mixture's labels need one entry a component and no class without one")
+                raise ValueError("a mixture's labels need one entry per component, and each class a component")
             member = torch.tensor(labels) == torch.arange(self.classes)[:, None]
             rows = [*log_weights.where(member, -math.inf), log_weights]
         self.register_buffer("log_weights", torch.stack(rows).log_softmax(-1))
@@ -59,14 +59,14 @@ class GaussianMixture(nn.Module):
     def single(
         cls, mean: float | Sequence[float] | Tensor, std: float, dimensions: int | None = None
     ) -> GaussianMixture:
-        """One Gaussian ``N(mean, std^2 I)``; ``mean`` is [D] or, for equal ones, a number with the ``dimensions``."""
+        """One Gaussian ``N(mean, std^2 I)``; ``mean`` is [D], or a number that is repeated for all ``dimensions``."""
         center = torch.as_tensor(mean, dtype=torch.float64)
         return cls([1.0], center.expand(1, dimensions or center.numel()), [std])
 
     def _components(
         self, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float, labels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log(weight x density) [B, K], ``x_t - alpha mu_k`` [B, K, D], variances [B, K, 1], alpha as a column."""
+        """log(weight x density) [B, K], ``x_t - alpha mu_k`` [B, K, D], variances [B, K, 1], alpha [B, 1, 1]."""
         device = self.means.device
         levels = (torch.as_tensor(v, dtype=torch.float64, device=device) for v in (alpha, sigma))
         alpha, sigma = (level.reshape(-1, 1, 1) for level in levels)
@@ -83,7 +83,7 @@ class GaussianMixture(nn.Module):
         return self._components(x_t, alpha, sigma, labels)[0].logsumexp(-1)
 
     def score(self, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
-        """The gradient of ``log_density`` in ``x_t``, in its shape, float64."""
+        """The gradient of ``log_density`` with respect to ``x_t``, in its shape, float64."""
         joint, offset, variance, _ = self._components(x_t, alpha, sigma, labels)
         return -(joint.softmax(-1)[..., None] * offset / variance).sum(1).view_as(x_t)
 
@@ -95,7 +95,7 @@ class GaussianMixture(nn.Module):
         return (joint.softmax(-1)[..., None] * means).sum(1).view_as(x_t)
 
     def sample(self, n: int, seed: int | torch.Generator = 0, labels: Tensor | None = None) -> Tensor:
-        """``n`` points x0 [n, D], float64 on the CPU, of the classes ``labels`` [n] if given."""
+        """Samples ``n`` points x0 [n, D], float64 on the CPU, of the classes ``labels`` [n] if given."""
         generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
         null = torch.full((n,), self.classes)
         weights = self.log_weights.cpu()[null if labels is None else labels].exp()
@@ -107,7 +107,7 @@ class GaussianMixture(nn.Module):
 class MixtureBackbone(nn.Module):
     """``(x_t [B, ...], t [B], condition) -> E[x0|x_t]`` in the dtype of ``x_t``, at the levels of ``schedule``.
 
-    ``Denoiser(MixtureBackbone(mixture, schedule), schedule, "x0")`` is an exact teacher. It reads
+    ``Denoiser(MixtureBackbone(mixture, schedule), schedule, "x0")`` is an exact teacher. It uses
     ``condition["labels"]`` (classes or null) if the mixture has classes and the condition has labels.
     """
 

@@ -23,10 +23,10 @@ BACKBONES: Registry[type[nn.Module]] = Registry(
 
 
 class FewStep(BaseModel):
-    """How a distilled student is sampled: its times (from 1 downwards) and the rule between them.
+    """How a distilled student is sampled: its times, decreasing from 1, and the rule between them.
 
-    ``shift`` is that of the times, for grids of another number of steps. ``counts``: the numbers of steps that it
-    serves, told to it as ``condition["steps"]``; none: it is not told.
+    ``shift`` is the shift of the times, for grids with another number of steps. ``counts``: the numbers of steps that
+    the student supports and receives as ``condition["steps"]``; empty: it is not conditioned on the step count.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,7 +37,7 @@ class FewStep(BaseModel):
 
 
 class Lora(BaseModel):
-    """An adapter's settings, as PEFT takes them."""
+    """An adapter's settings, as in PEFT."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     rank: PositiveInt
@@ -46,11 +46,9 @@ class Lora(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """``config.json``: everything needed to rebuild a model and to generate samples of the right shape.
-
-    With ``boundaries`` it is several backbones, each for the times down to its boundary (``denoiser.Routed``). With
-    ``base``, another model's folder or name, the network is that model's: with other weights or, with ``lora``, its
-    own with an adapter. ``shift`` belongs to a teacher's time grid.
+    """``config.json``. With ``boundaries`` the model has several backbones, each for the times down to its boundary
+    (``denoiser.Routed``). With ``base``, another model's folder or name, the network is that model's: with ``lora`` its
+    weights and an adapter, otherwise other weights. ``shift`` applies to a teacher's time grid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,8 +65,8 @@ class ModelConfig(BaseModel):
     boundaries: tuple[float, ...] | None = None
 
     def build(self, feature_layers: tuple[str, ...] = (), *, from_file: bool = False) -> Denoiser:
-        """A freshly initialised denoiser in eval mode. ``from_file``: this config was read from a saved model, so its
-        backbone is not imported (see ``core.registry``).
+        """A new denoiser in eval mode, randomly initialised. ``from_file``: this config was read from a saved model, so
+        that its backbone must not cause an import (see ``core.registry``).
 
         Raises ``UserError`` on an unknown backbone, setting or feature layer.
         """
@@ -79,10 +77,10 @@ class ModelConfig(BaseModel):
             backbone = Routed(experts, self.boundaries) if self.boundaries else experts[0]
             return Denoiser(backbone, schedule_from_dict(self.noise_schedule), self.prediction, feature_layers).eval()
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"The model's settings do not build a network: {error}.") from error
+            raise UserError(f"Cannot build a network from the model's settings: {error}.") from error
 
     def _network(self, cls: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
-        """A subclass of ``Backbone`` also receives shape and classes; any other network its settings alone."""
+        """A subclass of ``Backbone`` also receives shape and classes; any other network only its settings."""
         if issubclass(cls, Backbone):
             return cls.build(self.shape, self.classes, **settings)
         return cls(**settings)

@@ -1,4 +1,4 @@
-"""Frozen networks that wait in host memory between reads: room on the accelerator, for a transfer a read."""
+"""Frozen networks kept in host memory between evaluations: saves device memory, costs a transfer per evaluation."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ class OffloadedModule:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._device = device
-        self._home = [(tensor, self._at_home(tensor)) for tensor in chain(module.parameters(), module.buffers())]
+        self._tensors = [(tensor, self._host_copy(tensor)) for tensor in chain(module.parameters(), module.buffers())]
         self.release()
 
     def fetch(self) -> None:
-        for tensor, home in self._home:
-            if tensor.data_ptr() == home.data_ptr():
-                tensor.data = home.to(self._device, non_blocking=True, copy=True)
+        for tensor, host in self._tensors:
+            if tensor.data_ptr() == host.data_ptr():
+                tensor.data = host.to(self._device, non_blocking=True, copy=True)
 
     def release(self) -> None:
-        for tensor, home in self._home:
-            tensor.data = home
+        for tensor, host in self._tensors:
+            tensor.data = host
 
-    def _at_home(self, tensor: torch.Tensor) -> torch.Tensor:
-        home = tensor.detach().cpu()
-        return home.pin_memory() if self._device.type == "cuda" else home
+    def _host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = tensor.detach().cpu()
+        return host.pin_memory() if self._device.type == "cuda" else host

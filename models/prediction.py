@@ -1,7 +1,7 @@
-"""One network output, seen as any of the five quantities of the field.
+"""One network output, converted to x0, noise, v, velocity or score.
 
-A kind is a row ``(a, b)`` meaning ``a x0 + b noise``. Together with ``x_t = alpha x0 + sigma noise`` a network's output
-is two equations in two unknowns, and every conversion is the same 2x2 solve.
+Each kind is a row ``(a, b)``, meaning ``a x0 + b noise``. With ``x_t = alpha x0 + sigma noise`` this gives two
+equations in two unknowns, so that every conversion is the same 2x2 solve.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from fewstep.models.schedules import NoiseSchedule
 
 Kind = Literal["x0", "noise", "v", "velocity", "score"]
 KINDS: tuple[Kind, ...] = ("x0", "noise", "v", "velocity", "score")
-
-
 Number = TypeVar("Number", Tensor, float)
 
 
@@ -51,7 +49,7 @@ def conversion(
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The schedule at the times of one batch, float64, each of a shape that broadcasts against ``x_t``."""
+    """The schedule at the times of a batch: float64, broadcastable against ``x_t``."""
 
     alpha: Tensor
     sigma: Tensor
@@ -73,10 +71,10 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A network's output ``raw`` (float32, the shape of ``x_t``) of kind ``kind`` at ``x_t``, and views of it.
+    """A network's output ``raw`` (float32, the shape of ``x_t``) of kind ``kind`` at ``x_t``, and its conversions.
 
-    A view is ``inf`` or ``nan`` where the quantity does not exist: the score at ``sigma = 0``, ``x0`` from a noise
-    prediction at ``alpha = 0``. ``features`` holds the taps of the network, by module path.
+    A conversion is ``inf`` or ``nan`` where the quantity is undefined: the score at ``sigma = 0``, ``x0`` from a noise
+    prediction at ``alpha = 0``. ``features`` are the outputs of the feature layers, by module path.
     """
 
     raw: Tensor
@@ -112,11 +110,11 @@ class Prediction:
         return self.view("score")
 
     def with_raw(self, raw: Tensor) -> Prediction:
-        """Another output at the same ``x_t`` and ``t`` (guidance combines outputs; every view follows linearly)."""
+        """Another output at the same ``x_t`` and ``t``, as guidance needs; all conversions are affine in it."""
         return replace(self, raw=raw)
 
     def split(self, size: int) -> tuple[Prediction, ...]:
-        """Undoes a batched read of several conditions: equal parts of ``size`` samples each."""
+        """Splits a batched prediction, as of several conditions, into parts of ``size`` samples each."""
         parts = range(0, self.raw.shape[0], size)
 
         def cut(tensor: Tensor, start: int) -> Tensor:

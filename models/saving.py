@@ -11,7 +11,7 @@ from fewstep.models.model_config import ModelConfig
 
 
 def save_model(denoiser: Denoiser, config: ModelConfig, folder: str | Path) -> None:
-    """Writes ``config.json`` and ``model.safetensors``. Raises ``UserError`` when the folder cannot be written."""
+    """Writes ``config.json`` and ``model.safetensors``. Raises ``UserError`` if the folder cannot be written."""
     folder = Path(folder)
     write_tensors(denoiser.backbone.state_dict(), folder / "model.safetensors")
     write_text(json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2) + "\n", folder / "config.json")

@@ -1,7 +1,7 @@
 """Noise schedules: ``x_t = alpha(t) x0 + sigma(t) noise`` with ``t`` in [0, 1] and ``t = 1`` the noisiest.
 
-Every function takes and returns float64 tensors of any shape on the host; callers cast once, when a coefficient meets
-an image. A schedule is its two curves and their derivatives; everything else in the project follows from them.
+All functions take and return float64 tensors of any shape on the host; callers cast once, when a coefficient multiplies
+an image. A schedule defines its two curves and their derivatives; everything else follows from them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class NoiseSchedule(Protocol):
-    """The contract; ``log_snr`` is ``lambda = log(alpha / sigma)`` (half the log signal-to-noise ratio)."""
+    """What a schedule provides; ``log_snr`` is ``lambda = log(alpha / sigma)``, half the log signal-to-noise ratio."""
 
     def alpha(self, t: Tensor) -> Tensor: ...
     def sigma(self, t: Tensor) -> Tensor: ...
@@ -81,7 +81,7 @@ class VPLinear:
 
 @dataclass(frozen=True)
 class VPCosine:
-    """Cosine schedule (Nichol & Dhariwal, arXiv 2102.09672), with time scaled so that t = 1 is where it is cut."""
+    """Cosine schedule (Nichol & Dhariwal, arXiv 2102.09672), cut off at ``cut``, which is mapped to t = 1."""
 
     offset: float = 0.008
     cut: float = 0.9946
@@ -101,7 +101,7 @@ class VPCosine:
         return torch.cos(self._angle(t)) / self._start
 
     def sigma(self, t: Tensor) -> Tensor:
-        # start^2 - cos^2(angle) = sin(angle - angle0) sin(angle + angle0), which keeps its digits near t = 0
+        # start^2 - cos^2(angle) = sin(angle - angle0) sin(angle + angle0), which is accurate near t = 0
         first = self._angle(torch.zeros_like(t))
         return torch.sqrt(torch.sin(self._rate * t) * torch.sin(self._rate * t + 2 * first)) / self._start
 
@@ -124,8 +124,8 @@ class VPCosine:
 class VPDiscrete:
     """DDPM betas (Ho et al., arXiv 2006.11239), ``log alpha`` interpolated linearly between ``t_i = (i + 1) / N``.
 
-    A network trained on integer labels 0..N-1 is read at label ``N t - 1``. Below ``t = 1 / N`` the first segment is
-    extended to ``alpha = 1`` at ``t = 0``.
+    A network trained on integer timesteps 0..N-1 receives the timestep ``N t - 1``. Below ``t = 1 / N`` the first
+    segment is extended to ``alpha = 1`` at ``t = 0``.
     """
 
     betas: tuple[float, ...] = field(repr=False)
@@ -151,7 +151,7 @@ class VPDiscrete:
         return torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * torch.log1p(-betas).cumsum(0)])
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The log alpha at ``t`` and its slope there."""
+        """log alpha at ``t`` and its derivative."""
         n = len(self.betas)
         i = (t * n).floor().long().clamp(0, n - 1)
         left, right = self._log_alphas[i], self._log_alphas[i + 1]
@@ -227,7 +227,7 @@ SCHEDULES: dict[str, type] = {
 
 
 def schedule_from_dict(settings: dict[str, Any]) -> NoiseSchedule:
-    """The inverse of ``schedule_to_dict``. Raises ``ValueError`` on an unknown name or a wrong setting."""
+    """The inverse of ``schedule_to_dict``. Raises ``ValueError`` on an unknown name or an invalid setting."""
     values = dict(settings)
     name = values.pop("name", None)
     if name not in SCHEDULES:
@@ -243,7 +243,7 @@ def schedule_from_dict(settings: dict[str, Any]) -> NoiseSchedule:
 
 
 def schedule_to_dict(schedule: NoiseSchedule) -> dict[str, Any]:
-    """Name and settings as JSON types. Raises ``ValueError`` on a schedule that has no name."""
+    """Name and settings as JSON types. Raises ``ValueError`` on a schedule that is not in ``SCHEDULES``."""
     name = next((name for name, cls in SCHEDULES.items() if type(schedule) is cls), None)
     if name is None:
         raise ValueError(f"no name for a schedule of type {type(schedule).__name__}; known: {', '.join(SCHEDULES)}")
@@ -251,18 +251,18 @@ def schedule_to_dict(schedule: NoiseSchedule) -> dict[str, Any]:
 
 
 def bridge(schedule: NoiseSchedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The law of ``x_t`` given ``x_s`` for ``s <= t``: ``x_t = scale x_s + std n``. Returns (scale, std), float64.
+    """The distribution of ``x_t`` given ``x_s``, ``s <= t``: ``x_t = scale x_s + std noise``. Returns (scale, std).
 
-    ``std^2 = sigma_t^2 - scale^2 sigma_s^2``, written with expm1 so that it is never negative; its relative error
-    grows no faster than ``1e-16 / (t - s)``. An infinite ``log_snr`` (s = 0 or t = 1) is within its domain.
+    ``std^2 = sigma_t^2 - scale^2 sigma_s^2``, computed with expm1 so that it is never negative; its relative error
+    grows no faster than ``1e-16 / (t - s)``. An infinite ``log_snr`` (s = 0 or t = 1) is allowed.
     """
     start, end = schedule.log_snr(s), schedule.log_snr(t)
     scale = schedule.alpha(t) / schedule.alpha(s)
     std = schedule.sigma(t) * torch.sqrt(-torch.expm1(2 * (end - start).clamp(max=0)))
-    same = start == end  # where the formulas may say 0 / 0 and inf - inf
+    same = start == end  # here the formulas can give 0 / 0 or inf - inf
     return torch.where(same, 1.0, scale), torch.where(same, 0.0, std)
 
 
 def shift(t: Tensor, factor: float) -> Tensor:
-    """Moves times towards noise, ``S t / (1 + (S - 1) t)``: a translation by ``-log S`` in ``log_snr`` for a flow."""
+    """Shifts times towards noise, ``S t / (1 + (S - 1) t)``: for a flow, ``log_snr`` changes by ``-log S``."""
     return factor * t / (1 + (factor - 1) * t)

@@ -1,7 +1,7 @@
-"""A small class-conditional U-Net: the native backbone of the embedded teachers.
+"""A small class-conditional U-Net: the backbone of the bundled class-conditional teacher.
 
-It is a plain ResNet U-Net in the manner of Ho et al. (arXiv 2006.11239) with three economies for a CPU: the image is
-pixel-unshuffled first, skips are added rather than concatenated, and attention runs at the lowest resolution only.
+It is a ResNet U-Net as in Ho et al. (arXiv 2006.11239), made cheaper for a CPU: the image is pixel-unshuffled first,
+skip connections are added rather than concatenated, and only the lowest resolution has attention.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """Residual block: two 3x3 convolutions, the embedding entering as a per-channel scale and shift."""
+    """Residual block of two 3x3 convolutions; the embedding gives a per-channel scale and shift."""
 
     def __init__(self, width: int, embedding: int) -> None:
         super().__init__()
@@ -67,12 +67,11 @@ class Attention(AttentionLayer):
 
 
 class UNet(Backbone):
-    """Backbone ``(x_t [B, C, H, W], t [B], condition) -> [B, C, H, W]``; reads ``condition["labels"]`` if ``classes``.
+    """Backbone ``(x_t [B, C, H, W], t [B], condition) -> [B, C, H, W]``; uses ``condition["labels"]`` if ``classes``.
 
-    ``widths`` and ``blocks`` give one entry a resolution, finest first; the last is the middle and has the attention.
-    Label ``classes`` is the null label of classifier-free guidance. With ``step_counts`` it also reads
-    ``condition["steps"]``, which is at most that number. ``TARGETS`` are the layers that LoRA adapts, ``TAPS`` what a
-    discriminator reads.
+    ``widths`` and ``blocks`` have one entry per resolution, finest first; the last is the middle, which has attention.
+    Label ``classes`` is the null label of classifier-free guidance. With ``step_counts`` > 0 the network is also
+    conditioned on ``condition["steps"]`` in 1..``step_counts``.
     """
 
     lora_targets = ("conv1", "conv2", "modulation", "qkv", "out", "time.0", "time.2")
@@ -114,11 +113,11 @@ class UNet(Backbone):
         last = nn.Conv2d(widths[0], channels * patch**2, 3, padding=1)
         nn.init.zeros_(last.weight)
         self.leave = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.SiLU(), last)
-        # 5-20 % faster on a CPU, the same numbers
+        # 5-20 % faster on a CPU, with equal results
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        e = self.time(sinusoid(t, 64).to(x))  # t is float64: rounded to bfloat16, neighbouring times would be one
+        e = self.time(sinusoid(t, 64).to(x))  # computed in float64: in bfloat16 neighbouring times would coincide
         if self.labels is not None:
             e = e + self.labels(condition["labels"])
         if self.steps is not None:
@@ -143,14 +142,14 @@ class UNet(Backbone):
         return out
 
     def with_step_counts(self, most: int) -> UNet:
-        """A copy that also reads ``condition["steps"]`` in 1..most, and computes the same until it learns otherwise."""
+        """A copy that is also conditioned on ``condition["steps"]`` in 1..most and initially computes the same."""
         copied = copy.deepcopy(self)
         copied.steps = step_embedding(most, self.time[-1].out_features).to(self.enter.weight)  # type: ignore[arg-type]
         return copied
 
 
 def step_embedding(most: int, embedding: int) -> nn.Embedding:
-    """One vector a step count 0..most, zero at first."""
+    """One embedding per step count 0..most, initially zero."""
     table = nn.Embedding(most + 1, embedding)
     nn.init.zeros_(table.weight)
     return table

@@ -1,11 +1,11 @@
-"""Gradients through a sampler in memory of one step: the discrete adjoint (AdjointDPM, arXiv 2307.10711).
+"""Gradients through a sampler with the memory of one step: the discrete adjoint (AdjointDPM, arXiv 2307.10711).
 
-The states of a run are kept, its graphs are not; going backwards, each step is made again with a graph, and the
-gradient is pulled through it. The result is the exact gradient of the discrete sampler, whatever its step. For example,
-noise that leads to a wanted picture:
+The forward pass keeps the states without their graphs. The backward pass recomputes each step with a graph and applies
+the chain rule, which gives the exact gradient of the discrete sampler, whatever its step. For example, to find noise
+that leads to a target image:
 
     for _ in range(50):
-        x = x - 0.1 * through(predict, x, times, lambda x0: (x0 - wanted).square().mean()).x
+        x = x - 0.1 * sampler_gradients(predict, x, times, lambda x0: (x0 - target).square().mean()).x
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.samplers.dpm_solver_pp import singlestep_pp
 from fewstep.samplers.exponential import HistoryEntry, advance
 from fewstep.samplers.grids import Node
 from fewstep.samplers.predictor import Predictor
@@ -25,19 +26,19 @@ StepFunction = Callable[[Tensor, Node, Node], Tensor]
 
 
 class Gradients(NamedTuple):
-    """The loss, its gradient by the first state, and by each of the parameters (zeros where it does not depend)."""
+    """The loss and its gradients by the first state and by each parameter (zeros where the loss is independent)."""
 
     loss: Tensor
     x: Tensor
     parameters: list[Tensor]
 
 
-def through(
+def sampler_gradients(
     predict: Predictor, x: Tensor, times: Sequence[float], loss: Callable[[Tensor], Tensor],
     parameters: Sequence[Tensor] = (), step: StepFunction | None = None,
 ) -> Gradients:  # fmt: skip
-    """Of ``loss(x_0)`` for the sampler that makes every step by ``step(x, s, t)`` (by default DDIM's); each step is a
-    function of the state alone. Memory: N states and one step's graph; two forward passes a step."""
+    """The gradients of ``loss(x_0)`` for the sampler that takes every step by ``step(x, s, t)`` (DDIM by default), a
+    function of the state alone. Needs the memory of N states and one step's graph, and two forward passes per step."""
     step = step or ddim_step(predict)
     grid = predict.nodes(times)
     states = [x.detach()]
@@ -52,22 +53,20 @@ def through(
     for s, t in zip(grid[-2::-1], grid[:0:-1], strict=True):
         with torch.enable_grad():
             state = states.pop().requires_grad_()
-            out = step(state, s, t)
-            adjoint, *found = torch.autograd.grad(
-                out, [state, *parameters], adjoint, allow_unused=True, materialize_grads=True
+            output = step(state, s, t)
+            adjoint, *grads = torch.autograd.grad(
+                output, [state, *parameters], adjoint, allow_unused=True, materialize_grads=True
             )
-        for total, grad in zip(totals, found, strict=True):
+        for total, grad in zip(totals, grads, strict=True):
             total += grad
     return Gradients(value.detach(), adjoint, totals)
 
 
 def ddim_step(predict: Predictor) -> StepFunction:
-    """One step of first order."""
+    """A DDIM step, of first order."""
     return lambda x, s, t: advance(x, s, t, [HistoryEntry(s, predict(x, s.t))])
 
 
 def midpoint_step(predict: Predictor) -> StepFunction:
-    """One step of DPM-Solver++ 2S, which is a function of the state alone, too."""
-    from fewstep.samplers.dpm_solver_pp import singlestep_pp
-
+    """A DPM-Solver++ 2S step, of second order."""
     return lambda x, s, t: singlestep_pp(predict, x, (s.t, t.t))

@@ -7,17 +7,17 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from fewstep.samplers.dpm_solver_pp import between, inner_node
+from fewstep.samplers.dpm_solver_pp import has_inner_node, inner_node
 from fewstep.samplers.exponential import HistoryEntry, advance
 from fewstep.samplers.predictor import Predictor
 
 
 def dpm_solver(predict: Predictor, x: Tensor, times: Sequence[float], *, order: int = 2) -> Tensor:
-    """``order`` evaluations a step, at equal distances in log-SNR; the steps from alpha = 0 and to sigma = 0, where the
-    log-SNR is infinite, are of order one."""
+    """``order`` evaluations per step, equally spaced in log-SNR. Steps from alpha = 0 and to sigma = 0, where the
+    log-SNR is infinite, are of first order."""
     for s, t in pairwise(predict.nodes(times)):
         at_s = HistoryEntry(s, predict(x, s.t))
-        if order == 1 or not between(s, t):
+        if order == 1 or not has_inner_node(s, t):
             x = advance(x, s, t, [at_s], "noise")
         elif order == 2:
             middle = inner_node(predict, s, t, 1 / 2)

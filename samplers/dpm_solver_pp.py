@@ -1,7 +1,7 @@
 """DPM-Solver++ (Lu et al., arXiv 2211.01095): exponential integrators on the predicted x0, ODE and SDE.
 
 ``multistep_pp`` is 2M and 3M, ``singlestep_pp`` 2S. The paper's 3M halves its last term, which makes it of order 2 (see
-``exponential.relaxed``).
+``exponential.relax``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def multistep_pp(
 
 
 def pp_steps(steps: int, order: int = 2, relaxation: Relaxation = "published", form: Form = "data") -> list[Step]:
-    """The steps of ``multistep_pp`` (of ``multistep_sde`` with ``form="sde"``) as ``multistep`` takes them."""
+    """The steps of ``multistep_pp`` (of ``multistep_sde`` with ``form="sde"``), for ``multistep``."""
     return [Step(p, form, relaxation) for p in falling_orders(order, steps)]
 
 
@@ -34,15 +34,15 @@ def multistep_sde(
     predict: Predictor, x: Tensor, times: Sequence[float], noise: Noise | None, *, order: int = 2,
     relaxation: Relaxation = "published",
 ) -> Tensor:  # fmt: skip
-    """SDE-DPM-Solver++ 1 or 2M; without ``noise`` the noise-free limit. N evaluations."""
+    """SDE-DPM-Solver++ 1 or 2M; without ``noise``, its noise term is left out. N evaluations."""
     return multistep(predict, x, times, pp_steps(len(times) - 1, order, relaxation, "sde"), noise)
 
 
 def singlestep_pp(predict: Predictor, x: Tensor, times: Sequence[float]) -> Tensor:
-    """++2S: a value half-way (in log-SNR) of every step, two evaluations; the step to sigma = 0 is ++1."""
+    """++2S: two evaluations per step, the second halfway in log-SNR; the step to sigma = 0 is ++1."""
     for s, t in pairwise(predict.nodes(times)):
         at_s = HistoryEntry(s, predict(x, s.t))
-        if not between(s, t):
+        if not has_inner_node(s, t):
             x = advance(x, s, t, [at_s])
             continue
         middle = inner_node(predict, s, t, 0.5)
@@ -51,12 +51,12 @@ def singlestep_pp(predict: Predictor, x: Tensor, times: Sequence[float]) -> Tens
     return x
 
 
-def between(s: Node, t: Node) -> bool:
-    """Whether there is a finite log-SNR between two nodes to read the model at."""
+def has_inner_node(s: Node, t: Node) -> bool:
+    """Whether the log-SNR is finite at both nodes, so that a model can be evaluated between them."""
     return s.alpha > 0 and t.sigma > 0
 
 
-def inner_node(predict: Predictor, s: Node, t: Node, share: float) -> Node:
-    """The node at a share of the way from s to t in log-SNR."""
-    log_snr = torch.tensor([s.log_snr + share * (t.log_snr - s.log_snr)], dtype=torch.float64)
+def inner_node(predict: Predictor, s: Node, t: Node, fraction: float) -> Node:
+    """The node at a fraction of the distance from s to t in log-SNR."""
+    log_snr = torch.tensor([s.log_snr + fraction * (t.log_snr - s.log_snr)], dtype=torch.float64)
     return predict.nodes(predict.schedule.time_of_log_snr(log_snr).tolist())[0]

@@ -1,4 +1,4 @@
-"""Euler's rule on the probability-flow ODE in time; first order."""
+"""The Euler method on the probability-flow ODE in time; first order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fewstep.samplers.predictor import Predictor
 
 
 def euler(predict: Predictor, x: Tensor, times: Sequence[float]) -> Tensor:
-    """``x += (t' - t) velocity`` from ``times[0]`` to ``times[-1]``; on a rectified flow the same map as DDIM."""
-    for t, after in pairwise(times):
-        x = x + (after - t) * predict(x, t).velocity
+    """``x += (t_next - t) velocity`` from ``times[0]`` to ``times[-1]``; equals DDIM on a rectified flow."""
+    for t, t_next in pairwise(times):
+        x = x + (t_next - t) * predict(x, t).velocity
     return x

@@ -1,6 +1,6 @@
-"""Generating samples and images from a model, for training, health checks, evaluation and the report alike.
+"""Generating samples and images from a model, for training, health checks, evaluation and reports.
 
-The noise of a sample is a function of (seed, its number), so that a sample is the same whatever batch it is in.
+The noise of a sample is a function of (seed, number of the sample), so a sample does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from fewstep.samplers.plan import Plan, SamplingConfig, plan
 from fewstep.samplers.predictor import Predictor
 
 PART = 500
-Progress = Callable[[int], None]  # the number of samples that are done
+Progress = Callable[[int], None]  # receives the number of finished samples
 
 
 class Samples(NamedTuple):
-    """Clean samples [N, ...], in the model's range, and the network evaluations per sample."""
+    """Clean samples [N, ...], in the model's range, and the number of network evaluations per sample."""
 
     x0: Tensor
     nfe: int
 
 
 class SampleNoise:
-    """The noise of the samples ``numbers``: a function of (seed, number) only, whatever batch they are in."""
+    """Noise [N, *shape] for the samples ``numbers``; each call returns fresh noise, a function of seed and number."""
 
     def __init__(self, seed: int, numbers: Sequence[int], shape: tuple[int, ...], device: torch.device) -> None:
         self._random = [KeyedRandom(seed, number, "sample", 0) for number in numbers]
@@ -47,30 +47,22 @@ class SampleNoise:
 
 
 def integrate(
-    denoiser: Denoiser,
-    condition: Condition,
-    shape: tuple[int, ...],
-    *,
-    plan: Plan,
-    numbers: Sequence[int],
-    guidance: Guidance = OFF,
-    seed: int = 0,
-    batch: int = 100,
-    device: torch.device | str = "cpu",
+    denoiser: Denoiser, condition: Condition, shape: tuple[int, ...], *, plan: Plan, numbers: Sequence[int],
+    guidance: Guidance = OFF, seed: int = 0, batch: int = 100, device: torch.device | str = "cpu",
     progress: Progress | None = None,
-) -> Samples:
+) -> Samples:  # fmt: skip
     """One sample of ``shape`` per row of ``condition``, the k-th with the noise of ``(seed, numbers[k])``.
 
-    Runs in inference mode, which makes calls of a small network a few percent faster; the result holds ordinary tensors.
+    Runs in inference mode, which speeds up small networks by a few percent; the result holds ordinary tensors.
     """
-    start = float(denoiser.schedule.sigma(torch.tensor(plan.times[0], dtype=torch.float64)))
+    initial_sigma = float(denoiser.schedule.sigma(torch.tensor(plan.times[0], dtype=torch.float64)))
     parts, nfe = [], 0
     for low in range(0, len(numbers), batch):
         rows = slice(low, min(low + batch, len(numbers)))
         noise = SampleNoise(seed, numbers[rows], shape, torch.device(device))
         predict = Predictor(denoiser, condition.index(rows).to(device), guidance)
         with torch.inference_mode():
-            parts.append(plan.solver(predict, start * noise(), plan.times, noise).cpu())
+            parts.append(plan.solver(predict, initial_sigma * noise(), plan.times, noise).cpu())
         nfe = predict.nfe
         if progress is not None:
             progress(rows.stop)
@@ -81,36 +73,35 @@ def generate(
     model: Model, condition: Condition | Tensor, config: SamplingConfig, *, numbers: Sequence[int] | None = None,
     batch: int = 100, progress: Progress | None = None,
 ) -> Samples:  # fmt: skip
-    """One sample per row of ``condition``, or per class label [N], numbered from 0 or by ``numbers`` (which an empty
-    condition needs). Raises ``UserError`` as ``plan`` does.
-    """
+    """One sample per row of ``condition``, or per class label [N]. ``numbers`` (by default 0 to N - 1; required with an
+    empty condition) select the noise of each. Raises ``UserError`` as ``plan`` does."""
     if isinstance(condition, Tensor):
         condition = Condition.of_labels(condition, model.config.classes)
     numbers = range(len(next(iter(condition.values())))) if numbers is None else numbers
-    chosen = plan(model, config)
+    sampling_plan = plan(model, config)
     if model.config.few_step and model.config.few_step.counts:
-        condition = condition.replace(steps=torch.full((len(numbers),), len(chosen.times) - 1))
+        condition = condition.replace(steps=torch.full((len(numbers),), len(sampling_plan.times) - 1))
     return integrate(
-        model.denoiser, condition, model.config.shape, plan=chosen, numbers=numbers,
+        model.denoiser, condition, model.config.shape, plan=sampling_plan, numbers=numbers,
         guidance=Guidance(config.guidance), seed=config.seed, batch=batch, device=model.device, progress=progress,
     )  # fmt: skip
 
 
 class ImageGenerator:
-    """Images, uint8 [N, C, H, W] (or videos [N, F, 3, H, W]), for a model's conditions: its classes or the given
-    prompts. Prompts are encoded when they are used, so that memory does not grow with their number."""
+    """Generates images, uint8 [N, C, H, W] (or videos [N, F, 3, H, W]), of a model's classes or of the given prompts.
+    Prompts are encoded on use, so memory does not grow with their number."""
 
     def __init__(self, model: Model, prompts: Sequence[str] = (), batch: int = 8) -> None:
-        """``batch`` is for pipelines. Raises ``UserError`` on prompts for a class-conditional model, on missing prompts
-        for a text-conditioned one, and on a pipeline that cannot encode them."""
-        self.model, self.nfe = model, 0  # evaluations per image of the last call
+        """``batch`` applies to pipelines. Raises ``UserError`` on prompts for a class-conditional model, on missing
+        prompts for a text-conditioned one, and on a pipeline that cannot encode them."""
+        self.model, self.nfe = model, 0  # network evaluations per image in the last call
         self._encode: Callable[[Tensor], Condition]
         if prompts:
             folder = pipeline_of(model)
             pipeline = folder.pipeline().to(model.device)
             self.conditions, self._batch = len(prompts), batch
             self._encode = lambda rows: folder.condition(pipeline, [prompts[k] for k in rows.tolist()])
-            self._to_images: Callable[[Tensor], Tensor] = partial(folder.pictures, pipeline, batch=batch)
+            self._to_images: Callable[[Tensor], Tensor] = partial(folder.decode_images, pipeline, batch=batch)
         else:
             self.conditions, self._batch = len(model.labels(model.config.classes)), 100
             self._encode = lambda rows: Condition.of_labels(rows, self.conditions)
@@ -120,10 +111,10 @@ class ImageGenerator:
         self, which: Sequence[int] | Tensor, config: SamplingConfig, numbers: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
-        """One image for each of the conditions ``which``, numbered from 0 or by ``numbers``; raises ``UserError`` as
-        ``plan`` does."""
-        once, back = torch.as_tensor(which).unique(return_inverse=True)
-        condition = self._encode(once).to("cpu").index(back)
+        """One image per condition index in ``which``; ``numbers`` (by default 0 to N - 1) select the noise of each.
+        Raises ``UserError`` as ``plan`` does."""
+        unique, inverse = torch.as_tensor(which).unique(return_inverse=True)
+        condition = self._encode(unique).to("cpu").index(inverse)
         samples = generate(self.model, condition, config, numbers=numbers, batch=self._batch, progress=progress)
         self.nfe = samples.nfe
         return self._to_images(samples.x0)
@@ -131,8 +122,8 @@ class ImageGenerator:
 
 @dataclass
 class GeneratedSet:
-    """``n`` images of a model's conditions in turn, generated in parts so that memory does not grow with ``n``.
-    After a pass ``seconds`` and ``nfe`` hold what it took."""
+    """``n`` images that cycle through a model's conditions, generated in parts so that memory does not grow with ``n``.
+    After a pass, ``seconds`` holds the time for generation and ``nfe`` the network evaluations per image."""
 
     model: Model
     config: SamplingConfig
@@ -145,16 +136,17 @@ class GeneratedSet:
 
     def parts(self) -> Iterator[Tensor]:
         """uint8 [N, C, H, W], or videos [N, F, 3, H, W]."""
-        started = time.monotonic()
-        images_of = ImageGenerator(self.model, self.prompts, self.batch)
+        start = time.monotonic()
+        generator = ImageGenerator(self.model, self.prompts, self.batch)
         for first in range(0, self.n, PART):
             numbers = range(first, min(first + PART, self.n))
-            images = images_of(torch.tensor(numbers) % images_of.conditions, self.config, numbers, self._from(first))
-            self.seconds += time.monotonic() - started
-            self.nfe = images_of.nfe
+            which = torch.tensor(numbers) % generator.conditions
+            images = generator(which, self.config, numbers, self._progress_from(first))
+            self.seconds += time.monotonic() - start
+            self.nfe = generator.nfe
             yield images
-            started = time.monotonic()
+            start = time.monotonic()
 
-    def _from(self, first: int) -> Progress | None:
+    def _progress_from(self, first: int) -> Progress | None:
         progress = self.progress
         return (lambda done: progress(first + done)) if progress is not None else None

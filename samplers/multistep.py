@@ -16,10 +16,10 @@ Compensate = Callable[[int, Sequence[HistoryEntry]], HistoryEntry]
 
 @dataclass(frozen=True)
 class Step:
-    """How one step is made: from ``order`` values, as ``form``; ``correct``: the state that it predicted is corrected,
-    once the model was read there, by the value just read and those it was made from (UniC; no evaluation more).
+    """The decisions of one step: it uses ``order`` model outputs in the given ``form``, relaxed by ``relaxation``.
 
-    ``relaxation`` is that of the prediction, ``correction`` that of the correction.
+    With ``correct``, the state that the step predicts is corrected by the model output there and the outputs that
+    predicted it, relaxed by ``correction`` (UniC; no additional evaluation).
     """
 
     order: int = 2
@@ -33,8 +33,8 @@ def multistep(
     predict: Predictor, x: Tensor, times: Sequence[float], steps: Sequence[Step], noise: Noise | None = None,
     compensate: Compensate | None = None,
 ) -> Tensor:  # fmt: skip
-    """``steps[i]`` from ``times[i]`` to ``times[i + 1]``; N evaluations for N steps. A step uses at most the values
-    that there are. ``compensate(i, known)`` gives what takes the place of the newest (DC-Solver)."""
+    """``steps[i]`` from ``times[i]`` to ``times[i + 1]``; N evaluations for N steps. The first steps use all existing
+    outputs. ``compensate(i, history)`` returns an entry that replaces the newest (DC-Solver)."""
     for state in states(predict, x, times, steps, noise, compensate):
         x = state
     return x
@@ -44,54 +44,54 @@ def states(
     predict: Predictor, x: Tensor, times: Sequence[float], steps: Sequence[Step], noise: Noise | None = None,
     compensate: Compensate | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """The states of ``multistep`` at all nodes but the first, each as it is after its correction."""
-    walk = MultistepState(predict.nodes(times), steps, noise, compensate)
-    while not walk.done:
-        corrected, following = walk.step(x, predict(x, walk.node.t))
-        if walk.i > 1:
+    """The states of ``multistep`` at all nodes but the first, after their correction."""
+    solver = MultistepState(predict.nodes(times), steps, noise, compensate)
+    while not solver.done:
+        corrected, following = solver.step(x, predict(x, solver.node.t))
+        if solver.index > 1:
             yield corrected
         x = following
     yield x
 
 
 class MultistepState:
-    """A walk over nodes, told at each what the model says there."""
+    """The state of a multistep run between its steps, for callers that evaluate the model themselves."""
 
     def __init__(
         self, grid: Sequence[Node], steps: Sequence[Step], noise: Noise | None = None,
         compensate: Compensate | None = None,
     ) -> None:  # fmt: skip
-        self.i = 0
+        self.index = 0
         self._grid, self._steps, self._noise, self._compensate = grid, steps, noise, compensate
-        self._known: list[HistoryEntry] = []  # the newest first
-        self._most = max(step.order for step in steps) + 1
-        self._before: Tensor | None = None  # the state, corrected, that the newest prediction started from
+        self._history: list[HistoryEntry] = []  # newest first
+        self._max_history = max(step.order for step in steps) + 1
+        self._previous: Tensor | None = None  # the corrected state from which the newest prediction started
 
     @property
     def node(self) -> Node:
-        """Where the model is to be read next."""
-        return self._grid[self.i]
+        """The node at which to evaluate the model next."""
+        return self._grid[self.index]
 
     @property
     def done(self) -> bool:
-        return self.i == len(self._steps)
+        return self.index == len(self._steps)
 
-    def step(self, x: Tensor, said: ModelValue) -> tuple[Tensor, Tensor]:
-        """The state at this node, corrected by what the model said at ``x``, and the state predicted for the next."""
-        i, grid, step = self.i, self._grid, self._steps[self.i]
-        read = HistoryEntry(grid[i], said)
-        if self._before is not None and self._steps[i - 1].correct:
-            last, known = self._steps[i - 1], self._known
-            used = [known[0], read, *known[1 : min(last.order, len(known))]]
-            x = advance(self._before, grid[i - 1], grid[i], used, last.form, last.correction)
-        self._known = [read, *self._known[: self._most - 1]]
+    def step(self, x: Tensor, output: ModelValue) -> tuple[Tensor, Tensor]:
+        """The state at this node, corrected by the model's ``output`` at ``x``, and the prediction at the next."""
+        i, grid, step = self.index, self._grid, self._steps[self.index]
+        entry = HistoryEntry(grid[i], output)
+        if self._previous is not None and self._steps[i - 1].correct:
+            last, history = self._steps[i - 1], self._history
+            used = [history[0], entry, *history[1 : min(last.order, len(history))]]
+            x = advance(self._previous, grid[i - 1], grid[i], used, last.form, last.correction)
+        self._history = [entry, *self._history[: self._max_history - 1]]
         if self._compensate is not None:
-            self._known[0] = self._compensate(i, self._known)
-        self._before, self.i = x, i + 1
-        following = advance(x, grid[i], grid[i + 1], self._known[: step.order], step.form, step.relaxation, self._noise)
-        return x, following
+            self._history[0] = self._compensate(i, self._history)
+        self._previous, self.index = x, i + 1
+        used = self._history[: step.order]
+        return x, advance(x, grid[i], grid[i + 1], used, step.form, step.relaxation, self._noise)
 
 
 def falling_orders(order: int, steps: int) -> list[int]:
-    """``order`` for every step, but at the end no more than the steps left (lower_order_final)."""
+    """The order of each step: ``order``, but at most the number of steps left (lower_order_final)."""
     return [min(order, steps - i) for i in range(steps)]

@@ -1,4 +1,4 @@
-"""A denoiser bound to its condition and guidance: what a sampler calls, and what counts its network evaluations."""
+"""A denoiser with its condition and guidance, as samplers call it; it counts the network evaluations."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ Scalars = tuple[float, float, float, float]  # alpha, sigma and their derivative
 
 @dataclass
 class ModelOutput:
-    """What the model says at ``x`` and one time: ``raw`` of kind ``kind``, and views of it. A sampler's time is one for
-    the whole batch, so that its coefficients are numbers: a read costs little more than the network."""
+    """The network output ``raw`` of kind ``kind`` at ``x`` and a single time, and views of it as other kinds.
+
+    In contrast to ``Prediction``, the coefficients are plain numbers, since the whole batch has one time; a conversion
+    costs little beside the network.
+    """
 
     x: Tensor
     raw: Tensor
@@ -42,22 +45,22 @@ class ModelOutput:
         return self.view("velocity")
 
     def view(self, kind: Kind) -> Tensor:
-        """The reading as ``kind``; nan where that does not exist."""
+        """The output as ``kind``; nan where that is undefined."""
         if kind == self.kind:
             return self.raw
         try:
             p, q = conversion(self.kind, kind, *self.scalars)
-        except ZeroDivisionError:  # x0 from a noise prediction at alpha = 0, say
+        except ZeroDivisionError:  # for example x0 from a noise prediction at alpha = 0
             return torch.full_like(self.raw, torch.nan)
         return torch.add(p * self.x, self.raw, alpha=q)
 
 
 @dataclass
 class Predictor:
-    """``predictor(x, t) -> Reading``; ``nfe`` counts evaluations a sample, two for a guided one.
+    """``predictor(x, t) -> ModelOutput``; ``nfe`` counts network evaluations per sample, two for a guided call.
 
-    ``threshold``: the dynamic thresholding of Imagen (Saharia et al., arXiv 2205.11487), for models of pixels: x0 is
-    clipped at this quantile of its sizes, and divided by it, in samples where that is above 1.
+    ``threshold``: the quantile of Imagen's dynamic thresholding (Saharia et al., arXiv 2205.11487), for pixel models:
+    samples whose quantile of abs(x0) exceeds 1 are clipped to it and divided by it.
     """
 
     denoiser: Denoiser
@@ -79,15 +82,15 @@ class Predictor:
             guided = guide(self.denoiser, x, t, self.condition, self.guidance)
             raw = guided.out.raw
             self.nfe += 1 if guided.null is None else 2
-        reading = ModelOutput(x, raw, self.denoiser.kind, self.scalars(t))
+        output = ModelOutput(x, raw, self.denoiser.kind, self.scalars(t))
         if self.threshold is None:
-            return reading
-        size = torch.quantile(reading.x0.flatten(1).abs(), self.threshold, dim=1).clamp(min=1)
-        size = size.reshape(-1, *[1] * (x.ndim - 1))
-        return ModelOutput(x, reading.x0.clamp(-size, size) / size, "x0", reading.scalars)
+            return output
+        limit = torch.quantile(output.x0.flatten(1).abs(), self.threshold, dim=1).clamp(min=1)
+        limit = limit.reshape(-1, *[1] * (x.ndim - 1))
+        return ModelOutput(x, output.x0.clamp(-limit, limit) / limit, "x0", output.scalars)
 
     def nodes(self, times: Sequence[float]) -> list[Node]:
-        """The nodes of falling ``times``; their coefficients are kept for the reads to come."""
+        """The nodes of decreasing ``times``; their coefficients are cached for later calls."""
         rows = _table(self.schedule, tuple(times))  # type: ignore[arg-type]  # schedules are frozen
         self._scalars |= {row[0]: (row[1], row[2], row[4], row[5]) for row in rows}
         return [Node(*row[:4]) for row in rows]
@@ -101,7 +104,7 @@ class Predictor:
 
 @lru_cache(maxsize=64)
 def _table(schedule: NoiseSchedule, times: tuple[float, ...]) -> list[list[float]]:
-    """t, alpha, sigma, log-SNR and the derivatives of alpha and sigma, a row a time: the same for every batch."""
+    """Per time a row of t, alpha, sigma, log-SNR and the derivatives of alpha and sigma; cached across batches."""
     t = torch.tensor(times, dtype=torch.float64)
     s = schedule
     table: list[list[float]] = torch.stack(

@@ -1,10 +1,10 @@
-"""Solver schedules by search (USF and S^3, arXiv 2312.07243): evolution over the decisions of ``multistep``.
+"""Solver schedules by evolutionary search over the decisions of ``multistep`` (USF and S^3, arXiv 2312.07243).
 
-A schedule is its times and, for every step, its order, its form, its relaxation and whether it is corrected: every
-multistep rule of this package is one. The search only needs something to rank schedules by. For example, six steps that
-come nearest to a long run from the same noise:
+A schedule consists of its times and, for every step, the order, form, relaxation and correction; every multistep rule
+of this package is one. The search only needs a score. For example, to find the six steps that come nearest to a long
+run from the same noise:
 
-    start = Schedule(grid(schedule, 6), tuple(unipc_steps(6)))
+    start = SolverSchedule(grid(schedule, 6), tuple(unipc_steps(6)))
     best = evolve([start], lambda s: (s(predict, x) - exact).square().mean().item(), rounds=200)[0][1]
 """
 
@@ -18,7 +18,7 @@ from typing import get_args
 from torch import Tensor
 
 from fewstep.samplers.exponential import Relaxation
-from fewstep.samplers.grids import checked
+from fewstep.samplers.grids import check_times
 from fewstep.samplers.multistep import Step, multistep
 from fewstep.samplers.predictor import Predictor
 
@@ -26,8 +26,8 @@ RELAXATIONS: tuple[Relaxation, ...] = get_args(Relaxation)
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Falling times, one more than steps."""
+class SolverSchedule:
+    """N steps and their N + 1 decreasing times."""
 
     times: tuple[float, ...]
     steps: tuple[Step, ...]
@@ -36,18 +36,18 @@ class Schedule:
         return multistep(predict, x, self.times, self.steps)
 
 
-def mutated(schedule: Schedule, rng: random.Random, rate: float = 0.3, spread: float = 0.08) -> Schedule:
-    """A neighbour: every inner time moves by a normal share, every decision is drawn anew, each with chance ``rate``.
-    The ends stay. Times that no longer fall are sorted."""
+def mutate(schedule: SolverSchedule, rng: random.Random, rate: float = 0.3, spread: float = 0.08) -> SolverSchedule:
+    """A neighbour of ``schedule``: each inner time is scaled by a normal factor of deviation ``spread``, and each
+    decision is sampled again, with probability ``rate``. The times are sorted; the first and the last do not change."""
     inner = [t * (1 + rng.gauss(0, spread)) if rng.random() < rate else t for t in schedule.times[1:-1]]
     first, last = schedule.times[0], schedule.times[-1]
-    kept = sorted((min(max(t, last + 1e-4), first - 1e-4) for t in inner), reverse=True)
-    for k in range(1, len(kept)):  # no two the same
-        kept[k] = min(kept[k], kept[k - 1] - 1e-5)
-    return Schedule(checked([first, *kept, last]), tuple(_mutated(s, rng, rate) for s in schedule.steps))
+    times = sorted((min(max(t, last + 1e-4), first - 1e-4) for t in inner), reverse=True)
+    for k in range(1, len(times)):  # no two are equal
+        times[k] = min(times[k], times[k - 1] - 1e-5)
+    return SolverSchedule(check_times([first, *times, last]), tuple(_mutate_step(s, rng, rate) for s in schedule.steps))
 
 
-def _mutated(step: Step, rng: random.Random, rate: float) -> Step:
+def _mutate_step(step: Step, rng: random.Random, rate: float) -> Step:
     if rng.random() < rate:
         step = replace(step, order=rng.choice((1, 2, 2, 3)))
     if rng.random() < rate:
@@ -59,24 +59,27 @@ def _mutated(step: Step, rng: random.Random, rate: float) -> Step:
     return step
 
 
-def crossed(a: Schedule, b: Schedule, rng: random.Random) -> Schedule:
-    """The times of one and, step by step, the decisions of either; both have the same number of steps."""
-    chosen = tuple(rng.choice(pair) for pair in zip(a.steps, b.steps, strict=True))
-    return Schedule(rng.choice((a, b)).times, chosen)
+def cross(a: SolverSchedule, b: SolverSchedule, rng: random.Random) -> SolverSchedule:
+    """The times of one schedule and, for each step, the decisions of either; both have the same number of steps."""
+    steps = tuple(rng.choice(pair) for pair in zip(a.steps, b.steps, strict=True))
+    return SolverSchedule(rng.choice((a, b)).times, steps)
 
 
 def evolve(
-    start: Sequence[Schedule], score: Callable[[Schedule], float], *, rounds: int, parents: int = 15, seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[tuple[float, Schedule]]:  # fmt: skip
-    """The ``parents`` best schedules seen, with their scores, the best (lowest) first; one new schedule a round, a
-    cross of two of the best with chance 0.3, or a mutation of one. A score that is not a number loses."""
+    start: Sequence[SolverSchedule], score: Callable[[SolverSchedule], float], *, rounds: int, parents: int = 15,
+    seed: int = 0, progress: Callable[[int, int], None] | None = None,
+) -> list[tuple[float, SolverSchedule]]:  # fmt: skip
+    """The ``parents`` best schedules with their scores, the lowest score first; nan counts as infinite.
+
+    Each of ``rounds`` adds one schedule: with probability 0.3 a cross of two of the best, otherwise a mutation of one.
+    ``progress`` receives (rounds done, rounds).
+    """
     rng = random.Random(seed)
     best = sorted(((_finite(score(s)), s) for s in start), key=lambda pair: pair[0])
     for done in range(1, rounds + 1):
         pool = [schedule for _, schedule in best[:parents]]
         a = rng.choice(pool)
-        child = crossed(a, rng.choice(pool), rng) if rng.random() < 0.3 else mutated(a, rng)
+        child = cross(a, rng.choice(pool), rng) if rng.random() < 0.3 else mutate(a, rng)
         best = sorted([*best[:parents], (_finite(score(child)), child)], key=lambda pair: pair[0])
         if progress is not None:
             progress(done, rounds)

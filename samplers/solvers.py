@@ -1,4 +1,4 @@
-"""The solvers by name, with what a person wants to know of each before choosing."""
+"""The solvers by name, with their order, cost and paper."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,35 +33,36 @@ NoisyRule = Callable[[Predictor, Tensor, Sequence[float], Noise], Tensor]
 
 @dataclass(frozen=True)
 class Solver:
-    """``order``: how fast the error falls once the first steps, of lower order, no longer matter; ``reads``: network
-    evaluations a step, ends aside. ``by_log_snr``: it takes differences over log-SNR, so that a grid should not begin
-    where that is infinite."""
+    """``run(predict, x, times)``, or ``run(predict, x, times, noise)`` if ``noisy``, maps the state ``x`` [B, ...] at
+    ``times[0]`` to the state at ``times[-1]``. The ``order`` of convergence and the network's ``evaluations_per_step``
+    disregard the first and last steps. ``by_log_snr``: the rule uses differences in log-SNR, so its grid should not
+    start where that is infinite."""
 
     run: Rule | NoisyRule
     order: int
-    reads: int
+    evaluations_per_step: int
     paper: str
     by_log_snr: bool = False
     noisy: bool = False
 
     def __call__(self, predict: Predictor, x: Tensor, times: Sequence[float], noise: Noise) -> Tensor:
-        return self.run(predict, x, times, noise) if self.noisy else self.run(predict, x, times)  # type: ignore[call-arg]
+        return self.run(predict, x, times, *((noise,) if self.noisy else ()))
 
-    def evaluations(self, schedule: NoiseSchedule, times: Sequence[float]) -> int:
-        """Reads of the network over a grid, counted on one that does nothing."""
-        predict = Predictor(Denoiser(_Nothing(), schedule, "x0"), Condition())
+    def count_evaluations(self, schedule: NoiseSchedule, times: Sequence[float]) -> int:
+        """The network evaluations over ``times``, counted with a network that returns zeros."""
+        predict = Predictor(Denoiser(_Zeros(), schedule, "x0"), Condition())
         self(predict, torch.zeros(1, 1), times, lambda: torch.zeros(1, 1))
         return predict.nfe
 
 
-class _Nothing(nn.Module):
+class _Zeros(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return torch.zeros_like(x_t)
 
 
 PP, UNIPC = "arXiv 2211.01095", "arXiv 2302.04867"
 SOLVERS: dict[str, Solver] = {
-    "euler": Solver(euler, 1, 1, "in time; a flow's DDIM"),
+    "euler": Solver(euler, 1, 1, "in time; DDIM on a flow"),
     "ddim": Solver(ddim, 1, 1, "arXiv 2010.02502"),
     "ddpm": Solver(partial(ddim, eta=1.0), 1, 1, "arXiv 2006.11239: DDIM with eta 1", noisy=True),
     "heun": Solver(heun, 2, 2, "arXiv 2206.00364, in time"),
@@ -78,58 +80,55 @@ SOLVERS: dict[str, Solver] = {
     "unipc_2": Solver(partial(unipc, order=2), 3, 1, UNIPC, by_log_snr=True),
     "unipc_3": Solver(partial(unipc, order=3), 4, 1, UNIPC, by_log_snr=True),
 }
-STUDENTS: dict[str, Solver] = {
+STUDENT_SOLVERS: dict[str, Solver] = {
     "deterministic": SOLVERS["ddim"],
     "renoise": Solver(renoise, 1, 1, "arXiv 2303.01469, Algorithm 1", noisy=True),
 }
 
 
-STATISTICS, RATIOS = "statistics.safetensors", "dc_solver.json"
-V3, DC = "arXiv 2310.13268; needs fewstep ems", "arXiv 2409.03755; needs fewstep ratios"
-
-
 @dataclass(frozen=True)
-class Measured:
-    """A solver that knows something of its model: ``build(folder, steps, guidance)`` makes its rule of what is found in
-    the model's folder."""
+class FittedSolver:
+    """A multistep solver in log-SNR with coefficients fitted to the model; ``build(folder, steps, guidance)`` reads
+    them from the model's folder and returns the rule."""
 
     build: Callable[[Path, int, float], Rule]
     order: int
     paper: str
+    evaluations_per_step: ClassVar[int] = 1
 
 
-def _v3(folder: Path, steps: int, guidance: float, order: int) -> Rule:
-    return partial(dpm_solver_v3, statistics=Statistics.read(folder / STATISTICS), order=order, pseudo=True)
+def _build_v3(folder: Path, steps: int, guidance: float, order: int) -> Rule:
+    statistics = Statistics.read(folder / "statistics.safetensors")
+    return partial(dpm_solver_v3, statistics=statistics, order=order, pseudo=True)
 
 
-def _dc(folder: Path, steps: int, guidance: float) -> Rule:
-    return partial(dc_solver, ratios=read_ratios(folder / RATIOS, steps, guidance))
+def _build_dc(folder: Path, steps: int, guidance: float) -> Rule:
+    return partial(dc_solver, ratios=read_ratios(folder / "dc_solver.json", steps, guidance))
 
 
-MEASURED: dict[str, Measured] = {
-    "dc_solver_2": Measured(_dc, 3, DC),
-    "dpm_solver_v3_2": Measured(partial(_v3, order=2), 2, V3),
-    "dpm_solver_v3_3": Measured(partial(_v3, order=3), 3, V3),
+V3, DC = "arXiv 2310.13268; needs fewstep solver fit-v3", "arXiv 2409.03755; needs fewstep solver fit-dc"
+FITTED_SOLVERS: dict[str, FittedSolver] = {
+    "dc_solver_2": FittedSolver(_build_dc, 3, DC),
+    "dpm_solver_v3_2": FittedSolver(partial(_build_v3, order=2), 2, V3),
+    "dpm_solver_v3_3": FittedSolver(partial(_build_v3, order=3), 3, V3),
 }
-
-
-REGISTRY: Registry[Solver | Measured] = Registry(
-    "solver", lambda: SOLVERS | MEASURED, lambda value: isinstance(value, Solver | Measured),
+REGISTRY: Registry[Solver | FittedSolver] = Registry(
+    "solver", lambda: SOLVERS | FITTED_SOLVERS, lambda value: isinstance(value, Solver | FittedSolver),
     "a fewstep.samplers.solvers.Solver",
 )  # fmt: skip
 
 
 def find_solver(name: str, steps: int, guidance: float = 1.0, folder: Path | None = None) -> Solver:
-    """A solver by name; a ``Measured`` one reads what it needs from the model's ``folder``. Raises ``UserError`` with
-    the nearest known name, or saying which file is missing."""
+    """A solver by short or dotted name; a ``FittedSolver`` is built from the model's ``folder``. Raises ``UserError``
+    on an unknown name (with the nearest known one) and on a missing file."""
     found = REGISTRY.resolve(name)
-    if isinstance(found, Measured):
+    if isinstance(found, FittedSolver):
         rule = found.build(folder or Path(), steps, guidance)
-        return Solver(rule, found.order, 1, found.paper, by_log_snr=True)
+        return Solver(rule, found.order, found.evaluations_per_step, found.paper, by_log_snr=True)
     return found
 
 
-def described() -> list[tuple[str, str, str, str]]:
-    """Name, order, evaluations a step and paper of every solver."""
-    known = [(name, str(solver.order), str(solver.reads), solver.paper) for name, solver in SOLVERS.items()]
-    return known + [(name, str(solver.order), "1", solver.paper) for name, solver in MEASURED.items()]
+def describe_solvers() -> list[tuple[str, str, str, str]]:
+    """Name, order, evaluations per step and paper of every solver: built in, then registered and installed ones."""
+    solvers = {name: REGISTRY.resolve(name) for name in [*SOLVERS, *FITTED_SOLVERS, *REGISTRY.names()]}
+    return [(name, str(s.order), str(s.evaluations_per_step), s.paper) for name, s in solvers.items()]

@@ -1,7 +1,7 @@
-"""UniPC (Zhao et al., arXiv 2302.04867): a multistep predictor, and a corrector that costs no evaluation.
+"""UniPC (Zhao et al., arXiv 2302.04867): a multistep predictor, and a corrector without additional evaluations.
 
-The paper's B(h) (``bh1``: h, ``bh2``: e^h - 1) multiplies and divides the same thing wherever the weights are solved
-for; it shows only where a weight is set to 1/2 by convention: the predictor of order 2 and the corrector of order 1.
+The paper's B(h) (``bh1``: h, ``bh2``: e^h - 1) cancels wherever the weights are solved for. It only matters where a
+weight is set to 1/2 by convention: in the predictor of order 2 and the corrector of order 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def unipc(
     predict: Predictor, x: Tensor, times: Sequence[float], *, order: int = 2, variant: Literal["bh1", "bh2"] = "bh2",
     correct: bool = True, uncorrected: Collection[int] = (), compensate: Compensate | None = None,
 ) -> Tensor:  # fmt: skip
-    """UniPC-p: UniP-p, and UniC-p after every step but the last and those numbered in ``uncorrected``. N reads."""
+    """UniPC-p: UniP-p, and UniC-p after every step except the last and the indices ``uncorrected``. N evaluations."""
     steps = unipc_steps(len(times) - 1, order, variant, correct, uncorrected)
     return multistep(predict, x, times, steps, compensate=compensate)
 
@@ -29,7 +29,7 @@ def unipc_steps(
     steps: int, order: int = 2, variant: Literal["bh1", "bh2"] = "bh2", correct: bool = True,
     uncorrected: Collection[int] = (),
 ) -> list[Step]:  # fmt: skip
-    """The steps of ``unipc`` as ``multistep`` takes them."""
+    """The steps of ``unipc``, for ``multistep``."""
     relaxation: Relaxation = "bh1" if variant == "bh1" else "midpoint"
     return [
         Step(p, "data", relaxation, correct and i not in uncorrected, relaxation)

@@ -1,232 +1,226 @@
-"""The documentation tells what is: its numbers are those of committed files, its commands and links exist."""
+"""The documentation is true: its numbers come from committed files, its commands parse, its links and files exist."""
 
 from __future__ import annotations
 
-import json
 import re
+import shlex
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean, stdev
+from typing import Any
 
 import pytest
 import typer
-from worlds import tiny_teacher
+import yaml
 
 import fewstep
-from fewstep.api.bench_objectives import entry, load_shootout
+from fewstep.api.bench_objectives import load_benchmark, run_config_of
 from fewstep.cli.main import app
-from fewstep.distill import objectives
-from fewstep.distill.config import CONFIGS, find_config, load_config, objective_names, parse_config
-from fewstep.eval.metrics.frechet import frechet_distance
-from fewstep.eval.references import load_reference
-from fewstep.eval.report.tables import BLOCK, refreshed
-from fewstep.eval.score_files import Score, read_scores
-from fewstep.eval.solver_comparison import at_their_best, cells, geometric_mean, read_lines
+from fewstep.distill.config import CONFIGS, OBJECTIVES, find_config, load_config, parse_config
+from fewstep.eval.metrics.registry import METRICS
+from fewstep.eval.protocol import Protocol
+from fewstep.eval.report.doc_blocks import refresh
+from fewstep.samplers.solvers import REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")), *(ROOT / "docs").glob("*.md")]
-CARD = ROOT / "models" / "pretrained" / "fashion" / "README.md"
+FIXED = (
+    "README",
+    "ARCHITECTURE",
+    "CONTRIBUTING",
+    "CHANGELOG",
+    "results/health/README",
+    "eval/reference/fashion/README",
+)
+CARDS = sorted((ROOT / "models" / "bundled").glob("*/README.md"))
+PAGES = [*(ROOT / f"{name}.md" for name in FIXED), *CARDS, *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = "benchmarks|configs|distill|docs|eval|examples|models|results|samplers|src|tests"
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def fenced(text: str, *languages: str) -> list[str]:
+    """The fenced blocks of some languages."""
+    return [code for language, code in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+            if language in languages]  # fmt: skip
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@every_page
+def test_tables_and_numbers_are_those_of_the_committed_results(page: Path) -> None:
+    """Invariant 7."""
+    text = page.read_text(encoding="utf-8")
+    name = page.relative_to(ROOT)
+    assert refresh(text, page.parent) == text, f"run: python -m fewstep.eval.report.doc_blocks {name}"
+    assert not re.search(r"^\s*<!-- value", text, re.MULTILINE), "Markdown takes such a line for HTML"
+
+
+WITH_NUMBERS = [
+    "README",
+    "models/bundled/fashion/README",
+    *(f"docs/{name}" for name in ("results", "samplers", "health")),
+]
+
+
+@pytest.mark.parametrize("name", WITH_NUMBERS)
+def test_a_page_of_results_has_generated_numbers(name: str) -> None:
+    blocks = re.findall(r"<!-- ([a-z ]+): .+? -->", (ROOT / f"{name}.md").read_text(encoding="utf-8"))
+    assert len(blocks) >= 2, "somebody typed the numbers"
+
+
+# --- links and files --------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)", prose(page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@every_page
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = prose(page.read_text(encoding="utf-8"))
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)]+))?\)", text):
+        file = (page.parent / target).resolve() if target else page
+        if file.parent != ROOT / "docs" or file.name not in (
+            "settings.md",
+            "command_line.md",
+        ):  # generated for the site
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+@every_page
+def test_files_of_the_repository_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(rf"(?<![\w/.])(?:{FOLDERS})/[\w./-]*\.\w+", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@every_page
+def test_make_targets_in_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    code = "\n".join([*fenced(text, "bash"), *re.findall(r"`([^`]+)`", prose(text))])
+    known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"^make ([a-z-]+)", code, re.MULTILINE)) - set(known) == set()
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The arguments of every ``fewstep`` command in the shell blocks, with variables that the block sets."""
+    for block in fenced(text, "bash", "sh", ""):
+        variables: dict[str, str] = {}
+        for line in block.replace("\\\n", " ").splitlines():
+            for name, value in variables.items():
+                line = line.replace(f"${name}", value)
+            if assigned := re.match(r'(\w+)="(.*)"$', line):
+                variables[assigned[1]] = assigned[2]
+            elif line.startswith("fewstep "):
+                yield shlex.split(line, comments=True)[1:]
+
+
+def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """The command's name and its parameters; raises what the command line would show as an error."""
+    command: Any = typer.main.get_command(app)
+    path = []
+    while hasattr(command, "commands"):
+        while arguments[0].startswith("-"):
+            option = next(known for known in command.params if arguments[0] in known.opts)
+            arguments = arguments[1 if option.is_flag else 2 :]
+        path.append(arguments[0])
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    return " ".join(path), command.make_context(path[-1], arguments).params
+
+
+WITH_COMMANDS = [page for page in PAGES if [*commands(page.read_text(encoding="utf-8"))]]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_a_page_parse(page: Path) -> None:
+    for arguments in commands(page.read_text(encoding="utf-8")):
+        name, parameters = parse(arguments)
+        config = parameters.get("config") or ""
+        if config.startswith("configs/"):
+            load = load_benchmark if name == "bench objectives" else load_config
+            load(config, parameters["overrides"] or [])
+        solvers = f"{parameters.get('solver') or ''},{parameters.get('solvers') or ''}"
+        assert [one for one in solvers.split(",") if one not in ("", "student") and one not in REGISTRY] == []
+
+
+def test_the_parser_of_commands_refuses_mistakes() -> None:
+    assert [*commands('```bash\nX="a=1 b"\nfewstep train c.yaml $X \\\n  d=2  # why\n```')] == [
+        ["train", "c.yaml", "a=1", "b", "d=2"]
+    ]
+    assert parse(["--import", "mine", "solver", "fit-dc", "fashion", "--out", "x"])[0] == "solver fit-dc"
+    for wrong in ("sample", "sample fashion --stepps 4", "sample fashion --steps four", "sampel fashion"):
+        with pytest.raises(Exception, match=r"(?i)missing|no such option|not a valid|valid integer|sampel"):
+            parse(wrong.split())
+
+
+def test_commands_in_text_makefile_and_configs_exist() -> None:
+    group: Any = typer.main.get_command(app)
+    texts = [(page, "`fewstep", prose(page.read_text(encoding="utf-8"))) for page in PAGES]
+    texts.append((ROOT / "Makefile", "BIN./fewstep", (ROOT / "Makefile").read_text(encoding="utf-8")))
+    texts += [(file, "fewstep", file.read_text(encoding="utf-8")) for file in CONFIGS.rglob("*.yaml")]
+    found = 0
+    for file, start, text in texts:
+        for first, second in re.findall(rf"{start}\s+([a-z][a-z-]*)\s*([a-z0-9-]*)", text):
+            assert first in group.commands, f"{file.name}: fewstep {first}"
+            below = getattr(group.commands[first], "commands", None)
+            assert below is None or second in below, f"{file.name}: fewstep {first} {second}"
+            found += 1
+    assert found > 50, "the patterns no longer match"
+
+
+@every_page
+def test_python_in_a_page_uses_public_names(page: Path) -> None:
+    for code in fenced(page.read_text(encoding="utf-8"), "python"):
+        compile(code, str(page), "exec")
+        used = set(re.findall(r"(?<![\w.])fewstep\.(\w+)", re.sub(r"^(from|import) .*", "", code, flags=re.MULTILINE)))
+        assert used - set(fewstep.__all__) == set()
+
+
+@every_page
+def test_settings_in_a_page_are_valid(page: Path) -> None:
+    for block in fenced(page.read_text(encoding="utf-8"), "yaml"):
+        settings = yaml.safe_load(block)
+        if "stages" not in settings:
+            Protocol.model_validate({"name": "page", **settings})
+        elif settings["teacher"] == "fashion" and isinstance(settings["stages"][0]["objective"], dict):
+            parse_config(settings, str(page))  # the others need code of the page: test_docs_code.py
+
+
+# --- completeness -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", CARD, ROOT / "docs" / "methods.md"], ids=["README", "card", "methods"]
+    ("page", "names"),
+    [("methods", OBJECTIVES.names()), ("samplers", REGISTRY.names()), ("evaluation", METRICS.names())],
+    ids=["objectives", "solvers", "metrics"],
 )
-def test_tables_are_those_of_the_committed_results(page: Path) -> None:
-    """Invariant 7."""
-    text = page.read_text(encoding="utf-8")
-    assert BLOCK.search(text), "no table of scores"
-    assert refreshed(text, page.parent) == text, f"run: python -m fewstep.eval.tables {page.relative_to(ROOT)}"
+def test_everything_that_ships_is_described(page: str, names: list[str]) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    assert {name for name in names if f"`{name}`" not in text} == set()
 
 
-def test_seconds_and_ratios_in_the_text_are_those_of_the_committed_results() -> None:
-    def seconds(run: str) -> str:
-        lines = (ROOT / "results" / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return f"{json.loads(lines[-1])['seconds']:,.0f} s"
-
-    text, card = ((page).read_text(encoding="utf-8") for page in (ROOT / "README.md", CARD))
-    ratio = json.loads((ROOT / "results" / "bench_step.json").read_text(encoding="utf-8"))["ratio"]
-    real = frechet_distance(*(load_reference("fashion", split).statistics for split in ("train", "test")))
-    for page, number in ((text, seconds("demo")), (text, seconds("tdm")), (card, seconds("teacher"))):
-        assert number in page
-    assert f"[{ratio:.2f} times]" in text
-    assert f"images score {real:.2f}" in " ".join(text.split()).replace("training images", "images")
-    assert f"images score {real:.4f}" in " ".join(card.split())
-
-
-@pytest.mark.parametrize("page", [*PAGES, CARD], ids=lambda page: page.parent.name + "/" + page.name)
-def test_linked_files_exist(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
-
-
-def test_every_objective_is_in_the_table_of_methods() -> None:
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert {name for name in objective_names() if f"| `{name}` |" not in text} == set()
-
-
-def test_the_commands_of_the_readme_exist() -> None:
-    group = typer.main.get_command(app)
-    known = set(group.commands)  # type: ignore[attr-defined]
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    named = re.findall(r"^fewstep (\w+)(.*)", "\n".join(blocks), re.MULTILINE)
-    assert len(named) >= 6
-    for command, rest in named:
-        assert command in known
-        for config in re.findall(r"configs/\S+\.yaml", rest):
-            assert find_config(config).is_file()
+def test_every_extra_is_described() -> None:
+    text = (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {extra for extra in project["optional-dependencies"] if f"| `{extra}` |" not in text} == {"dev"}
 
 
 RUNS = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "eval")
 
 
-@pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", RUNS, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_every_config_that_ships_is_valid(file: Path) -> None:
-    if file.stem in ("shootout", "trials"):
-        settings = load_shootout(file)
-        assert entry(settings, next(iter(settings.methods))).steps > 100
-        for entrant in settings.methods.values():
-            stages = [{**stage, "steps": 1} for stage in entrant.stages]
-            parse_config({**settings.base, "data": entrant.data, "out": "x", "stages": stages}, str(file))
+    assert find_config(f"configs/{file.relative_to(CONFIGS)}").samefile(file)
+    if "methods:" in file.read_text(encoding="utf-8"):
+        benchmark = load_benchmark(file)
+        assert all(run_config_of(benchmark, method).steps > 100 for method in benchmark.methods)
     else:
         assert load_config(file).steps > 0
-
-
-def test_the_method_of_contributing_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    code, settings = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)[0] for kind in ("python", "yaml"))
-    assert len(code[code.index("class Config") :].splitlines()) <= 35
-    (tmp_path / "objectives").mkdir()
-    (tmp_path / "objectives" / "diff_instruct.py").write_text(code)
-    monkeypatch.setattr(objectives, "__path__", [*objectives.__path__, str(tmp_path / "objectives")])
-    (tmp_path / "config.yaml").write_text(settings)
-    changes = [
-        f"teacher={tiny_teacher(tmp_path / 'teacher')}",
-        f"out={tmp_path / 'run'}",
-        "stages.0.steps=3",
-        "batch=4",
-    ]
-    run = fewstep.train(tmp_path / "config.yaml", *changes, "device=cpu")
-    assert fewstep.sample(run, n=3, device="cpu").shape == (3, 1, 8, 8)
-
-
-def test_the_tables_of_mixtures_are_the_committed_results() -> None:
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    results = json.loads((ROOT / "results" / "mixtures.json").read_text())
-    for name, shares in results["lesser_mode"].items():
-        assert f"| `{name}` | {shares['exact']:.3f} | {shares['learned']:.3f} |" in text
-    for name, seeds in results["ring"].items():
-        cells = [
-            f"{mean([row[key] for row in seeds]):.3f} ± {stdev([row[key] for row in seeds]):.3f}"
-            for key in ("in_a_mode", "entropy")
-        ]
-        modes = mean([row["modes"] for row in seeds])
-        assert f"| {name} | {modes:.0f} of 8 | {' | '.join(cells)} |" in text
-
-
-def test_what_is_told_of_the_methods_is_the_committed_shootout() -> None:
-    text = " ".join((ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split())
-    best = min(s.value for s in read_scores(CARD.parent / "eval.json") if (s.metric, s.n) == ("fd_fashion", 10_000))
-    assert f"teacher's best is {best:.3f}" in text
-    scores = [s for s in read_scores(ROOT / "results" / "fashion_shootout.json") if s.metric == "fd_fashion"]
-    distances = {m: mean(s.value for s in scores if s.model == m) for m in dict.fromkeys(s.model for s in scores)}
-    for method in ("tdm", "phased_dmd", "dmd2", "decoupled_dmd", "cdm"):
-        assert re.search(rf"`{method}` (is )?at {distances[method] / best:.2f}\b", text)
-    assert all(s.value < best for s in scores if s.model == "tdm")
-    assert [s.value < best for s in scores if s.model == "phased_dmd"].count(True) == 1
-    assert distances["dmd2_one_step"] < min(distances["f_distill_one_step"], distances["dmd_one_step"])
-    assert f"at {distances['dmd2_one_step'] / best:.2f} times the teacher's best" in text
-    ours, weak, strong = json.loads((ROOT / "results" / "fashion_one_step_guidance.json").read_text(encoding="utf-8"))
-    seeds = [s.value for s in scores if s.model == "dmd2_one_step"]
-    assert f"at {strong['fd_fashion']:.3f} instead of {min(seeds):.3f} to {max(seeds):.3f}" in text
-    after = [f"{run['validation']['600']:.3f}" for run in (weak, ours, strong)]
-    assert "at {} in validation after 600 steps, where 1.3 and 1.7 are at {} and {}".format(*after) in text
-    published, ours = json.loads((ROOT / "results" / "fashion_cdm_times.json").read_text(encoding="utf-8")).values()
-    for step in ("200", "400"):
-        assert f"{published[step]:.3f} and {ours[step]:.3f} after {step}" in text
-
-
-def test_the_table_of_tdm_s_times_is_the_committed_results() -> None:
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    for run in json.loads((ROOT / "results" / "fashion_tdm_times.json").read_text(encoding="utf-8")):
-        columns = [
-            ", ".join(f"{run[key][step]:.3f}" if step in run[key] else "–" for step in ("400", "800", "1200", "1600"))
-            for key in ("validation", "mean_drift")
-        ]
-        settings = f"| `{run['times']}` | {run['huber']:g} | {run['guidance']:g} | {run['fake']} | {run['seed']} |"
-        assert f"{settings} {' | '.join(columns)} |" in text
-
-
-def test_the_table_of_preferences_is_the_committed_results() -> None:
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    folder = ROOT / "results" / "dpo"
-    rows = {"student": ("tdm", "dpo"), "teacher": ("fashion", "dpo_teacher")}
-    for who, (before, after) in rows.items():
-        wins = [json.loads((folder / f"{who}_wins-{seed}.json").read_text()) for seed in range(3)]
-        row = []
-        for reward in ORDER:
-            found = [line for lines in wins for line in lines if line["reward"] == reward]
-            row.append(f"{spread([w['win_rate'] for w in found])} ({min(w['low'] for w in found):.3f})")
-        scores = read_scores(folder / f"{who}_eval.json")
-        for metric in ("fd_fashion", "diversity"):
-            row.append(", ".join(spread(chosen(scores, model, metric)) for model in (before, after)))
-        assert f"| {who} | {' | '.join(row)} |" in text, f"| {who} | {' | '.join(row)} |"
-
-
-def chosen(scores: list[Score], model: str, metric: str) -> list[float]:
-    found = {s.seed: s.value for s in scores if (s.model, s.metric) == (model, metric)}
-    assert sorted(found) == [0, 1, 2]
-    return list(found.values())
-
-
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.3f} ± {stdev(values):.3f}"
-
-
-ORDER = ("symmetry", "confidence", "brightness")
-
-
-def test_the_solvers_tables_are_those_of_the_committed_sweeps() -> None:
-    text = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
-    shares = {
-        "unguided": {
-            ("dpm_solver_v3_2", "dpmpp_2m"): "0.64 of", ("dpm_solver_v3_2", "unipc_2"): "0.84 of",
-            ("dc_solver_2", "unipc_2"): "0.90 of",
-        },
-        "guided": {
-            ("dc_solver_2", "unipc_2"): "0.97 of", ("dpm_solver_v3_2", "unipc_2"): "0.89 of",
-            ("dpm_solver_v3_2", "dpmpp_2m"): "0.76 of",
-        },
-    }  # fmt: skip
-    for name, told in shares.items():
-        lines = at_their_best(read_lines(ROOT / "results" / "sweep" / f"{name}.json"))
-        for row in cells(lines):
-            assert f"| {' | '.join(row)} |" in text
-        for (better, than), share in told.items():
-            a, b = (geometric_mean([line.error for line in lines if line.solver == s]) for s in (better, than))
-            assert f"{a / b:.2f} of" == share
-            assert share in text
-    a, b = (
-        geometric_mean([line.value for line in lines if line.solver == s and line.value is not None])
-        for s in ("dc_solver_2", "unipc_2")
-    )
-    assert f"{a / b:.2f} of its `fd_fashion`" in text
-    (long,) = read_lines(ROOT / "results" / "sweep" / "guided_long.json")
-    assert f"{long.steps} steps are themselves {long.error:.4f} away from {long.long}" in text
-
-
-def test_what_a_step_of_a_solver_costs_is_the_committed_bench() -> None:
-    text = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
-    one, many = (json.loads((ROOT / "results" / f"bench_sampler_{batch}.json").read_text()) for batch in (1, 64))
-    for bench, batch in ((one, 1), (many, 64)):
-        assert f"[{bench['ratio']:.2f} times](../results/bench_sampler_{batch}.json)" in text
-    assert f"in inference mode, too: {many['ratio_same_mode']:.2f} and {one['ratio_same_mode']:.2f}" in text
-    assert f"a call takes {1000 * one['seconds_bare'] / one['steps']:.1f} ms" in text
-
-
-def test_what_evaluation_costs_is_the_committed_bench() -> None:
-    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    bench = json.loads((ROOT / "results" / "bench_eval.json").read_text())
-    host, whole, frechet = (bench[part]["times_as_fast"] for part in ("host", "whole", "frechet"))
-    assert f"is {host:.1f} times as fast" in text
-    assert f"an Inception on the CPU {whole:.2f} times" in text
-    assert f"is {frechet:.1f} times as fast as with scipy" in text

@@ -1,4 +1,4 @@
-"""Two tiny random diffusers pipelines on disk, and the adapter modules that make a backbone of their networks."""
+"""Two tiny random diffusers pipelines on disk, and wrappers that turn their networks into backbones."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class StableDiffusion(nn.Module):
-    """Latents [B, 4, h, w], prompt embeddings [B, L, D] -> noise; the label of time t is 1000 t - 1."""
+    """Latents [B, 4, h, w], prompt embeddings [B, L, D] -> noise; the timestep of time t is 1000 t - 1."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.network = unet
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        label = (1000 * t - 1).to(x_t)
-        return self.network(x_t, label, encoder_hidden_states=condition["prompt"], return_dict=False)[0]
+        timestep = (1000 * t - 1).to(x_t)
+        return self.network(x_t, timestep, encoder_hidden_states=condition["prompt"], return_dict=False)[0]
 
 
 class Wan(nn.Module):
-    """Latents [B, 16, F, h, w], prompt embeddings [B, L, D] -> velocity; the network counts time to 1000."""
+    """Latents [B, 16, F, h, w], prompt embeddings [B, L, D] -> velocity; the timestep of time t is 1000 t."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
@@ -45,10 +45,10 @@ class Wan(nn.Module):
 
 @dataclass(frozen=True)
 class Family:
-    """A pipeline folder and how its network is read; ``network()`` loads it anew."""
+    """A pipeline folder and how its network is called; ``network()`` loads a new one."""
 
     folder: Path
-    adapter: Callable[[nn.Module], nn.Module]
+    wrapper: Callable[[nn.Module], nn.Module]
     part: str
     schedule: NoiseSchedule
     kind: Kind
@@ -58,7 +58,7 @@ class Family:
         from diffusers import DiffusionPipeline
 
         absent = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-        return self.adapter(getattr(DiffusionPipeline.from_pretrained(self.folder, **absent), self.part))
+        return self.wrapper(getattr(DiffusionPipeline.from_pretrained(self.folder, **absent), self.part))
 
     def denoiser(self, backbone: nn.Module) -> Denoiser:
         return Denoiser(backbone, self.schedule, self.kind)

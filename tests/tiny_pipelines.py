@@ -1,4 +1,4 @@
-"""Tiny random pipelines of every family, built from diffusers' own classes and saved as a user's folder would be."""
+"""Tiny random pipelines of every family, built from diffusers' own classes and saved like a user's folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fewstep.core.files import write_tensors, write_text
 from fewstep.models.hub.encoded import Index, fingerprint
 from fewstep.models.hub.folder import PipelineFolder
 
-WIDTH = 32  # of prompt embeddings, but SDXL's
+WIDTH = 32  # of prompt embeddings, except SDXL's
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def fill(module: Any, seed: int = 0) -> Any:
-    """Random weights in every parameter, the zero-initialised and the uninitialised too."""
+    """Random weights in every parameter, also in zero-initialised and uninitialised ones."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
@@ -201,12 +201,12 @@ def wan() -> Any:
 
 @dataclass(frozen=True)
 class Tiny:
-    """How a tiny pipeline is made, the pixels it works on, and the random embeddings that its call accepts."""
+    """How to build a tiny pipeline, its size in pixels, and the random embeddings that its call accepts."""
 
     build: Callable[[], Any]
     size: tuple[int, int, int]  # height, width, frames
     tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the condition, without the batch axis
-    arguments: dict[str, str] = field(default_factory=dict)  # of the pipeline's call, by the condition's name
+    arguments: dict[str, str] = field(default_factory=dict)  # the call's names, by the condition's
     scale: str = "guidance_scale"
     negatives: bool = True
 
@@ -256,14 +256,14 @@ def nodes(pipeline: Any) -> list[float]:
 
 
 def packed(pipeline: Any, latents: Tensor) -> Tensor:
-    """Latents as the pipeline hands them around."""
+    """Latents in the pipeline's own layout."""
     if type(pipeline).__name__ not in ("FluxPipeline", "QwenImagePipeline"):
         return latents
     return pipeline._pack_latents(latents, *latents.shape)
 
 
 def called(tiny: Tiny, folder: PipelineFolder, pipeline: Any, scale: float, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """The noise [N, ...] that a run of the pipeline starts from, and what it gives."""
+    """The initial noise [N, ...] of a call of the pipeline, and its output."""
     height, width, frames = tiny.size
     noise = torch.randn(N, *folder.family.shape(height, width, frames), generator=torch.Generator().manual_seed(0))
     if type(pipeline).__name__.startswith("PixArt"):
@@ -293,7 +293,7 @@ def settings(folder: Path, name: str, out: Path, adapters: dict[str, Any] | None
 
 
 def write_embeddings(name: str, folder: Path) -> None:
-    """``prompts/`` of random embeddings in a pipeline's folder, as ``fewstep encode`` would lay it out."""
+    """``prompts/`` of random embeddings in a pipeline's folder, in the layout of ``fewstep data encode``."""
     prompts, opened = folder / "prompts", PipelineFolder.open(folder)
     prompts.mkdir()
     write_tensors(TINY[name].embeddings(8, 1), prompts / "shard-00000.safetensors")

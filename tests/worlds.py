@@ -1,4 +1,4 @@
-"""Small exact worlds for the tests: Gaussian teachers, an affine student of known law, tiny trainable networks."""
+"""Small exact problems for the tests: Gaussian teachers, an affine student with known samples, tiny networks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import struct
 from pathlib import Path
 
 import torch
-from fewstep.distill.run import Run
 from torch import Tensor, nn
 
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.checkpoint import role_tensors
+from fewstep.distill.config import OBJECTIVES
 from fewstep.distill.data.batch import Batch
 from fewstep.distill.data.readers import IDX_FILES
 from fewstep.distill.roles import Role, Roles
+from fewstep.distill.stage import StageContext
+from fewstep.distill.trainer import Trainer
+from fewstep.distill.update import Objective
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
@@ -59,7 +62,7 @@ class Affine(nn.Module):
 
 
 class Mlp(nn.Module):
-    """A tiny network on vectors [B, D], told the time."""
+    """A tiny network on vectors [B, D], conditioned on the time."""
 
     def __init__(self, dimensions: int, width: int = 32) -> None:
         super().__init__()
@@ -83,7 +86,7 @@ def mlp(dimensions: int, seed: int) -> Denoiser:
 
 
 class Points:
-    """A source of nothing but a shape: unconditional samples of D numbers."""
+    """A source without data: unconditional samples of D numbers."""
 
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions
@@ -92,22 +95,27 @@ class Points:
         return Batch(size, (self.dimensions,), Condition())
 
 
-def trained(module: nn.Module, lr: float = 1e-3, decay: float = 0.0) -> Role:
+def trained(module: nn.Module, lr: float = 1e-3, ema_decay: float = 0.0) -> Role:
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0)
     for group in optimizer.param_groups:
         group["initial_lr"] = lr
-    return Role(module, optimizer, decay=decay)
+    return Role(module, optimizer, ema_decay=ema_decay)
 
 
-def mlp_roles(dimensions: int = 2, decay: float = 0.0) -> Roles:
+def mlp_roles(dimensions: int = 2, ema_decay: float = 0.0) -> Roles:
     """A Gaussian teacher with an MLP student and fake."""
     return Roles(
         {
             "teacher": Role(gaussian(0.5, 0.8, dimensions)),
-            "student": trained(mlp(dimensions, 1), decay=decay),
+            "student": trained(mlp(dimensions, 1), ema_decay=ema_decay),
             "fake": trained(mlp(dimensions, 2)),
         }
     )
+
+
+def build_objective(name: str, roles: Roles, **settings: object) -> Objective:
+    """An objective by name, in a stage of its own."""
+    return OBJECTIVES.resolve(name)(**settings).build(roles, StageContext(number=0, first_step=0, steps=1))
 
 
 def tiny_teacher(folder: Path, seed: int = 0) -> Path:
@@ -148,11 +156,11 @@ def tiny_config(folder: Path, **changes: object) -> dict[str, object]:
     }
 
 
-def state_of(run: Run) -> dict[str, Tensor]:
-    """Everything that training made: weights, averages, moments."""
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    """All tensors that training changed: weights, averages, moments."""
     tensors: dict[str, Tensor] = {}
     for name in ("student", "fake"):
-        tensors |= role_tensors(name, run.roles[name])
+        tensors |= role_tensors(name, trainer.roles[name])
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 

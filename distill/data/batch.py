@@ -1,6 +1,6 @@
-"""A batch and the interface of everything that makes batches.
+"""Batches, and the interface of data sources.
 
-A source is a function of keyed random numbers, so it has no position to save: any step's batch can be recomputed.
+A source is a function of keyed random numbers. It has no position to save: any step's batch can be recomputed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fewstep.models.condition import Condition
 
 @dataclass(frozen=True)
 class Batch(Mapping[str, Tensor]):
-    """``size`` samples: their condition, the ``shape`` of one, and named tensors (``x0``; ``winner`` and ``loser``)."""
+    """``size`` samples of ``shape`` each: their condition, and tensors by name (``x0``; ``winner`` and ``loser``)."""
 
     size: int
     shape: tuple[int, ...]
@@ -42,11 +42,9 @@ class Batch(Mapping[str, Tensor]):
 
 
 class Source(Protocol):
-    """Makes the batch of ``size`` samples that belongs to ``draws``."""
+    """Returns the batch of ``size`` samples that belongs to the key of ``random``."""
 
     def __call__(self, random: KeyedRandom, size: int) -> Batch: ...
 
 
-SOURCES: Registry[Callable[..., Source]] = Registry(
-    "data", dict, callable, "a class or function that returns a source"
-)  # fmt: skip
+SOURCES: Registry[Callable[..., Source]] = Registry("data", dict, callable, "a class or function that returns a source")

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_tensors
-from fewstep.core.image_files import PICTURES, files_of, read_picture, to_unit
+from fewstep.core.image_files import IMAGE_SUFFIXES, list_files, read_image, to_unit
 from fewstep.distill.data.sources import Stored
 
+PACKAGE = Path(__file__).resolve().parents[2]
 IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -25,13 +26,11 @@ IDX_FILES = {
 def read_idx(folder: str | Path, split: str = "train") -> tuple[Tensor, Tensor]:
     """Images uint8 [N, 1, H, W] and labels int64 [N] from the idx files of the MNIST family, plain or gzipped.
 
-    Raises ``UserError`` when a file is missing or damaged.
+    Raises ``UserError`` if a file is missing or damaged.
     """
     images, labels = (_read_idx_file(Path(folder), name) for name in IDX_FILES[split])
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise UserError(
-            f"{folder}: images {list(images.shape)} and labels {list(labels.shape)} do not belong together."
-        )
+        raise UserError(f"{folder}: images {list(images.shape)} and labels {list(labels.shape)} do not match.")
     return images[:, None], labels.long()
 
 
@@ -48,54 +47,55 @@ def _read_idx_file(folder: Path, name: str) -> Tensor:
         zero, kind, axes = struct.unpack(">HBB", content[:4])
         shape = struct.unpack(f">{axes}I", content[4 : 4 + 4 * axes])
         if (zero, kind) != (0, 8) or len(content) != 4 + 4 * axes + math.prod(shape):
-            raise ValueError("its header does not fit its length")
+            raise ValueError("its header does not match its length")
         if 0 in shape:
             raise ValueError("it is empty")
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise UserError(f"{file} is not a whole idx file: {error}.") from error
+        raise UserError(f"{file} is not a complete idx file: {error}.") from error
     return torch.frombuffer(bytearray(content[4 + 4 * axes :]), dtype=torch.uint8).reshape(shape)
-
-
-PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def read_stored(file: Path, classes: int) -> Stored:
     """A safetensors file with ``labels`` [N] and other tensors [N, ...]; uint8 ``images`` become ``x0`` in [-1, 1].
 
-    A file that is not there may be one that ships with the package (``eval/reference/fashion/real.safetensors``).
-    Raises ``UserError`` if it is none.
+    A path that does not exist may name a file of the package (``eval/reference/fashion/real.safetensors``). Raises
+    ``UserError`` if it does not, or if the file's contents are wrong.
     """
-    found = next((place for place in (file, PACKAGE / file) if place.is_file()), None)
+    found = next((path for path in (file, PACKAGE / file) if path.is_file()), None)
     if found is None:
-        raise UserError(f"data.path = {file} is not there. fewstep pairs or fewstep prefer makes such a file.")
+        raise UserError(
+            f"data.path = {file} was not found. fewstep data ode-pairs and fewstep data preferences create such files."
+        )
     tensors = read_tensors(found)
     if "images" in tensors:
         tensors["x0"] = to_unit(tensors.pop("images"))
     labels = tensors.pop("labels", None)
     shapes = {tensor.shape for tensor in tensors.values()}
     if labels is None or len(shapes) != 1 or len(next(iter(tensors.values()))) != len(labels):
-        raise UserError(f"{file} does not hold labels and samples, all of one number and shape: make it with fewstep.")
+        raise UserError(
+            f"{file} must contain labels and samples, equally many and all of one shape. Create it with fewstep data."
+        )
     return Stored({name: tensor.float() for name, tensor in tensors.items()}, labels.long(), classes)
 
 
 def read_folder(folder: str | Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Pictures of ``shape`` [C, H, W] as uint8 [N, C, H, W], and labels int64 [N].
+    """Images of ``shape`` [C, H, W] as uint8 [N, C, H, W], and labels int64 [N].
 
-    Each subfolder is a class, in alphabetical order; pictures in ``folder`` itself are all of class 0. Raises
+    Each subfolder is a class, in alphabetical order; images in ``folder`` itself are all of class 0. Raises
     ``UserError`` that names the first file that is damaged or of another size.
     """
     root = Path(folder)
     classes = sorted(child for child in root.iterdir() if child.is_dir()) if root.is_dir() else []
-    files = [(file, label) for label, place in enumerate(classes or [root]) for file in files_of(place, PICTURES)]
+    files = [(file, k) for k, child in enumerate(classes or [root]) for file in list_files(child, IMAGE_SUFFIXES)]
     if not files:
-        raise UserError(f"No pictures ({', '.join(PICTURES)}) in {folder} or its subfolders; set data.path.")
+        raise UserError(f"No images ({', '.join(IMAGE_SUFFIXES)}) in {folder} or its subfolders; set data.path.")
     channels, height, width = shape
     images = torch.empty(len(files), channels, height, width, dtype=torch.uint8)
     for row, (file, _) in enumerate(files):
-        picture = read_picture(file, channels)
-        if picture.shape[1:] != (height, width):
+        image = read_image(file, channels)
+        if image.shape[1:] != (height, width):
             raise UserError(
-                f"{file} is {picture.shape[2]} x {picture.shape[1]}, the model needs {width} x {height}: resize."
+                f"{file} is {image.shape[2]} x {image.shape[1]}, the model needs {width} x {height}: resize it."
             )
-        images[row] = picture
+        images[row] = image
     return images, torch.tensor([label for _, label in files])

@@ -17,7 +17,7 @@ from fewstep.models.hub.encoded import EncodedPrompts
 
 @dataclass(frozen=True)
 class Labels:
-    """Class labels drawn uniformly: all that a data-free method needs of a class-conditional teacher."""
+    """Uniform class labels: all that a data-free method needs for a class-conditional teacher."""
 
     classes: int
     shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images, uint8 [N, C, H, W], drawn with replacement; ``x0`` is float32 in [-1, 1]."""
+    """Labelled images, uint8 [N, C, H, W], sampled with replacement; ``x0`` is float32 in [-1, 1]."""
 
     images: Tensor
     labels: Tensor
@@ -49,7 +49,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Stored:
-    """Named tensors of one sample each, float32 [N, ...], with labels: noise and x0, winner and loser."""
+    """Tensors by name, float32 [N, ...], with labels [N]: noise and x0, or winner and loser."""
 
     tensors: Mapping[str, Tensor]
     labels: Tensor
@@ -68,8 +68,9 @@ class Stored:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Encoded prompts drawn uniformly: all that a data-free method needs of a text-conditioned teacher. Of captioned
-    images, an image and its prompt; ``x0`` is its latents. A batch is of one of ``shapes``, or of the images'."""
+    """Uniform encoded prompts: all that a data-free method needs for a text-conditioned teacher. For captioned images,
+    each sample is an image's latents, ``x0``, and its prompt. All samples of a batch have one shape: one of ``shapes``,
+    or that of the images."""
 
     prompts: EncodedPrompts
     shapes: Sequence[tuple[int, ...]]
@@ -80,6 +81,6 @@ class Prompts:
             return Batch(size, shape, self.prompts(random.integers(size, len(self.prompts))))
         counts = torch.tensor([len(x0) for x0, _ in self.prompts.buckets])
         image = random.integers(1, int(counts.sum()), "bucket")
-        x0, said = self.prompts.buckets[int((image >= counts.cumsum(0)).sum())]
+        x0, prompts = self.prompts.buckets[int((image >= counts.cumsum(0)).sum())]
         rows = random.integers(size, len(x0))
-        return Batch(size, tuple(x0.shape[1:]), self.prompts(said[rows]), {"x0": x0[rows]})
+        return Batch(size, tuple(x0.shape[1:]), self.prompts(prompts[rows]), {"x0": x0[rows]})

@@ -1,4 +1,4 @@
-"""One file a method. A file has ``Config`` (an ``ObjectiveConfig``) and ``build(config, roles) -> Objective``.
+"""One file per objective: one subclass of ``ObjectiveConfig``, whose ``build`` returns the ``Objective``.
 
-Files are found by name, so adding a method is adding a file, and deleting one breaks nothing else.
+Objectives are found by file name: to add one, add a file. No other module depends on any of these files.
 """

@@ -1,16 +1,20 @@
-"""CDM: continuous-time distribution matching (arXiv 2605.06376): supervision at all times, not on one grid.
+"""CDM: continuous-time distribution matching (arXiv 2605.06376): supervision at all times instead of on one grid.
 
-A rollout walks a random number N ~ U{1..max_steps} of deterministic steps over random times 1 = t_1 > ... > t_N, and
-stops at a random one of them: (x_i, t_i), with the prediction x0 and its noise e. Three terms, renoised anew in each:
+A rollout takes N ~ U{1..max_steps} deterministic steps over random times 1 = t_1 > ... > t_N and stops at a random one
+of them, at the state x_i and time t_i, where the student predicts x0 and the noise e. Three terms follow, each with its
+own noise:
 
-    CA    x0 read at (x_i, t_i)       t ~ U(0, t_i)     along  (w - 1)(T_c - T_0)
-    DM    the same x0                 t ~ U(0, 1)       along  T_c - F
-    CDM   x0' read at (x', t'), t' ~ U(0, 1), where the step's straight line x' = alpha x0 + sigma e (no gradient) leads
-                                      t ~ U(0, 1)       along  T_c - F
+    CA    x0 predicted at (x_i, t_i)                        t ~ U(0, t_i)     d = (w - 1)(T_c - T_0)
+    DM    the same x0                                       t ~ U(0, 1)       d = T_c - F
+    CDM   x0' predicted at (alpha x0 + sigma e, t'),        t ~ U(0, 1)       d = T_c - F
+          on the step's straight line, t' ~ U(0, 1)
 
-with min |x - sg(x + d / max(mean|x - T_c|, floor))|^2. The fake learns from x0 at every step, and then moves towards
-the student by ``blend``; the student learns every second step. As in the released code, and unlike the text, the
-squares carry no 1/2 and no gradient runs through x'. The paper's CFG factor a = 7 is w = 8 here.
+    student:  min |x - sg(x + d / max(mean|x - T_c|, floor))|^2 for each            every R-th step
+    fake:     min E | F(x_t) - x0 |^2 in the network's own prediction type,         every step
+              then fake <- fake + blend (student - fake)
+
+As in the released code, and unlike in the paper's text, the squares have no factor 1/2, and no gradient flows through
+the input of x0'. The paper's CFG factor a = 7 is w = 8 here.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ class CDM(MatchingConfig):
         "fake.lr": "5e-6",
     }
     steps: int = Field(4, ge=1)  # of sampling; training has no grid
-    shift: float = Field(1.0, gt=0)  # of sampling; the published ``inner`` suits a shift of 3
+    shift: float = Field(1.0, gt=0)  # of sampling; the published ``inner`` fits a shift of 3
     guidance: float = 8.0
     max_steps: int = Field(28, ge=1)
     inner: tuple[float, float] = (0.25, 0.95)
@@ -60,23 +64,23 @@ class CDM(MatchingConfig):
         guidance = Guidance(self.guidance)
         low, high = self.t_range
 
-        def moved(x: Tensor, direction: Tensor, reference: Tensor) -> Tensor:
+        def surrogate(x: Tensor, direction: Tensor, reference: Tensor) -> Tensor:
             return 2 * matching.surrogate_loss(x, direction, matching.l1_weight(x, reference, self.floor))
 
         def augmentation(micro: MicroBatch, sample: StudentSample) -> Tensor:
             t = low + micro.random.uniform(len(sample.level)) * (sample.t_student.clamp(low, high) - low)
             x_t, _ = matching.renoise(schedule, sample, t, micro.random)
             T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
-            return moved(sample.output, T.out.x0 - T.cond.x0, T.cond.x0)
+            return surrogate(sample.output, T.out.x0 - T.cond.x0, T.cond.x0)
 
         def distribution(micro: MicroBatch, sample: StudentSample) -> Tensor:
             t = micro.random.uniform(len(sample.level), low, high)
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
             T = roles.predict("teacher", x_t.detach(), t, sample.condition)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
-            if sample is micro.sample:  # the fake does not learn what lies off the trajectory
+            if sample is micro.sample:  # the fake does not learn samples off the trajectory
                 health.observe(micro, schedule, sample, t, n, T, F)
-            return moved(sample.output, T.out.x0 - F, T.out.x0)
+            return surrogate(sample.output, T.out.x0 - F, T.out.x0)
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
@@ -87,24 +91,19 @@ class CDM(MatchingConfig):
                 assert sample.noise is not None
                 x = add_noise(schedule, sample.output.detach(), sample.noise, t)
                 x0 = roles.predict("student", x, t, sample.condition).out.x0
-                yield LossTerm(
-                    "cdm",
-                    self.off_trajectory * distribution(micro, StudentSample(x0, sample.level, x0, t, sample.condition)),
-                )
+                off_trajectory = StudentSample(x0, sample.level, x0, t, sample.condition)
+                yield LossTerm("cdm", self.off_trajectory * distribution(micro, off_trajectory))
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
             t = micro.random.uniform(len(sample.level), low, high)
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
-            yield LossTerm(
-                "critic", denoising_loss(roles.predict("fake", x_t, t, sample.condition).out, schedule, sample, t, n)
-            )
+            F = roles.predict("fake", x_t, t, sample.condition).out
+            yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
 
         return Objective(
             updates=(
-                Update(
-                    "fake", ("fake",), fake, after=lambda random: blend(roles["fake"], roles["student"], self.blend)
-                ),
+                Update("fake", ("fake",), fake, after=lambda _: blend(roles["fake"], roles["student"], self.blend)),
                 Update("student", ("student",), student, Every(self.critic_updates)),
             ),
             rollout=lambda micro: random_time_rollout(micro, roles, self.max_steps, self.inner),

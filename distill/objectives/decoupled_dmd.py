@@ -1,16 +1,16 @@
 """Decoupled DMD: guidance and distribution matching, each at its own time (arXiv 2511.22677).
 
 The guided direction of DMD2 is a sum, T_w - F = (T_c - F) + (w - 1)(T_c - T_0): distribution matching (DM), which
-keeps the student in the teacher's law, and CFG augmentation (CA), which does the work of making a few steps enough and
-does not see the student. The paper reads them at different times; its best, the default here, is the hybrid
+keeps the student in the teacher's distribution, and CFG augmentation (CA), which makes a few steps enough and does not
+depend on the fake score. The paper evaluates them at different times. Its best variant, the default here, is the hybrid
 
-    t_dm ~ U(0, 1)          t_ca ~ U(0, t_in), no noisier than the step that made the sample
+    t_dm ~ U(0, 1)          t_ca ~ U(0, t_student), no noisier than the step that produced the sample
 
     student:  min 1/2 | x - sg(x + DM(x_t_dm) / a + CA(x_t_ca) / b) |^2                       every R-th step
     fake:     min E | F(x_t) - x |^2 in the network's own prediction type, t ~ U(0, 1)        every step
 
 There is no official training code, and the paper gives no normaliser. ``joint``: a = b = mean|x - T_w| at t_dm, so
-that equal times and noise give DMD2 exactly. ``separate``: a = mean|x - T_c| at t_dm, b the same at t_ca (as CDM's).
+that equal times and noise give DMD2 exactly. ``separate``: a = mean|x - T_c| at t_dm, b the same at t_ca (as in CDM).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fewstep.models.guidance import OFF, Guidance
 from fewstep.models.model_config import FewStep
 from fewstep.samplers.grids import time_uniform
 
-Times = Literal["all", "cleaner"]
+Levels = Literal["all", "cleaner"]
 
 
 class DecoupledDMD(MatchingConfig):
@@ -45,8 +45,8 @@ class DecoupledDMD(MatchingConfig):
     }
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)
-    dm_times: Times = "all"
-    ca_times: Times = "cleaner"
+    dm_times: Levels = "all"
+    ca_times: Levels = "cleaner"
     normaliser: Literal["joint", "separate"] = "joint"
     t_range: tuple[float, float] = (0.02, 0.98)
 
@@ -56,42 +56,35 @@ class DecoupledDMD(MatchingConfig):
         guidance = Guidance(self.guidance)
         low, high = self.t_range
 
-        def draw(micro: MicroBatch, sample: StudentSample, times: Times) -> Tensor:
-            top = sample.t_student.clamp(low, high) if times == "cleaner" else high
+        def renoise_times(micro: MicroBatch, sample: StudentSample, levels: Levels) -> Tensor:
+            top = sample.t_student.clamp(low, high) if levels == "cleaner" else high
             return low + micro.random.uniform(len(sample.level)) * (top - low)
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t_dm, t_ca = draw(micro, sample, self.dm_times), draw(micro, sample, self.ca_times)
+            t_dm, t_ca = (renoise_times(micro, sample, levels) for levels in (self.dm_times, self.ca_times))
             x_dm, n = matching.renoise(schedule, sample, t_dm, micro.random)
             x_ca, _ = matching.renoise(schedule, sample, t_ca, micro.random)
             joint = self.normaliser == "joint"
             T = roles.predict("teacher", x_dm.detach(), t_dm, sample.condition, guidance=guidance if joint else OFF)
             F = roles.predict("fake", x_dm.detach(), t_dm, sample.condition).out.x0
-            C = roles.predict("teacher", x_ca.detach(), t_ca, sample.condition, guidance=guidance)
-            dm, ca = T.cond.x0 - F, C.out.x0 - C.cond.x0
+            T_ca = roles.predict("teacher", x_ca.detach(), t_ca, sample.condition, guidance=guidance)
+            dm, ca = T.cond.x0 - F, T_ca.out.x0 - T_ca.cond.x0
             health.observe(micro, schedule, sample, t_dm, n, T, F)
-            health.note_split(micro, ca, dm)
+            health.observe_guidance(micro, ca, dm)
+            x = sample.output
             if joint:
-                yield LossTerm(
-                    "match",
-                    matching.surrogate_loss(sample.output, dm + ca, matching.l1_weight(sample.output, T.out.x0)),
-                )
+                yield LossTerm("match", matching.surrogate_loss(x, dm + ca, matching.l1_weight(x, T.out.x0)))
             else:
-                yield LossTerm(
-                    "dm", matching.surrogate_loss(sample.output, dm, matching.l1_weight(sample.output, T.cond.x0))
-                )
-                yield LossTerm(
-                    "ca", matching.surrogate_loss(sample.output, ca, matching.l1_weight(sample.output, C.cond.x0))
-                )
+                yield LossTerm("dm", matching.surrogate_loss(x, dm, matching.l1_weight(x, T.cond.x0)))
+                yield LossTerm("ca", matching.surrogate_loss(x, ca, matching.l1_weight(x, T_ca.cond.x0)))
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
             t = micro.random.uniform(len(sample.level))
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
-            yield LossTerm(
-                "critic", denoising_loss(roles.predict("fake", x_t, t, sample.condition).out, schedule, sample, t, n)
-            )
+            F = roles.predict("fake", x_t, t, sample.condition).out
+            yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
 
         return Objective(
             updates=(

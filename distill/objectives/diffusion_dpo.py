@@ -1,15 +1,16 @@
 """Diffusion-DPO: tune a model on pairs of a preferred and a rejected sample (Wallace et al., arXiv 2311.12908).
 
-Both are noised with one t and one noise. What counts is how much better than a frozen reference the policy predicts the
-winner, against how much better it predicts the loser:
+Both samples are noised with the same t and the same noise. What counts is how much better than a frozen reference the
+policy predicts the winner, compared with how much better it predicts the loser:
 
     l_i = mean|target - policy(x_i_t)|^2 - mean|target - reference(x_i_t)|^2
     z   = -beta/2 (l_winner - l_loser)              student:  min E softplus(-z)
 
-As in the released code (in the paper the noises are independent, the error is a sum and the constant beta). ``error``
-is the space of the target: ``noise`` (the paper's), ``v``, or ``velocity`` (Flow-DPO, arXiv 2501.13918); they weigh t
-differently. The reference is a frozen role: ``freeze: {reference: teacher}``, or the student of the stage before, to
-tune a few-step student; then ``student_times`` are the student's own, the only ones at which it is ever read.
+This follows the released code; in the paper the noises are independent, the error is a sum and beta is constant.
+``error`` is the space of the target: ``noise`` (the paper's), ``v``, or ``velocity`` (Flow-DPO, arXiv 2501.13918);
+they weight t differently. The reference is a frozen role: ``freeze: {reference: teacher}``, or the student of the
+previous stage, to tune a few-step student. Then ``student_times`` are the student's own times, the only ones at which
+it is evaluated in sampling.
 """
 
 from __future__ import annotations
@@ -55,16 +56,14 @@ class DiffusionDPO(ObjectiveConfig):
         schedule = roles.denoiser("student").schedule
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
-            x0 = torch.cat([micro.batch["winner"], micro.batch["loser"]])
-            condition = Condition.cat(micro.batch.condition, micro.batch.condition)
+            size, condition = micro.batch.size, Condition.cat(micro.batch.condition, micro.batch.condition)
             if self.student_times:
-                t = torch.tensor(self.student_times, dtype=torch.float64)[
-                    micro.random.integers(micro.batch.size, len(self.student_times))
-                ]
+                times = torch.tensor(self.student_times, dtype=torch.float64)
+                t = times[micro.random.integers(size, len(times))]
             else:
-                t = micro.random.uniform(micro.batch.size, *self.t_range)
-            noise = micro.random.normal(micro.batch["winner"].shape)
-            t, noise = torch.cat([t, t]), torch.cat([noise, noise])
+                t = micro.random.uniform(size, *self.t_range)
+            x0 = torch.cat([micro.batch["winner"], micro.batch["loser"]])
+            t, noise = t.repeat(2), torch.cat([micro.random.normal(micro.batch["winner"].shape)] * 2)
             c = Coefficients.at(schedule, expand_like(t, x0))
             x_t = c.alpha.to(x0) * x0 + c.sigma.to(x0) * noise
             a, b = c.row(self.error)
@@ -78,7 +77,7 @@ class DiffusionDPO(ObjectiveConfig):
             winner, loser = (policy - reference).chunk(2)
             z = -self.beta / 2 * (winner - loser)
             micro.log("health/accuracy", (z > 0).float())
-            micro.log("health/winner_error", policy.chunk(2)[0])  # rising: the likelihood of both is being pushed down
+            micro.log("health/winner_error", policy.chunk(2)[0])  # rises if the likelihood of both samples falls
             yield LossTerm("dpo", F.softplus(-z).mean())
 
         return Objective(updates=(Update("student", ("student",), student),))

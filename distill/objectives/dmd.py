@@ -1,14 +1,14 @@
 """DMD: one-step distribution matching with a regression on the teacher's own samples (Yin et al., arXiv 2311.18828).
 
 The student maps noise to x0 in one step. Its x0 is noised to t ~ U(.02, .98) and moved along the difference of the
-guided teacher and the fake score; besides, it must map the noise of known pairs to what the teacher's ODE makes of it:
+guided teacher and the fake score. On known pairs, it must also map the noise to the end y of the teacher's ODE:
 
     student:  min 1/2 | x - sg(x + k (T_w(x_t) - F(x_t))) |^2 + regression |x(noise) - y|^2,  k = 1 / mean|x - T_w(x_t)|
     fake:     min E | F(x_t) - x |^2 in the network's own prediction type, t ~ U(0, 1)
 
-``fewstep pairs`` makes the pairs (``data.kind: tensors``); ``regression: 0`` needs none. Two differences: the distance
-is the mean square (the paper's LPIPS needs weights that are not here), and, as in every published code, the factor
-alpha_t that the paper's weight leaves is dropped.
+``fewstep data ode-pairs`` creates the pairs (``data.kind: tensors``); ``regression: 0`` needs none. Two differences
+from the paper: the distance is the mean square instead of LPIPS, whose weights are not available here, and, as in every
+published code, the factor alpha_t of the paper's weight is dropped.
 """
 
 from __future__ import annotations
@@ -55,10 +55,8 @@ class DMD(MatchingConfig):
             T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
             health.observe(micro, schedule, sample, t, n, T, F)
-            yield LossTerm(
-                "match",
-                matching.surrogate_loss(sample.output, T.out.x0 - F, matching.l1_weight(sample.output, T.out.x0)),
-            )
+            weight = matching.l1_weight(sample.output, T.out.x0)
+            yield LossTerm("match", matching.surrogate_loss(sample.output, T.out.x0 - F, weight))
             if self.regression:
                 x = roles.predict("student", micro.batch["noise"], 1.0, micro.batch.condition).out.x0
                 yield LossTerm("regression", self.regression * (x - micro.batch["x0"]).square().mean())
@@ -67,9 +65,8 @@ class DMD(MatchingConfig):
             sample = micro.sample
             t = micro.random.uniform(len(sample.level))
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
-            yield LossTerm(
-                "critic", denoising_loss(roles.predict("fake", x_t, t, sample.condition).out, schedule, sample, t, n)
-            )
+            F = roles.predict("fake", x_t, t, sample.condition).out
+            yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
 
         return Objective(
             updates=(

@@ -1,18 +1,18 @@
 """DMD2: improved distribution matching distillation (Yin et al., arXiv 2405.14867).
 
-The student's x0 after a random number of its own steps (backward simulation, re-noising in between) is noised to
+The student's x0 after a random number of its own steps (backward simulation, re-noised in between) is noised to
 t ~ U(.02, .98) and moved along the difference of the guided teacher and the fake score:
 
     student:  min 1/2 | x - sg(x + k (T_w(x_t) - F(x_t))) |^2,   k = 1 / mean|x - T_w(x_t)|     every R-th step
     fake:     min E | F(x_t) - x |^2 in the network's own prediction type, t ~ U(0, 1)           every step
 
-and with ``gan``, which needs real images, at noised inputs and t ~ U(0, 1)
+With ``gan``, which needs real images, there are GAN terms at noised inputs and t ~ U(0, 1):
 
     student:  + weight softplus(-D(x_t))        fake and D:  + critic_weight (softplus(D(x_t)) + softplus(-D(real_t)))
 
-In a step that trains both, the student goes first and the fake sees the same sample, as in the published code. That
-code, and this, drop the factor alpha_t that the paper's weight leaves. With ``steps: 1`` and ``critic_updates: 1`` the
-matching part is DMD's (arXiv 2311.18828).
+In a step that trains both, the student is updated first and the fake gets the same sample, as in the published code.
+The published code drops the factor alpha_t of the paper's weight, and so does this one. With ``steps: 1`` and
+``critic_updates: 1`` the matching part is that of DMD (arXiv 2311.18828).
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ from fewstep.models.model_config import FewStep
 from fewstep.samplers.grids import time_uniform
 
 
-class Gan(BaseConfig):
-    """``weight`` of the student's term and ``critic_weight`` of the discriminator's. The heads sit on these ``taps`` of
-    the fake score (``auto``: those of its kind of network), which then learns for the discriminator, too, or of the
-    frozen teacher (FastGen's choice)."""
+class GanConfig(BaseConfig):
+    """``weight`` of the student's term and ``critic_weight`` of the discriminator's.
+
+    The discriminator's heads use the ``feature_layers`` (``auto``: the network's defaults) of ``features``: the fake
+    score, which the discriminator's loss then trains too, or the frozen teacher (FastGen's choice).
+    """
 
     weight: float = 3e-3
     critic_weight: float = 1e-2
@@ -60,7 +62,7 @@ class DMD2(MatchingConfig):
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)
     t_range: tuple[float, float] = (0.02, 0.98)
-    gan: Gan | None = None
+    gan: GanConfig | None = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -75,7 +77,7 @@ class DMD2(MatchingConfig):
         return self.gan.feature_layers if self.gan else ()
 
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
-        return {"discriminator": Heads.on(teacher, shape, condition)} if self.gan else {}
+        return {"discriminator": Heads.for_denoiser(teacher, shape, condition)} if self.gan else {}
 
     def build(self, roles: Roles, stage: StageContext) -> Objective:
         schedule = roles.denoiser("teacher").schedule
@@ -95,10 +97,8 @@ class DMD2(MatchingConfig):
             T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
             health.observe(micro, schedule, sample, t, n, T, F)
-            yield LossTerm(
-                "match",
-                matching.surrogate_loss(sample.output, T.out.x0 - F, matching.l1_weight(sample.output, T.out.x0)),
-            )
+            weight = matching.l1_weight(sample.output, T.out.x0)
+            yield LossTerm("match", matching.surrogate_loss(sample.output, T.out.x0 - F, weight))
             if gan:
                 t = micro.random.uniform(len(sample.level), stream="gan")
                 x_t, _ = matching.renoise(schedule, sample, t, micro.random)
@@ -108,16 +108,16 @@ class DMD2(MatchingConfig):
             sample = micro.sample
             t = micro.random.uniform(len(sample.level))
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
-            yield LossTerm(
-                "critic", denoising_loss(roles.predict("fake", x_t, t, sample.condition).out, schedule, sample, t, n)
-            )
+            F = roles.predict("fake", x_t, t, sample.condition).out
+            yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
             if gan:
                 real = micro.batch["x0"]
                 t, t_real = (micro.random.uniform(len(sample.level), stream=stream) for stream in ("generated", "real"))
                 x_t, _ = matching.renoise(schedule, sample, t, micro.random)
-                x_real = add_noise(schedule, real, micro.random.normal(real.shape, "real"), t_real)
-                generated, genuine = logits(x_t, t, sample.condition), logits(x_real, t_real, micro.batch.condition)
-                yield LossTerm("discriminator", gan.critic_weight * discriminator_loss(generated, genuine))
+                real_t = add_noise(schedule, real, micro.random.normal(real.shape, "real"), t_real)
+                on_generated = logits(x_t, t, sample.condition)
+                on_real = logits(real_t, t_real, micro.batch.condition)
+                yield LossTerm("discriminator", gan.critic_weight * discriminator_loss(on_generated, on_real))
 
         return Objective(
             updates=(

@@ -1,16 +1,16 @@
 """f-distill: one-step or few-step distillation with any f-divergence (arXiv 2502.15681).
 
-The gradient of D_f(p | q) is that of the reverse KL (DMD2's) with one weight a sample, h(r) = f''(r) r^2, at the
-density ratio r = p / q of real to generated samples at x_t, which the discriminator knows. An increasing h follows the
-regions that the data cover: less mode seeking.
+The gradient of D_f(p | q) is that of the reverse KL (DMD2's) with one weight per sample, h(r) = f''(r) r^2, at the
+density ratio r = p / q of real to generated samples at x_t, which a discriminator estimates. An increasing h gives more
+weight to regions that the data cover: less mode seeking.
 
     student:  min 1/2 | x - sg(x + k h (T_w(x_t) - F(x_t))) |^2 + gan_weight softplus(-D(x_t))
               with k = 1 / mean|x - T_w(x_t)|
     fake:     min E | F(x_t) - x |^2           discriminator:  min softplus(D(x_t)) + softplus(-D(real_t))
 
-r is divided by its mean at about the same time (ten bins; its expectation under q is 1 at every t), h by its mean over
+r is divided by its mean over similar times (ten bins; its expectation under q is 1 at every t) and h by its mean over
 the micro-batch, so that the step size does not depend on the divergence. The features are the frozen teacher's, which
-the paper finds the most stable. With a discriminator that knows nothing this is DMD2. Real images are needed.
+the paper finds the most stable. With an uninformative discriminator this is DMD2. Real images are needed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fewstep.models.guidance import Guidance
 from fewstep.models.model_config import FewStep
 from fewstep.samplers.grids import time_uniform
 
-H: dict[str, Callable[[Tensor], Tensor]] = {
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse_kl": torch.ones_like,
     "softened_reverse_kl": lambda r: 1 / (1 + r),
     "jensen_shannon": lambda r: r / (1 + r),
@@ -47,11 +47,11 @@ H: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def divergence_weight(name: str, ratio: Tensor, t: Tensor, t_range: tuple[float, float], bins: int) -> Tensor:
-    """h(r) [B] with both normalisations: r by its mean in each of ``bins`` equal ranges of t [B], h by its mean."""
+    """h(r) [B], normalised twice: r by its mean in each of ``bins`` equal ranges of t [B], h by its mean."""
     low, high = t_range
     index = ((t - low) / (high - low) * bins).long().clamp(0, bins - 1).to(ratio.device)
     same = (index[:, None] == index).float()
-    h = H[name](ratio / ((same @ ratio) / same.sum(1)))
+    h = WEIGHTS[name](ratio / ((same @ ratio) / same.sum(1)))
     return h / h.mean()
 
 
@@ -87,7 +87,7 @@ class FDistill(MatchingConfig):
         return self.feature_layers
 
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
-        return {"discriminator": Heads.on(teacher, shape, condition)}
+        return {"discriminator": Heads.for_denoiser(teacher, shape, condition)}
 
     def build(self, roles: Roles, stage: StageContext) -> Objective:
         schedule = roles.denoiser("teacher").schedule
@@ -113,20 +113,18 @@ class FDistill(MatchingConfig):
             sample = micro.sample
             t = micro.random.uniform(len(sample.level))
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
-            yield LossTerm(
-                "critic", denoising_loss(roles.predict("fake", x_t, t, sample.condition).out, schedule, sample, t, n)
-            )
+            F = roles.predict("fake", x_t, t, sample.condition).out
+            yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
 
         def discriminator(micro: MicroBatch) -> Iterator[LossTerm]:
             sample, real = micro.sample, micro.batch["x0"]
-            t, t_real = (
-                micro.random.uniform(len(sample.level), *self.t_range, stream) for stream in ("generated", "real")
-            )
+            t = micro.random.uniform(len(sample.level), *self.t_range, "generated")
+            t_real = micro.random.uniform(len(sample.level), *self.t_range, "real")
             x_t, _ = matching.renoise(schedule, sample, t, micro.random)
-            x_real = add_noise(schedule, real, micro.random.normal(real.shape, "real"), t_real)
-            generated = roles.predict("teacher", x_t, t, sample.condition).cond.features
-            genuine = roles.predict("teacher", x_real, t_real, micro.batch.condition).cond.features
-            yield LossTerm("discriminator", discriminator_loss(heads(generated), heads(genuine)))
+            real_t = add_noise(schedule, real, micro.random.normal(real.shape, "real"), t_real)
+            on_generated = heads(roles.predict("teacher", x_t, t, sample.condition).cond.features)
+            on_real = heads(roles.predict("teacher", real_t, t_real, micro.batch.condition).cond.features)
+            yield LossTerm("discriminator", discriminator_loss(on_generated, on_real))
 
         return Objective(
             updates=(

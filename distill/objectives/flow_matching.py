@@ -1,11 +1,11 @@
-"""Flow matching: train a network on data from nothing, to be a teacher (Lipman et al., arXiv 2210.02747).
+"""Flow matching: train a network on data from scratch, to be a teacher (Lipman et al., arXiv 2210.02747).
 
     L = E_{x0, noise, t} | velocity_theta(x_t, t, c) - velocity |^2,   x_t = alpha x0 + sigma noise
 
-or the same in what the network predicts (noise, v), with the condition dropped at random so that it also learns the
-unconditional field that guidance needs. ``t`` is uniform, or logit-normal as in Stable Diffusion 3 (Esser et al., arXiv
-2403.03206) with a spread ``time_std`` that may be wider than theirs: a distilled student also reads its teacher near
-``t = 1``, which 1.0 hardly visits.
+or the same in the network's own prediction type (noise, v). The condition is dropped at random so that the network also
+learns the unconditional field that guidance needs. ``t`` is uniform, or logit-normal as in Stable Diffusion 3 (Esser et
+al., arXiv 2403.03206). The spread ``time_std`` may be wider than theirs: distillation also evaluates the teacher near
+``t = 1``, which a spread of 1.0 rarely reaches.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""Phased DMD: one expert an SNR interval, each matched at the noisy end of its own (arXiv 2510.27684).
+"""Phased DMD: one expert per SNR interval, each matched at the noisy end of its interval (arXiv 2510.27684).
 
-The K-step grid is cut into phases. Phase k trains the expert that carries samples down to the phase's end s; those
-before it are frozen (roles expert1, expert2, ...). The state x_s itself must have the teacher's law at level s, for any
-t in (s, 1]: "reverse nested" intervals, so that every phase sees the high noise levels.
+The K-step grid is split into phases. Phase k trains the expert that takes samples down to the phase's end s; the
+experts of earlier phases are frozen (roles expert1, expert2, ...). The state x_s itself must have the teacher's
+distribution at level s, for any t in (s, 1]: "reverse nested" intervals, so that every phase covers high noise levels.
 
     student:  min 1/2 | x_s - sg(x_s + w (T_w(x_t) - F(x_t))) |^2,    w = alpha_ts alpha_t / sigma_t^2 (x0 differences)
     fake:     min E min(1, c std^2) | F(x_t) - target(x_s) |^2        the unbiased target of the bridge s -> t
 
-Inside a phase one step is drawn; the student jumps from it to the end (stochastic gradient truncation). ``match_on: x_s``
-is the paper's gradient, ``match_on: x0`` (default) that of its authors' released trainer: DMD's own, normalised, at the x0
-that x_s came from. A phase is a stage of the run: ``freeze: {expert1: student}`` keeps the one before; student and fake
-start from the teacher again. Sampling routes by noise level; below a phase in training the teacher still serves.
+One step of the phase is chosen at random; from it the student jumps to the end (stochastic gradient truncation).
+``match_on: x_s`` is the paper's gradient. ``match_on: x0`` (default) is that of the authors' released trainer: DMD's
+own, normalised, at the x0 that x_s came from. Each phase is a stage of the run: ``freeze: {expert1: student}`` keeps
+the previous expert; student and fake start from the teacher again. Sampling selects the expert by noise level; below
+the levels trained so far, the teacher is used.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ class PhasedDMD(MatchingConfig):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.steps % self.phases or self.phase > self.phases:
-            raise ValueError(f"steps={self.steps} must divide into phases={self.phases}, and phase be one of them")
+            raise ValueError(f"steps={self.steps} must divide into phases={self.phases}, and phase must be one of them")
         return self
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """The role that walks each phase."""
+        """The role that takes the steps of each phase."""
         frozen = tuple(f"expert{k}" for k in range(1, self.phase))
         return (*frozen, "student", *["teacher"] * (self.phases - self.phase))
 
@@ -73,36 +74,29 @@ class PhasedDMD(MatchingConfig):
         guidance = Guidance(self.guidance)
         length = self.steps // self.phases
         end = self.phase * length
-        walkers = [role for role in self.experts for _ in range(length)]
-        cuts = [(times[k * length - 1] + times[k * length]) / 2 for k in range(1, self.phases)]
+        experts = [role for role in self.experts for _ in range(length)]
+        boundaries = [(times[k * length - 1] + times[k * length]) / 2 for k in range(1, self.phases)]
 
-        def renoised(micro: MicroBatch, sample: StudentSample) -> tuple[Tensor, Tensor, Tensor]:
+        def renoise(micro: MicroBatch, sample: StudentSample) -> tuple[Tensor, Tensor, Tensor]:
             t = shift(micro.random.uniform(len(sample.level), 1 - end / self.steps, 1.0), self.shift)
             return t, *matching.renoise(schedule, sample, t, micro.random)
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t, x_t, n = renoised(micro, sample)
+            t, x_t, n = renoise(micro, sample)
             T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
             health.observe(micro, schedule, sample, t, n, T, F)
-            direction = T.out.x0 - F
             if self.match_on == "x0":
-                yield LossTerm(
-                    "match",
-                    matching.surrogate_loss(
-                        sample.output, direction, matching.l1_weight(sample.output, T.out.x0, 1e-4)
-                    ),
-                )
+                x, weight = sample.output, matching.l1_weight(sample.output, T.out.x0, 1e-4)
             else:
-                weight = bridge(schedule, sample.level, t)[0] * schedule.alpha(t) / schedule.sigma(t).square()
-                yield LossTerm(
-                    "match", matching.surrogate_loss(sample.x, direction, expand_like(weight, sample.x).to(sample.x))
-                )
+                w = bridge(schedule, sample.level, t)[0] * schedule.alpha(t) / schedule.sigma(t).square()
+                x, weight = sample.x, expand_like(w, sample.x).to(sample.x)
+            yield LossTerm("match", matching.surrogate_loss(x, T.out.x0 - F, weight))
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t, x_t, n = renoised(micro, sample)
+            t, x_t, n = renoise(micro, sample)
             F = roles.predict("fake", x_t, t, sample.condition).out
             yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n, clamp=self.clamp))
 
@@ -111,7 +105,7 @@ class PhasedDMD(MatchingConfig):
                 Update("student", ("student",), student, Every(self.critic_updates)),
                 Update("fake", ("fake",), fake),
             ),
-            rollout=lambda micro: phased_rollout(micro, roles, walkers, times, end - length, end),
+            rollout=lambda micro: phased_rollout(micro, roles, experts, times, end - length, end),
             few_step=FewStep(times=times[:-1], rule="deterministic", shift=self.shift),
-            experts=tuple(zip(self.experts, [*cuts, 0.0], strict=True)),
+            experts=tuple(zip(self.experts, [*boundaries, 0.0], strict=True)),
         )

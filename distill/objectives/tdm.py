@@ -1,20 +1,26 @@
 """TDM: trajectory distribution matching (Luo et al., arXiv 2503.06674).
 
-The student walks a deterministic K-step trajectory; each of its states x_s, not only the end, must have the teacher's
-law at its own noise level. For a random segment [s, t_in] of the trajectory, t ~ U(s, t_in), x_t = bridge(x_s -> t):
+The student follows a deterministic K-step trajectory. Each of its states x_s, not only the end, must have the teacher's
+distribution at its own noise level. For a random segment [s, t_student] of the trajectory, t ~ U(s, t_student) and
+x_t = bridge(x_s -> t):
 
     student:  min  Huber( x0 - sg(x0 + T_w(x_t) - F(x_t)) ) / mean|x0 - T_w(x_t)|,      x_s = alpha_s x0 + sigma_s eps
     fake:     min  E | F(x_t) - target |^2
 
 with T_w the guided teacher and F the fake score. As in the released code, the loss is taken on the x0 that the state
-came from (the paper writes x_s). ``renoise_times: segment`` keeps the ranges disjoint, as the paper does; ``nested`` (the code
-without its ``use_separate``) is t ~ U(s, 1), since at the low t of late segments an error in the mean hardly shows: of
-data N(m, S^2), T - F is t^2 / ((1 - t)^2 S^2 + t^2) times it. With a small ``huber`` the gradient is the sign of the
-direction, and comes to rest at its median; 0 is the plain square. ``critic`` chooses the fake's target: ``bridge`` is
-unbiased for the law of x_s diffused to t (Phased DMD's, arXiv 2510.27684); ``importance`` is the paper's, regression to
-x0 with tempered importance weights, whose minimiser is the denoiser of re-noised x0. ``unify: [1, 2, 4]`` draws the
-number of steps anew and tells it to student and fake (both ``init: new``): one student for all of them, where a fake
-that is not told would learn a mixture.
+came from (the paper writes x_s).
+
+``renoise_times: segment`` keeps the ranges of t disjoint, as the paper does. ``nested`` (the released code without its
+``use_separate``) is t ~ U(s, 1): at the low t of late segments an error of the mean is hardly visible, since for data
+N(m, S^2) the difference T - F is t^2 / ((1 - t)^2 S^2 + t^2) times that error.
+
+With a small ``huber`` the gradient is the sign of the direction, so that training converges to a median; 0 is the plain
+square. ``critic`` is the fake's target: ``bridge`` is unbiased for the distribution of x_s diffused to t (as in Phased
+DMD, arXiv 2510.27684); ``importance`` is the paper's, a regression to x0 with tempered importance weights, whose
+minimiser is the denoiser of re-noised x0.
+
+``unify: [1, 2, 4]`` samples the number of steps and conditions student and fake (both ``init: new``) on it: one student
+for all of these numbers. A fake without this condition would learn a mixture.
 """
 
 from __future__ import annotations
@@ -65,7 +71,7 @@ class TDM(MatchingConfig):
     @model_validator(mode="after")
     def _unifies(self) -> Self:
         if self.unify and self.steps not in self.unify:
-            raise ValueError(f"unify={list(self.unify)} must contain steps={self.steps}, the number used by default")
+            raise ValueError(f"unify={list(self.unify)} must contain steps={self.steps}, the default number")
         return self
 
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
@@ -74,10 +80,10 @@ class TDM(MatchingConfig):
         backbone = teacher.backbone
         if not isinstance(backbone, Backbone):
             raise UserError(f"A {type(backbone).__name__} cannot be conditioned on a step count, which unify needs.")
-        backbones = {role: backbone.with_step_counts(max(self.unify)) for role in ("student", "fake")}
+        networks = {role: backbone.with_step_counts(max(self.unify)) for role in ("student", "fake")}
         return {
-            role: Denoiser(backbone, teacher.schedule, teacher.kind, style=teacher.style)
-            for role, backbone in backbones.items()
+            role: Denoiser(network, teacher.schedule, teacher.kind, style=teacher.style)
+            for role, network in networks.items()
         }
 
     def build(self, roles: Roles, stage: StageContext) -> Objective:
@@ -88,12 +94,12 @@ class TDM(MatchingConfig):
         def rollout(micro: MicroBatch) -> StudentSample:
             steps = counts[int(micro.random.shared.integers(1, len(counts), "count"))]
             if self.unify:
-                told = torch.full((micro.batch.size,), steps, device=micro.random.device)
-                batch = replace(micro.batch, condition=micro.batch.condition.replace(steps=told))
+                row = torch.full((micro.batch.size,), steps, device=micro.random.device)
+                batch = replace(micro.batch, condition=micro.batch.condition.replace(steps=row))
                 micro = replace(micro, batches={**micro.batches, "data": batch})
             return segment_rollout(micro, roles, time_uniform(steps, self.shift)[:-1])
 
-        def renoised(micro: MicroBatch, sample: StudentSample) -> tuple[Tensor, Tensor, Tensor]:
+        def renoise(micro: MicroBatch, sample: StudentSample) -> tuple[Tensor, Tensor, Tensor]:
             u = micro.random.uniform(len(sample.level))
             top = sample.t_student if self.renoise_times == "segment" else torch.ones_like(sample.t_student)
             low, high = sample.level + self.margin, top - self.margin
@@ -102,7 +108,7 @@ class TDM(MatchingConfig):
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t, x_t, n = renoised(micro, sample)
+            t, x_t, n = renoise(micro, sample)
             T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
             health.observe(micro, schedule, sample, t, n, T, F)
@@ -114,26 +120,21 @@ class TDM(MatchingConfig):
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t, x_t, n = renoised(micro, sample)
+            t, x_t, n = renoise(micro, sample)
             F = roles.predict("fake", x_t, t, sample.condition).out
             if self.critic == "bridge":
                 yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
             else:
-                yield LossTerm(
-                    "critic", weighted_clean_loss(F, sample, importance_weight(schedule, sample, sample.output, t, n))
-                )
+                weight = importance_weight(schedule, sample, sample.output, t, n)
+                yield LossTerm("critic", weighted_clean_loss(F, sample, weight))
 
+        times = time_uniform(self.steps, self.shift)[:-1]
         return Objective(
             updates=(
                 Update("student", ("student",), student, Every(self.critic_updates)),
                 Update("fake", ("fake",), fake),
             ),
             rollout=rollout,
-            few_step=FewStep(
-                times=time_uniform(self.steps, self.shift)[:-1],
-                rule="deterministic",
-                counts=self.unify,
-                shift=self.shift,
-            ),
+            few_step=FewStep(times=times, rule="deterministic", counts=self.unify, shift=self.shift),
             backbone={"step_counts": max(self.unify)} if self.unify else {},
         )

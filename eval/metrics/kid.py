@@ -1,21 +1,22 @@
-"""The kernel distance (KID of Bińkowski et al., 1801.01401, when the features are Inception's)."""
+"""KID, the kernel distance of Inception features (Bińkowski et al., arXiv 1801.01401)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fewstep.eval.networks.features import matrices
+from fewstep.eval.metrics.metric import Metric, MetricInput
+from fewstep.eval.networks.features import as_matrices
 
 
 def kid(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> float:
     """Unbiased squared MMD of features [N, D] and [M, D] under ``k(u, v) = (u.v / D + 1)^3``, in float64.
 
-    The mean over ``subsets`` pairs of random subsets of min(``size``, N, M) rows, drawn without replacement and
-    determined by ``seed``. Zero on average for equal laws, so it may be negative. Raises ``UserError`` on NaN, infinite
+    The mean over ``subsets`` pairs of random subsets of min(``size``, N, M) rows, chosen without replacement by
+    ``seed``. Its expectation is zero for equal laws, so values may be negative. Raises ``UserError`` on NaN, infinite
     or mismatched features.
     """
-    x, y = matrices(x, y)
+    x, y = as_matrices(x, y)
     m = min(size, len(x), len(y))
     generator = torch.Generator().manual_seed(seed)
 
@@ -26,8 +27,18 @@ def kid(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000, seed: int = 
 
 
 def _mmd(x: Tensor, y: Tensor) -> float:
-    """Of two sets of m rows; the diagonals, where a sample meets itself, are what would bias it."""
+    """Of two sets of m rows, without the diagonals, which would bias it."""
     m, d = x.shape
     xx, yy, xy = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
     return float(within / (m * (m - 1)) - 2 * xy.mean())
+
+
+def _compute(inputs: MetricInput) -> float:
+    return kid(*inputs.both)
+
+
+KID = Metric(
+    name="kid", network="inception", direction="lower", minimum_n=2, compute=_compute, needs_features=True,
+    needs_reference=True,
+)  # fmt: skip

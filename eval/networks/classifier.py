@@ -1,4 +1,4 @@
-"""The small classifier whose features stand in for Inception's where no weights can be downloaded."""
+"""The small classifier whose features a reference uses instead of Inception's, so that nothing must be downloaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Widths = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
 class Classifier(nn.Module):
     """Four convolutions (two at half, two at a quarter of the resolution), the mean over positions, two linear layers.
 
-    It reads uint8 images [B, C, H, W], so that no caller can scale them differently.
+    It takes uint8 images [B, C, H, W], so that no caller can scale them differently.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class Classifier(nn.Module):
         return self.classify(self.features(images))
 
 
-def _block(before: int, after: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module, nn.Module]:
-    convolution = nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=False)
-    return convolution, nn.BatchNorm2d(after), nn.SiLU()
+def _block(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module, nn.Module]:
+    convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
+    return convolution, nn.BatchNorm2d(channels_out), nn.SiLU()
 
 
 def train_classifier(
@@ -82,12 +82,12 @@ def train_classifier(
     shift: int = 1,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Classifier:
-    """Cross-entropy, AdamW with one learning-rate cycle (Smith & Topin, 1708.07120), images moved by up to ``shift``
-    pixels so that features of seen and of unseen images agree.
+    """Trains with cross-entropy and AdamW over one learning-rate cycle (Smith & Topin, arXiv 1708.07120). Images are
+    shifted by up to ``shift`` pixels, so that features of training and of other images agree.
 
-    ``images`` uint8 [N, C, H, W] and ``labels`` int64 [N] lie on the device that trains. A function of its arguments:
-    the global random state is neither read nor changed. ``progress(step, steps, loss)`` is called after each step.
-    Returns the network in eval mode.
+    ``images``, uint8 [N, C, H, W], and ``labels``, int64 [N], are on the training device. The result depends only on
+    the arguments: the global random state is neither used nor changed. ``progress(step, steps, loss)`` is called after
+    each step. Returns the network in eval mode.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -97,11 +97,11 @@ def train_classifier(
     batches = -(-len(images) // batch)
     steps = epochs * batches
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    # batches of nearly one size: a last one of a single image would have no variance to normalise by
+    # batches of nearly equal size: batch normalisation cannot use a last batch of a single image
     shuffled = (torch.randperm(len(images), generator=generator).tensor_split(batches) for _ in range(epochs))
     for step, rows in enumerate(chain.from_iterable(shuffled), start=1):
         rows = rows.to(images.device)
-        loss = F.cross_entropy(network(_shifted(images[rows], shift, generator)), labels[rows])
+        loss = F.cross_entropy(network(_shift_randomly(images[rows], shift, generator)), labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -111,24 +111,24 @@ def train_classifier(
     return network.eval()
 
 
-def _shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each image moved by its own -most..most pixels along both axes; black comes in."""
+def _shift_randomly(images: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    """Each image shifted by -limit..limit pixels along both axes, padded with black."""
     b, _, h, w = images.shape
-    down, right = torch.randint(2 * most + 1, (2, b, 1), generator=generator).to(images.device)
+    down, right = torch.randint(2 * limit + 1, (2, b, 1), generator=generator).to(images.device)
     rows, columns = (down + torch.arange(h, device=images.device), right + torch.arange(w, device=images.device))
     sample = torch.arange(b, device=images.device)[:, None, None]
-    moved = F.pad(images, [most] * 4)[sample, :, rows[:, :, None], columns[:, None, :]]
-    return moved.permute(0, 3, 1, 2)
+    shifted = F.pad(images, [limit] * 4)[sample, :, rows[:, :, None], columns[:, None, :]]
+    return shifted.permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
 def accuracy(network: Classifier, images: Tensor, labels: Tensor, batch: int = 500) -> float:
-    """Share (0..1) of images, uint8 [N, C, H, W], whose largest logit is that of their label, int64 [N]."""
-    right = sum(
+    """The share (0..1) of images, uint8 [N, C, H, W], whose largest logit is that of their label, int64 [N]."""
+    correct = sum(
         int((network(x.to(network.device)).argmax(dim=1).cpu() == y.cpu()).sum())
         for x, y in zip(images.split(batch), labels.split(batch), strict=True)
     )
-    return right / len(images)
+    return correct / len(images)
 
 
 class ClassifierConfig(BaseModel):
@@ -149,8 +149,8 @@ def save_classifier(
 ) -> None:
     """Writes ``classifier.json`` and ``classifier.safetensors``.
 
-    ``training`` is a record for the reader (data, seed, epochs, accuracy). Raises ``UserError`` when the folder cannot
-    be written.
+    ``training`` is a record for readers (data, seed, epochs, accuracy). Raises ``UserError`` if the folder cannot be
+    written.
     """
     folder = Path(folder)
     widths = tuple(m.out_channels for m in network.convolutions if isinstance(m, nn.Conv2d))
@@ -171,7 +171,7 @@ def save_classifier(
 def load_classifier(folder: str | Path) -> tuple[Classifier, ClassifierConfig]:
     """The network, in eval mode on the CPU, and its config.
 
-    Raises ``UserError`` when a file is missing or damaged or when they do not belong together.
+    Raises ``UserError`` if a file is missing or damaged or if they do not belong together.
     """
     file = Path(folder) / CONFIG
     try:

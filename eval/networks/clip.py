@@ -1,6 +1,6 @@
 """CLIP through open_clip (Cherti et al., arXiv 2212.07143): image and text embeddings of unit length.
 
-A network is named ``MODEL:TAG`` as open_clip lists them (``ViT-g-14:laion2b_s12b_b42k``), or ``MODEL:FILE``.
+A network is named ``MODEL:TAG`` as in open_clip's list (``ViT-g-14:laion2b_s12b_b42k``), or ``MODEL:FILE``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.torchvision_compat import import_torchvision
-from fewstep.eval.networks.weights import LoadedWeights, WeightsLocator, reading
+from fewstep.eval.networks.weights import LoadedWeights, WeightsLocator, reading_weights
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 PREFIX = "A photo depicts "
@@ -28,43 +28,37 @@ END = 49407  # CLIP's end-of-text token, whose output is the text's embedding
 class Clip(LoadedWeights):
     """Embeddings of images and of captions.
 
-    Images are resized and cropped as the model's own evaluation transform does or, with ``squash``, stretched to its
-    square (CMMD's way). Without ``unit`` the embeddings of images keep their length (CLIP-FID's way).
+    Images are resized and cropped by the model's evaluation transform or, with ``stretch``, stretched to its square
+    (for CMMD). Without ``normalize`` the embeddings of images keep their length (for CLIP-FID).
     """
 
     name: str
     tokenizer: Any
     transform: Any
-    squash: bool = False
-    unit: bool = True
+    stretch: bool = False
+    normalize: bool = True
 
     @classmethod
     def load(
-        cls,
-        name: str,
-        place: WeightsLocator,
-        device: torch.device | str = "cpu",
-        *,
-        squash: bool = False,
-        unit: bool = True,
-    ) -> Clip:
-        """Raises ``UserError`` on an unknown model or tag, or weights that are missing or do not fit."""
+        cls, name: str, locator: WeightsLocator, device: torch.device | str = "cpu", *, stretch: bool = False,
+        normalize: bool = True,
+    ) -> Clip:  # fmt: skip
+        """Raises ``UserError`` on an unknown model or tag, and on weights that are missing or do not fit."""
         import_torchvision()
         import open_clip
 
         model, _, tag = name.partition(":")
         if model not in open_clip.list_models():
             raise UserError(f"Unknown CLIP model {model!r}{nearest(model, open_clip.list_models())}.")
-        file = Path(tag) if Path(tag).is_file() else _cached(model, tag, place)
-        with reading(file, model):
+        file = Path(tag) if Path(tag).is_file() else _find_weights(model, tag, locator)
+        with reading_weights(file, model):
             network, transform = open_clip.create_model_from_pretrained(
                 model, str(file), device=device, force_quick_gelu=tag == "openai"
             )
-        made = f"clip_{name}{'_squashed' * squash}{'_raw' * (not unit)}"
-        tokenizer = open_clip.get_tokenizer(model)
-        return cls.of(
-            file, network, device, name=made, tokenizer=tokenizer, transform=transform, squash=squash, unit=unit
-        )
+        return cls.from_file(
+            file, network, device, name=f"clip_{name}{'_squashed' * stretch}{'_raw' * (not normalize)}",
+            tokenizer=open_clip.get_tokenizer(model), transform=transform, stretch=stretch, normalize=normalize,
+        )  # fmt: skip
 
     @property
     def dimension(self) -> int:
@@ -76,20 +70,21 @@ class Clip(LoadedWeights):
         return int(size[0] if isinstance(size, tuple) else size)
 
     def prepare(self, image: Tensor) -> Tensor:
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        if self.squash:
-            picture = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)
-        prepared: Tensor = self.transform(picture)
+        pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
+        if self.stretch:
+            pixels = pixels.resize((self.side, self.side), Image.Resampling.BICUBIC)
+        prepared: Tensor = self.transform(pixels)
         return prepared
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        bundled: Tensor = self.network.encode_image(images.to(self.device)).float()
-        return F.normalize(bundled, dim=-1) if self.unit else bundled
+        embeddings: Tensor = self.network.encode_image(images.to(self.device)).float()
+        return F.normalize(embeddings, dim=-1) if self.normalize else embeddings
 
     @torch.no_grad()
-    def texts(self, captions: Sequence[str], prefix: str = "", batch: int = 256) -> Tensor:
-        """Embeddings of captions [N, D]; ``prefix`` is put before each as tokens, and what no longer fits is cut."""
+    def embed_texts(self, captions: Sequence[str], prefix: str = "", batch: int = 256) -> Tensor:
+        """Unit embeddings of captions [N, D]. The tokens of ``prefix`` are inserted before each caption, and tokens
+        that no longer fit are cut."""
         tokens = self.tokenizer(list(captions))
         if prefix:
             words = self.tokenizer([prefix])[0]
@@ -101,14 +96,15 @@ class Clip(LoadedWeights):
         return F.normalize(torch.cat(parts), dim=-1)
 
 
-def _cached(model: str, tag: str, place: WeightsLocator) -> Path:
-    """The weights of a tag from the folders of ``place`` or open_clip's caches."""
+def _find_weights(model: str, tag: str, locator: WeightsLocator) -> Path:
+    """The weights of a tag, from open_clip's cache or found by ``locator``. Raises ``UserError`` on an unknown tag or
+    missing weights."""
     import open_clip
     from huggingface_hub import try_to_load_from_cache
 
     known = open_clip.list_pretrained_tags_by_model(model)
     if tag not in known:
-        raise UserError(f"Unknown weights {tag!r} of {model}{nearest(tag, known)}; or give a file, {model}:FILE.")
+        raise UserError(f"Unknown weights {tag!r} of {model}{nearest(tag, known)}; a file is given as {model}:FILE.")
     settings = open_clip.get_pretrained_cfg(model, tag)
     repository, _, file = settings.get("hf_hub", "").rpartition("/")
     names = [file] if file else list(FILES)
@@ -116,8 +112,7 @@ def _cached(model: str, tag: str, place: WeightsLocator) -> Path:
         found = try_to_load_from_cache(repository, name) if repository else None
         if isinstance(found, str):
             return Path(found)
-    if place.download:
+    if locator.download:
         return Path(open_clip.download_pretrained(settings))
-    own = f"{model}-{tag}.safetensors"
     url = f"https://huggingface.co/{repository}" if repository else settings.get("url", "")
-    return place.find(own, f"{names[0]} of {url}")
+    return locator.find(f"{model}-{tag}.safetensors", f"{names[0]} of {url}")

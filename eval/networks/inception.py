@@ -1,7 +1,7 @@
 """Inception-V3, the network of the FID, in clean-fid's three modes (Parmar et al., arXiv 2104.11222).
 
-``clean`` resizes by an antialiased bicubic filter without rounding, ``legacy_pytorch`` is pytorch-fid (bilinear, no
-antialiasing), ``legacy_tensorflow`` the original and EDM's (the network resizes inside). They differ by tenths of FID.
+``clean`` resizes with an antialiased bicubic filter without rounding, ``legacy_pytorch`` is pytorch-fid (bilinear, not
+antialiased), ``legacy_tensorflow`` is the original's and EDM's (the network resizes). They differ by tenths of FID.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.core.errors import UserError
+from fewstep.core.errors import UserError, nearest
 from fewstep.core.torchvision_compat import import_torchvision
-from fewstep.eval.networks.weights import LoadedWeights, WeightsLocator, hub_cache, reading, temporary
+from fewstep.eval.networks.weights import LoadedWeights, WeightsLocator, hub_cache, reading_weights, temporary_folder
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -34,21 +34,24 @@ SIDE = 299
 
 @dataclass(frozen=True)
 class Inception(LoadedWeights):
-    """Pool features, 2048 of them."""
+    """The 2048 pool features."""
 
     mode: Mode
     dimension: int = 2048
 
     @classmethod
-    def load(cls, mode: str, place: WeightsLocator, device: torch.device | str = "cpu") -> Inception:
-        """Raises ``UserError`` if the weights are missing or are not those of Inception."""
+    def load(cls, mode: str, locator: WeightsLocator, device: torch.device | str = "cpu") -> Inception:
+        """Raises ``UserError`` if the weights are missing or belong to another network."""
         if mode not in get_args(Mode):
-            raise UserError(f"Unknown mode of Inception {mode!r}; known: {', '.join(get_args(Mode))}.")
+            raise UserError(f"Unknown mode of Inception {mode!r}{nearest(mode, get_args(Mode))}.")
         port = mode == "legacy_pytorch"
-        file = place.find(PORT, PORT_URL, [hub_cache()]) if port else place.find(SCRIPT, SCRIPT_URL, [temporary()])
-        with reading(file, "Inception-V3"):
-            network = _port(file) if port else torch.jit.load(file)
-        return cls.of(file, network, device, mode=mode)
+        if port:
+            file = locator.find(PORT, PORT_URL, [hub_cache()])
+        else:
+            file = locator.find(SCRIPT, SCRIPT_URL, [temporary_folder()])
+        with reading_weights(file, "Inception-V3"):
+            network = _load_port(file) if port else torch.jit.load(file)
+        return cls.from_file(file, network, device, mode=mode)
 
     @property
     def name(self) -> str:
@@ -56,7 +59,7 @@ class Inception(LoadedWeights):
 
     def prepare(self, image: Tensor) -> Tensor:
         if self.mode == "clean":
-            return resized(image, SIDE)
+            return resize_antialiased(image, SIDE)
         if self.mode == "legacy_tensorflow":
             return image
         return F.interpolate(image[None].float(), (SIDE, SIDE), mode="bilinear")[0].clamp(0, 255)
@@ -75,8 +78,8 @@ class Inception(LoadedWeights):
 
 @dataclass(frozen=True)
 class InceptionClasses:
-    """Probabilities of Inception's 1008 classes, which the Inception Score (arXiv 1606.03498) is of; without the
-    output's bias, as in NVIDIA's and OpenAI's code."""
+    """Probabilities of Inception's 1008 classes, for the Inception Score (arXiv 1606.03498); without the last layer's
+    bias, as in NVIDIA's and OpenAI's code."""
 
     inception: Inception
     name: str = "inception_classes"
@@ -96,28 +99,28 @@ class InceptionClasses:
         return probabilities
 
 
-def resized(image: Tensor, side: int) -> Tensor:
-    """uint8 [C, H, W] -> float32 [C, side, side] in 0..255: PIL's antialiased bicubic on each channel as floating-point
-    numbers, which are not rounded; as two sparse products, which is faster and differs by single precision alone."""
+def resize_antialiased(image: Tensor, side: int) -> Tensor:
+    """uint8 [C, H, W] -> float32 [C, side, side] in 0..255: PIL's antialiased bicubic filter on each channel, without
+    rounding. Computed as two sparse products, which is faster and equal up to single precision."""
     c, h, w = image.shape
-    across = np.ascontiguousarray(image.numpy().transpose(2, 0, 1), dtype=np.float32)
-    wide = (_bicubic(w, side) @ across.reshape(w, c * h)).reshape(side, c, h)
-    both = (_bicubic(h, side) @ wide.transpose(2, 1, 0).reshape(h, c * side)).reshape(side, c, side)
+    columns = np.ascontiguousarray(image.numpy().transpose(2, 0, 1), dtype=np.float32)
+    resized = (_bicubic(w, side) @ columns.reshape(w, c * h)).reshape(side, c, h)
+    resized = (_bicubic(h, side) @ resized.transpose(2, 1, 0).reshape(h, c * side)).reshape(side, c, side)
     out = np.empty((c, side, side), np.float32)
-    return torch.from_numpy(np.clip(both.transpose(1, 0, 2), 0, 255, out=out))
+    return torch.from_numpy(np.clip(resized.transpose(1, 0, 2), 0, 255, out=out))
 
 
 @lru_cache(maxsize=1024)
 def _bicubic(n: int, side: int) -> csr_array:
-    """[side, n]: what PIL's filter makes of a row of n numbers, read off its identity matrix."""
+    """PIL's filter for a row of n numbers as a matrix [side, n]: the resized identity matrix."""
     from scipy.sparse import csr_array
 
     identity = Image.fromarray(np.eye(n, dtype=np.float32))
     return csr_array(np.asarray(identity.resize((side, n), Image.Resampling.BICUBIC)).T)
 
 
-def _port(file: Path) -> nn.Module:
-    """pytorch-fid's network: torchvision's with the blocks that clean-fid ships patched."""
+def _load_port(file: Path) -> nn.Module:
+    """pytorch-fid's network: torchvision's with the patched blocks that clean-fid ships."""
     torchvision = import_torchvision()
     from cleanfid import inception_pytorch as fid
 

@@ -1,42 +1,44 @@
-"""The networks that a protocol's metrics look through."""
+"""The networks of metrics by name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 
+from fewstep.core.errors import UserError, nearest
 from fewstep.eval.networks.clip import Clip
 from fewstep.eval.networks.dinov2 import DinoV2
 from fewstep.eval.networks.efficientnet import EfficientNet
-from fewstep.eval.networks.features import Features
+from fewstep.eval.networks.features import FeatureNetwork
 from fewstep.eval.networks.i3d import I3d
 from fewstep.eval.networks.inception import Inception, InceptionClasses
 from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import Protocol
 
+Loader = Callable[[Protocol, WeightsLocator, torch.device | str], FeatureNetwork]
+NETWORKS: dict[str, Loader] = {
+    "inception": lambda protocol, locator, device: Inception.load(protocol.inception, locator, device),
+    "inception_classes": lambda protocol, locator, device: InceptionClasses(
+        Inception.load("legacy_tensorflow", locator, device)
+    ),
+    "clip": lambda protocol, locator, device: Clip.load(protocol.clip, locator, device),
+    "clip_fid": lambda protocol, locator, device: Clip.load("ViT-B-32:openai", locator, device, normalize=False),
+    "cmmd": lambda protocol, locator, device: Clip.load("ViT-L-14-336:openai", locator, device, stretch=True),
+    "dinov2": lambda protocol, locator, device: DinoV2.load(locator, device),
+    "efficientnet": lambda protocol, locator, device: EfficientNet.load(device),
+    "i3d": lambda protocol, locator, device: I3d.load(locator, device),
+}
+
 
 def build_networks(
-    protocol: Protocol, place: WeightsLocator, device: torch.device | str, compared: bool = False
-) -> dict[str, Features]:
-    """The networks of a protocol's metrics or, ``compared``, of those that have a reference. Raises ``UserError``."""
-    keys = {metric.network for metric in protocol.chosen if metric.reference or not compared}
-    return {key: _network(key, protocol, place, device) for key in sorted(keys)}
-
-
-def _network(key: str, protocol: Protocol, place: WeightsLocator, device: torch.device | str) -> Features:
-    match key:
-        case "inception":
-            return Inception.load(protocol.inception, place, device)
-        case "inception_classes":
-            return InceptionClasses(Inception.load("legacy_tensorflow", place, device))
-        case "clip":
-            return Clip.load(protocol.clip, place, device)
-        case "clip_fid":
-            return Clip.load("ViT-B-32:openai", place, device, unit=False)
-        case "cmmd":
-            return Clip.load("ViT-L-14-336:openai", place, device, squash=True)
-        case "dinov2":
-            return DinoV2.load(place, device)
-        case "efficientnet":
-            return EfficientNet.load(device)
-    assert key == "i3d"
-    return I3d.load(place, device)
+    names: Iterable[str], protocol: Protocol, locator: WeightsLocator, device: torch.device | str
+) -> dict[str, FeatureNetwork]:
+    """The networks of these names with the settings of a protocol. Raises ``UserError`` on an unknown name and on
+    missing or damaged weights."""
+    networks = {}
+    for name in sorted(set(names)):
+        if name not in NETWORKS:
+            raise UserError(f"Unknown network {name!r}{nearest(name, NETWORKS)}.")
+        networks[name] = NETWORKS[name](protocol, locator, device)
+    return networks

@@ -1,6 +1,6 @@
-"""Where the weights of metric networks are: named by the user, in a folder of the environment, or in a library's cache.
+"""Finding the weights of metric networks: in a path of the user's, a folder of the environment, or a library's cache.
 
-Nothing is downloaded unless that is asked for, and nothing else is taken in a file's place.
+Nothing is downloaded unless the user allows it, and no other file is used as a substitute.
 """
 
 from __future__ import annotations
@@ -25,76 +25,81 @@ VARIABLE = "FEWSTEP_WEIGHTS"
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """A network with the weights of a file, whose hash ``sha256`` is."""
+    """A network with the weights of a file; ``sha256`` is the hash of that file."""
 
     sha256: str
     network: Any
     device: torch.device
 
     @classmethod
-    def of(cls, file: Path, network: Any, device: torch.device | str, **own: Any) -> Self:
-        return cls(sha256(file), network.eval().to(device), torch.device(device), **own)
+    def from_file(cls, file: Path, network: Any, device: torch.device | str, **fields: Any) -> Self:
+        """``network``, which already has the weights of ``file``, in eval mode on ``device``."""
+        return cls(sha256(file), network.eval().to(device), torch.device(device), **fields)
 
 
 @contextmanager
-def reading(file: Path, what: str) -> Iterator[None]:
-    """Raises ``UserError`` where a file of weights turns out to hold something else."""
+def reading_weights(file: Path, network: str) -> Iterator[None]:
+    """Raises ``UserError`` if ``file`` turns out not to contain the weights of ``network``."""
     try:
         yield
     except (RuntimeError, ValueError, OSError, KeyError, AssertionError, UnpicklingError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{file} holds no weights of {what} ({reason}).") from error
+        raise UserError(f"{file} does not contain the weights of {network} ({reason}).") from error
 
 
 @dataclass(frozen=True)
 class WeightsLocator:
-    """Where to look before the caches: ``given``, a file or folders; ``download`` allows fetching what is nowhere."""
+    """Finds files in ``paths`` (files or folders), then in caches; ``download`` allows downloading missing ones."""
 
-    given: tuple[Path, ...] = ()
+    paths: tuple[Path, ...] = ()
     download: bool = False
 
     @staticmethod
-    def of(given: Path | None = None, download: bool = False) -> WeightsLocator:
-        """``given`` and the folders of the environment variable ``FEWSTEP_WEIGHTS``."""
-        folders = [Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
-        if given is not None and not given.exists():
-            raise UserError(f"--weights {given}: there is no such file or folder.")
-        return WeightsLocator(tuple([given] if given else []) + tuple(folders), download)
+    def from_environment(path: Path | None = None, download: bool = False) -> WeightsLocator:
+        """Searches ``path``, then the folders of the environment variable ``FEWSTEP_WEIGHTS``. Raises ``UserError`` if
+        ``path`` does not exist."""
+        folders = tuple(Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part)
+        if path is None:
+            return WeightsLocator(folders, download)
+        if not path.exists():
+            raise UserError(f"--weights {path}: no such file or folder.")
+        return WeightsLocator((path, *folders), download)
 
-    def look(self, file: str, caches: Sequence[Path] = ()) -> Path | None:
-        """The file of that name, if it is anywhere."""
-        for place in (*self.given, *caches):
-            if place.name == file and place.is_file():
-                return place
-            if (place / file).is_file():
-                return place / file
+    def find_local(self, file: str, caches: Sequence[Path] = ()) -> Path | None:
+        """The file of that name, or None."""
+        for path in (*self.paths, *caches):
+            if path.name == file and path.is_file():
+                return path
+            if (path / file).is_file():
+                return path / file
         return None
 
     def find(self, file: str, url: str, caches: Sequence[Path] = ()) -> Path:
-        """The same, fetched if that is allowed. Raises ``UserError`` that says what to place where."""
-        if found := self.look(file, caches):
+        """The file of that name, downloaded from ``url`` if that is allowed. Raises ``UserError`` with instructions if
+        it is missing."""
+        if found := self.find_local(file, caches):
             return found
         if self.download:
             return _download(url, (caches or [hub_cache()])[0] / file)
-        where = caches[0] if caches else hub_cache()
+        cache = caches[0] if caches else hub_cache()
         raise UserError(
-            f"The weights {file} are not there. Fetch {url} and put it into {where}, a folder named by --weights or "
-            f"${VARIABLE}, or allow fetching it with --download."
+            f"The weights {file} were not found. Download {url} and put it into {cache}, or into a folder given by "
+            f"--weights or ${VARIABLE}; or allow the download with --download."
         )
 
 
 def hub_cache() -> Path:
-    """Where torch hub keeps weights."""
+    """Torch hub's folder of weights."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def temporary() -> Path:
+def temporary_folder() -> Path:
     """Where clean-fid keeps its network."""
     return Path(tempfile.gettempdir())
 
 
-def clean_fids_statistics() -> list[Path]:
-    """Where clean-fid keeps statistics of real images, if it is installed."""
+def clean_fid_statistics() -> list[Path]:
+    """Clean-fid's folders of statistics of real images; empty if it is not installed."""
     spec = importlib.util.find_spec("cleanfid")
     return [Path(folder) / "stats" for folder in (spec.submodule_search_locations or [])] if spec else []
 
@@ -104,5 +109,5 @@ def _download(url: str, file: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file))
     except OSError as error:
-        raise UserError(f"{url} cannot be fetched ({error}). Fetch it elsewhere and put it at {file}.") from error
+        raise UserError(f"{url} cannot be downloaded ({error}). Get it elsewhere and copy it to {file}.") from error
     return file

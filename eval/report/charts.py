@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup, escape
 
-MOST_POINTS = 60  # of a chart's line; more become stretches
-INK = "#123456"  # no line's colour: becomes currentColor, so that a chart follows the page's light or dark scheme
+MAXIMUM_POINTS = 60  # per line; more are averaged over intervals
+INK = "#123456"  # replaced by currentColor, so that a chart follows the page's light or dark scheme
 COLOURS = ("#d9731a", "#3a86c8", "#2a9d76", "#b3679b", "#8a8f98", "#c0a030", "#6b5bb5", "#a23b3b")
 CHART_STYLE: dict[str, Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "legend.frameon": False, "legend.fontsize": 8,
@@ -24,46 +24,46 @@ CHART_STYLE: dict[str, Any] = {
 
 
 class Line(NamedTuple):
-    """A line of a chart; ``look`` is matplotlib's format (``"-"``, ``"o-"``, ``"D"``)."""
+    """A line of a chart; ``style`` is matplotlib's format (``"-"``, ``"o-"``, ``"D"``)."""
 
     name: str
     points: Sequence[tuple[float, float]]
-    look: str = "-"
+    style: str = "-"
 
 
 class Chart(NamedTuple):
-    """A chart to be put into a page."""
+    """A chart for a page."""
 
     caption: str
     svg: Markup
 
 
 def chart(caption: str, axis: str, lines: Sequence[Line], marks: Sequence[float] = (), log_x: bool = False) -> Chart:
-    """Lines over ``axis`` as an inline SVG in the colours of the page, with dotted lines at ``marks``.
+    """Lines over ``axis`` as an inline SVG in the colours of the page, with dotted vertical lines at ``marks``.
 
-    A line of more than ``MOST_POINTS`` points becomes the mean and the range of stretches of equal length. y is
-    logarithmic when it is positive and spans a factor of 8. The same arguments always give the same text.
+    A line of more than ``MAXIMUM_POINTS`` points becomes the mean and the range over intervals of equal length. y is
+    logarithmic if it is positive and spans a factor of 8. Equal arguments give equal text.
     """
-    import matplotlib  # here, for it takes a while and saving a grid does without
+    import matplotlib  # slow to import
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     lines = [line for line in lines if line.points]
-    style: Any = CHART_STYLE | {"svg.hashsalt": caption + axis}  # salted apart, so that no id is twice in a page
+    style: Any = CHART_STYLE | {"svg.hashsalt": caption + axis}  # so that ids are unique within a page
     with matplotlib.rc_context(style):
         figure = Figure((4.2, 2.6), layout="constrained")
         axes = figure.add_subplot(xlabel=axis)
         for line, colour in zip(lines, cycle(COLOURS), strict=False):
-            length = math.ceil(len(line.points) / MOST_POINTS)
-            stretches = [np.array(line.points[i : i + length]) for i in range(0, len(line.points), length)]
-            x, y = np.array([part.mean(0) for part in stretches]).T
-            low, high = [part[:, 1].min() for part in stretches], [part[:, 1].max() for part in stretches]
+            length = math.ceil(len(line.points) / MAXIMUM_POINTS)
+            intervals = [np.array(line.points[i : i + length]) for i in range(0, len(line.points), length)]
+            x, y = np.array([part.mean(0) for part in intervals]).T
+            low, high = [part[:, 1].min() for part in intervals], [part[:, 1].max() for part in intervals]
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-            axes.plot(x, y, line.look, color=colour, label=line.name, linewidth=1.4, markersize=4)
+            axes.plot(x, y, line.style, color=colour, label=line.name, linewidth=1.4, markersize=4)
         for mark in marks:
             axes.axvline(mark, color=INK, alpha=0.8, linewidth=1, linestyle=":")
         if log_x:
-            ticks = _apart(sorted({x for line in lines for x, _ in line.points}))
+            ticks = _spaced(sorted({x for line in lines for x, _ in line.points}))
             axes.set_xscale("log")
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         values = [y for line in lines for _, y in line.points]
@@ -75,14 +75,14 @@ def chart(caption: str, axis: str, lines: Sequence[Line], marks: Sequence[float]
         if len(lines) > 1:
             axes.legend()
         file = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     ends = "; ".join(f"{line.name} from {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for line in lines)
     return Chart(caption, _inline(file.getvalue(), f"{caption} against {axis}: {ends}"))
 
 
-def _apart(values: Sequence[float]) -> list[float]:
-    """Those of ascending values whose numbers will not touch on a logarithmic axis."""
+def _spaced(values: Sequence[float]) -> list[float]:
+    """Those of ascending values whose labels do not overlap on a logarithmic axis."""
     kept: list[float] = []
     for value in values:
         if not kept or value >= 1.4 * kept[-1]:
@@ -91,7 +91,7 @@ def _apart(values: Sequence[float]) -> list[float]:
 
 
 def _inline(svg: str, alt: str) -> Markup:
-    """Matplotlib's SVG file as a part of a page: without address, size, font, ink and group names of its own."""
+    """Matplotlib's SVG file as part of a page: without addresses, size, font, text colour and names of groups."""
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None
     body = svg[svg.index("</defs>") + len("</defs>") :].replace(INK, "currentColor")

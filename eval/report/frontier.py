@@ -1,4 +1,4 @@
-"""The figure of a shootout: quality against training evaluations, and against evaluations in sampling."""
+"""The figure of a comparison of objectives: quality against evaluations in training and in sampling."""
 
 from __future__ import annotations
 
@@ -6,59 +6,51 @@ import statistics
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from fewstep.eval.report.charts import COLOURS
+from fewstep.eval.report.ranking import best_of, direction_of
 from fewstep.eval.score_files import Score
 
 Curve = Sequence[tuple[float, float]]
 
 
+class _Style(NamedTuple):
+    """The style of a method, the same in both panels."""
+
+    colour: str
+    line: Literal["-", "--"]
+    fill: Literal["full", "none"]
+
+
 def draw_frontier(scores: Sequence[Score], curves: Mapping[str, Sequence[Curve]], file: Path) -> None:
-    """Writes a PNG. Left: validation of each method over its training evaluations, a thin line a seed and a thick one
-    for their mean. Right: the first metric of ``scores`` against NFE, students as points with the deviation over seeds,
-    teachers' solvers as lines, each at the guidance that is best there."""
+    """Writes a PNG.
+
+    Left: validation of each method against its training evaluations, a thin line per seed and a thick one for their
+    mean. Right: the first metric of ``scores`` against NFE, students as points with the deviation over seeds, the
+    teachers' solvers as lines, with the best guidance for each NFE.
+    """
     metric = scores[0].metric
+    scores = [score for score in scores if score.metric == metric]
     figure = Figure((10, 4.6), layout="constrained")
     training, sampling = figure.subplots(1, 2)
-    colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(curves)}
-    looks: dict[str, Literal["-", "--"]] = {m: "-" if i < len(COLOURS) else "--" for i, m in enumerate(curves)}
-    fills: dict[str, Literal["full", "none"]] = {m: "full" if look == "-" else "none" for m, look in looks.items()}
+    styles = {
+        method: _Style(COLOURS[i % len(COLOURS)], *(("-", "full") if i < len(COLOURS) else ("--", "none")))
+        for i, method in enumerate(curves)
+    }
     for method, seeds in curves.items():
-        if not all(seeds):  # runs without validation have no curve
-            continue
-        for points in seeds:
-            training.plot(*zip(*points, strict=True), looks[method], color=colours[method], linewidth=0.6, alpha=0.5)
-        mean = [
-            (statistics.fmean(x for x, _ in column), statistics.fmean(y for _, y in column))
-            for column in zip(*seeds, strict=True)
-        ]
-        training.plot(*zip(*mean, strict=True), looks[method], color=colours[method], linewidth=1.6)
+        if all(seeds):  # runs without validation have no curve
+            _draw_training(training, seeds, styles[method])
     training.set(xlabel="network evaluations in training (samples)", ylabel=f"{metric}, validation")
-    own = [score for score in scores if score.metric == metric]
-    teachers = [score for score in own if score.role == "teacher"]
-    for solver, look in zip(dict.fromkeys(score.solver for score in teachers), cycle("os^vDP"), strict=False):
-        best: dict[int, float] = {}
-        for score in teachers:
-            if score.solver == solver:
-                best[score.nfe] = min(score.value, best.get(score.nfe, float("inf")))
-        line = sorted(best.items())
-        sampling.plot(
-            *zip(*line, strict=True), f"{look}-", color="#999999", markersize=3, linewidth=1, label=f"teacher, {solver}"
-        )
-    for method in curves:
-        for nfe in sorted({score.nfe for score in own if score.model == method}):
-            values = [score.value for score in own if score.model == method and score.nfe == nfe]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            sampling.errorbar(
-                nfe, statistics.fmean(values), spread, fmt="D", markersize=5, color=colours[method], capsize=2,
-                fillstyle=fills[method],
-            )  # fmt: skip
-    sampling.set(xlabel="network evaluations a sample", ylabel=metric, xscale="log")
+    _draw_teachers(sampling, [score for score in scores if score.role == "teacher"])
+    for method, style in styles.items():
+        _draw_students(sampling, [score for score in scores if score.model == method], style)
+    sampling.set(xlabel="network evaluations per sample", ylabel=metric, xscale="log")
     for axes in (training, sampling):
         axes.set_yscale("log")
         for axis in (axes.yaxis, *([axes.xaxis] if axes is sampling else [])):
@@ -68,10 +60,43 @@ def draw_frontier(scores: Sequence[Score], curves: Mapping[str, Sequence[Curve]]
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.15)
     training.xaxis.set_major_formatter(EngFormatter())
-    if teachers:
-        sampling.legend(frameon=False, fontsize=8)
     methods = [
-        Line2D([], [], linestyle=looks[m], color=colours[m], marker="D", fillstyle=fills[m], label=m) for m in curves
+        Line2D([], [], linestyle=s.line, color=s.colour, marker="D", fillstyle=s.fill, label=method)
+        for method, s in styles.items()
     ]
     figure.legend(handles=methods, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(file, dpi=130)
+
+
+def _draw_training(axes: Axes, seeds: Sequence[Curve], style: _Style) -> None:
+    for points in seeds:
+        axes.plot(*zip(*points, strict=True), style.line, color=style.colour, linewidth=0.6, alpha=0.5)
+    mean = [tuple(map(statistics.fmean, zip(*column, strict=True))) for column in zip(*seeds, strict=True)]
+    axes.plot(*zip(*mean, strict=True), style.line, color=style.colour, linewidth=1.6)
+
+
+def _draw_teachers(axes: Axes, scores: Sequence[Score]) -> None:
+    for solver, marker in zip(dict.fromkeys(score.solver for score in scores), cycle("os^vDP"), strict=False):
+        by_nfe: dict[int, list[Score]] = {}
+        for score in scores:
+            if score.solver == solver:
+                by_nfe.setdefault(score.nfe, []).append(score)
+        direction = direction_of(scores[0])  # unknown: every guidance is shown
+        shown = [[best_of(by_nfe[nfe], direction)] if direction else by_nfe[nfe] for nfe in sorted(by_nfe)]
+        points = [(score.nfe, score.value) for group in shown for score in group]
+        axes.plot(
+            *zip(*points, strict=True), f"{marker}-", color="#999999", markersize=3, linewidth=1,
+            label=f"teacher, {solver}",
+        )  # fmt: skip
+    if scores:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_students(axes: Axes, scores: Sequence[Score], style: _Style) -> None:
+    for nfe in sorted({score.nfe for score in scores}):
+        values = [score.value for score in scores if score.nfe == nfe]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        axes.errorbar(
+            nfe, statistics.fmean(values), spread, fmt="D", markersize=5, color=style.colour, capsize=2,
+            fillstyle=style.fill,
+        )  # fmt: skip

@@ -10,31 +10,31 @@ from matplotlib.ticker import LogLocator
 
 from fewstep.core.files import write_text
 from fewstep.eval.report.charts import COLOURS
-from fewstep.eval.solver_comparison import Line, at_their_best, cells
+from fewstep.eval.solver_comparison import SolverResult, best_grids, table_rows
 
 
-def write_comparison(lines: Sequence[Line], folder: Path) -> None:
-    """``sweep.md`` and ``sweep.png`` with every solver at its best."""
-    best = at_their_best(lines)
-    head, *body = cells(best)
+def write_solver_comparison(results: Sequence[SolverResult], folder: Path) -> None:
+    """Writes ``sweep.md`` and ``sweep.png`` with every solver on its best grid."""
+    best = best_grids(results)
+    head, *body = table_rows(best)
     write_text("".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body)), folder / "sweep.md")
-    draw_comparison(best, folder / "sweep.png")
+    draw_solver_comparison(best, folder / "sweep.png")
 
 
-def draw_comparison(lines: Sequence[Line], file: Path) -> None:
+def draw_solver_comparison(results: Sequence[SolverResult], file: Path) -> None:
     """Writes a PNG: the error against NFE and, if there are scores, the score against NFE."""
-    scored = [line for line in lines if line.value is not None]
+    scored = [result for result in results if result.value is not None]
     figure = Figure((11 if scored else 7, 4), layout="constrained")
-    panels = [("error to the long run", lambda line: line.error, lines)]
+    panels = [("error to the long run", lambda result: result.error, results)]
     if scored:
-        panels.append((str(scored[0].metric), lambda line: line.value, scored))
-    for axes, (label, of, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for i, solver in enumerate(dict.fromkeys(line.solver for line in shown)):
-            points = sorted((line.nfe, of(line)) for line in shown if line.solver == solver)
-            look = ("o-", "s--", "^:")[i // len(COLOURS) % 3]
-            axes.plot(*zip(*points, strict=True), look, color=COLOURS[i % len(COLOURS)], markersize=3, label=solver)
-        axes.set(xlabel="network evaluations a sample", ylabel=label, xscale="log", yscale="log")
-        ticks = sorted({line.nfe for line in shown})
+        panels.append((str(scored[0].metric), lambda result: result.value, scored))
+    for axes, (label, value_of, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for i, solver in enumerate(dict.fromkeys(result.solver for result in shown)):
+            points = sorted((result.nfe, value_of(result)) for result in shown if result.solver == solver)
+            style = ("o-", "s--", "^:")[i // len(COLOURS) % 3]
+            axes.plot(*zip(*points, strict=True), style, color=COLOURS[i % len(COLOURS)], markersize=3, label=solver)
+        axes.set(xlabel="network evaluations per sample", ylabel=label, xscale="log", yscale="log")
+        ticks = sorted({result.nfe for result in shown})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,4 +1,4 @@
-"""How bright an image is."""
+"""The brightness of an image."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from fewstep.eval.networks.features import ClassifierFeatures
 
 
 def brightness(network: ClassifierFeatures, images: Tensor, labels: Tensor) -> Tensor:
-    """The mean of the pixels, in 0..255."""
+    """The mean of the pixels [N], in 0..255."""
     return images.float().flatten(1).mean(1)

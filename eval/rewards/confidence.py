@@ -1,13 +1,13 @@
-"""How sure the evaluator's classifier is of the label."""
+"""The confidence of the evaluator's classifier in the label."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fewstep.eval.networks.features import ClassifierFeatures, extract
+from fewstep.eval.networks.features import ClassifierFeatures, extract_features
 
 
 def confidence(network: ClassifierFeatures, images: Tensor, labels: Tensor) -> Tensor:
-    """The log-probability of the label, by the evaluator's classifier."""
-    logits = network.network.classify(extract(network, images).to(network.network.device))
+    """The log-probability of the label [N] by the evaluator's classifier."""
+    logits = network.network.classify(extract_features(network, images).to(network.network.device))
     return logits.log_softmax(1).cpu().gather(1, labels.cpu()[:, None])[:, 0]

@@ -1,7 +1,7 @@
-"""Rewards by name: numbers that say how much an image is liked; higher is better.
+"""Rewards by name: functions that rate images; higher is better.
 
-They stand for the human or learned preferences of the papers: cheap, measurable, and different enough that one can be
-optimised while another is only watched.
+They replace the human or learned preferences of the papers: cheap, measurable, and different enough that one can be
+optimised while another is only observed.
 """
 
 from __future__ import annotations

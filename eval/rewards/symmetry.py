@@ -1,4 +1,4 @@
-"""How alike an image and its mirror image are."""
+"""The mirror symmetry of an image."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from fewstep.eval.networks.features import ClassifierFeatures
 
 
 def symmetry(network: ClassifierFeatures, images: Tensor, labels: Tensor) -> Tensor:
-    """Minus the mean difference of an image and its mirror image, in 0..255."""
+    """Minus the mean difference between an image and its mirror image [N], in -255..0."""
     x = images.float()
     return -(x - x.flip(-1)).abs().flatten(1).mean(1)

@@ -1,1 +1,1 @@
-"""Diffusers pipelines as teachers: one file a family, found by the pipeline class that a folder names."""
+"""Diffusers pipelines as teachers: one file per family, selected by the pipeline class in ``model_index.json``."""

@@ -1,5 +1,7 @@
-"""Prompts, and captioned pictures, to a folder of shards: what ``encoded.EncodedPrompts`` reads. It can go on where it
-stopped."""
+"""Encoding prompts and captioned images or videos into a folder of shards, which ``encoded.EncodedPrompts`` reads.
+
+An interrupted call can be repeated: existing shards are kept.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,19 @@ import torch
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_prompts, write_tensors, write_text
-from fewstep.core.image_files import PICTURES, VIDEOS, Cover, files_of, read_picture, read_video, size_of
+from fewstep.core.image_files import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Cover,
+    image_size,
+    list_files,
+    read_image,
+    read_video,
+)
 from fewstep.models.hub.encoded import PROMPTS, Index, fingerprint, read_index
 from fewstep.models.hub.folder import PipelineFolder
 
-Progress = Callable[[int, int], None]  # how many of how many
+Progress = Callable[[int, int], None]  # number done, total number
 
 
 @torch.no_grad()
@@ -25,9 +35,10 @@ def encode_prompts(
     device: torch.device | str = "cpu", images: int = 0, sizes: tuple[tuple[int, int], ...] = (),
     progress: Progress | None = None,
 ) -> None:  # fmt: skip
-    """Writes the folder; shards that are already there are kept.
+    """Encodes prompts, ``batch`` at a time, into shards of ``rows`` rows in ``out``; existing shards are kept.
 
-    Raises ``UserError`` if the pipeline has no text encoder or if ``out`` holds other prompts or another encoder's.
+    Raises ``UserError`` if the pipeline has no text encoder, or if ``out`` contains other prompts or those of another
+    encoder.
     """
     encoders = fingerprint(folder)
     if not encoders:
@@ -40,7 +51,7 @@ def encode_prompts(
     out.mkdir(parents=True, exist_ok=True)
     if (out / "index.json").is_file():
         if read_index(out) != index:
-            raise UserError(f"{out} holds other prompts, or those of another encoder; choose another folder.")
+            raise UserError(f"{out} contains other prompts, or those of another encoder; choose another folder.")
     elif any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder.")
     write_text(index.model_dump_json(indent=1) + "\n", out / "index.json")
@@ -65,64 +76,63 @@ def encode_images(
     folder: PipelineFolder, source: Path, out: Path, *, sizes: Sequence[Cover] = (), frames: int = 1, batch: int = 32,
     rows: int = 512, device: torch.device | str = "cpu", progress: Progress | None = None,
 ) -> int:  # fmt: skip
-    """Latents of the pictures in a folder (of the first ``frames`` of its videos, if that is more than 1), with the
-    captions of the text files beside them (``a.png`` and ``a.txt``), encoded as ``encode_prompts`` does. Returns the
-    number of files.
+    """Encodes the images in the folder ``source`` (with ``frames`` > 1, the first ``frames`` frames of its videos) and
+    their captions, text files with the same name (``a.png`` and ``a.txt``). Returns the number of files.
 
-    With ``sizes`` (height, width) each goes to that of the nearest proportions, scaled and cropped to it; without, all
-    must be of one size. Raises ``UserError`` that names a file without a caption, a damaged or another size's one.
+    With ``sizes`` (height, width), each file is scaled and cropped to the size with the nearest aspect ratio; otherwise
+    all must have one size. Raises ``UserError`` that names a file that is damaged, has no caption or has another size.
     """
-    suffixes = VIDEOS if frames > 1 else PICTURES
-    files = files_of(source, suffixes)
+    suffixes = VIDEO_SUFFIXES if frames > 1 else IMAGE_SUFFIXES
+    files = list_files(source, suffixes)
     if not files:
-        raise UserError(f"No {'videos' if frames > 1 else 'pictures'} ({', '.join(suffixes)}) in {source}.")
+        raise UserError(f"No {'videos' if frames > 1 else 'images'} ({', '.join(suffixes)}) in {source}.")
     captions = {file: _caption(file) for file in files}
     prompts = list(dict.fromkeys(captions.values()))
     number = {prompt: k for k, prompt in enumerate(prompts)}
     buckets = _buckets(files, sizes)
     for height, width in buckets:
-        folder.family.shape(height, width, frames)  # refuses what the model cannot take
+        folder.family.shape(height, width, frames)  # raises if the model does not support the size
     encode_prompts(folder, prompts, out, device=device, images=len(files), rows=rows, sizes=tuple(sizes))
     pipeline = folder.pipeline().to(device)
-    pieces = [(size, own[low : low + rows]) for size, own in buckets.items() for low in range(0, len(own), rows)]
+    pieces = [(size, same[low : low + rows]) for size, same in buckets.items() for low in range(0, len(same), rows)]
     done = 0
-    for shard, (size, own) in enumerate(pieces):
+    for shard, (size, piece) in enumerate(pieces):
         file = out / f"images-{shard:05d}.safetensors"
         if not file.is_file():
             parts = []
-            for low in range(0, len(own), batch):
-                pixels = torch.stack([_pixels(one, frames, size) for one in own[low : low + batch]])
+            for low in range(0, len(piece), batch):
+                pixels = torch.stack([_pixels(one, frames, size) for one in piece[low : low + batch]])
                 parts.append(folder.family.encode_images(pipeline, pixels.float() / 127.5 - 1).cpu())
-            said = torch.tensor([number[captions[one]] for one in own])
-            write_tensors({"x0": torch.cat(parts), "prompt": said}, file)
-        done += len(own)
+            prompt = torch.tensor([number[captions[one]] for one in piece])
+            write_tensors({"x0": torch.cat(parts), "prompt": prompt}, file)
+        done += len(piece)
         if progress is not None:
             progress(done, len(files))
     return len(files)
 
 
 def _pixels(file: Path, frames: int, cover: Cover) -> torch.Tensor:
-    return read_video(file, frames, cover) if frames > 1 else read_picture(file, cover=cover)
+    return read_video(file, frames, cover) if frames > 1 else read_image(file, cover=cover)
 
 
 def _buckets(files: Sequence[Path], sizes: Sequence[Cover]) -> dict[Cover, list[Path]]:
-    """The files by the size (height, width) that they are encoded at."""
+    """The files by the size (height, width) at which they are encoded."""
     found: dict[Cover, list[Path]] = {}
     for file in files:
-        size = height, width = size_of(file)
+        size = height, width = image_size(file)
         if sizes:
             size = min(sizes, key=lambda wanted: abs(math.log(wanted[0] / wanted[1] * width / height)))
         found.setdefault(size, []).append(file)
         if not sizes and len(found) > 1:
-            raise UserError(f"{file} is not of the size of {files[0]}; make all one size, or give --sizes.")
+            raise UserError(f"{file} and {files[0]} differ in size; resize them, or set --sizes.")
     return found
 
 
-def _caption(picture: Path) -> str:
-    file = picture.with_suffix(".txt")
+def _caption(image: Path) -> str:
+    file = image.with_suffix(".txt")
     if not file.is_file():
-        raise UserError(f"{picture} has no caption: {file.name} is not there.")
+        raise UserError(f"{image} has no caption: {file.name} is missing.")
     prompts = read_prompts(file)
     if len(prompts) != 1:
-        raise UserError(f"{file} has {len(prompts)} lines; a caption is one.")
+        raise UserError(f"{file} has {len(prompts)} lines; a caption must be one line.")
     return prompts[0]

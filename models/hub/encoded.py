@@ -1,9 +1,8 @@
-"""Prompts (and pictures) encoded once, so that no encoder is in memory in training: shards of tensors with an index.
+"""Prompts (and images) encoded once, so that training needs no encoder in memory: shards of tensors with an index.
 
-``index.json`` says what was encoded by what (hashes of the prompts and of the encoders) and how many rows a shard has;
-``prompts.txt`` has the prompts, ``null.safetensors`` the null condition, one row; then ``shard-00000.safetensors`` and
-so on and, of captioned pictures, ``images-00000.safetensors``: latents ``x0``, all of one shape, and the number of each
-one's ``prompt``.
+``index.json`` records what was encoded (hashes of the prompts and the encoders) and the rows per shard. ``prompts.txt``
+contains the prompts, ``null.safetensors`` the null condition (one row), ``shard-00000.safetensors`` etc. the conditions
+and, for captioned images, ``images-00000.safetensors`` etc. latents ``x0``, all of one shape, and ``prompt`` numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from fewstep.core.files import read_tensors, sha256
 from fewstep.models.condition import Condition
 from fewstep.models.hub.folder import PipelineFolder
 
-PROMPTS = "prompts.txt"  # what was encoded, in order
+PROMPTS = "prompts.txt"  # the encoded prompts, in order
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -39,50 +38,33 @@ class Index(BaseModel):
     sizes: tuple[tuple[int, int], ...] = ()
 
 
-def read_prompts(file: Path) -> list[str]:
-    """The lines of a text file, UTF-8, one prompt each. Raises ``UserError`` that names an empty or unreadable line."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"Cannot read the prompts in {file}: {error}.") from error
-    prompts = []
-    for number, raw in enumerate(content.splitlines(), start=1):
-        try:
-            line = raw.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}, line {number} is not UTF-8 ({error.reason}); save the file as UTF-8.") from error
-        if not line:
-            raise UserError(f"{file}, line {number} is empty; every line is a prompt.")
-        prompts.append(line)
-    if not prompts:
-        raise UserError(f"{file} holds no prompts.")
-    return prompts
-
-
 def fingerprint(folder: PipelineFolder) -> str:
-    """A hash of the text encoders and tokenizers of a pipeline: files, not paths. Empty if it has none."""
+    """SHA-256 of the files of a pipeline's text encoders and tokenizers, whatever their paths; empty if it has none."""
     files = [file for name in ENCODERS for file in sorted((folder.path / name).rglob("*")) if file.is_file()]
     return sha256(*files) if files else ""
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a folder. Raises ``UserError`` if it is none of encoded prompts."""
+    """The index of a folder of encoded prompts. Raises ``UserError`` if it is missing or damaged."""
     try:
         return Index.model_validate_json((folder / "index.json").read_text(encoding="utf-8"))
     except (OSError, ValidationError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} holds no encoded prompts: make it with fewstep encode.") from error
+        raise UserError(f"{folder} contains no encoded prompts: create it with fewstep data encode.") from error
 
 
 class EncodedPrompts:
-    """The conditions of a folder of encoded prompts, read row by row from disk. ``buckets`` are the latents of its
-    captioned images, in memory: for each shape ``x0`` [N, C, ...] and the number of each one's prompt [N]."""
+    """The conditions in a folder of encoded prompts, read row by row from disk. ``buckets`` are the latents of the
+    captioned images, in memory: for each shape, ``x0`` [N, C, ...] and prompt numbers [N].
+
+    Raises ``UserError`` if files are missing or damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.index = read_index(folder)
         self._folder = folder
         self._null = read_tensors(folder / "null.safetensors")
         shards = -(-len(self) // self.index.rows)
-        whole = all((folder / f"shard-{shard:05d}.safetensors").is_file() for shard in range(shards))
+        complete = all((folder / f"shard-{shard:05d}.safetensors").is_file() for shard in range(shards))
         by_shape: dict[torch.Size, list[dict[str, Tensor]]] = {}
         for file in sorted(folder.glob("images-*.safetensors")):
             part = read_tensors(file)
@@ -91,26 +73,26 @@ class EncodedPrompts:
             (torch.cat([part["x0"] for part in parts]), torch.cat([part["prompt"] for part in parts]))
             for parts in by_shape.values()
         ]
-        if not whole or sum(len(x0) for x0, _ in self.buckets) != self.index.images:
-            raise UserError(f"{folder} is incomplete: run fewstep encode again, it goes on where it stopped.")
+        if not complete or sum(len(x0) for x0, _ in self.buckets) != self.index.images:
+            raise UserError(f"{folder} is incomplete: repeat the fewstep data encode command, which continues it.")
 
     def check(self, pipeline: PipelineFolder) -> None:
-        """Raises ``UserError`` if these are not the embeddings of the pipeline's text encoders (if it has some)."""
+        """Raises ``UserError`` if the pipeline has text encoders and these are not their embeddings."""
         wanted = fingerprint(pipeline)
         if wanted and wanted != self.index.encoders:
             raise UserError(
-                f"The prompts in {self._folder} were encoded by another pipeline's text encoders than those of "
-                f"{pipeline.path}; encode them again with --teacher {pipeline.path}."
+                f"The prompts in {self._folder} were encoded by other text encoders than those of {pipeline.path}; "
+                f"encode them again with fewstep data encode --teacher {pipeline.path}."
             )
 
     def __len__(self) -> int:
         return self.index.count
 
     def __call__(self, rows: Tensor) -> Condition:
-        """The condition of prompts by number [B]."""
+        """The condition of the prompts with these numbers [B]."""
         found: list[dict[str, Tensor]] = []
         for row in rows.tolist():
-            shard, place = divmod(row, self.index.rows)
+            shard, offset = divmod(row, self.index.rows)
             with safe_open(self._folder / f"shard-{shard:05d}.safetensors", framework="pt") as file:
-                found.append({name: file.get_slice(name)[place : place + 1] for name in self._null})
+                found.append({name: file.get_slice(name)[offset : offset + 1] for name in self._null})
         return Condition({name: torch.cat([one[name] for one in found]) for name in self._null}, self._null)

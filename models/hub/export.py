@@ -1,6 +1,6 @@
-"""Students as what other programs load: diffusers pipelines, LoRA files for diffusers, PEFT and ComfyUI, bare networks.
+"""Exporting students for other programs: diffusers pipelines, LoRA files for diffusers, PEFT and ComfyUI, networks.
 
-Everything is written aside, read back, compared with the student, and only then given its name.
+An export is written to a temporary folder, read back, compared with the student, and only then renamed.
 """
 
 from __future__ import annotations
@@ -28,52 +28,52 @@ from fewstep.models.model_config import FewStep, Lora
 from fewstep.models.schedules import RectifiedFlow
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-TOLERANCE = 1e-4  # of the relative difference between the student and what is read back
+TOLERANCE = 1e-4  # of the relative difference between the student and the export
 
 
 def export(model: Model, form: ExportFormat, out: Path, card: str = "") -> Path:
-    """Writes a student (or another model on a pipeline: one tuned or trained anew) as ``form`` into the new folder
-    ``out`` and returns it.
+    """Writes a student, or another model based on a pipeline, in the format ``form`` to the new folder ``out`` and
+    returns ``out``.
 
-    ``diffusers``: a pipeline that samples right with its default call at the student's number of steps. ``merged``: its
-    denoiser alone. ``lora``: an adapter for ``load_lora_weights`` and PEFT. ``comfyui``: the same under kohya's keys.
-    ``card`` goes into the model card. Raises ``UserError`` if the model cannot be exported so, if ``out`` is not empty,
-    or if what was written does not read back as the student; then nothing is left behind.
+    ``diffusers``: a pipeline whose default call, with the student's number of steps, samples like the student.
+    ``merged``: its denoiser alone. ``lora``: an adapter for ``load_lora_weights`` and PEFT. ``comfyui``: the same with
+    kohya's keys. ``card`` is added to the model card. Raises ``UserError``, and leaves no files, if the format does not
+    support the model, if ``out`` is not empty, or if the export does not compute the same as the student.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder.")
     folder = pipeline_of(model)
-    aside = out.with_name(out.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        part.mkdir(parents=True)
         manifest = manifest_of(model, folder)
         if form in (ExportFormat.lora, ExportFormat.comfyui):
             if form is ExportFormat.comfyui and not folder.family.loads_lora:
-                raise UserError(f"There are no ComfyUI keys for {folder.index['_class_name']}; export to lora.")
-            _write_lora(model, folder, aside / LORA_FILE, form, manifest)
-            _check_lora(model, folder, aside / LORA_FILE)
+                raise UserError(f"{folder.index['_class_name']} has no ComfyUI keys for LoRA; export it to lora.")
+            _write_lora(model, folder, part / LORA_FILE, form, manifest)
+            _check_lora(model, folder, part / LORA_FILE)
         else:
-            network = _plain(model.denoiser.backbone)
+            network = _merged(model.denoiser.backbone)
             if form is ExportFormat.merged:
-                _write_network(network, aside)
+                _write_network(network, part)
             else:
-                _write_pipeline(folder, network, model.config.few_step, aside)
-            _check_network(model, folder, aside if form is ExportFormat.merged else aside / folder.family.part)
-        write_text(json.dumps(manifest, indent=2) + "\n", aside / "fewstep.json")
-        write_text(model_card(manifest, form, card), aside / "README.md")
+                _write_pipeline(folder, network, model.config.few_step, part)
+            _check_network(model, folder, part if form is ExportFormat.merged else part / folder.family.part)
+        write_text(json.dumps(manifest, indent=2) + "\n", part / "fewstep.json")
+        write_text(model_card(manifest, form, card), part / "README.md")
         if out.exists():
             out.rmdir()
-        aside.rename(out)
+        part.rename(out)
     except OSError as error:
         raise UserError(f"Cannot write {out}: {error}. Free some space or choose another folder.") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
     return out
 
 
 def manifest_of(model: Model, folder: PipelineFolder) -> dict[str, Any]:
-    """What one must know to sample: steps, times, rule, shift, no guidance, adapter scale 1, and which base."""
+    """The settings needed for sampling: steps, times, rule, shift, guidance, adapter scale, and the base model."""
     manifest = {
         "format": "fewstep-export", "pipeline": folder.index["_class_name"], "lora_scale": 1.0,
         "base": folder.path.name, "base_sha256": weights_sha256(folder),
@@ -87,7 +87,7 @@ def manifest_of(model: Model, folder: PipelineFolder) -> dict[str, Any]:
 
 
 def weights_sha256(folder: PipelineFolder) -> str:
-    """A hash of the files of the pipeline's denoiser."""
+    """SHA-256 of the weight files of the pipeline's denoiser."""
     return sha256(*sorted((folder.path / folder.family.part).glob("*.safetensors")))
 
 
@@ -98,29 +98,29 @@ def model_card(manifest: Mapping[str, Any], form: ExportFormat, text: str) -> st
         lines = [
             f"# A {steps}-step student of {manifest['base']}",
             "",
-            f"Sample it with `num_inference_steps={steps}` and guidance off (`guidance_scale=1.0`).",
-            f"Its times are {times} (1 is noise), {manifest['rule']} between them.",
+            f"Sample with `num_inference_steps={steps}` and guidance off (`guidance_scale=1.0`).",
+            f"The times are {times} (1 is noise); the rule between them is `{manifest['rule']}`.",
         ]
     else:
-        lines = [f"# {manifest['base']}, trained on", "", "Sample it as its base."]
+        lines = [f"# {manifest['base']}, fine-tuned", "", "Sample it like its base model."]
     if form in (ExportFormat.lora, ExportFormat.comfyui):
-        lines.append("It is an adapter: use it with a scale of 1 on the base that `fewstep.json` names by hash.")
+        lines.append("This is an adapter: use it with a scale of 1 on the base model whose hash is in `fewstep.json`.")
     return "\n".join([*lines, "", text]).rstrip() + "\n"
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def _plain(backbone: nn.Module) -> Any:
-    """The diffusers network of a student, its adapter merged."""
-    whole = backbone.merged() if isinstance(backbone, AdapterView) else backbone
-    if not isinstance(whole, HubBackbone):
-        raise UserError(f"A {type(whole).__name__} is not a diffusers network, so it cannot be exported as one.")
-    return whole.network
+def _merged(backbone: nn.Module) -> Any:
+    """The diffusers network of a student, with its adapter merged."""
+    merged = backbone.merged() if isinstance(backbone, AdapterView) else backbone
+    if not isinstance(merged, HubBackbone):
+        raise UserError(f"A {type(merged).__name__} is not a diffusers network, so it cannot be exported as one.")
+    return merged.network
 
 
 def _write_network(network: Any, folder: Path) -> None:
-    """Without the place that it was loaded from, which diffusers would write into its config."""
+    """Saves a network without the path that it was loaded from, which diffusers writes into the config."""
     network.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
@@ -129,7 +129,7 @@ def _write_network(network: Any, folder: Path) -> None:
 
 def _write_pipeline(folder: PipelineFolder, network: Any, few_step: FewStep | None, out: Path) -> None:
     part = folder.family.part
-    shutil.copytree(folder.path, out, dirs_exist_ok=True, ignore=lambda path, names: _left_out(folder, path, names))
+    shutil.copytree(folder.path, out, dirs_exist_ok=True, ignore=lambda path, names: _ignored(folder, path, names))
     _write_network(network, out / part)
     index = folder.index
     if few_step is None:
@@ -141,25 +141,25 @@ def _write_pipeline(folder: PipelineFolder, network: Any, few_step: FewStep | No
     write_text(json.dumps(index, indent=2) + "\n", out / "model_index.json")
 
 
-def _left_out(folder: PipelineFolder, path: str, names: list[str]) -> set[str]:
-    """Everything in the pipeline's own folder but the components that are copied."""
+def _ignored(folder: PipelineFolder, path: str, names: list[str]) -> set[str]:
+    """Everything at the top level of the pipeline's folder except the components to copy."""
     if Path(path) != folder.path:
         return set()
-    kept = {name for name in names if folder.holds(name)} - {folder.family.part, "scheduler"}
+    kept = {name for name in names if folder.has_component(name)} - {folder.family.part, "scheduler"}
     return set(names) - kept
 
 
 def scheduler_for(folder: PipelineFolder, few_step: FewStep) -> Any:
-    """A diffusers scheduler whose default times, at the student's number of steps, are the student's.
+    """A diffusers scheduler whose default times, with the student's number of steps, are the student's.
 
-    Raises ``UserError`` where the pipeline's call cannot be brought to take them.
+    Raises ``UserError`` if no scheduler makes the pipeline's default call use these times.
     """
     diffusers = require_diffusers()
     renoise, steps, shift = few_step.rule == "renoise", len(few_step.times), few_step.shift
     own = json.loads((folder.path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     if not isinstance(folder.noise_process.schedule, RectifiedFlow):
         if shift != 1:
-            raise UserError(f"Pipelines of a discrete schedule cannot take times shifted by {shift:g}: train with 1.")
+            raise UserError(f"A discrete schedule does not support times with shift {shift:g}: train with shift: 1.")
         betas = {k: own[k] for k in ("beta_start", "beta_end", "beta_schedule", "prediction_type") if k in own}
         common = {**betas, "num_train_timesteps": own.get("num_train_timesteps", 1000), "clip_sample": False}
         if renoise:
@@ -168,12 +168,12 @@ def scheduler_for(folder: PipelineFolder, few_step: FewStep) -> Any:
     euler = diffusers.FlowMatchLCMScheduler if renoise else diffusers.FlowMatchEulerDiscreteScheduler
     if folder.family.passes_sigmas:
         return euler(shift=shift)
-    if shift == 1:  # the scheduler spreads its times from 1 to this last one
+    if shift == 1:  # the scheduler spaces its times uniformly from 1 to shift_terminal
         return euler(shift=1.0, shift_terminal=1 / steps if steps > 1 else None)
     if renoise:
         raise UserError(
-            f"{folder.index['_class_name']} takes no times from outside, so a re-noising student with shift {shift:g} "
-            "cannot be its default call; train with shift: 1, or with a deterministic rule (tdm)."
+            f"The default call of {folder.index['_class_name']} does not take times, so it cannot sample a renoising "
+            f"student with shift {shift:g}; train with shift: 1, or with a deterministic rule (tdm)."
         )
     return diffusers.DPMSolverMultistepScheduler(
         solver_order=1, use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction"
@@ -183,16 +183,16 @@ def scheduler_for(folder: PipelineFolder, few_step: FewStep) -> Any:
 def _check_network(model: Model, folder: PipelineFolder, written: Path) -> None:
     diffusers = require_diffusers()
     cls = getattr(diffusers, folder.index[folder.family.part][1])
-    again = Denoiser(
+    exported = Denoiser(
         HubBackbone(folder.family, cls.from_pretrained(written)), model.denoiser.schedule, model.denoiser.kind,
         style=model.denoiser.style,
     )  # fmt: skip
-    _compare(model, again, folder)
+    _compare(model, exported, folder)
 
 
 @torch.no_grad()
-def _compare(model: Model, again: Denoiser, folder: PipelineFolder) -> None:
-    """Both at the student's times on random latents and a random condition of the right shape."""
+def _compare(model: Model, exported: Denoiser, folder: PipelineFolder) -> None:
+    """Compares both at the student's times, on random latents with a random condition. Raises ``UserError``."""
     few = model.config.few_step
     generator = torch.Generator().manual_seed(0)
     shape = (model.config.shape[0], *(1,) * (len(model.config.shape) - 3), 8, 8)
@@ -202,18 +202,16 @@ def _compare(model: Model, again: Denoiser, folder: PipelineFolder) -> None:
             name: torch.ones(1, *size, dtype=torch.int64)
             if name == "mask"
             else torch.randn(1, *size, generator=generator)
-            for name, size in folder.family.widths.items()
+            for name, size in folder.family.condition_shapes.items()
         }
     )
     device = model.device
     for t in few.times if few else (1.0, 0.5):
         ours = guide(model.denoiser, x.to(device), t, condition.to(device)).out.raw.cpu()
-        theirs = guide(again, x, t, condition).out.raw
+        theirs = guide(exported, x, t, condition).out.raw
         difference = ((ours - theirs).norm() / ours.norm()).item()
         if not difference < TOLERANCE:
-            raise UserError(
-                f"What was written differs from the student by {difference:.2g} at t = {t:g}; not exported."
-            )
+            raise UserError(f"Not exported: the export differs from the student by {difference:.2g} at t = {t:g}.")
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -222,10 +220,10 @@ def _compare(model: Model, again: Denoiser, folder: PipelineFolder) -> None:
 def _adapter(model: Model) -> tuple[dict[str, Tensor], Lora]:
     view, lora = model.denoiser.backbone, model.config.lora
     if not isinstance(view, AdapterView) or lora is None:
-        raise UserError("This student is no adapter (its run had no adapters:); export it to diffusers or merged.")
+        raise UserError("This student is not an adapter (no adapters: in its config); export to diffusers or merged.")
     if model.config.base is None or not is_pipeline(model.config.base):
         raise UserError(
-            f"This adapter sits on {model.config.base}, itself a student, not on a pipeline; export it to diffusers."
+            f"The base of this adapter, {model.config.base}, is not a pipeline but a student; export it to diffusers."
         )
     return {name.removeprefix("network."): tensor for name, tensor in view.state_dict().items()}, lora
 
@@ -242,7 +240,7 @@ def _write_lora(model: Model, folder: PipelineFolder, file: Path, form: ExportFo
     for name, tensor in tensors.items():
         path, _, which = name.removesuffix(".weight").rpartition(".")
         layer = folder.family.comfyui(path)
-        if which == "lora_B":  # the scale goes into the weights: readers disagree on where alpha stands
+        if which == "lora_B":  # the scale is multiplied into the weights, because loaders treat alpha differently
             tensor = tensor * (lora.alpha / lora.rank)
         if layer.startswith("lora_"):
             which = {"lora_A": "lora_down", "lora_B": "lora_up"}[which]
@@ -256,7 +254,7 @@ def _peft(lora: Lora) -> dict[str, Any]:
 
 
 def _check_lora(model: Model, folder: PipelineFolder, file: Path) -> None:
-    """Loads the file into the base by diffusers' own loader or, where the pipeline has none, by PEFT."""
+    """Loads the file into the base with diffusers' loader or, if the pipeline has none, with PEFT, and compares."""
     denoiser = folder.denoiser()
     assert isinstance(denoiser.backbone, HubBackbone)
     network = denoiser.backbone.network

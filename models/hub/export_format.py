@@ -1,4 +1,4 @@
-"""The formats of an export; apart from ``export`` so that the command line can list them without loading torch."""
+"""The export formats, in a module that does not import torch, so that the command line can list them quickly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class ExportFormat(StrEnum):
-    """What to write."""
+    """The format of an export (see ``export.export``)."""
 
     diffusers = "diffusers"
     merged = "merged"

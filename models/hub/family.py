@@ -1,7 +1,7 @@
-"""What a family of diffusers pipelines must tell: how its denoiser is called, and what surrounds it.
+"""The interface of a family of diffusers pipelines: how its denoiser is called, and how it encodes and decodes.
 
-A family is a file in this folder with a subclass of ``Family``. It says nothing about weights: those, and the noise
-schedule, come from the pipeline's folder.
+A family is a file in this folder with a subclass of ``Family``. Weights and noise schedule come from the pipeline's
+folder.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from fewstep.models.prediction import Kind
 from fewstep.models.schedules import NoiseSchedule, RectifiedFlow, VPDiscrete
 
 Settings = Mapping[str, Any]
-JOINT = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")  # of joint attention: the picture's side,
-ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")  # and the prompt's
+JOINT_ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")  # of joint attention, on image tokens
+ADDED_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")  # on prompt tokens
 
 
 class Family(ABC):
-    """A family, for the configs of one pipeline's denoiser (``network``) and VAE.
+    """A family, configured with the ``config.json`` of a pipeline's denoiser (``network``) and VAE.
 
-    ``pipelines`` are the classes that it serves, ``part`` names the denoiser in them, ``targets`` are the linear layers
-    that LoRA adapts, as PEFT takes them. ``passes_sigmas``: the pipeline's call tells its scheduler 1, 1 - 1/n, ...
-    instead of leaving the times to it. ``loads_lora``: the pipeline has ``load_lora_weights``.
+    ``pipelines`` are the supported classes, ``part`` is the denoiser's name in them, ``lora_targets`` are the linear
+    layers that LoRA adapts, named as in PEFT. ``passes_sigmas``: the pipeline's call passes its scheduler the sigmas 1,
+    1 - 1/n, ... instead of letting it choose. ``loads_lora``: the pipeline has ``load_lora_weights``.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
     part: ClassVar[str] = "transformer"
-    targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     passes_sigmas: ClassVar[bool] = False
     loads_lora: ClassVar[bool] = True
 
@@ -48,80 +48,81 @@ class Family(ABC):
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the network is told the guidance scale, as ``condition["guidance"]``, instead of being read twice."""
+        """Whether the network takes the guidance scale, as ``condition["guidance"]``, and is evaluated once."""
         return False
 
     @property
     @abstractmethod
     def feature_layers(self) -> tuple[str, ...]:
-        """Modules whose outputs heads may read, at about a quarter, half and three quarters of the depth."""
+        """Modules whose outputs a discriminator uses by default: about a quarter, half and three quarters deep."""
 
     @abstractmethod
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output for latents ``x_t`` [B, C, ...] at times ``t`` [B], float64, in the shape of ``x_t``."""
 
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
-        """The latent shape [C, h, w] or [C, F, h, w] of a picture or video in pixels."""
-        return self.network["in_channels"], *grid_of(height, width, self.factor)
+        """The latent shape [C, h, w] or [C, F, h, w] of an image or video in pixels. Raises ``UserError`` if the model
+        does not support the size."""
+        return self.network["in_channels"], *latent_size(height, width, self.factor)
 
     @property
     @abstractmethod
-    def widths(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the condition's tensors, without batch, for a prompt of eight tokens."""
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the condition's tensors, without the batch axis, for a prompt of eight tokens."""
 
     @abstractmethod
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The condition's tensors [N, ...], by the text encoders of ``pipeline``; ``""`` gives the null condition."""
+        """The condition's tensors [N, ...] from the text encoders of ``pipeline``; ``""`` gives the null condition."""
 
     def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1], by the VAE of ``pipeline``."""
+        """Images [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1], decoded by the VAE of ``pipeline``."""
         vae = pipeline.vae
         scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         return vae.decode(scaled, return_dict=False)[0].float()  # type: ignore[no-any-return]
 
     def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
-        """Latents of pictures [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1], the mean of the VAE's posterior: what
-        ``decode`` takes back."""
+        """Latents of images [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1]: the mode of the VAE's posterior, scaled
+        as ``decode`` expects."""
         vae = pipeline.vae
         z = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
         return ((z - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).float()  # type: ignore[no-any-return]
 
     @property
     def default_size(self) -> tuple[int, int, int]:
-        """Height, width and frames in pixels that the model is made for."""
+        """Height and width in pixels and number of frames that the model was trained for."""
         side = self.factor * int(self.network["sample_size"])
         return side, side, 1
 
     @property
     def factor(self) -> int:
-        """Pixels a latent, in height and width."""
+        """Pixels per latent, in height and in width."""
         return int(2 ** (len(self.vae.get("block_out_channels", (0,) * 4)) - 1))
 
     def comfyui(self, path: str) -> str:
-        """The name that ComfyUI (and kohya's scripts) give the LoRA of the layer ``path`` of the denoiser."""
+        """The key of ComfyUI (and kohya's scripts) for the LoRA of the denoiser's layer ``path``."""
         return f"lora_{self.part}_{path.replace('.', '_')}"
 
-    def guided(self, cond: Tensor, out: Tensor) -> Tensor:
-        """What the pipeline does to a guided output besides guiding it; by default nothing."""
+    def finish_guidance(self, cond: Tensor, out: Tensor) -> Tensor:
+        """The pipeline's post-processing of a guided output [B, ...]; none by default."""
         return out
 
 
 class PackedLatents(Family):
-    """A family whose transformer takes 2 x 2 latents as a token, through joint attention with the prompt's."""
+    """A family whose transformer takes 2 x 2 latents as one token, with joint attention to the prompt's tokens."""
 
     passes_sigmas = True
-    targets = (*JOINT, *ADDED)
+    lora_targets = (*JOINT_ATTENTION, *ADDED_ATTENTION)
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
-        return depths("transformer_blocks", self.network["num_layers"])
+        return layers_at_depths("transformer_blocks", self.network["num_layers"])
 
     @property
     def default_size(self) -> tuple[int, int, int]:
         return 1024, 1024, 1
 
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
-        rows, columns = grid_of(height, width, 2 * self.factor)
+        rows, columns = latent_size(height, width, 2 * self.factor)
         return self.network["in_channels"] // 4, 2 * rows, 2 * columns
 
 
@@ -135,7 +136,7 @@ class HubBackbone(Backbone):
 
     @property
     def lora_targets(self) -> Sequence[str]:  # type: ignore[override]
-        return self.family.targets
+        return self.family.lora_targets
 
     @property
     def feature_layers(self) -> Sequence[str]:  # type: ignore[override]
@@ -146,14 +147,12 @@ class HubBackbone(Backbone):
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(self.network.parameters()).dtype
-        held = Condition(
-            {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
-        )
-        return self.family.predict(self.network, x_t.to(dtype), t, held)
+        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
+        return self.family.predict(self.network, x_t.to(dtype), t, Condition(cast))
 
 
 def families() -> dict[str, type[Family]]:
-    """The families by the file's name."""
+    """The families by file name."""
     found: dict[str, type[Family]] = {}
     for file in pkgutil.iter_modules(hub.__path__):
         module = importlib.import_module(f"fewstep.models.hub.{file.name}")
@@ -169,10 +168,10 @@ def _by_pipeline() -> dict[str, type[Family]]:
 
 
 def family_of(pipeline: str) -> type[Family]:
-    """The family of a pipeline class by name. Raises ``UserError`` that lists those supported."""
+    """The family of a pipeline class by name. Raises ``UserError`` that lists the supported classes."""
     if pipeline not in _by_pipeline():
         known = ", ".join(sorted(_by_pipeline()))
-        raise UserError(f"Pipelines of class {pipeline!r} are not supported; those that are: {known}.")
+        raise UserError(f"Pipelines of class {pipeline!r} are not supported; supported: {known}.")
     return _by_pipeline()[pipeline]
 
 
@@ -185,9 +184,9 @@ class NoiseProcess(NamedTuple):
 
 
 def noise_process(scheduler: Settings) -> NoiseProcess:
-    """Read off a scheduler's config: its sampling rule does not matter, only what the network was trained with.
+    """The noise process that the network was trained with, from a scheduler's config; its sampling rule is ignored.
 
-    Raises ``UserError`` on settings that are not understood.
+    Raises ``UserError`` on settings that are not supported.
     """
     name = str(scheduler.get("_class_name", ""))
     if name.startswith("FlowMatch") or scheduler.get("use_flow_sigmas"):
@@ -197,61 +196,62 @@ def noise_process(scheduler: Settings) -> NoiseProcess:
     kinds: dict[str, Kind] = {"epsilon": "noise", "v_prediction": "v", "sample": "x0"}
     kind = kinds.get(str(scheduler.get("prediction_type", "epsilon")))
     if kind is None:
-        raise UserError(f"The scheduler {name} predicts {scheduler['prediction_type']!r}; known: {', '.join(kinds)}.")
+        given = scheduler["prediction_type"]
+        raise UserError(f"prediction_type {given!r} of the {name} is not supported; supported: {', '.join(kinds)}.")
     return NoiseProcess(VPDiscrete(tuple(_betas(scheduler).tolist())), kind, 1.0)
 
 
 def _betas(scheduler: Settings) -> Tensor:
     steps = int(scheduler.get("num_train_timesteps", 1000))
     start, end = float(scheduler.get("beta_start", 1e-4)), float(scheduler.get("beta_end", 0.02))
-    law = scheduler.get("beta_schedule", "linear")
+    kind = scheduler.get("beta_schedule", "linear")
     if scheduler.get("trained_betas") is not None:
         betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
-    elif law == "linear":
+    elif kind == "linear":
         betas = torch.linspace(start, end, steps, dtype=torch.float64)
-    elif law == "scaled_linear":
+    elif kind == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     else:
-        raise UserError(f"The scheduler's beta_schedule {law!r} is not supported; known: linear, scaled_linear.")
+        raise UserError(f"The scheduler's beta_schedule {kind!r} is not supported; supported: linear, scaled_linear.")
     if scheduler.get("rescale_betas_zero_snr"):
-        raise UserError("A scheduler with rescale_betas_zero_snr is not supported: at pure noise x0 is undefined.")
+        raise UserError("rescale_betas_zero_snr in a scheduler is not supported: x0 is undefined at pure noise.")
     return betas
 
 
-def label(t: Tensor, x: Tensor, steps: int = 1000) -> Tensor:
-    """The label 0..steps-1 [B] of times of a discrete schedule, as float32 on the device of ``x``."""
+def discrete_timestep(t: Tensor, x: Tensor, steps: int = 1000) -> Tensor:
+    """The timesteps [B] in [0, steps - 1] of a discrete schedule at times ``t`` [B]: float32 on the device of ``x``."""
     return (steps * t - 1).clamp(min=0).to(x.device, torch.float32)
 
 
-def sigma(t: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
-    """The noise level of a flow [B] times ``scale``, as float32 on the device of ``x``."""
+def flow_timestep(t: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
+    """The timesteps [B] of a flow, ``scale * t``: float32 on the device of ``x``."""
     return (scale * t).to(x.device, torch.float32)
 
 
-def pack(x: Tensor) -> Tensor:
-    """Latents [B, C, h, w] as tokens [B, h/2 w/2, 4 C], channels slowest (FLUX, Qwen-Image)."""
+def pack_latents(x: Tensor) -> Tensor:
+    """Packs latents [B, C, h, w] into tokens [B, h/2 * w/2, 4 C], channel-major (FLUX, Qwen-Image)."""
     b, c, h, w = x.shape
     return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * c)
 
 
-def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of ``pack`` for latents of ``shape`` [B, C, h, w]."""
+def unpack_latents(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of ``pack_latents``, for latents of ``shape`` [B, C, h, w]."""
     b, c, h, w = shape
     return tokens.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
-def depths(path: str, count: int) -> tuple[str, ...]:
-    """``path`` with the numbers of the blocks at a quarter, half and three quarters of ``count``."""
+def layers_at_depths(path: str, count: int) -> tuple[str, ...]:
+    """The paths of the blocks at a quarter, half and three quarters of the ``count`` blocks in ``path``."""
     return tuple(dict.fromkeys(f"{path}.{min(count - 1, round(count * share))}" for share in (0.25, 0.5, 0.75)))
 
 
-def pad(rows: Tensor, length: int) -> Tensor:
-    """[N, L, ...] filled with zeros to [N, length, ...]."""
+def pad_rows(rows: Tensor, length: int) -> Tensor:
+    """Pads [N, L, ...] with zeros to [N, length, ...]."""
     return torch.cat([rows, rows.new_zeros(len(rows), length - rows.shape[1], *rows.shape[2:])], 1)
 
 
-def grid_of(height: int, width: int, factor: int) -> tuple[int, int]:
-    """Latent height and width; raises ``UserError`` where the pixels do not divide by ``factor``."""
+def latent_size(height: int, width: int, factor: int) -> tuple[int, int]:
+    """Height and width in units of ``factor`` pixels. Raises ``UserError`` if they are not multiples of it."""
     if height % factor or width % factor:
-        raise UserError(f"{height} x {width} pixels do not divide by {factor}, as this model needs.")
+        raise UserError(f"{height} x {width} pixels: height and width must be multiples of {factor} for this model.")
     return height // factor, width // factor

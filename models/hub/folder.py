@@ -1,4 +1,4 @@
-"""A diffusers pipeline on disk, or by its hub id: its family, its denoiser, and the parts around it."""
+"""A diffusers pipeline on disk or on the hub: its family, denoiser, text encoders and VAE."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from fewstep.models.hub.family import Family, HubBackbone, NoiseProcess, family_
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """A folder that ``DiffusionPipeline.from_pretrained`` would load."""
+    """A folder that ``DiffusionPipeline.from_pretrained`` can load."""
 
     path: Path
 
     @staticmethod
     def open(source: str | Path) -> PipelineFolder:
-        """A local folder, or a hub id (``owner/name``), whose files are fetched if they are not in the hub's cache.
+        """A local folder, or a hub id (``owner/name``), which is downloaded if it is not in the hub's cache.
 
-        Raises ``UserError`` if there is none, or if its family is not supported.
+        Raises ``UserError`` if it does not exist, or if its family is not supported.
         """
         path = Path(source)
         if not (path / "model_index.json").is_file():
-            path = _fetched(str(source))
+            path = _download(str(source))
         folder = PipelineFolder(path)
         _ = folder.family
         return folder
@@ -48,17 +48,17 @@ class PipelineFolder:
     @cached_property
     def family(self) -> Family:
         cls = family_of(str(self.index.get("_class_name")))
-        if self.holds("transformer_2"):
-            raise UserError(f"{self.path} has two experts by noise level (Wan 2.2); this version distils one network.")
-        vae = _read(self.path / "vae" / "config.json") if self.holds("vae") else {}
+        if self.has_component("transformer_2"):
+            raise UserError(f"{self.path} has two experts by noise level (Wan 2.2), which is not supported yet.")
+        vae = _read(self.path / "vae" / "config.json") if self.has_component("vae") else {}
         return cls(_read(self.path / cls.part / "config.json"), vae)
 
     @cached_property
     def noise_process(self) -> NoiseProcess:
         return noise_process(_read(self.path / "scheduler" / "scheduler_config.json"))
 
-    def holds(self, component: str) -> bool:
-        """Whether the folder has a component; those that it was saved without are null."""
+    def has_component(self, component: str) -> bool:
+        """Whether the folder has a component; components that it was saved without are null in the index."""
         return (self.index.get(component) or [None])[0] is not None
 
     def denoiser(self, dtype: torch.dtype = torch.float32, feature_layers: Sequence[str] = ()) -> Denoiser:
@@ -66,38 +66,38 @@ class PipelineFolder:
         diffusers = require_diffusers()
         module = getattr(diffusers, self.index[self.family.part][1])
         try:
-            with _without_bars():
+            with _without_progress_bars():
                 network = module.from_pretrained(self.path, subfolder=self.family.part, dtype=dtype)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"The {self.family.part} in {self.path} cannot be loaded: {_first_line(error)}") from error
-        finish = None if type(self.family).guided is Family.guided else self.family.guided
+        finish = None if type(self.family).finish_guidance is Family.finish_guidance else self.family.finish_guidance
         style = GuidanceStyle(self.family.embeds_guidance, finish)
         backbone = HubBackbone(self.family, network)
         paths = [path if path == AUTO else f"network.{path}" for path in feature_layers]
         return Denoiser(backbone, self.noise_process.schedule, self.noise_process.kind, paths, style).eval()
 
     def pipeline(self, denoiser: Any = None, dtype: torch.dtype = torch.float32) -> Any:
-        """The whole diffusers pipeline, with ``denoiser`` (None: none, which encoding and decoding do not need)."""
+        """The full diffusers pipeline, with ``denoiser`` (None: without, which is enough to encode and decode)."""
         diffusers = require_diffusers()
         absent = {name: None for name, entry in self.index.items() if isinstance(entry, list) and entry[0] is None}
         parts = absent | {self.family.part: denoiser}
         cls = getattr(diffusers, self.index["_class_name"])
         try:
-            with _without_bars():
+            with _without_progress_bars():
                 return cls.from_pretrained(self.path, dtype=dtype, **parts)
         except (OSError, RuntimeError, ValueError, ImportError) as error:
             raise UserError(f"The pipeline in {self.path} cannot be loaded: {_first_line(error)}") from error
 
     @torch.no_grad()
     def condition(self, pipeline: Any, prompts: Sequence[str], batch: int = 16) -> Condition:
-        """The condition of prompts, with the pipeline's own null one, by the text encoders of ``pipeline``."""
+        """The condition of prompts, and the pipeline's null condition, from the text encoders of ``pipeline``."""
         parts = [self.family.encode(pipeline, prompts[low : low + batch]) for low in range(0, len(prompts), batch)]
         null = self.family.encode(pipeline, [""])
         return Condition({name: torch.cat([part[name] for part in parts]) for name in null}, null)
 
     @torch.no_grad()
-    def pictures(self, pipeline: Any, latents: Tensor, batch: int = 8) -> Tensor:
-        """Pictures, uint8 [N, 3, H, W], or videos, uint8 [N, F, 3, H, W], of latents, by the VAE of ``pipeline``."""
+    def decode_images(self, pipeline: Any, latents: Tensor, batch: int = 8) -> Tensor:
+        """Images, uint8 [N, 3, H, W], or videos, uint8 [N, F, 3, H, W], decoded by the VAE of ``pipeline``."""
         parts = [self.family.decode(pipeline, latents[low : low + batch]) for low in range(0, len(latents), batch)]
         pixels = to_bytes(torch.cat(parts)).cpu()
         return pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
@@ -114,8 +114,8 @@ def require_diffusers() -> Any:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Without the progress bars that both libraries show for every file they load."""
+def _without_progress_bars() -> Iterator[None]:
+    """Hides the progress bars that diffusers and transformers show for every file they load."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -129,16 +129,16 @@ def _without_bars() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _fetched(name: str) -> Path:
+def _download(name: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"{name} is no diffusers pipeline: it has no model_index.json.")
+        raise UserError(f"{name} is not a diffusers pipeline: model_index.json is missing.")
     diffusers = require_diffusers()
     try:
         return Path(diffusers.DiffusionPipeline.download(name))
-    except Exception as error:  # of many kinds: no network, no such model, no access
+    except Exception as error:  # many types: offline, model does not exist, access denied
         raise UserError(
-            f"{name!r} is neither a folder nor a pipeline in the hub's cache, and it cannot be fetched: "
-            f"{_first_line(error)} Download it, and give the folder."
+            f"{name!r} is neither a folder nor a pipeline in the hub's cache, and the download failed: "
+            f"{_first_line(error)} Download it yourself and pass the folder."
         ) from error
 
 
@@ -148,7 +148,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is missing or damaged ({_first_line(error)}).") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds {type(content).__name__}, settings were expected.")
+        raise UserError(f"{file} must contain a JSON object, not a {type(content).__name__}.")
     return content
 
 

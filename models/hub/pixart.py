@@ -1,4 +1,4 @@
-"""PixArt-alpha and PixArt-Sigma (Chen et al., arXiv 2310.00426, 2403.04692): a transformer, prompts by T5."""
+"""PixArt-alpha and PixArt-Sigma (Chen et al., arXiv 2310.00426, 2403.04692): a transformer, prompts from T5."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.condition import Condition
-from fewstep.models.hub.family import Family, depths, label
+from fewstep.models.hub.family import Family, discrete_timestep, layers_at_depths
 
 
 class PixArt(Family):
@@ -18,7 +18,7 @@ class PixArt(Family):
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
-        return depths("transformer_blocks", self.network["num_layers"])
+        return layers_at_depths("transformer_blocks", self.network["num_layers"])
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
@@ -27,13 +27,13 @@ class PixArt(Family):
             added["resolution"] = x_t.new_tensor([[height, width]]).expand(len(x_t), -1)
             added["aspect_ratio"] = x_t.new_tensor([[height / width]]).expand(len(x_t), -1)
         out: Tensor = network(
-            x_t, encoder_hidden_states=condition["prompt"], timestep=label(t, x_t), added_cond_kwargs=added,
+            x_t, encoder_hidden_states=condition["prompt"], timestep=discrete_timestep(t, x_t), added_cond_kwargs=added,
             encoder_attention_mask=condition["mask"], return_dict=False,
         )[0]  # fmt: skip
-        return out[:, : x_t.shape[1]]  # what follows is a learned variance
+        return out[:, : x_t.shape[1]]  # the other channels are a learned variance
 
     @property
-    def widths(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt": (8, self.network["caption_channels"]), "mask": (8,)}
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:

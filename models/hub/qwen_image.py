@@ -1,4 +1,4 @@
-"""Qwen-Image (Wu et al., arXiv 2508.02324): packed latents, prompts by a language model, guidance that keeps norms."""
+"""Qwen-Image (Wu et al., arXiv 2508.02324): packed latents, prompts from a language model, norm-preserving guidance."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.condition import Condition
-from fewstep.models.hub.family import PackedLatents, pack, pad, sigma, unpack
-from fewstep.models.hub.wan import decode_standardised, encode_standardised
+from fewstep.models.hub.family import PackedLatents, flow_timestep, pack_latents, pad_rows, unpack_latents
+from fewstep.models.hub.wan import decode_normalized, encode_normalized
 
 
 class QwenImage(PackedLatents):
     pipelines = ("QwenImagePipeline",)
-    tokens = 512  # prompts are padded to; the mask tells what they say
+    tokens = 512  # prompts are padded to this length; the mask marks the actual tokens
 
     @property
     def factor(self) -> int:
@@ -24,32 +24,32 @@ class QwenImage(PackedLatents):
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         rows, columns = (n // 2 for n in x_t.shape[-2:])
         out: Tensor = network(
-            hidden_states=pack(x_t), timestep=sigma(t, x_t), guidance=None, encoder_hidden_states=condition["prompt"],
-            encoder_hidden_states_mask=condition["mask"], img_shapes=[[(1, rows, columns)]] * len(x_t),
-            return_dict=False,
+            hidden_states=pack_latents(x_t), timestep=flow_timestep(t, x_t), guidance=None,
+            encoder_hidden_states=condition["prompt"], encoder_hidden_states_mask=condition["mask"],
+            img_shapes=[[(1, rows, columns)]] * len(x_t), return_dict=False,
         )[0]  # fmt: skip
-        return unpack(out, x_t.shape)
+        return unpack_latents(out, x_t.shape)
 
     def comfyui(self, path: str) -> str:
         return f"diffusion_model.{path}"
 
-    def guided(self, cond: Tensor, out: Tensor) -> Tensor:
-        """Each token of the guided output gets the norm of the conditional one."""
-        c, g = pack(cond), pack(out)
-        return unpack(g * (c.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)), out.shape)
+    def finish_guidance(self, cond: Tensor, out: Tensor) -> Tensor:
+        """Rescales each token of the guided output to the norm of the conditional one."""
+        c, g = pack_latents(cond), pack_latents(out)
+        return unpack_latents(g * (c.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)), out.shape)
 
     @property
-    def widths(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt": (8, self.network["joint_attention_dim"]), "mask": (8,)}
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         prompt, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=self.tokens)
-        if mask is None:  # the pipeline's word for a mask of ones
+        if mask is None:  # the pipeline returns None for a mask of ones
             mask = torch.ones(prompt.shape[:2], device=prompt.device)
-        return {"prompt": pad(prompt, self.tokens), "mask": pad(mask, self.tokens).to(torch.int64)}
+        return {"prompt": pad_rows(prompt, self.tokens), "mask": pad_rows(mask, self.tokens).to(torch.int64)}
 
     def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
-        return decode_standardised(pipeline, latents[:, :, None])[:, :, 0]
+        return decode_normalized(pipeline, latents[:, :, None])[:, :, 0]
 
     def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
-        return encode_standardised(pipeline, images[:, :, None])[:, :, 0]
+        return encode_normalized(pipeline, images[:, :, None])[:, :, 0]

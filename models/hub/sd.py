@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752): a U-Net on latents, prompts by CLIP."""
+"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752): a U-Net on latents, prompts from CLIP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.models.condition import Condition
-from fewstep.models.hub.family import Family, label
+from fewstep.models.hub.family import Family, discrete_timestep
 
 
 class StableDiffusion(Family):
@@ -20,11 +20,12 @@ class StableDiffusion(Family):
         return ("mid_block",)
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        out: Tensor = network(x_t, label(t, x_t), encoder_hidden_states=condition["prompt"], return_dict=False)[0]
+        prompt = condition["prompt"]
+        out: Tensor = network(x_t, discrete_timestep(t, x_t), encoder_hidden_states=prompt, return_dict=False)[0]
         return out
 
     @property
-    def widths(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt": (8, self.network["cross_attention_dim"])}
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:

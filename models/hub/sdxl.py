@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (Podell et al., arXiv 2307.01952): two text encoders, and the picture's size as a condition."""
+"""Stable Diffusion XL (Podell et al., arXiv 2307.01952): two text encoders, conditioned on the image size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.condition import Condition
-from fewstep.models.hub.family import label
+from fewstep.models.hub.family import discrete_timestep
 from fewstep.models.hub.sd import StableDiffusion
 
 
@@ -20,12 +20,12 @@ class StableDiffusionXL(StableDiffusion):
         added = {"text_embeds": condition["pooled"], "time_ids": self.time_ids(x_t)}
         prompt = condition["prompt"]
         out: Tensor = network(
-            x_t, label(t, x_t), encoder_hidden_states=prompt, added_cond_kwargs=added, return_dict=False
+            x_t, discrete_timestep(t, x_t), encoder_hidden_states=prompt, added_cond_kwargs=added, return_dict=False
         )[0]
         return out
 
     @property
-    def widths(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt": (8, self.network["cross_attention_dim"]), "pooled": (self._pooled,)}
 
     @property
@@ -34,12 +34,12 @@ class StableDiffusionXL(StableDiffusion):
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         prompt, _, pooled, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
-        if pipeline.config.force_zeros_for_empty_prompt:  # the pipeline's own null condition
-            said = torch.tensor([bool(text) for text in prompts], device=prompt.device)
-            prompt, pooled = prompt * said[:, None, None], pooled * said[:, None]
+        if pipeline.config.force_zeros_for_empty_prompt:  # then the pipeline's null condition is zero
+            nonempty = torch.tensor([bool(text) for text in prompts], device=prompt.device)
+            prompt, pooled = prompt * nonempty[:, None, None], pooled * nonempty[:, None]
         return {"prompt": prompt, "pooled": pooled}
 
     def time_ids(self, x_t: Tensor) -> Tensor:
-        """Original size, crop and target size [B, 6]: an uncropped picture of the latents' size."""
+        """Original size, crop and target size [B, 6] of an uncropped image of the latents' size."""
         size = [self.factor * n for n in x_t.shape[-2:]]
         return torch.tensor([[*size, 0, 0, *size]], device=x_t.device, dtype=x_t.dtype).expand(len(x_t), -1)

@@ -1,4 +1,4 @@
-"""Wan 2.1 text to video (Wan team, arXiv 2503.20314): a rectified flow on video latents, prompts by UMT5."""
+"""Wan 2.1 text to video (Wan team, arXiv 2503.20314): a rectified flow on video latents, prompts from UMT5."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
 from fewstep.models.condition import Condition
-from fewstep.models.hub.family import Family, depths, grid_of, sigma
+from fewstep.models.hub.family import Family, flow_timestep, latent_size, layers_at_depths
 
-ORIGINAL = (  # diffusers' names and those of Wan's own code
+ORIGINAL = (  # diffusers' names of layers, and those of Wan's own code
     ("attn1.to_out.0", "self_attn.o"), ("attn1.to_", "self_attn."), ("attn2.to_out.0", "cross_attn.o"),
     ("attn2.to_", "cross_attn."), ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"),
 )  # fmt: skip
@@ -20,7 +20,7 @@ ORIGINAL = (  # diffusers' names and those of Wan's own code
 
 class Wan(Family):
     pipelines = ("WanPipeline",)
-    targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
     @property
     def factor(self) -> int:
@@ -28,10 +28,10 @@ class Wan(Family):
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
-        return depths("blocks", self.network["num_layers"])
+        return layers_at_depths("blocks", self.network["num_layers"])
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        out: Tensor = network(x_t, sigma(t, x_t, 1000), condition["prompt"], return_dict=False)[0]
+        out: Tensor = network(x_t, flow_timestep(t, x_t, 1000), condition["prompt"], return_dict=False)[0]
         return out
 
     @property
@@ -41,12 +41,12 @@ class Wan(Family):
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         every = 2 ** sum(self.vae.get("temperal_downsample", (False, True, True)))
         if (frames - 1) % every:
-            raise UserError(f"{frames} frames are not 1 more than a multiple of {every}, as this model needs.")
-        rows, columns = grid_of(height, width, 2 * self.factor)
+            raise UserError(f"{frames} frames: this model needs a multiple of {every} plus 1.")
+        rows, columns = latent_size(height, width, 2 * self.factor)
         return self.network["in_channels"], (frames - 1) // every + 1, 2 * rows, 2 * columns
 
     @property
-    def widths(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt": (8, self.network["text_dim"])}
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -59,28 +59,28 @@ class Wan(Family):
         return f"diffusion_model.{path}"
 
     def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
-        return decode_standardised(pipeline, latents)
+        return decode_normalized(pipeline, latents)
 
     def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
-        return encode_standardised(pipeline, images)
+        return encode_normalized(pipeline, images)
 
 
-def _standard(vae: Any) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each latent channel [1, C, 1, 1, 1]."""
+def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel [1, C, 1, 1, 1]."""
     values = (torch.tensor(v).reshape(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     mean, std = (v.to(vae.device, vae.dtype) for v in values)
     return mean, std
 
 
-def decode_standardised(pipeline: Any, latents: Tensor) -> Tensor:
-    """Videos of latents whose channels were standardised by the VAE's own mean and deviation."""
+def decode_normalized(pipeline: Any, latents: Tensor) -> Tensor:
+    """Decodes latents whose channels were normalized with the mean and standard deviation in the VAE's config."""
     vae = pipeline.vae
-    mean, std = _standard(vae)
+    mean, std = _statistics(vae)
     return vae.decode(latents.to(mean) * std + mean, return_dict=False)[0].float()  # type: ignore[no-any-return]
 
 
-def encode_standardised(pipeline: Any, videos: Tensor) -> Tensor:
-    """The inverse of ``decode_standardised``: the mean of the VAE's posterior, standardised."""
+def encode_normalized(pipeline: Any, videos: Tensor) -> Tensor:
+    """The inverse of ``decode_normalized``: the mode of the VAE's posterior, normalized."""
     vae = pipeline.vae
-    mean, std = _standard(vae)
+    mean, std = _statistics(vae)
     return ((vae.encode(videos.to(mean)).latent_dist.mode() - mean) / std).float()  # type: ignore[no-any-return]

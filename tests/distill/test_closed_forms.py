@@ -1,8 +1,8 @@
-"""Every distribution-matching objective against the Gaussian world, where all expectations are known.
+"""Every distribution-matching objective on Gaussians, where all expectations are known.
 
 Teacher N(m, S^2), student x = mu + rho z with a perfect fake score N(mu, rho^2). With v = (1-t)^2 S^2 + t^2,
 
-    E[F - T] = (t^2 / v) (mu - m)                        (dmd.md, section 6)
+    E[F - T] = (t^2 / v) (mu - m)
 
 and in many dimensions the L1 normaliser is the constant E|x - T|, the mean of a folded normal.
 """
@@ -15,9 +15,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from worlds import FLOW, Affine, Points, gaussian, trained
+from worlds import FLOW, Affine, Points, build_objective, gaussian, trained
 
-from fewstep.distill.config import objective_module
 from fewstep.distill.critics import denoising_loss, denoising_target, importance_weight
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
@@ -36,7 +35,7 @@ class Case:
     settings: dict[str, object]
     low: float
     high: float
-    factor: float = 1.0  # of the loss, where a method's square carries no 1/2
+    factor: float = 1.0  # of the loss, for squares without 1/2
 
 
 CASES = [
@@ -53,8 +52,7 @@ CASES = [
 def student_gradient(
     case: Case, mu: float, rho: float, batch: int = 2000, dimensions: int = 256
 ) -> tuple[float, float]:
-    """The gradients of mu and rho after one student update, in the loop, by the objective's own code."""
-    module = objective_module(case.name)
+    """The gradients of mu and rho after one student update in the loop."""
     student = Denoiser(Affine(mu, rho), FLOW, "x0")
     roles = Roles(
         {
@@ -63,7 +61,7 @@ def student_gradient(
             "fake": Role(gaussian(mu, rho, dimensions)),
         }
     )
-    objective = module.build(module.Config(**case.settings), roles)
+    objective = build_objective(case.name, roles, **case.settings)
     loop = Loop(roles, objective, {"data": Points(dimensions)}, batch)
     update = next(u for u in objective.updates if u.roles == ("student",))
     loop.update(update, 0, {0: {}})
@@ -87,37 +85,37 @@ def expected_gradient(case: Case, mu: float, rho: float) -> float:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.name}-{c.low}-{c.high}-{len(c.settings)}")
-def test_expected_gradient_of_the_student_mean(case: Case) -> None:
+def test_the_gradient_of_the_students_mean_is_the_expected_one(case: Case) -> None:
     gradient, _ = student_gradient(case, MU, RHO)
     assert gradient == pytest.approx(expected_gradient(case, MU, RHO), rel=0.02)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.name}-{c.low}-{c.high}-{len(c.settings)}")
-def test_fixed_point_is_the_teacher_pointwise(case: Case) -> None:
+def test_the_teacher_is_a_fixed_point_for_every_sample(case: Case) -> None:
     assert student_gradient(case, M, S, batch=64) == pytest.approx((0.0, 0.0), abs=1e-7)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.name}-{c.low}-{c.high}-{len(c.settings)}")
 @pytest.mark.parametrize(("rho", "sign"), [(0.5, -1), (1.1, 1)])
-def test_the_scale_is_pulled_towards_the_teacher(case: Case, rho: float, sign: int) -> None:
+def test_the_students_deviation_moves_towards_the_teachers(case: Case, rho: float, sign: int) -> None:
     """E[(F - T) z] = t^2 rho (1/v_teacher - 1/v_student) changes its sign at rho = S."""
     _, gradient = student_gradient(case, M, rho, batch=500)
     assert gradient * sign > 0
 
 
 @pytest.mark.parametrize("times", ["segment", "nested"])
-def test_a_trajectory_is_pulled_at_the_times_of_its_segments_or_at_all_above(times: str) -> None:
-    """A student that predicts ``mu`` whatever it sees walks through x_s = (1 - s) mu + s z, its clean law noised: the
+def test_a_trajectory_is_matched_at_the_times_of_its_segments_or_at_all_noisier_ones(times: str) -> None:
+    """A student that always predicts ``mu`` passes through x_s = (1 - s) mu + s z, its noised clean samples: the
     gradient of each segment is that of one step with the segment's range of t."""
-    case = Case("tdm", {"steps": 4, "guidance": 1.0, "huber": 0.0, "margin": 0.02, "times": times}, 0, 0)
+    case = Case("tdm", {"steps": 4, "guidance": 1.0, "huber": 0.0, "margin": 0.02, "renoise_times": times}, 0, 0)
     ranges = [(s + 0.02, (top if times == "segment" else 1.0) - 0.02) for top, s in pairwise((1, 0.75, 0.5, 0.25, 0))]
     by_segment = [expected_gradient(replace(case, low=low, high=high), MU, 0.0) for low, high in ranges]
     gradient, _ = student_gradient(case, MU, 0.0)
     assert gradient == pytest.approx(sum(by_segment) / 4, rel=0.02)
 
 
-def test_guidance_enters_the_expected_displacement_linearly() -> None:
-    """Known numbers of dmd.md for t = .2, .5, .9 (m=1, S=.8, mu=-.5), through the exact denoisers themselves."""
+def test_the_exact_denoisers_have_the_expected_difference() -> None:
+    """(t^2 / v) (mu - m) at t = .2, .5, .9 for m = 1, S = .8, mu = -.5."""
     teacher, fake = gaussian(M, S, 1), gaussian(MU, RHO, 1)
     generator = torch.Generator().manual_seed(0)
     z, n = torch.randn(2, 400_000, 1, generator=generator, dtype=torch.float64)
@@ -127,11 +125,11 @@ def test_guidance_enters_the_expected_displacement_linearly() -> None:
         assert gap.mean().item() == pytest.approx(value, abs=4e-3)
 
 
-# --- the fake's three regressions (tdm.md, section 7, check 3) --------------------------------------------------------
+# --- three regressions of the fake ------------------------------------------------------------------------------------
 
 
 class Slope(torch.nn.Module):
-    """``x0 = a x_t``: the least-squares slope is where the gradient of the loss in ``a`` vanishes."""
+    """``x0 = a x_t``: the gradient of the loss in ``a`` is zero at the least-squares slope."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +140,7 @@ class Slope(torch.nn.Module):
 
 
 def slope_of(critic: str, n: int = 2_000_000) -> float:
-    """p0 = N(0, 1); the student is the posterior mean read at t = .75 on the true marginal; s = .5, renoised to .7."""
+    """p0 = N(0, 1); the student is the posterior mean at t = .75 on the true marginal; s = .5, re-noised to .7."""
     generator = torch.Generator().manual_seed(1)
     z, bridge_noise = torch.randn(2, n, 1, generator=generator, dtype=torch.float64)
     x_in = math.sqrt(0.25**2 + 0.75**2) * z
@@ -167,12 +165,12 @@ def slope_of(critic: str, n: int = 2_000_000) -> float:
 
 
 @pytest.mark.parametrize(("critic", "slope"), [("plain", 0.220588), ("bridge", 0.330882), ("exact", 0.060120)])
-def test_three_critics_have_three_different_slopes(critic: str, slope: float) -> None:
+def test_the_three_critics_have_three_slopes(critic: str, slope: float) -> None:
     assert slope_of(critic) == pytest.approx(slope, abs=2.5e-3)
 
 
-def test_a_clean_anchor_makes_the_bridge_target_the_ordinary_one() -> None:
-    """At s = 0 the unbiased target is (x, n) itself and the weight is 1: clean is a value of the one function."""
+def test_the_bridge_target_of_a_clean_sample_is_the_ordinary_one() -> None:
+    """At s = 0 the unbiased target is (x, n) itself and the weight is 1."""
     x, n = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
     zero, t = torch.zeros(5, dtype=torch.float64), torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
     x0, noise, weight = denoising_target(FLOW, StudentSample(x, zero, x, t, Condition()), t, n)
@@ -183,7 +181,7 @@ def test_a_clean_anchor_makes_the_bridge_target_the_ordinary_one() -> None:
 
 @pytest.mark.parametrize("s", [1e-3, 1e-5, 1e-7])
 def test_the_bridge_target_tends_to_the_clean_one(s: float) -> None:
-    """Linearly in s^2: nothing jumps between a clean anchor and an almost clean one."""
+    """Linearly in s^2: the target is continuous at a clean sample."""
     x, n = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
     level = torch.full((5,), s, dtype=torch.float64)
@@ -193,7 +191,7 @@ def test_the_bridge_target_tends_to_the_clean_one(s: float) -> None:
         torch.testing.assert_close(value, limit.to(value), rtol=0, atol=max(300 * s * s, 1e-12))
 
 
-def test_tempered_importance_weight_is_the_dth_root_of_the_exact_one() -> None:
+def test_the_tempered_importance_weight_is_the_dth_root_of_the_exact_one() -> None:
     d, generator = 6, torch.Generator().manual_seed(0)
     x0, noise, n = torch.randn(3, 10, d, generator=generator, dtype=torch.float64)
     s, t = torch.full((10,), 0.3, dtype=torch.float64), torch.full((10,), 0.6, dtype=torch.float64)
@@ -202,7 +200,7 @@ def test_tempered_importance_weight_is_the_dth_root_of_the_exact_one() -> None:
     assert torch.allclose(importance_weight(FLOW, sample, x0, t, n) ** d, exact)
 
 
-def test_exact_importance_weight_averages_to_one() -> None:
+def test_the_exact_importance_weight_averages_to_one() -> None:
     n = torch.randn(400_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x0, noise = torch.full_like(n, 0.4), torch.full_like(n, 1.2)
     s, t = torch.full((len(n),), 0.5, dtype=torch.float64), torch.full((len(n),), 0.7, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Data: the idx files of the MNIST family, and sources that are functions of keyed draws."""
+"""Data: idx files of the MNIST family, folders of images, and sources as functions of keyed random numbers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def write(folder: Path, images: bytes, labels: bytes, split: str = "train") -> N
     zipped=st.booleans(),
     split=st.sampled_from(["train", "test"]),
 )
-def test_what_was_written_is_read(shape: tuple[int, int, int], data: st.DataObject, zipped: bool, split: str) -> None:
+def test_idx_files_are_read_as_they_were_written(
+    shape: tuple[int, int, int], data: st.DataObject, zipped: bool, split: str
+) -> None:
     pixels = data.draw(st.binary(min_size=math.prod(shape), max_size=math.prod(shape)))
     labels = data.draw(st.lists(st.integers(0, 255), min_size=shape[0], max_size=shape[0]))
     with tempfile.TemporaryDirectory() as name:
@@ -84,20 +86,20 @@ def test_damaged_files_are_named(tmp_path: Path, images: bytes, zipped: bool) ->
     write(tmp_path, *GOOD)
     file = tmp_path / (IMAGES_FILE + ".gz" * zipped)
     file.write_bytes(gzip.compress(images) if zipped else images)
-    with pytest.raises(UserError, match="is not a whole idx file") as caught:
+    with pytest.raises(UserError, match="is not a complete idx file") as caught:
         read_idx(tmp_path)
     assert str(file) in str(caught.value)
 
 
-def test_no_damage_to_a_gz_file_gets_through(tmp_path: Path) -> None:
-    """Every byte flipped in turn and every length cut: an error that names the file, or the true images."""
+def test_no_damage_to_a_gz_file_goes_unnoticed(tmp_path: Path) -> None:
+    """Every byte flipped in turn, every length cut: an error that names the file, or the correct images."""
     write(tmp_path, *GOOD)
     truth, _ = read_idx(tmp_path)
-    whole = gzip.compress(GOOD[0])
-    flipped = [whole[:i] + bytes([whole[i] ^ 0x55]) + whole[i + 1 :] for i in range(len(whole))]
+    complete = gzip.compress(GOOD[0])
+    flipped = [complete[:i] + bytes([complete[i] ^ 0x55]) + complete[i + 1 :] for i in range(len(complete))]
     file = tmp_path / f"{IMAGES_FILE}.gz"
     refused = 0
-    for damaged in [*flipped, *(whole[:i] for i in range(len(whole)))]:
+    for damaged in [*flipped, *(complete[:i] for i in range(len(complete)))]:
         file.write_bytes(damaged)
         try:
             images = read_idx(tmp_path)[0]
@@ -105,21 +107,21 @@ def test_no_damage_to_a_gz_file_gets_through(tmp_path: Path) -> None:
             refused += str(file) in str(error)
         else:
             assert images.equal(truth)
-    assert refused > 1.5 * len(whole)
+    assert refused > 1.5 * len(complete)
 
 
 @pytest.mark.parametrize(
     ("images", "labels"),
     [(GOOD[0], idx([0, 1], 2)), (idx(range(12), 12), GOOD[1]), (GOOD[0], idx([0, 1, 2], 3, 1))],
 )
-def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, images: bytes, labels: bytes) -> None:
+def test_images_and_labels_that_do_not_match_are_refused(tmp_path: Path, images: bytes, labels: bytes) -> None:
     write(tmp_path, images, labels)
-    with pytest.raises(UserError, match="do not belong together") as caught:
+    with pytest.raises(UserError, match="do not match") as caught:
         read_idx(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_missing_file_says_where_to_find_one(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_a_place_to_find_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"No {IMAGES_FILE}.gz in '{tmp_path}'. Set data.path"):
         read_idx(tmp_path)
 
@@ -128,12 +130,12 @@ def test_a_missing_file_says_where_to_find_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 3), ("P", 1)])
-def test_a_folder_of_pictures_has_a_class_a_subfolder(mode: str, channels: int, tmp_path: Path) -> None:
+def test_each_subfolder_of_an_image_folder_is_a_class(mode: str, channels: int, tmp_path: Path) -> None:
     for label, name in enumerate(("boot", "shirt")):
         (tmp_path / name).mkdir()
         for k in range(2):
             Image.new("L", (4, 3), 100 * label + k).convert(mode).save(tmp_path / name / f"{k}.png")
-    (tmp_path / "boot" / "notes.txt").write_text("no picture")
+    (tmp_path / "boot" / "notes.txt").write_text("no image")
     images, labels = read_folder(tmp_path, (channels, 3, 4))
     assert labels.tolist() == [0, 0, 1, 1]
     assert images.shape == (4, channels, 3, 4)
@@ -143,14 +145,14 @@ def test_a_folder_of_pictures_has_a_class_a_subfolder(mode: str, channels: int, 
     assert (len(flat), classes.tolist()) == (2, [0, 0])
 
 
-def test_pictures_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No pictures"):
+def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No images"):
         read_folder(tmp_path / "none", (1, 3, 4))
     Image.new("L", (5, 3)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a\.png is 5 x 3, the model needs 4 x 3"):
         read_folder(tmp_path, (1, 3, 4))
-    (tmp_path / "a.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"a\.png is no readable picture"):
+    (tmp_path / "a.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"a\.png is not a readable image"):
         read_folder(tmp_path, (1, 3, 4))
 
 
@@ -171,28 +173,28 @@ def numbered() -> Images:
     return Images(numbers[:, None, None, None].expand(8, 1, 2, 2), numbers.long() % 3, classes=3)
 
 
-def drawn(source: Source, step: int = 0, shard: int = 0) -> list[Tensor]:
+def sampled(source: Source, step: int = 0, shard: int = 0) -> list[Tensor]:
     batch = source(KeyedRandom(0, step, "data", shard), 32)
     return [*batch.condition.tensors.values(), *batch.tensors.values()]
 
 
 @pytest.mark.parametrize("make", [lambda: Labels(3, (1, 2, 2)), numbered], ids=["labels", "images"])
 def test_a_batch_is_a_function_of_its_key(make: Callable[[], Source]) -> None:
-    first = drawn(make())
-    assert all(a.equal(b) for a, b in zip(first, drawn(make()), strict=True))
-    for other in (drawn(make(), step=1), drawn(make(), shard=1)):
+    first = sampled(make())
+    assert all(a.equal(b) for a, b in zip(first, sampled(make()), strict=True))
+    for other in (sampled(make(), step=1), sampled(make(), shard=1)):
         assert not any(a.equal(b) for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("make", [lambda: Labels(3, (1, 2, 2)), numbered], ids=["labels", "images"])
-def test_labels_are_classes_and_the_null_is_their_number(make: Callable[[], Source]) -> None:
+def test_labels_are_classes_and_the_null_label_is_the_number_of_classes(make: Callable[[], Source]) -> None:
     batch = make()(KeyedRandom(0, 0, "data", 0), 32)
     assert (batch.size, batch.shape) == (32, (1, 2, 2))
     assert batch.condition["labels"].unique().tolist() == [0, 1, 2]
     assert batch.condition.null()["labels"].tolist() == [3] * 32
 
 
-def test_images_keep_their_labels_and_all_of_them_are_drawn() -> None:
+def test_images_keep_their_labels_and_all_of_them_are_sampled() -> None:
     batch = numbered()(KeyedRandom(0, 0, "data", 0), 200)
     numbers = to_bytes(batch["x0"])[:, 0, 0, 0].long()
     assert numbers.unique().tolist() == list(range(8))
@@ -200,11 +202,11 @@ def test_images_keep_their_labels_and_all_of_them_are_drawn() -> None:
     assert (batch["x0"].shape, batch["x0"].dtype) == ((200, 1, 2, 2), torch.float32)
 
 
-def test_labels_alone_bring_no_images() -> None:
+def test_a_batch_of_labels_has_no_images() -> None:
     assert dict(Labels(3, (1, 2, 2))(KeyedRandom(0, 0, "data", 0), 4)) == {}
 
 
-def test_a_batch_moves_as_a_whole() -> None:
+def test_all_tensors_of_a_batch_move_to_a_device() -> None:
     batch = numbered()(KeyedRandom(0, 0, "data", 0), 4).to(torch.device("meta"))
     assert {tensor.device.type for tensor in [batch["x0"], batch.condition["labels"]]} == {"meta"}
     assert (batch.size, batch.shape) == (4, (1, 2, 2))

@@ -1,4 +1,4 @@
-"""Every objective through the whole way: config, a few steps, a student on disk, samples from it."""
+"""Every objective through the full pipeline: config, a few steps, a student on disk, samples from it."""
 
 from __future__ import annotations
 
@@ -12,41 +12,44 @@ from torch import Tensor
 from worlds import tiny_config, write_idx
 
 import fewstep
+from fewstep.api.data import make_ode_pairs
 from fewstep.core.errors import UserError
 from fewstep.core.files import write_tensors
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.config import load_config, objective_module, objective_names, parse_config
+from fewstep.distill.config import OBJECTIVES, load_config, parse_config
 from fewstep.eval.references import load_reference
 from fewstep.eval.validation import Validation
 from fewstep.models.loading import load_model
 from fewstep.models.model_config import FewStep
 from fewstep.samplers.grids import time_uniform
+from fewstep.samplers.plan import SamplingConfig
 
 MODEL = {"backbone": {"name": "unet", "widths": [8], "blocks": [1], "embedding": 8}, "shape": [1, 8, 8], "classes": 10}
 
 
 def settings(objective: str, folder: Path, device: str, precision: str, **changes: object) -> dict[str, Any]:
     """Three steps of an objective: on real images and a new network where it needs them, else data-free."""
-    wanted = objective_module(objective).Config(**changes)
+    needed = OBJECTIVES.resolve(objective)(**changes)
     raw: dict[str, Any] = tiny_config(folder, device=device, precision=precision)
-    roles: dict[str, Any] = {role: {"lr": 1e-3} for role in wanted.needs - {"teacher"}}
+    roles: dict[str, Any] = {role: {"lr": 1e-3} for role in needed.needs - {"teacher"}}
     raw["stages"] = [{"steps": 3, "objective": {"name": objective, **changes}, "roles": roles}]
     if "discriminator" in roles:
         roles["discriminator"]["init"] = "new"
-    if "reference" in wanted.needs:
+    if "reference" in needed.needs:
         raw["stages"][0]["freeze"] = {"reference": "teacher"}
         roles.pop("reference")
-        tensors = {name: torch.randn(40, 1, 8, 8) for name in wanted.tensors}
+        tensors = {name: torch.randn(40, 1, 8, 8) for name in needed.tensors}
         write_tensors(tensors | {"labels": torch.arange(40) % 10}, folder / "samples.safetensors")
         raw["data"] = {"kind": "tensors", "path": str(folder / "samples.safetensors")}
-    elif "noise" in wanted.tensors:
-        fewstep.make_pairs(folder / "teacher", folder / "pairs.safetensors", n=40, steps=2, device="cpu")
+    elif "noise" in needed.tensors:
+        sampling = fewstep.SamplingConfig("heun", 2)
+        make_ode_pairs(folder / "teacher", folder / "pairs.safetensors", n=40, sampling=sampling, device="cpu")
         raw["data"] = {"kind": "tensors", "path": str(folder / "pairs.safetensors")}
-    elif "x0" in wanted.tensors:
+    elif "x0" in needed.tensors:
         pixels = torch.randint(0, 256, (40, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         write_idx(folder, pixels, (torch.arange(40) % 10).to(torch.uint8), "train")
         raw["data"] = {"kind": "idx", "path": str(folder)}
-    if wanted.needs == {"student"}:
+    if needed.needs == {"student"}:
         raw |= {"teacher": None, "model": MODEL}
         roles["student"]["init"] = "model"
     return raw
@@ -57,7 +60,7 @@ def trained(raw: dict[str, Any]) -> tuple[Path, list[dict[str, float]]]:
     return run, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("objective", objective_names())
+@pytest.mark.parametrize("objective", OBJECTIVES.names())
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_an_objective_trains_a_student_that_samples(objective: str, precision: str, tmp_path: Path) -> None:
     run, lines = trained(settings(objective, tmp_path, "cpu", precision))
@@ -66,7 +69,7 @@ def test_an_objective_trains_a_student_that_samples(objective: str, precision: s
     assert all(torch.tensor(list(line.values())).isfinite().all() for line in lines)
     assert {p.dtype for p in student.denoiser.parameters()} == {torch.float32}, "only the evaluations are in bfloat16"
     steps = 2 if student.config.few_step is None else None
-    images = fewstep.sample(run, n=20, steps=steps, device="cpu")
+    images = fewstep.sample(run, n=20, sampling=fewstep.SamplingConfig(steps=steps), device="cpu")
     assert images.shape == (20, 1, 8, 8)
     assert images.dtype == torch.uint8
 
@@ -82,14 +85,14 @@ def test_dmd2_with_its_gan_term(features: str, tmp_path: Path) -> None:
         trained(raw | {"out": str(tmp_path / "none")})
 
 
-def test_an_objective_on_images_is_refused_where_there_are_only_labels(tmp_path: Path) -> None:
+def test_an_objective_that_needs_images_is_refused_on_labels(tmp_path: Path) -> None:
     raw = settings("flow_matching", tmp_path, "cpu", "float32") | {"data": {"kind": "labels"}}
-    with pytest.raises(UserError, match=r"needs \['x0'\] with each condition, and data.kind=labels brings none"):
+    with pytest.raises(UserError, match=r"needs \['x0'\] with each condition, and data.kind=labels provides none"):
         trained(raw)
 
 
-@pytest.mark.parametrize("objective", objective_names())
-def test_bfloat16_changes_the_losses_by_its_rounding_only(objective: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES.names())
+def test_bfloat16_changes_the_losses_only_by_rounding(objective: str, tmp_path: Path) -> None:
     full, half = (
         trained(settings(objective, tmp_path, "cpu", precision) | {"out": str(tmp_path / precision)})[1]
         for precision in ("float32", "bfloat16")
@@ -102,12 +105,12 @@ def test_bfloat16_changes_the_losses_by_its_rounding_only(objective: str, tmp_pa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("objective", objective_names())
-def test_a_gpu_computes_what_the_cpu_does(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES.names())
+def test_a_gpu_computes_the_losses_of_the_cpu(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def on_the_host(self: KeyedRandom, shape: tuple[int, ...], stream: str = "noise") -> Tensor:
         return torch.randn(shape, generator=self._generator(stream, torch.device("cpu"))).to(self.device)
 
-    monkeypatch.setattr(KeyedRandom, "normal", on_the_host)  # a GPU draws other numbers
+    monkeypatch.setattr(KeyedRandom, "normal", on_the_host)  # a GPU generates other numbers
     cpu, gpu = (
         trained(settings(objective, tmp_path, device, "float32") | {"out": str(tmp_path / device)})[1]
         for device in ("cpu", "cuda")
@@ -118,15 +121,15 @@ def test_a_gpu_computes_what_the_cpu_does(objective: str, tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_the_demo_config_distils_the_embedded_teacher(tmp_path: Path) -> None:
-    """The decisive run, at a fifth of its length: 1,000 training images as a yardstick, 4 evaluations a sample.
+def test_the_demo_config_distils_the_bundled_teacher(tmp_path: Path) -> None:
+    """A fifth of the demo, scored against 1,000 training images with 4 evaluations per sample.
 
-    The teacher itself needs more than 8 evaluations to come below 1.5; the student starts as the teacher at 4.
+    The student starts as the teacher with 4 evaluations; the teacher needs more than 8 to reach 1.5.
     """
     changes = ["stages.0.steps=80", "validation.n=1000", "validation.every=40", f"out={tmp_path / 'run'}", "device=cpu"]
     config = load_config("configs/fashion/demo.yaml", changes)
     teacher, rule = load_model("fashion"), FewStep(times=time_uniform(4)[:-1], rule="deterministic")
-    validate = Validation(config.validation, load_reference("fashion", "train"), tmp_path)
+    validate = Validation(SamplingConfig("student"), 1000, load_reference("fashion", "train"), tmp_path)
     before = validate(teacher.denoiser, teacher.config.model_copy(update={"few_step": rule}), 0)
     run = fewstep.train(config)
     after = [line["validation"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "validation" in line]

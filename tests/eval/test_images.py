@@ -1,4 +1,4 @@
-"""Images from disk: every way they can be kept, and every way they can be wrong."""
+"""Images from disk: all forms of storage, and all defects."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def png(array: np.ndarray, **settings: object) -> bytes:
 
 
 def folder(tmp_path: Path, images: np.ndarray) -> Path:
-    place = tmp_path / "images"
-    (place / "deeper").mkdir(parents=True)
+    root = tmp_path / "images"
+    (root / "deeper").mkdir(parents=True)
     for k, image in enumerate(images):
-        (place / ("deeper" if k % 2 else "") / f"{k}.png").write_bytes(png(image))
-    (place / "notes.txt").write_text("not a picture")
-    return place
+        (root / ("deeper" if k % 2 else "") / f"{k}.png").write_bytes(png(image))
+    (root / "notes.txt").write_text("not an image")
+    return root
 
 
 def zipped(tmp_path: Path, images: np.ndarray) -> Path:
@@ -64,19 +64,20 @@ def read(images: ImageSet, size: int = 2) -> Tensor:
     return torch.stack([image for batch in images.batches(lambda image: image, size) for image in batch])
 
 
-@pytest.mark.parametrize("kept", [folder, zipped, tarred, array])
-def test_images_are_read_from(kept: Callable[[Path, np.ndarray], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", [folder, zipped, tarred, array])
+def test_images_are_read_in_order_of_names(store: Callable[[Path, np.ndarray], Path], tmp_path: Path) -> None:
     images = pixels()
-    source = kept(tmp_path, images)
+    source = store(tmp_path, images)
     assert is_image_set(source)
     opened = ImageSet.open(source)
     order = [int(Path(name).stem) for name in opened.names]
     assert sorted(order) == list(range(5))
+    assert opened.names == sorted(opened.names)
     torch.testing.assert_close(read(opened), torch.from_numpy(images[order]).permute(0, 3, 1, 2))
-    assert len(read(ImageSet.open(source, most=3))) == 3
+    assert len(read(ImageSet.open(source, limit=3))) == 3
 
 
-def test_videos_are_read_a_frame_after_the_other(tmp_path: Path) -> None:
+def test_videos_are_read_frame_by_frame(tmp_path: Path) -> None:
     shades = (torch.arange(4, dtype=torch.uint8) * 60)[:, None, None, None].expand(4, 3, 8, 8).contiguous()
     for name in "ab":
         save_sample(shades, tmp_path / f"{name}.gif")
@@ -85,13 +86,13 @@ def test_videos_are_read_a_frame_after_the_other(tmp_path: Path) -> None:
     assert (videos[0].int() - shades.int()).abs().max() <= 3
 
 
-def test_the_crop_is_pils_of_the_centred_square() -> None:
+def test_a_crop_is_the_resized_centred_square() -> None:
     image = Image.fromarray(pixels(1, 20, 31)[0])
     expected = image.crop((5, 0, 25, 20)).resize((8, 8), Image.Resampling.LANCZOS)
     assert np.array_equal(np.array(Crop(8)(image)), np.array(expected))
     batch = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    ((drawn,),) = InMemoryImages([batch], Crop(8)).batches(lambda image: image)
-    assert np.array_equal(drawn.permute(1, 2, 0).numpy(), np.array(expected))
+    ((cropped,),) = InMemoryImages([batch], Crop(8)).batches(lambda image: image)
+    assert np.array_equal(cropped.permute(1, 2, 0).numpy(), np.array(expected))
 
 
 def test_grey_images_are_repeated_and_an_opaque_alpha_is_dropped(tmp_path: Path) -> None:
@@ -105,15 +106,15 @@ def test_grey_images_are_repeated_and_an_opaque_alpha_is_dropped(tmp_path: Path)
 
 
 BAD = {
-    "a damaged file": (b"\x89PNG nothing", "damaged or no image"),
-    "half a file": (png(pixels(1, 64, 64)[0])[:2000], "damaged or no image"),
-    "transparency": (png(np.dstack([pixels(1)[0], np.full((12, 12), 128, np.uint8)])), "transparent in places"),
-    "16 bits": (png(np.full((12, 12), 40_000, np.uint16)), "not 8 bits a channel"),
+    "a damaged file": (b"\x89PNG nothing", "damaged or not an image"),
+    "half a file": (png(pixels(1, 64, 64)[0])[:2000], "damaged or not an image"),
+    "transparency": (png(np.dstack([pixels(1)[0], np.full((12, 12), 128, np.uint8)])), "partly transparent"),
+    "16 bits": (png(np.full((12, 12), 40_000, np.uint16)), "not 8 bits per channel"),
 }
 
 
 @pytest.mark.parametrize("name", list(BAD))
-def test_a_bad_image_is_named_and_refused_or_left_out(name: str, tmp_path: Path) -> None:
+def test_a_bad_image_is_refused_with_its_name_or_left_out(name: str, tmp_path: Path) -> None:
     content, reason = BAD[name]
     for k, image in enumerate(pixels(3)):
         (tmp_path / f"{k}.png").write_bytes(png(image))
@@ -124,9 +125,10 @@ def test_a_bad_image_is_named_and_refused_or_left_out(name: str, tmp_path: Path)
     images = ImageSet.open(tmp_path, skip_bad=True)
     assert len(read(images)) == 3
     assert set(images.skipped) == {"5.png", "6.png"}
+    assert images.scored_count == 3
 
 
-def test_several_sizes_are_each_prepared_and_a_crop_makes_them_one(tmp_path: Path) -> None:
+def test_images_of_several_sizes_are_kept_and_a_crop_makes_them_equal(tmp_path: Path) -> None:
     for k, side in enumerate((12, 20)):
         (tmp_path / f"{k}.png").write_bytes(png(pixels(1, side, 12)[0]))
     assert read(ImageSet.open(tmp_path, Crop(8))).shape == (2, 3, 8, 8)
@@ -134,15 +136,15 @@ def test_several_sizes_are_each_prepared_and_a_crop_makes_them_one(tmp_path: Pat
     assert sizes == [(3, 12, 12), (3, 20, 12)]
 
 
-def test_what_holds_no_images_is_refused(tmp_path: Path) -> None:
+def test_sources_without_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.zip").write_bytes(b"no zip")
     np.savez(tmp_path / "a.npz", np.zeros((2, 3)))
     for name, message in (
-        ("empty", "has no images"),
+        ("empty", "contains no images"),
         ("a.zip", "cannot be read"),
-        ("a.npz", r"uint8 images \[N, H, W, 3\] are wanted"),
-        ("missing", "no folder of images and no archive"),
+        ("a.npz", r"must contain uint8 images \[N, H, W, 3\]"),
+        ("missing", "neither a folder of images nor an archive"),
     ):
         with pytest.raises(UserError, match=message):
             ImageSet.open(tmp_path / name)

@@ -1,4 +1,4 @@
-"""LoRA sets of several roles on one network: on a small network of our own, then on diffusers' own classes."""
+"""LoRA adapters of several roles on one network: on a small network, then on networks of diffusers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fewstep.distill.roles import Role, Roles
 from fewstep.distill.rollouts import backward_simulation
 from fewstep.distill.stage import RoleConfig, enter_stage, make_role
 from fewstep.distill.update import LossTerm, MicroBatch, Objective, Update
-from fewstep.models.adapters import AdapterView, share
+from fewstep.models.adapters import AdapterView, share_base
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
@@ -32,7 +32,7 @@ NOTHING = Condition()
 
 
 class Net(nn.Module):
-    """Two linear layers, computed under ``run`` (gradient checkpointing, or not)."""
+    """Two linear layers, computed by ``run`` (with gradient checkpointing, or without)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,8 +47,8 @@ class Net(nn.Module):
 
 
 def views(net: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[AdapterView, AdapterView, AdapterView]:
-    """The bare view and two with random sets."""
-    teacher = share(net.to(dtype), rank=2, alpha=4, targets=["enter", "leave"])
+    """A view without an adapter and two with random ones."""
+    teacher = share_base(net.to(dtype), rank=2, alpha=4, targets=["enter", "leave"])
     student, fake = teacher.fork(), teacher.fork()
     for seed, view in enumerate((student, fake)):
         randomise(view, seed)
@@ -57,14 +57,14 @@ def views(net: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[AdapterVi
 
 @torch.no_grad()
 def randomise(view: nn.Module, seed: int, scale: float = 0.3) -> None:
-    """Gives B values, so that a set changes the network and its A has a gradient."""
+    """Randomises B, so that the adapter changes the network and its A has a gradient."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in view.named_parameters():
         if name.endswith("lora_B.weight"):
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def read(view: nn.Module, x: Tensor) -> Tensor:
+def evaluate(view: nn.Module, x: Tensor) -> Tensor:
     return view(x, torch.ones(len(x), dtype=torch.float64), NOTHING)
 
 
@@ -73,58 +73,58 @@ def x() -> Tensor:
     return torch.randn(5, 3, generator=torch.Generator().manual_seed(7))
 
 
-def test_a_view_owns_its_set_and_nothing_else(x):
+def test_a_view_has_the_parameters_of_its_adapter_only(x):
     net = Net()
-    before = read(net, x)
+    before = evaluate(net, x)
     state = torch.get_rng_state()
-    teacher = share(net, rank=2, alpha=4, targets=["enter", "leave"])
+    teacher = share_base(net, rank=2, alpha=4, targets=["enter", "leave"])
     student, fake = teacher.fork(), teacher.fork()
     assert torch.equal(torch.get_rng_state(), state)
     names = ["enter.lora_A.weight", "enter.lora_B.weight", "leave.lora_A.weight", "leave.lora_B.weight"]
     assert list(student.state_dict()) == list(dict(student.named_parameters())) == names
     assert list(teacher.parameters()) == []
-    assert all(torch.equal(read(view, x), before) for view in (teacher, student, fake, net))
+    assert all(torch.equal(evaluate(view, x), before) for view in (teacher, student, fake, net))
     for own, other in zip(student.parameters(), fake.parameters(), strict=True):
-        assert torch.equal(own, other)  # one initialisation of A, or averages and blends mean nothing
+        assert torch.equal(own, other)  # equal initial A, so that averages are meaningful
         assert own is not other
         assert own.requires_grad
     assert not [name for name, p in net.named_parameters() if p.requires_grad and "lora" not in name]
 
 
-def test_switching_equals_set_adapter_and_flips_no_flag(x):
+def test_switching_equals_set_adapter_and_keeps_requires_grad(x):
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     net = Net()
     teacher, student, fake = views(net)
-    ours = [read(view, x) for view in (student, fake, teacher, student)]
+    ours = [evaluate(view, x) for view in (student, fake, teacher, student)]
     assert all(p.requires_grad for view in (student, fake) for p in view.parameters())
     assert torch.equal(ours[0], ours[3])
     assert not torch.equal(ours[0], ours[1])
     layers = [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
-    for name, expected in (("set0", ours[0]), ("set1", ours[1])):
+    for name, expected in (("adapter0", ours[0]), ("adapter1", ours[1])):
         for layer in layers:
             layer.enable_adapters(True)
             layer.set_adapter(name)
-        assert torch.equal(read(net, x), expected)
+        assert torch.equal(evaluate(net, x), expected)
     for layer in layers:
         layer.enable_adapters(False)
-    assert torch.equal(read(net, x), ours[2])
+    assert torch.equal(evaluate(net, x), ours[2])
 
 
-def test_a_read_between_forward_and_backward_takes_nothing_away(x):
-    """With PEFT's ``set_adapter`` the student's gradient would be lost here, without an error."""
+def test_an_evaluation_between_forward_and_backward_keeps_the_gradient(x):
+    """PEFT's ``set_adapter`` would silently discard the student's gradient here."""
     teacher, student, fake = views(Net())
-    loss = read(student, x).square().mean()
+    loss = evaluate(student, x).square().mean()
     expected = torch.autograd.grad(loss, list(student.parameters()), retain_graph=True)
     with torch.no_grad():
-        read(fake, x), read(teacher, x)
+        evaluate(fake, x), evaluate(teacher, x)
     loss.backward(inputs=list(student.parameters()))
     assert all(torch.equal(p.grad, g) for p, g in zip(student.parameters(), expected, strict=True))
     assert all(p.grad is None for p in fake.parameters())
 
 
-def test_checkpointing_recomputes_under_the_set_of_the_forward(x):
-    """One graph through the student's set, then the fake's and the bare network (SiD's), with a read in between."""
+def test_checkpointing_recomputes_with_the_adapter_of_the_forward_pass(x):
+    """One graph through the student's adapter, the fake's and the base (as in SiD), with an evaluation in between."""
 
     def gradients(run: str) -> list[Tensor]:
         torch.manual_seed(0)
@@ -134,10 +134,10 @@ def test_checkpointing_recomputes_under_the_set_of_the_forward(x):
             net.run = student.checkpoint
         elif run == "torch":
             net.run = lambda function, *args: checkpoint(function, *args, use_reentrant=False)
-        y = read(student, x)
-        loss = (read(teacher, y) - read(fake, y)).square().sum()
+        y = evaluate(student, x)
+        loss = (evaluate(teacher, y) - evaluate(fake, y)).square().sum()
         with torch.no_grad():
-            read(fake, x)
+            evaluate(fake, x)
         return list(torch.autograd.grad(loss, [*student.parameters(), *fake.parameters()]))
 
     for ours, plain in zip(gradients("ours"), gradients("none"), strict=True):
@@ -146,68 +146,68 @@ def test_checkpointing_recomputes_under_the_set_of_the_forward(x):
         gradients("torch")
 
 
-def test_a_deep_copy_is_a_new_set_on_the_same_network(x):
+def test_a_deep_copy_is_a_new_adapter_on_the_same_network(x):
     net = Net()
     teacher, student, _ = views(net)
     frozen = {name: id(p) for name, p in net.named_parameters() if "lora" not in name}
     twin = copy.deepcopy(Denoiser(student, RectifiedFlow())).backbone
-    beginner = copy.deepcopy(teacher)  # of the bare network: it starts as that and can learn
+    beginner = copy.deepcopy(teacher)  # starts as the base and can be trained
     assert frozen == {name: id(p) for name, p in net.named_parameters() if "lora" not in name}
-    assert torch.equal(read(twin, x), read(student, x))
-    assert torch.equal(read(beginner, x), read(teacher, x))
+    assert torch.equal(evaluate(twin, x), evaluate(student, x))
+    assert torch.equal(evaluate(beginner, x), evaluate(teacher, x))
     assert [p.shape for p in beginner.parameters()] == [p.shape for p in student.parameters()]
-    before = read(student, x)
+    before = evaluate(student, x)
     randomise(twin, 5)
-    assert not torch.equal(read(twin, x), before)
-    assert torch.equal(read(student, x), before)
-    assert torch.equal(read(beginner, x), read(teacher, x))
+    assert not torch.equal(evaluate(twin, x), before)
+    assert torch.equal(evaluate(student, x), before)
+    assert torch.equal(evaluate(beginner, x), evaluate(teacher, x))
 
 
-def test_stages_start_roles_from_one_another_and_average_them(x):
+def test_stages_initialise_roles_from_the_averages_of_others(x):
     net = Net()
     weights = {name: value.clone() for name, value in net.state_dict().items()}
-    teacher = Role(Denoiser(share(net, rank=2, alpha=2, targets=["enter", "leave"]), RectifiedFlow()))
+    teacher = Role(Denoiser(share_base(net, rank=2, alpha=2, targets=["enter", "leave"]), RectifiedFlow()))
     first = enter_stage({"teacher": teacher}, {"student": RoleConfig(lr=0.1, ema=0.5)}, {})
     student = first["student"]
-    read(student.module.backbone, x).square().sum().backward(inputs=student.parameters)
+    evaluate(student.module.backbone, x).square().sum().backward(inputs=student.parameters)
     student.step()
     second = enter_stage(first, {"fake": RoleConfig(init="student", lr=0.1)}, {"old": "student"})
     for name in ("fake", "old"):
         for own, average in zip(second[name].parameters, student.average.values(), strict=True):
             torch.testing.assert_close(own, average)
-    assert not torch.equal(read(second["fake"].module.backbone, x), read(student.module.backbone, x))
+    assert not torch.equal(evaluate(second["fake"].module.backbone, x), evaluate(student.module.backbone, x))
     for name, value in weights.items():
         path, leaf = name.rsplit(".", 1)
         assert torch.equal(net.get_submodule(path).base_layer.get_parameter(leaf), value)
 
 
-def test_sets_are_float32_on_a_bfloat16_network(x):
+def test_adapters_are_float32_on_a_bfloat16_network(x):
     _, student, _ = views(Net(), torch.bfloat16)
-    out = read(student, x.bfloat16())
+    out = evaluate(student, x.bfloat16())
     out.float().square().sum().backward()
     assert out.dtype == torch.bfloat16
     assert {p.dtype for p in student.parameters()} == {p.grad.dtype for p in student.parameters()} == {torch.float32}
 
 
-def test_moving_a_view_moves_the_network_and_keeps_the_parameters(x):
+def test_moving_a_view_moves_the_network_and_keeps_the_parameter_objects(x):
     net = Net()
     _, student, fake = views(net)
     parameters = list(student.parameters())
     Denoiser(student, RectifiedFlow()).to(torch.float64)
     assert {p.dtype for p in net.parameters()} == {torch.float64}
     assert all(a is b for a, b in zip(student.parameters(), parameters, strict=True))
-    assert read(fake, x.double()).dtype == torch.float64
+    assert evaluate(fake, x.double()).dtype == torch.float64
 
 
-def test_errors_name_what_is_wrong(monkeypatch):
+def test_unmatched_targets_and_missing_peft_are_reported(monkeypatch):
     with pytest.raises(UserError, match="foo"):
-        share(Net(), rank=2, alpha=2, targets=["foo"]).fork()
+        share_base(Net(), rank=2, alpha=2, targets=["foo"]).fork()
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"fewstep\[lora\]"):
-        share(Net(), rank=2, alpha=2, targets=["enter"]).fork()
+        share_base(Net(), rank=2, alpha=2, targets=["enter"]).fork()
 
 
-# Diffusers' own networks: two steps of a matching objective as copies, and as sets on one checkpointed network.
+# Networks of diffusers: two steps of a matching objective as copies, and as adapters on one checkpointed network.
 
 
 @pytest.fixture(params=[stable_diffusion, wan], ids=["stable_diffusion", "wan"])
@@ -218,7 +218,7 @@ def family(request, tmp_path) -> Family:
 
 
 def two_steps(family: Family, teacher: nn.Module, student: nn.Module, fake: nn.Module) -> tuple[Roles, list[Tensor]]:
-    """Trains student and fake on two steps; returns the roles and the gradients of the last step."""
+    """Trains student and fake for two steps; returns the roles and the gradients of the last step."""
     config = RoleConfig(lr=1e-3)
     roles = Roles(
         {
@@ -229,14 +229,14 @@ def two_steps(family: Family, teacher: nn.Module, student: nn.Module, fake: nn.M
     )
 
     def match(m: MicroBatch) -> Iterator[LossTerm]:
-        a, t = m.sample, m.random.uniform(len(m.sample.s), 0.02, 0.98)
+        a, t = m.sample, m.random.uniform(len(m.sample.level), 0.02, 0.98)
         x_t, _ = renoise(family.schedule, a, t, m.random)
         T = roles.predict("teacher", x_t.detach(), t, a.condition, guidance=Guidance(2.0)).out.x0
         F = roles.predict("fake", x_t.detach(), t, a.condition).out.x0
         yield LossTerm("match", surrogate_loss(a.output, T - F, l1_weight(a.x, T)))
 
     def critic(m: MicroBatch) -> Iterator[LossTerm]:
-        a, t = m.sample, m.random.uniform(len(m.sample.s))
+        a, t = m.sample, m.random.uniform(len(m.sample.level))
         x_t, n = renoise(family.schedule, a, t, m.random)
         yield LossTerm(
             "critic", denoising_loss(roles.predict("fake", x_t, t, a.condition).out, family.schedule, a, t, n)
@@ -250,7 +250,7 @@ def two_steps(family: Family, teacher: nn.Module, student: nn.Module, fake: nn.M
     return roles, [p.grad for name in ("student", "fake") for p in roles[name].parameters]
 
 
-def test_diffusers_networks_as_copies(family):
+def test_copies_of_a_diffusers_network_train_without_changing_the_teacher(family):
     original = family.network()
     roles, _ = two_steps(family, *(family.network() for _ in range(3)))
     assert all(p.grad is None for p in roles["teacher"].parameters)
@@ -261,10 +261,10 @@ def test_diffusers_networks_as_copies(family):
     assert moved == {"teacher": 0, "student": len(list(original.parameters())), "fake": moved["student"]}
 
 
-def test_diffusers_networks_as_sets_on_one_checkpointed_base(family):
+def test_adapters_on_a_checkpointed_diffusers_network_train_as_without_checkpointing(family):
     def run(checkpointing: bool) -> tuple[nn.Module, Roles, list[Tensor]]:
         base = family.network()
-        teacher = share(base, rank=2, alpha=2, targets=LORA_TARGETS)
+        teacher = share_base(base, rank=2, alpha=2, targets=LORA_TARGETS)
         student, fake = teacher.fork(), teacher.fork()
         randomise(student, 1, 0.1)
         randomise(fake, 2, 0.1)

@@ -1,4 +1,4 @@
-"""The attention backends that run on this machine compute one function; the others are refused by name."""
+"""The attention backends that run on this machine compute the same function; the others are refused by name."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
 from fewstep.core.errors import UserError
-from fewstep.models.attention import Attends, Backend, attention, runs, set_attention
+from fewstep.models.attention import AttentionLayer, Backend, attention, runs, set_attention
 from fewstep.models.loading import load_model
 
 CPU = torch.device("cpu")
 HERE = [name for name in get_args(Backend) if runs(name, CPU)]
 
 
-def test_torchs_own_runs_everywhere() -> None:
+def test_torchs_backends_run_everywhere() -> None:
     assert {"sdpa", "math"} <= set(HERE)
 
 
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("keys", [33, 7])
-def test_every_backend_is_softmax_attention_with_its_gradient(backend: Backend, keys: int) -> None:
+def test_every_backend_computes_softmax_attention_and_its_gradient(backend: Backend, keys: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(2, 3, n, 16, generator=generator, requires_grad=True) for n in (33, keys, keys)
-    )  # fmt: skip
+    q, k, v = (torch.randn(2, 3, n, 16, generator=generator, requires_grad=True) for n in (33, keys, keys))
     expected = (q @ k.transpose(2, 3) / 4).softmax(-1) @ v
     out = attention(q, k, v, backend)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -37,28 +36,34 @@ def test_every_backend_is_softmax_attention_with_its_gradient(backend: Backend, 
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_a_network_is_told_its_backend() -> None:
+def test_set_attention_sets_the_backend_of_every_attention_layer() -> None:
     backbone = load_model("fashion").denoiser.backbone
     set_attention(backbone, "math", CPU)
-    layers = [module for module in backbone.modules() if isinstance(module, Attends)]
+    layers = [module for module in backbone.modules() if isinstance(module, AttentionLayer)]
     assert layers
     assert {layer.backend for layer in layers} == {"math"}
 
 
-def test_a_backend_that_does_not_run_here_is_refused() -> None:
+def test_a_network_without_attention_layers_refuses_every_backend_but_the_default() -> None:
+    set_attention(nn.Linear(2, 2), "sdpa", CPU)
+    with pytest.raises(UserError, match="attention: math has no effect on a Linear; remove the setting"):
+        set_attention(nn.Linear(2, 2), "math", CPU)
+
+
+def test_an_unavailable_backend_is_refused() -> None:
     absent = [name for name in get_args(Backend) if name not in HERE]
     if not absent:
         pytest.skip("every backend runs here")
-    with pytest.raises(UserError, match=rf"{absent[0]} does not run on cpu here; these do: sdpa"):
+    with pytest.raises(UserError, match=rf"{absent[0]} is not available on cpu; available: sdpa"):
         set_attention(load_model("fashion").denoiser.backbone, absent[0], CPU)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", get_args(Backend))
-def test_on_a_gpu_in_half_precision(backend: Backend) -> None:
+def test_backends_agree_in_bfloat16_on_a_gpu(backend: Backend) -> None:
     gpu = torch.device("cuda")
     if not runs(backend, gpu, torch.bfloat16):
-        pytest.skip(f"{backend} does not run here")
+        pytest.skip(f"{backend} does not run on this GPU")
     q, k, v = (torch.randn(2, 4, 256, 64, device=gpu, dtype=torch.bfloat16) for _ in range(3))
     expected = attention(q.float(), k.float(), v.float(), "math")
     torch.testing.assert_close(attention(q, k, v, backend).float(), expected, rtol=2e-2, atol=2e-2)

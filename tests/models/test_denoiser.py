@@ -1,4 +1,4 @@
-"""The denoiser: times of every shape, features of tapped modules, and experts by noise level."""
+"""The denoiser: times of every shape, features of layers, and experts by noise level."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fewstep.models.schedules import RectifiedFlow
 
 
 class Timed(nn.Module):
-    """``raw = t x_t``, which shows the time that reached each number."""
+    """``raw = t x_t``, which shows the time that each value received."""
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert t.dtype == torch.float64
@@ -24,7 +24,7 @@ class Timed(nn.Module):
 
 
 class Layers(nn.Module):
-    """Two tanh layers [B, 3] -> [B, 3], the first under gradient checkpointing if asked."""
+    """Two tanh layers [B, 3] -> [B, 3], the first with gradient checkpointing if ``recompute``."""
 
     def __init__(self, recompute: bool = False) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Layers(nn.Module):
 
 
 class Constant(nn.Module):
-    """An expert that answers its number plus the label of each sample."""
+    """An expert that returns its number plus the label of each sample."""
 
     def __init__(self, number: float) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Constant(nn.Module):
     ],
     ids=["number", "0-d", "[B]", "[B, 1, 1]", "[1, F, 1]", "full"],
 )
-def test_times_may_be_given_in_any_shape_that_fits(t: Tensor | float) -> None:
+def test_times_may_have_any_shape_that_broadcasts(t: Tensor | float) -> None:
     x_t = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     prediction = Denoiser(Timed(), RectifiedFlow())(x_t, t, Condition())
     assert_close(prediction.raw, 0.25 * x_t)
@@ -73,19 +73,19 @@ def test_times_may_be_given_in_any_shape_that_fits(t: Tensor | float) -> None:
 @pytest.mark.parametrize(
     "t", [torch.tensor([0.1, 0.9]), torch.tensor([[[0.0], [0.2], [1.0]]])], ids=["[B]", "[1, F, 1]"]
 )
-def test_samples_and_frames_may_be_at_different_levels(t: Tensor) -> None:
+def test_samples_and_frames_may_have_different_noise_levels(t: Tensor) -> None:
     x_t = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     level = t[:, None, None] if t.ndim == 1 else t
     assert_close(Denoiser(Timed(), RectifiedFlow())(x_t, t, Condition()).x0, x_t - level**2 * x_t)
 
 
 @pytest.mark.parametrize("shape", [(3,), (1,), (2, 3), (3, 1, 1), (2, 2, 1)])
-def test_times_that_fit_nothing_are_refused(shape: tuple[int, ...]) -> None:
+def test_times_that_do_not_broadcast_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"fit neither the batch nor the shape \(2, 3, 4\)"):
         Denoiser(Timed(), RectifiedFlow())(torch.zeros(2, 3, 4), torch.zeros(shape), Condition())
 
 
-# ---- the backbone's answer
+# ---- the backbone's output
 
 
 def test_a_backbone_that_changes_the_shape_is_refused() -> None:
@@ -111,12 +111,12 @@ def test_an_unknown_kind_is_refused() -> None:
         Denoiser(Timed(), RectifiedFlow(), "epsilon")  # type: ignore[arg-type]
 
 
-# ---- taps
+# ---- feature layers
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["original", "deep copy"])
-def test_taps_bring_the_features_of_this_very_read(copied: bool) -> None:
-    """A student made as a deep copy of the teacher has taps of its own."""
+def test_a_prediction_contains_the_features_of_its_own_evaluation(copied: bool) -> None:
+    """A student that is a deep copy of the teacher has its own features."""
     teacher = Denoiser(Layers(), RectifiedFlow(), feature_layers=("first", "first.0"))
     denoiser = copy.deepcopy(teacher) if copied else teacher
     for x_t in torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)):
@@ -125,12 +125,12 @@ def test_taps_bring_the_features_of_this_very_read(copied: bool) -> None:
         assert_close(features["first"], denoiser.backbone.first(x_t))
 
 
-def test_without_taps_there_are_no_features() -> None:
+def test_without_feature_layers_there_are_no_features() -> None:
     assert Denoiser(Layers(), RectifiedFlow())(torch.zeros(2, 3), 0.5, Condition()).features == {}
 
 
-def test_gradient_checkpointing_leaves_features_and_gradients_alone() -> None:
-    """The backward pass runs the tapped module again; the prediction keeps what it had."""
+def test_gradient_checkpointing_changes_neither_features_nor_gradients() -> None:
+    """The backward pass runs the feature layer again; the prediction keeps its tensors."""
     plain = Denoiser(Layers(), RectifiedFlow(), feature_layers=("first", "first.0"))
     recomputing = copy.deepcopy(plain)
     recomputing.backbone.recompute = True
@@ -144,13 +144,13 @@ def test_gradient_checkpointing_leaves_features_and_gradients_alone() -> None:
         assert_close(one.grad, two.grad)
 
 
-def test_a_tap_on_nothing_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"no module 'third' to tap"):
+def test_a_missing_feature_layer_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"feature layer 'third' does not exist"):
         Denoiser(Layers(), RectifiedFlow(), feature_layers=("third",))
 
 
 @pytest.mark.parametrize("rest", ["prompt", "nothing", "residuals"])
-def test_of_several_outputs_the_last_tensor_is_the_feature(rest: str) -> None:
+def test_the_feature_is_the_last_tensor_of_several_outputs(rest: str) -> None:
     class Pair(nn.Module):
         def forward(self, x: Tensor) -> tuple[object, object]:
             return (x + 2, (x, x)) if rest == "residuals" else (x if rest == "prompt" else None, x + 2)
@@ -179,7 +179,7 @@ def test_a_boundary_belongs_to_the_noisier_expert(t: float, expert: int) -> None
     assert three_experts().expert_of(torch.tensor([t], dtype=torch.float64)).tolist() == [expert]
 
 
-def test_a_mixed_batch_gives_what_its_samples_give_alone() -> None:
+def test_a_mixed_batch_equals_its_samples_alone() -> None:
     routed = Denoiser(three_experts(), RectifiedFlow())
     t = torch.tensor([0.1, 0.9, 0.6, 0.95, 0.3])
     condition = Condition.of_labels(torch.arange(5), 10)
@@ -191,7 +191,7 @@ def test_a_mixed_batch_gives_what_its_samples_give_alone() -> None:
         assert_close(routed(x_t[row], t[row], condition.index(row)).raw, together[row])
 
 
-def test_experts_that_no_sample_needs_are_not_run() -> None:
+def test_experts_without_samples_are_not_evaluated() -> None:
     calls: list[int] = []
     routed = three_experts()
     for k, expert in enumerate(routed.experts):
@@ -201,11 +201,11 @@ def test_experts_that_no_sample_needs_are_not_run() -> None:
 
 
 @pytest.mark.parametrize(("experts", "boundaries"), [(0, ()), (2, (0.0,)), (2, (0.0, 0.5)), (2, (0.9, 0.5))])
-def test_boundaries_fall_to_zero(experts: int, boundaries: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="falling boundaries, the last 0"):
+def test_boundaries_must_decrease_to_zero(experts: int, boundaries: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="boundaries must decrease and end at 0"):
         Routed([Constant(k) for k in range(experts)], boundaries)
 
 
-def test_frames_at_different_levels_have_no_one_expert() -> None:
-    with pytest.raises(ValueError, match=r"one time a sample, got times of shape \(2, 3, 1\)"):
+def test_frames_with_different_noise_levels_have_no_single_expert() -> None:
+    with pytest.raises(ValueError, match=r"one time per sample, got times of shape \(2, 3, 1\)"):
         three_experts()(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1), Condition())

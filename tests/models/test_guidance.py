@@ -1,4 +1,4 @@
-"""Guidance: ``null + w (cond - null)``, when and how it is applied, and what it costs."""
+"""Guidance: ``null + w (cond - null)``, how it is applied, and how many evaluations it needs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ X_T = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Labelled(nn.Module):
-    """``raw = (label + 1) (x_t + t)``, with a record of the conditions that it was asked about."""
+    """``raw = (label + 1) (x_t + t)``; records the conditions that it receives."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[Condition] = []
+        self.received: list[Condition] = []
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        self.asked.append(condition)
+        self.received.append(condition)
         return expand_like(condition["labels"] + 1, x_t) * (x_t + expand_like(t, x_t).to(x_t))
 
     @property
     def evaluations(self) -> int:
-        return sum(condition["labels"].shape[0] for condition in self.asked)
+        return sum(condition["labels"].shape[0] for condition in self.received)
 
 
 @pytest.fixture
@@ -39,75 +39,66 @@ def denoiser() -> Denoiser:
     return Denoiser(Labelled(), RectifiedFlow())
 
 
-def test_off_is_one_evaluation_of_the_condition_alone(denoiser: Denoiser) -> None:
-    read = guide(denoiser, X_T, 0.5, LABELS, OFF)
-    assert read.out is read.cond
+def test_guidance_that_is_off_evaluates_the_condition_alone(denoiser: Denoiser) -> None:
+    guided = guide(denoiser, X_T, 0.5, LABELS, OFF)
+    assert guided.out is guided.cond
     assert denoiser.backbone.evaluations == 3
-    with pytest.raises(ValueError, match="not guided, so it has no unconditional part"):
-        _ = read.unconditional
+    with pytest.raises(ValueError, match="guidance was off, so there is no unconditional prediction"):
+        _ = guided.unconditional
 
 
 @pytest.mark.parametrize("w", [-1.0, 0.0, 0.5, 2.0, 7.5])
-def test_a_guided_read_is_the_null_plus_w_times_the_difference(denoiser: Denoiser, w: float) -> None:
-    """w = 0 is unconditional, w < 0 pushes away; every view of the prediction obeys the one formula."""
-    read = guide(denoiser, X_T, torch.tensor([0.2, 0.5, 0.9]), LABELS, Guidance(w))
+def test_the_guided_output_is_the_null_plus_w_times_the_difference(denoiser: Denoiser, w: float) -> None:
+    """w = 0 is unconditional, w < 0 points away; the formula holds for every kind of prediction."""
+    guided = guide(denoiser, X_T, torch.tensor([0.2, 0.5, 0.9]), LABELS, Guidance(w))
     for kind in KINDS:
-        cond, null, out = (part.view(kind) for part in (read.cond, read.unconditional, read.out))
+        cond, null, out = (part.view(kind) for part in (guided.cond, guided.unconditional, guided.out))
         assert_close(out, null + w * (cond - null), rtol=1e-4, atol=1e-4)
     if w == 0:
-        assert_close(read.out.raw, denoiser(X_T, torch.tensor([0.2, 0.5, 0.9]), LABELS.null()).raw)
+        assert_close(guided.out.raw, denoiser(X_T, torch.tensor([0.2, 0.5, 0.9]), LABELS.null()).raw)
 
 
-def test_both_parts_come_from_one_call_of_twice_the_batch(denoiser: Denoiser) -> None:
-    read = guide(denoiser, X_T, 0.5, LABELS, Guidance(3.0))
-    (asked,) = denoiser.backbone.asked
-    assert asked["labels"].tolist() == [1, 2, 3, CLASSES, CLASSES, CLASSES]
-    assert_close(read.cond.raw, denoiser(X_T, 0.5, LABELS).raw)
-    assert_close(read.unconditional.raw, denoiser(X_T, 0.5, LABELS.null()).raw)
-
-
-def test_outside_the_interval_guidance_is_off(denoiser: Denoiser) -> None:
-    """The ends belong to the interval; each sample is judged by its own time."""
-    labels = Condition.of_labels(torch.arange(5), CLASSES)
-    t = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
-    x_t = torch.ones(5, 4)
-    read = guide(denoiser, x_t, t, labels, Guidance(3.0, interval=(0.25, 0.75)))
-    everywhere = guide(denoiser, x_t, t, labels, Guidance(3.0))
-    inside = torch.tensor([False, True, True, True, False])[:, None]
-    assert_close(read.out.raw, torch.where(inside, everywhere.out.raw, read.cond.raw))
-
-
-@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
-def test_rescale_moves_the_spread_back_to_the_conditional_one(denoiser: Denoiser, strength: float) -> None:
-    plain = guide(denoiser, X_T, 0.5, LABELS, Guidance(3.0)).out.raw
-    read = guide(denoiser, X_T, 0.5, LABELS, Guidance(3.0, rescale=strength))
-    wanted = (1 - strength) * plain.std(1) + strength * read.cond.raw.std(1)
-    assert_close(read.out.raw.std(1), wanted)
-    assert_close(read.out.raw / read.out.raw.norm(dim=1, keepdim=True), plain / plain.norm(dim=1, keepdim=True))
+def test_both_branches_are_one_batch_of_twice_the_size(denoiser: Denoiser) -> None:
+    guided = guide(denoiser, X_T, 0.5, LABELS, Guidance(3.0))
+    (received,) = denoiser.backbone.received
+    assert received["labels"].tolist() == [1, 2, 3, CLASSES, CLASSES, CLASSES]
+    assert_close(guided.cond.raw, denoiser(X_T, 0.5, LABELS).raw)
+    assert_close(guided.unconditional.raw, denoiser(X_T, 0.5, LABELS.null()).raw)
 
 
 @pytest.mark.parametrize("w", [1.0, 3.5])
-def test_embedded_guidance_is_told_to_the_network_which_is_read_once(denoiser: Denoiser, w: float) -> None:
+def test_a_network_with_embedded_guidance_receives_the_scale_and_is_evaluated_once(
+    denoiser: Denoiser, w: float
+) -> None:
     denoiser.style = GuidanceStyle(embedded=True)
-    read = guide(denoiser, X_T, 0.5, LABELS, Guidance(w))
-    (asked,) = denoiser.backbone.asked
-    assert asked["guidance"].tolist() == [w] * 3
-    assert (read.null, denoiser.backbone.evaluations) == (None, 3)
+    guided = guide(denoiser, X_T, 0.5, LABELS, Guidance(w))
+    (received,) = denoiser.backbone.received
+    assert received["guidance"].tolist() == [w] * 3
+    assert (guided.null, denoiser.backbone.evaluations) == (None, 3)
     assert "guidance" not in LABELS
+
+
+def test_the_guidance_style_finishes_the_guided_output_only(denoiser: Denoiser) -> None:
+    plain = guide(denoiser, X_T, 0.5, LABELS, Guidance(3.0))
+    denoiser.style = GuidanceStyle(finish=lambda cond, out: 2 * out - cond)
+    finished = guide(denoiser, X_T, 0.5, LABELS, Guidance(3.0))
+    assert_close(finished.out.raw, 2 * plain.out.raw - plain.cond.raw)
+    assert_close(finished.cond.raw, plain.cond.raw)
+    assert_close(guide(denoiser, X_T, 0.5, LABELS, OFF).out.raw, plain.cond.raw)
 
 
 @pytest.mark.parametrize(
     "t", [torch.tensor([[[0.1], [0.9]]]), torch.full((3, 2, 1), 0.5)], ids=["[1, F, 1]", "[B, F, 1]"]
 )
-def test_frames_at_different_levels_are_guided_too(denoiser: Denoiser, t: Tensor) -> None:
+def test_guidance_supports_frames_with_different_noise_levels(denoiser: Denoiser, t: Tensor) -> None:
     x_t = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
-    read = guide(denoiser, x_t, t, LABELS, Guidance(2.0, interval=(0.5, 1.0)))
+    guided = guide(denoiser, x_t, t, LABELS, Guidance(2.0))
     cond, null = (denoiser(x_t, t, c).raw for c in (LABELS, LABELS.null()))
-    assert_close(read.out.raw, torch.where(t >= 0.5, null + 2 * (cond - null), cond))
+    assert_close(guided.out.raw, null + 2 * (cond - null))
 
 
-def test_the_parts_keep_their_own_features() -> None:
-    class Tapped(Labelled):
+def test_each_part_has_its_own_features() -> None:
+    class Recorded(Labelled):
         def __init__(self) -> None:
             super().__init__()
             self.inner = nn.Identity()
@@ -115,6 +106,7 @@ def test_the_parts_keep_their_own_features() -> None:
         def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
             return self.inner(super().forward(x_t, t, condition))
 
-    read = guide(Denoiser(Tapped(), RectifiedFlow(), feature_layers=("inner",)), X_T, 0.5, LABELS, Guidance(2.0))
-    for part in (read.cond, read.unconditional):
+    denoiser = Denoiser(Recorded(), RectifiedFlow(), feature_layers=("inner",))
+    guided = guide(denoiser, X_T, 0.5, LABELS, Guidance(2.0))
+    for part in (guided.cond, guided.unconditional):
         assert_close(part.features["inner"], part.raw)

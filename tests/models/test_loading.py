@@ -1,8 +1,7 @@
-"""Models on disk: what is saved comes back bit for bit, and what is damaged is named."""
+"""Models on disk: saved models are loaded bit for bit, and damage is reported by file."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fewstep.core import files
 from fewstep.core.errors import UserError
-from fewstep.core.files import write_tensors, write_text
+from fewstep.core.files import read_tensors, write_tensors, write_text
+from fewstep.models import loading
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.loading import load_model
+from fewstep.models.loading import bundled_models, load_model
 from fewstep.models.model_config import FewStep, ModelConfig
 from fewstep.models.saving import save_model
 from fewstep.models.schedules import VPDiscrete, schedule_to_dict
@@ -30,7 +31,7 @@ CONFIG = ModelConfig(
 
 
 def tiny(config: ModelConfig = CONFIG) -> Denoiser:
-    """A denoiser whose every weight is drawn (a fresh network is zero at its end, and would agree with any other)."""
+    """A denoiser with random weights everywhere (the last layer of a new network is zero)."""
     torch.manual_seed(0)
     denoiser = config.build()
     for parameter in denoiser.parameters():
@@ -55,7 +56,7 @@ def saved(tmp_path: Path) -> Path:
     ],
     ids=["student", "teacher on a discrete schedule"],
 )
-def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_saved_model_is_loaded_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = CONFIG.model_copy(update=changes)
     denoiser = tiny(config)
     save_model(denoiser, config, tmp_path / "a" / "b")
@@ -71,15 +72,10 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path, changes: dict[str
     assert set(prediction.features) == {"mid.0"}
 
 
-def test_the_hash_is_of_the_bytes(saved: Path) -> None:
-    weights = saved / "model.safetensors"
-    assert store.sha256(weights) == hashlib.sha256(weights.read_bytes()).hexdigest()
-
-
 # ---- damage
 
 
-def cut(file: Path) -> None:
+def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
@@ -89,7 +85,7 @@ def overwrite(content: bytes) -> Callable[[Path], object]:
 
 def edit(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
     def apply(file: Path) -> None:
-        tensors = store.read_tensors(file)
+        tensors = read_tensors(file)
         change(tensors)
         write_tensors(tensors, file)
 
@@ -99,20 +95,20 @@ def edit(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut, "not a readable safetensors file"),
+        (truncate, "not a readable safetensors file"),
         (overwrite(b""), "not a readable safetensors file"),
         (overwrite(b"<html>404</html>"), "not a readable safetensors file"),
         (Path.unlink, "does not exist"),
         (edit(lambda t: t.pop("enter.weight")), r"1 tensors missing \(first: \['enter.weight'\]\), 0 unknown"),
-        (edit(lambda t: t.update(foreign=torch.zeros(1))), r"0 tensors missing .*, 1 unknown \(first: \['foreign'\]\)"),
+        (edit(lambda t: t.update(other=torch.zeros(1))), r"0 tensors missing .*, 1 unknown \(first: \['other'\]\)"),
         (
             edit(lambda t: t.update({"enter.bias": torch.zeros(5)})),
             r"enter.bias has shape \[5\], the network needs \[8\]",
         ),
     ],
-    ids=["cut", "empty", "garbage", "gone", "a tensor missing", "a foreign tensor", "a wrong shape"],
+    ids=["truncated", "empty", "garbage", "missing", "tensor missing", "unknown tensor", "wrong shape"],
 )
-def test_damaged_weights_are_named(saved: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_damaged_weights_are_reported_by_file(saved: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(saved / "model.safetensors")
     with pytest.raises(UserError, match=message) as caught:
         load_model(saved)
@@ -124,14 +120,14 @@ def test_damaged_weights_are_named(saved: Path, damage: Callable[[Path], object]
     [
         (b"", "is not a fewstep model config: Invalid JSON"),
         (b'{"backbone": {"name": "unet"}', "is not a fewstep model config: Invalid JSON"),
-        (b"\xff\xfe\x00", "is not a fewstep model config: it is not text"),
+        (b"\xff\xfe\x00", "is not a fewstep model config: not a text file"),
         (b'{"backbone": {"name": "unet"}}', "shape: Field required"),
         (b'{"backbone": {"name": "unet"}, "shape": []}', "shape: Tuple should have at least 1 item"),
         (b'{"backbone": {"name": "unet"}, "shape": [1, 0, 8]}', "shape.1: Input should be greater than 0"),
         (b'{"backbone": {"name": "unet"}, "shape": [1, 8, 8], "clases": 3}', "clases: Extra inputs are not permitted"),
         (b'{"backbone": {"name": "unt"}, "shape": [1, 8, 8]}', "Unknown backbone 'unt'; did you mean 'unet'"),
-        (b'{"backbone": {"name": "unet", "widths": []}, "shape": [1, 8, 8]}', "do not build a network"),
-        (b'{"backbone": {"name": "unet", "widths": [-8, 8]}, "shape": [1, 8, 8]}', "do not build a network"),
+        (b'{"backbone": {"name": "unet", "widths": []}, "shape": [1, 8, 8]}', "Cannot build a network"),
+        (b'{"backbone": {"name": "unet", "widths": [-8, 8]}, "shape": [1, 8, 8]}', "Cannot build a network"),
         (b'{"backbone": {"name": "unet", "depth": 3}, "shape": [1, 8, 8]}', "unexpected keyword argument 'depth'"),
         (
             b'{"backbone": {"name": "unet"}, "shape": [1, 8, 8], "noise_schedule": {"name": "vp"}}',
@@ -139,14 +135,14 @@ def test_damaged_weights_are_named(saved: Path, damage: Callable[[Path], object]
         ),
     ],
 )
-def test_a_bad_config_is_named(saved: Path, config: bytes, message: str) -> None:
+def test_an_invalid_config_is_reported_by_file(saved: Path, config: bytes, message: str) -> None:
     (saved / "config.json").write_bytes(config)
     with pytest.raises(UserError, match=message) as caught:
         load_model(saved)
     assert str(saved / "config.json") in str(caught.value)
 
 
-def test_a_config_that_cannot_be_read_is_named(saved: Path) -> None:
+def test_an_unreadable_config_is_reported_by_file(saved: Path) -> None:
     (saved / "config.json").unlink()
     (saved / "config.json").mkdir()
     with pytest.raises(UserError, match=r"config.json is not a fewstep model config: .*Is a directory"):
@@ -156,17 +152,17 @@ def test_a_config_that_cannot_be_read_is_named(saved: Path) -> None:
 # ---- which model
 
 
-def test_embedded_models_are_found_by_name(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "PRETRAINED", saved.parent)
-    assert store.bundled_models() == ["model"]
+def test_bundled_models_are_found_by_name(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "BUNDLED", saved.parent)
+    assert bundled_models() == ["model"]
     assert load_model("model").config == CONFIG
     with pytest.raises(UserError, match=r"No model at 'modle'.*; did you mean 'model'\? \(known: model\)"):
         load_model("modle")
 
 
-def test_without_embedded_models_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "PRETRAINED", tmp_path / "nowhere")
-    assert store.bundled_models() == []
+def test_a_missing_folder_of_bundled_models_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "BUNDLED", tmp_path / "missing")
+    assert bundled_models() == []
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
@@ -176,23 +172,25 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "missing" / "folder")
 
 
-def test_a_diffusers_pipeline_is_recognised(tmp_path: Path) -> None:
+def test_a_diffusers_pipeline_is_recognised_by_its_index(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "AudioPipeline"}')
-    with pytest.raises(UserError, match="'AudioPipeline' are not supported; those that are: FluxPipeline"):
+    with pytest.raises(UserError, match="'AudioPipeline' are not supported; supported: FluxPipeline"):
         load_model(tmp_path)
 
 
-# ---- a disk that cannot be written
+# ---- failed writes
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
-def test_a_full_disk_leaves_the_old_model_whole(saved: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_full_disk_leaves_the_old_model_unchanged(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def full(tensors: object, file: Path, metadata: object) -> None:
         file.write_bytes(b"half")
         raise error
 
     before = {file.name: file.read_bytes() for file in saved.iterdir()}
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(UserError, match=r"Cannot write .*model.safetensors: .*Free some space"):
         save_model(tiny(), CONFIG, saved)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
@@ -207,7 +205,7 @@ def test_a_full_disk_leaves_the_old_model_whole(saved: Path, monkeypatch: pytest
     ],
     ids=["text", "tensors", "model"],
 )
-def test_a_place_that_is_no_folder_is_named(tmp_path: Path, write: Callable[[Path], None]) -> None:
+def test_a_parent_that_is_not_a_folder_is_reported(tmp_path: Path, write: Callable[[Path], None]) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"Cannot .*file/below"):
         write(tmp_path / "file" / "below")

@@ -1,4 +1,4 @@
-"""The Gaussian mixture, checked against calculus: autograd, quadrature, Bayes' rule and Monte Carlo."""
+"""The Gaussian mixture, checked against autograd, quadrature, Bayes' rule and Monte Carlo."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINE = GaussianMixture([0.2, 0.5, 0.3], [[-2.0], [0.1], [1.4]], [0.4, 0.2, 0.6])
 
 
 def points(n: int, alpha: float, sigma: float) -> Tensor:
-    """Points [n, 2] where the diffused mixture lives."""
+    """Points [n, 2] of the diffused mixture."""
     return alpha * PLANE.sample(n, 1) + sigma * torch.randn(
         n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
     )
@@ -42,15 +42,15 @@ def test_score_is_the_gradient_of_the_log_density(alpha: float, sigma: float, la
 
 
 @pytest.mark.parametrize(("alpha", "sigma"), LEVELS)
-def test_posterior_mean_and_score_obey_tweedie(alpha: float, sigma: float) -> None:
+def test_posterior_mean_and_score_satisfy_tweedies_formula(alpha: float, sigma: float) -> None:
     x_t = points(5, alpha, sigma)
     tweedie = (x_t + sigma**2 * PLANE.score(x_t, alpha, sigma)) / alpha
     assert_close(PLANE.x0(x_t, alpha, sigma), tweedie, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("alpha", "sigma"), [(0.9, 0.1), (0.5, 0.5), (0.1, 1.0)])
-def test_density_and_posterior_mean_by_quadrature(alpha: float, sigma: float) -> None:
-    """``p(x_t) = int p(x0) N(x_t; alpha x0, sigma^2) dx0`` and its first moment, with nothing but the clean density."""
+def test_density_and_posterior_mean_equal_quadrature(alpha: float, sigma: float) -> None:
+    """``p(x_t) = int p(x0) N(x_t; alpha x0, sigma^2) dx0`` and its first moment, from the clean density alone."""
     x0 = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
     clean = LINE.log_density(x0[:, None], 1.0, 0.0).exp()
     x_t = torch.tensor([-1.7, 0.0, 0.4, 2.0], dtype=torch.float64)[:, None]
@@ -79,38 +79,38 @@ def test_one_gaussian_has_the_textbook_posterior(t: float) -> None:
 
 
 @pytest.mark.parametrize(("t", "gap"), [(0.2, -0.1334520), (0.5, -0.9146341), (0.9, -1.4882410)])
-def test_distribution_matching_gradient_between_two_gaussians(t: float, gap: float) -> None:
-    """Mean of ``x0_fake - x0_real`` over the fake's law, N(-.5, .5^2) against N(1, .8^2): affine, so at its mean."""
+def test_the_distribution_matching_gradient_between_two_gaussians_has_its_closed_form(t: float, gap: float) -> None:
+    """Mean of ``x0_fake - x0_real`` over samples of the fake, N(-.5, .5^2), for N(1, .8^2): affine, so at its mean."""
     real, fake = GaussianMixture.single(1.0, 0.8), GaussianMixture.single(-0.5, 0.5)
     x_t = torch.tensor([[(1 - t) * -0.5]])
     assert (fake.x0(x_t, 1 - t, t) - real.x0(x_t, 1 - t, t)).item() == pytest.approx(gap, abs=1e-7)
 
 
-def test_single_spreads_over_dimensions() -> None:
+def test_single_repeats_a_number_for_all_dimensions() -> None:
     assert GaussianMixture.single(2.0, 1.0, 3).means.tolist() == [[2, 2, 2]]
     assert GaussianMixture.single([1.0, 2.0], 1.0).means.tolist() == [[1, 2]]
 
 
-# ---- ends and extremes
+# ---- boundary cases and extremes
 
 
-def test_ends_are_exact() -> None:
+def test_clean_and_pure_noise_are_exact() -> None:
     x = points(4, 1.0, 0.0)
     assert_close(PLANE.x0(0.7 * x, 0.7, 0.0), x)  # no noise: x_t / alpha
-    mean = torch.tensor([[0.825, -0.25]], dtype=torch.float64).expand(4, 2)  # nothing but noise: the mean of the data
+    mean = torch.tensor([[0.825, -0.25]], dtype=torch.float64).expand(4, 2)  # pure noise: the mean of the data
     assert_close(PLANE.x0(x, 0.0, 1.0), mean)
     assert_close(PLANE.score(x, 0.0, 2.0), -x / 4)
 
 
 @pytest.mark.parametrize(("alpha", "sigma"), [(1.0, 1e-8), (1.0, 0.0), (1e-8, 1.0), (1.0, 1e4)])
 @pytest.mark.parametrize("far", [1.0, 1e3, 1e6])
-def test_far_from_every_component_nothing_overflows(alpha: float, sigma: float, far: float) -> None:
+def test_nothing_overflows_far_from_every_component(alpha: float, sigma: float, far: float) -> None:
     x_t = torch.tensor([[far, -far]])
     for value in (PLANE.log_density(x_t, alpha, sigma), PLANE.score(x_t, alpha, sigma), PLANE.x0(x_t, alpha, sigma)):
         assert value.isfinite().all()
 
 
-def test_point_masses_are_allowed_under_noise() -> None:
+def test_point_masses_are_allowed_with_noise() -> None:
     """Data on {-1, 1} with equal weights: the posterior mean is ``tanh(alpha x_t / sigma^2)``."""
     coin = GaussianMixture([1, 1], [[-1.0], [1.0]], [0.0, 0.0])
     x_t = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
@@ -130,8 +130,8 @@ def test_a_class_is_the_mixture_of_its_components() -> None:
         assert_close(PLANE.x0(x_t, 0.6, 0.4, labels), alone.x0(x_t, 0.6, 0.4))
 
 
-def test_the_null_label_is_all_classes_together() -> None:
-    """``p(x) = sum_c p(c) p(x | c)``; the classes weigh 1/2 each here."""
+def test_the_null_label_is_the_mixture_of_all_classes() -> None:
+    """``p(x) = sum_c p(c) p(x | c)`` with p(c) = 1/2 here."""
     x_t = points(6, 0.6, 0.4)
     by_class = [PLANE.log_density(x_t, 0.6, 0.4, torch.full((6,), c)).exp() for c in range(3)]
     assert PLANE.classes == 2
@@ -141,12 +141,12 @@ def test_the_null_label_is_all_classes_together() -> None:
 
 @pytest.mark.parametrize("labels", [[0, 1], [0, 2, 0], [-1, 0, 1]])
 def test_every_class_needs_a_component_and_every_component_a_class(labels: list[int]) -> None:
-    with pytest.raises(ValueError, match="one entry a component and no class without one"):
+    with pytest.raises(ValueError, match="one entry per component, and each class a component"):
         GaussianMixture([1, 1, 1], PLANE.means, PLANE.stds, labels)
 
 
 @pytest.mark.parametrize(("weights", "stds"), [([1.0, 1.0], [0.1] * 3), ([1.0] * 3, [0.1])])
-def test_shapes_must_agree(weights: list[float], stds: list[float]) -> None:
+def test_inconsistent_shapes_are_refused(weights: list[float], stds: list[float]) -> None:
     with pytest.raises(ValueError, match=r"weights \[K\], means \[K, D\] and stds \[K\]"):
         GaussianMixture(weights, PLANE.means, stds)
 
@@ -163,7 +163,7 @@ def test_samples_have_the_moments_and_the_classes_of_the_mixture() -> None:
     assert_close(ones.mean(0), torch.tensor([2.0, 0.0], dtype=torch.float64), rtol=0, atol=0.08)
 
 
-def test_samples_are_keyed_by_the_seed() -> None:
+def test_samples_depend_on_the_seed_alone() -> None:
     assert PLANE.sample(5, 3).equal(PLANE.sample(5, torch.Generator().manual_seed(3)))
     assert not PLANE.sample(5, 3).equal(PLANE.sample(5, 4))
 
@@ -173,7 +173,7 @@ def test_samples_are_keyed_by_the_seed() -> None:
 
 @every_schedule
 @pytest.mark.parametrize("shape", [(4, 2), (4, 1, 2, 1)])
-def test_the_denoiser_of_a_mixture_is_exact_in_every_view(schedule: NoiseSchedule, shape: tuple[int, ...]) -> None:
+def test_the_denoiser_of_a_mixture_is_exact_for_every_quantity(schedule: NoiseSchedule, shape: tuple[int, ...]) -> None:
     t = torch.tensor([0.05, 0.4, 0.7, 0.95], dtype=torch.float64)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     condition = Condition.of_labels(torch.tensor([0, 1, 2, 0]), PLANE.classes)
@@ -187,7 +187,7 @@ def test_the_denoiser_of_a_mixture_is_exact_in_every_view(schedule: NoiseSchedul
     assert_close(prediction.noise.reshape(4, 2), -sigma[:, None] * score, rtol=1e-8, atol=1e-8)
 
 
-def test_the_teacher_answers_in_the_precision_it_is_asked_in() -> None:
+def test_the_teacher_returns_the_dtype_of_its_input() -> None:
     teacher = Denoiser(MixtureBackbone(PLANE, RectifiedFlow()), RectifiedFlow(), "x0")
     x_t = points(4, 0.5, 0.5)
     single = teacher(x_t.float(), 0.5, Condition())
@@ -197,13 +197,13 @@ def test_the_teacher_answers_in_the_precision_it_is_asked_in() -> None:
 
 
 def test_guidance_raises_the_probability_of_the_class() -> None:
-    """The guided score is that of ``p(x)^(1 - w) p(x | c)^w``: ascending it favours the class more as w grows."""
+    """The guided score is that of ``p(x)^(1 - w) p(x | c)^w``, which favours the class more as w grows."""
     schedule = RectifiedFlow()
     teacher = Denoiser(MixtureBackbone(PLANE, schedule), schedule, "x0")
     x_t = points(8, 0.5, 0.5)
     labels = torch.ones(8, dtype=torch.int64)
-    read = guide(teacher, x_t, 0.5, Condition.of_labels(labels, PLANE.classes), Guidance(3.0))
+    guided = guide(teacher, x_t, 0.5, Condition.of_labels(labels, PLANE.classes), Guidance(3.0))
     leaf = x_t.clone().requires_grad_()
     density = 3 * PLANE.log_density(leaf, 0.5, 0.5, labels) - 2 * PLANE.log_density(leaf, 0.5, 0.5)
     (gradient,) = torch.autograd.grad(density.sum(), leaf)
-    assert_close(read.out.score, gradient)
+    assert_close(guided.out.score, gradient)

@@ -1,4 +1,4 @@
-"""Predictions: one network output, seen as x0, noise, v, velocity or score, on any schedule."""
+"""Predictions: one network output, converted to x0, noise, v, velocity or score, on any schedule."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ def test_every_kind_is_recovered_from_every_other(
 
 @every_schedule
 @given(source=kinds, t=inside, x_t=number, raw=number)
-def test_there_and_back(schedule: NoiseSchedule, source: Kind, t: float, x_t: float, raw: float) -> None:
-    """Whatever the network says (it need not be consistent with any data), a conversion loses nothing."""
+def test_a_conversion_and_its_inverse_return_the_output(
+    schedule: NoiseSchedule, source: Kind, t: float, x_t: float, raw: float
+) -> None:
+    """Conversions are invertible for any output, also one that is not consistent with any data."""
     for target in KINDS:
         there = predict(schedule, t, tensor(x_t), source, tensor(raw)).view(target)
         back = predict(schedule, t, tensor(x_t), target, there).view(source)
@@ -61,19 +63,19 @@ def test_there_and_back(schedule: NoiseSchedule, source: Kind, t: float, x_t: fl
 
 @every_schedule
 @pytest.mark.parametrize("kind", KINDS)
-def test_x0_and_noise_explain_x_t(schedule: NoiseSchedule, kind: Kind) -> None:
+def test_x0_and_noise_combine_to_x_t(schedule: NoiseSchedule, kind: Kind) -> None:
     x_t, raw = torch.randn(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     p = predict(schedule, 0.4, x_t, kind, raw)
     assert_close(p.coefficients.alpha * p.x0 + p.coefficients.sigma * p.noise, x_t)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_own_kind_is_the_raw_output_itself(kind: Kind) -> None:
+def test_the_predicted_kind_is_the_raw_output_itself(kind: Kind) -> None:
     raw = tensor(1.5)
     assert predict(RectifiedFlow(), 0.3, tensor(0.7), kind, raw).view(kind) is raw
 
 
-def test_rectified_flow_says_velocity_is_noise_minus_x0() -> None:
+def test_the_velocity_of_a_rectified_flow_is_noise_minus_x0() -> None:
     """The conversions of the literature: u = noise - x0, x0 = x_t - t u, noise = x_t + (1 - t) u."""
     x_t, u, t = tensor(0.3, -1.2), tensor(0.8, 0.1), 0.6
     p = predict(RectifiedFlow(), t, x_t, "velocity", u)
@@ -84,7 +86,7 @@ def test_rectified_flow_says_velocity_is_noise_minus_x0() -> None:
 
 
 @every_schedule
-def test_two_networks_differ_by_tweedie(schedule: NoiseSchedule) -> None:
+def test_the_x0_difference_of_two_networks_is_their_scaled_score_difference(schedule: NoiseSchedule) -> None:
     """``x0_fake - x0_real = sigma^2 / alpha (score_fake - score_real)``, the identity of distribution matching."""
     x_t = tensor(0.5)
     fake, real = (predict(schedule, 0.7, x_t, "noise", tensor(noise)) for noise in (0.2, -0.9))
@@ -95,7 +97,7 @@ def test_two_networks_differ_by_tweedie(schedule: NoiseSchedule) -> None:
 @pytest.mark.parametrize(
     ("schedule", "t", "kind", "view", "expected"),
     [
-        (RectifiedFlow(), 0, "velocity", "x0", 2.0),  # clean: x0 is x_t, whatever the network says
+        (RectifiedFlow(), 0, "velocity", "x0", 2.0),  # clean: x0 is x_t, whatever the output
         (RectifiedFlow(), 0, "noise", "x0", 2.0),
         (RectifiedFlow(), 1, "velocity", "noise", 2.0),  # pure noise: noise is x_t
         (RectifiedFlow(), 1, "x0", "noise", 2.0),
@@ -108,7 +110,7 @@ def test_two_networks_differ_by_tweedie(schedule: NoiseSchedule) -> None:
         (VPDiscrete.scaled_linear(), 0, "noise", "x0", 2.0),
     ],
 )
-def test_ends_where_the_quantity_exists(
+def test_conversions_at_the_ends_are_exact_where_they_are_defined(
     schedule: NoiseSchedule, t: float, kind: Kind, view: Kind, expected: float
 ) -> None:
     p = predict(schedule, t, torch.tensor([2.0]), kind, torch.tensor([5.0]))
@@ -118,20 +120,20 @@ def test_ends_where_the_quantity_exists(
 @pytest.mark.parametrize(
     ("t", "kind", "view"), [(0, "velocity", "score"), (0, "x0", "noise"), (1, "noise", "x0"), (1, "score", "velocity")]
 )
-def test_ends_where_it_does_not_are_not_finite(t: float, kind: Kind, view: Kind) -> None:
+def test_undefined_conversions_at_the_ends_are_not_finite(t: float, kind: Kind, view: Kind) -> None:
     p = predict(RectifiedFlow(), t, torch.tensor([2.0]), kind, torch.tensor([5.0]))
     assert not p.view(view).isfinite()
 
 
-def test_coefficients_are_taken_in_float64_and_images_stay_float32() -> None:
+def test_coefficients_are_float64_and_images_stay_float32() -> None:
     """At 1 - t = 1e-9 a float32 time is 1: the score would lose alpha, and x0 from noise would be infinite."""
     p = predict(RectifiedFlow(), 1 - 1e-9, torch.tensor([1.0]), "noise", torch.tensor([1.0]))
     assert p.x0.dtype == torch.float32
     assert p.x0.isfinite()
 
 
-def test_another_raw_output_at_the_same_point() -> None:
-    """Guidance combines raw outputs; as every view is affine in them, all views combine alike."""
+def test_conversions_are_affine_in_the_raw_output() -> None:
+    """Guidance combines raw outputs; every conversion must then combine in the same way."""
     t, x_t = tensor(0.3, 0.8), tensor(1.0, -1.0)
     one, two = (predict(RectifiedFlow(), t, x_t, "velocity", raw) for raw in (tensor(0.5, 0.1), tensor(-2.0, 0.4)))
     mixed = one.with_raw(2 * one.raw - two.raw)
@@ -139,8 +141,8 @@ def test_another_raw_output_at_the_same_point() -> None:
         assert_close(mixed.view(kind), 2 * one.view(kind) - two.view(kind))
 
 
-def test_split_undoes_a_batched_read() -> None:
-    """Per-sample times [2B] are cut with the samples, one time for all [1] stays."""
+def test_split_separates_a_batched_prediction() -> None:
+    """Times per sample [2B] are split with the samples; one time for all [1] is kept."""
     x_t, raw = torch.arange(4.0)[:, None], torch.arange(4.0, 8.0)[:, None]
     for t in (tensor(0.1, 0.2, 0.3, 0.4)[:, None], tensor(0.5)[:, None]):
         whole = predict(RectifiedFlow(), t, x_t, "velocity", raw)

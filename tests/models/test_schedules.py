@@ -1,4 +1,4 @@
-"""Schedules: two curves, their derivatives, the time of a noise level, and the bridge between two levels."""
+"""Schedules: two curves, their derivatives, the time of a log-SNR, and the bridge between two noise levels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from fewstep.models.schedules import (
 
 VP = [VPLinear(), VPLinear(1.0, 1.0), VPCosine(), VPDiscrete.scaled_linear(), VPDiscrete.linear()]
 SCHEDULES = [RectifiedFlow(), *VP, VE()]
-INSIDE = torch.linspace(0.0137, 0.9931, 97, dtype=torch.float64)  # no node of a discrete schedule, where slopes jump
+INSIDE = torch.linspace(
+    0.0137, 0.9931, 97, dtype=torch.float64
+)  # avoids the nodes of discrete schedules, where slopes jump
 unit = st.floats(0, 1)
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
@@ -46,7 +48,7 @@ def time(*values: float) -> Tensor:
 
 @every_schedule
 @pytest.mark.parametrize("curve", ["alpha", "sigma"])
-def test_derivatives_are_those_of_autograd(schedule: NoiseSchedule, curve: str) -> None:
+def test_derivatives_equal_autograds(schedule: NoiseSchedule, curve: str) -> None:
     t = INSIDE.clone().requires_grad_()
     value = getattr(schedule, curve)(t) + 0 * t  # VE's alpha does not depend on t
     (slope,) = torch.autograd.grad(value.sum(), t)
@@ -54,7 +56,7 @@ def test_derivatives_are_those_of_autograd(schedule: NoiseSchedule, curve: str) 
 
 
 @every_schedule
-def test_log_snr_is_the_log_of_alpha_over_sigma_and_falls(schedule: NoiseSchedule) -> None:
+def test_log_snr_is_the_log_of_alpha_over_sigma_and_decreases(schedule: NoiseSchedule) -> None:
     log_snr = schedule.log_snr(INSIDE)
     assert_close(log_snr, torch.log(schedule.alpha(INSIDE)) - torch.log(schedule.sigma(INSIDE)), rtol=1e-11, atol=1e-11)
     assert (log_snr.diff() < 0).all()
@@ -81,12 +83,14 @@ def test_time_zero_is_clean(schedule: NoiseSchedule) -> None:
 @every_schedule
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 1)])
 @pytest.mark.parametrize("curve", ["alpha", "sigma", "d_alpha", "d_sigma", "log_snr"])
-def test_any_shape_comes_back_in_float64(schedule: NoiseSchedule, shape: tuple[int, ...], curve: str) -> None:
+def test_results_have_the_shape_of_the_times_in_float64(
+    schedule: NoiseSchedule, shape: tuple[int, ...], curve: str
+) -> None:
     value = getattr(schedule, curve)(torch.full(shape, 0.3, dtype=torch.float64))
     assert (value.shape, value.dtype) == (shape, torch.float64)
 
 
-# ---- known numbers
+# ---- known values
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,7 @@ def test_any_shape_comes_back_in_float64(schedule: NoiseSchedule, shape: tuple[i
         (VPDiscrete.linear(), np.linspace(1e-4, 0.02, 1000)),  # DDPM
     ],
 )
-def test_discrete_nodes_hold_the_cumulative_products(schedule: VPDiscrete, betas: np.ndarray) -> None:
+def test_discrete_nodes_equal_the_cumulative_products(schedule: VPDiscrete, betas: np.ndarray) -> None:
     nodes = torch.arange(1, 1001, dtype=torch.float64) / 1000
     assert_close(schedule.alpha(nodes) ** 2, torch.from_numpy(np.cumprod(1 - betas)), rtol=1e-11, atol=0)
 
@@ -111,12 +115,12 @@ def test_discrete_nodes_hold_the_cumulative_products(schedule: VPDiscrete, betas
         (VPCosine(), 0.5, (math.cos(0.5053 / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2),
     ],
 )
-def test_known_values_of_vp(schedule: NoiseSchedule, t: float, alpha_squared: float) -> None:
+def test_vp_schedules_have_their_known_values(schedule: NoiseSchedule, t: float, alpha_squared: float) -> None:
     assert schedule.alpha(time(t)).item() ** 2 == pytest.approx(alpha_squared, rel=1e-5)
 
 
 @pytest.mark.parametrize(("t", "sigma"), [(0, 0.002), (0.5, 2.515219), (1, 80)])
-def test_known_values_of_karras(t: float, sigma: float) -> None:
+def test_the_ve_schedule_has_karras_sigmas(t: float, sigma: float) -> None:
     assert VE().sigma(time(t)).item() == pytest.approx(sigma, rel=1e-6)
 
 
@@ -126,7 +130,7 @@ def test_known_values_of_karras(t: float, sigma: float) -> None:
 @every_schedule
 @given(times=st.lists(unit, min_size=3, max_size=3).map(sorted))
 def test_bridges_compose(schedule: NoiseSchedule, times: list[float]) -> None:
-    """From clean to s and on to t is the law of t itself, and s -> u -> t is s -> t."""
+    """Clean to s to t equals clean to t, and s to u to t equals s to t."""
     s, u, t = map(time, times)
     scale, std = bridge(schedule, s, t)
     if schedule.alpha(s) > 0:
@@ -138,7 +142,7 @@ def test_bridges_compose(schedule: NoiseSchedule, times: list[float]) -> None:
         assert_close(second**2 * first_std**2 + second_std**2, std**2, rtol=1e-12, atol=1e-14)
 
 
-def test_bridge_of_rectified_flow_from_a_half_to_three_quarters() -> None:
+def test_the_bridge_of_a_rectified_flow_has_its_closed_form() -> None:
     scale, std = bridge(RectifiedFlow(), time(0.5), time(0.75))
     assert scale.item() == pytest.approx(0.5)
     assert std.item() ** 2 == pytest.approx(0.5)
@@ -146,13 +150,13 @@ def test_bridge_of_rectified_flow_from_a_half_to_three_quarters() -> None:
 
 @pytest.mark.parametrize("schedule", [RectifiedFlow(), *VP], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
-def test_bridge_from_clean_is_the_forward_process(schedule: NoiseSchedule, t: float) -> None:
+def test_the_bridge_from_clean_is_the_forward_process(schedule: NoiseSchedule, t: float) -> None:
     assert bridge(schedule, time(0), time(t)) == (schedule.alpha(time(t)), schedule.sigma(time(t)))
 
 
 @every_schedule
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
-def test_bridge_to_the_same_level_does_nothing(schedule: NoiseSchedule, t: float) -> None:
+def test_the_bridge_to_the_same_level_is_the_identity(schedule: NoiseSchedule, t: float) -> None:
     assert bridge(schedule, time(t), time(t)) == (1, 0)
 
 
@@ -170,15 +174,15 @@ def vp_linear_variance(s: Fraction, t: Fraction) -> float:
 @pytest.mark.parametrize(("schedule", "exact"), [(RectifiedFlow(), flow_variance), (VPLinear(), vp_linear_variance)])
 @pytest.mark.parametrize("s", [1e-3, 0.02, 0.3, 0.9])
 @pytest.mark.parametrize("gap", [1e-2, 1e-5, 1e-8, 1e-12])
-def test_bridge_keeps_its_digits_as_t_meets_s(schedule: NoiseSchedule, exact: Any, s: float, gap: float) -> None:
-    """Against rational arithmetic; what float64 times can carry is an error of about 1e-16 / gap."""
+def test_the_bridge_stays_accurate_as_t_approaches_s(schedule: NoiseSchedule, exact: Any, s: float, gap: float) -> None:
+    """Against rational arithmetic; rounding the times to float64 alone causes an error of about 1e-16 / gap."""
     _, std = bridge(schedule, time(s), time(s + gap))
     assert std.item() ** 2 == pytest.approx(exact(Fraction(s), Fraction(s + gap)), rel=1e-14 + 1e-16 / gap)
 
 
 @every_schedule
-def test_bridge_to_the_next_float_is_a_number(schedule: NoiseSchedule) -> None:
-    """Where a difference of variances would round to something negative, its root would be no number."""
+def test_the_bridge_to_the_next_float_is_finite(schedule: NoiseSchedule) -> None:
+    """A difference of variances could round to a negative number, whose root is nan."""
     s = torch.linspace(0.001, 0.999, 5000, dtype=torch.float64)
     _, std = bridge(schedule, s, torch.nextafter(s, torch.ones_like(s)))
     assert ((std >= 0) & (std < 1e-4)).all()
@@ -188,7 +192,7 @@ def test_bridge_to_the_next_float_is_a_number(schedule: NoiseSchedule) -> None:
 
 
 @given(t=st.floats(0.001, 0.999), factor=st.floats(0.1, 20))
-def test_shift_translates_log_snr(t: float, factor: float) -> None:
+def test_shift_subtracts_a_constant_from_log_snr(t: float, factor: float) -> None:
     flow = RectifiedFlow()
     moved = flow.log_snr(shift(time(t), factor)) - flow.log_snr(time(t))
     assert moved.item() == pytest.approx(-math.log(factor), abs=1e-11)
@@ -202,7 +206,7 @@ def test_shift_keeps_the_ends() -> None:
 
 
 @every_schedule
-def test_a_schedule_survives_json(schedule: NoiseSchedule) -> None:
+def test_a_schedule_round_trips_through_json(schedule: NoiseSchedule) -> None:
     assert schedule_from_dict(json.loads(json.dumps(schedule_to_dict(schedule)))) == schedule
 
 
@@ -216,12 +220,12 @@ def test_a_schedule_survives_json(schedule: NoiseSchedule) -> None:
         ({"name": "vp_discrete", "betas": [0.1, 1.5]}, "needs betas between 0 and 1"),
     ],
 )
-def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_reported(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         schedule_from_dict(settings)
 
 
-def test_a_schedule_without_a_name_is_refused() -> None:
+def test_an_unknown_schedule_type_is_refused() -> None:
     class Mine(RectifiedFlow):
         pass
 

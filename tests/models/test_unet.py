@@ -1,4 +1,4 @@
-"""The native U-Net: its size, what it reads, and that it learns with every weight."""
+"""The U-Net: its size, its inputs, and gradients of every weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABELS = Condition.of_labels(torch.tensor([0, 1, 2]), 3)
 
 
 def perturbed(network: nn.Module) -> nn.Module:
-    """The zero-initialised layers hide the rest of a fresh network; this draws every weight."""
+    """Perturbs every weight: zero-initialised layers hide the rest of a new network."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -24,7 +24,7 @@ def perturbed(network: nn.Module) -> nn.Module:
     return network
 
 
-def test_the_embedded_configuration_has_at_most_700_000_parameters() -> None:
+def test_the_bundled_configuration_has_at_most_700_000_parameters() -> None:
     network = UNet(channels=1, classes=10, widths=(48, 96), blocks=(2, 2), embedding=64)
     assert sum(parameter.numel() for parameter in network.parameters()) <= 700_000
 
@@ -43,13 +43,13 @@ def test_images_keep_their_shape(settings: dict[str, object], shape: tuple[int, 
     assert network(torch.zeros(3, *shape), T, LABELS).shape == (3, *shape)
 
 
-def test_a_fresh_network_says_the_same_whatever_it_is_asked() -> None:
-    answers = UNet(classes=3, **TINY)(X_T, T, LABELS)
-    assert answers[1:].equal(answers[:1].expand(2, -1, -1, -1))
+def test_a_new_network_ignores_its_inputs() -> None:
+    outputs = UNet(classes=3, **TINY)(X_T, T, LABELS)
+    assert outputs[1:].equal(outputs[:1].expand(2, -1, -1, -1))
 
 
 @pytest.mark.parametrize("change", ["x_t", "t", "labels", "null"])
-def test_every_input_matters(change: str) -> None:
+def test_every_input_changes_the_output(change: str) -> None:
     network = perturbed(UNet(classes=3, **TINY))
     others = {
         "x_t": (X_T + 0.1, T, LABELS),
@@ -61,13 +61,13 @@ def test_every_input_matters(change: str) -> None:
     assert (difference > 1e-3).all()
 
 
-def test_skips_carry_the_image_past_the_middle() -> None:
+def test_skip_connections_bypass_the_middle() -> None:
     network = perturbed(UNet(classes=3, **TINY))
-    nn.init.zeros_(network.down[0][-1].weight)  # the way down: the middle learns nothing of x_t
+    nn.init.zeros_(network.down[0][-1].weight)  # the middle receives nothing of x_t
     assert (network(X_T + 0.1, T, LABELS) - network(X_T, T, LABELS)).abs().max() > 1e-3
 
 
-def test_samples_do_not_see_each_other() -> None:
+def test_samples_in_a_batch_are_independent() -> None:
     network = perturbed(UNet(classes=3, **TINY))
     together = network(X_T, T, LABELS)
     for i in range(3):
@@ -75,7 +75,7 @@ def test_samples_do_not_see_each_other() -> None:
         torch.testing.assert_close(network(X_T[row], T[row], LABELS.index(row)), together[row])
 
 
-def test_without_classes_no_label_is_asked_for() -> None:
+def test_a_network_without_classes_needs_no_labels() -> None:
     assert perturbed(UNet(classes=0, **TINY))(X_T, T, Condition()).shape == X_T.shape
 
 
@@ -84,17 +84,17 @@ def test_gradients_reach_every_parameter() -> None:
     network(X_T, T, LABELS).square().sum().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
-        used = parameter.grad[:3] if name == "labels.weight" else parameter.grad  # the null label was not asked
+        used = parameter.grad[:3] if name == "labels.weight" else parameter.grad  # the null label was not used
         assert used.flatten(1).any(1).all() if used.ndim > 1 else used.any(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_times_keep_their_precision_in_a_network_of_low_precision(dtype: torch.dtype) -> None:
-    """bfloat16 has 3 digits: t = .9000 and .9010 would be one time. The features are made of the float64 times."""
-    seen: list[Tensor] = []
+def test_times_keep_their_precision_in_a_low_precision_network(dtype: torch.dtype) -> None:
+    """bfloat16 has 3 digits: t = .9000 and .9010 would coincide. The features are computed from float64 times."""
+    received: list[Tensor] = []
     network = UNet(classes=3, **TINY).to(dtype)
-    network.time.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network.time.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0]))
     t = torch.tensor([0.9, 0.901, 0.5], dtype=torch.float64)
     network(X_T.to(dtype), t, LABELS)
-    torch.testing.assert_close(seen[0], sinusoid(t, 64).to(dtype))
-    assert (seen[0][0] - seen[0][1]).abs().max() > 0.5
+    torch.testing.assert_close(received[0], sinusoid(t, 64).to(dtype))
+    assert (received[0][0] - received[0][1]).abs().max() > 0.5

@@ -1,42 +1,94 @@
-"""Our rules in diffusers pipelines, and diffusers' schedulers as our rules."""
+"""Agreement with diffusers: its classes on the same nodes, our rules in its pipelines, its schedulers as our rules."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_pipelines import stable_diffusion
+from torch import Tensor
+from worlds import NOISE, by_log_snr, mixture
 
 from fewstep.core.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.loading import load_model
-from fewstep.models.mixture import GaussianMixture, MixtureBackbone
 from fewstep.models.schedules import RectifiedFlow, VPDiscrete
-from fewstep.samplers.grids import MOST, grid
+from fewstep.samplers.dpm_solver_pp import multistep_pp, singlestep_pp
+from fewstep.samplers.grids import T_MAX, grid
 from fewstep.samplers.predictor import Predictor
 from fewstep.samplers.solvers import SOLVERS
+from fewstep.samplers.unipc import unipc
 
 diffusers = pytest.importorskip("diffusers")
-from fewstep.samplers.diffusers_scheduler import RULES, FewstepScheduler, diffusers_rule  # noqa: E402
+from fewstep.samplers.diffusers_scheduler import RULES, FewstepScheduler, solver_from_diffusers  # noqa: E402
 
-MIXTURE = GaussianMixture([0.3, 0.7], [[-1.5, 0.5], [1.0, -0.5]], [0.4, 0.6])
-NOISE = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+
+def run_diffusers(scheduler: Any, times: list[float], x: Tensor) -> Tensor:
+    """A diffusers scheduler on our nodes, in float64, with the exact x0 of the mixture."""
+    predict = mixture(VPDiscrete.scaled_linear())
+    nodes = predict.nodes(times)
+    scheduler.set_timesteps(len(times) - 1)
+    scheduler.sigmas = torch.tensor([math.exp(-n.log_snr) for n in nodes], dtype=torch.float64)
+    for node, timestep in zip(nodes[:-1], scheduler.timesteps, strict=True):
+        x = scheduler.step(predict(x, node.t).x0, timestep, x, return_dict=False)[0]
+    return x
+
+
+COMMON = {"prediction_type": "sample", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+CLASSES: dict[str, tuple[str, dict[str, Any], Callable[..., Tensor]]] = {
+    "++1": ("DPMSolverMultistepScheduler", {"solver_order": 1}, partial(multistep_pp, order=1)),
+    "++2M midpoint": ("DPMSolverMultistepScheduler", {"solver_order": 2}, multistep_pp),
+    "++2M Taylor": (
+        "DPMSolverMultistepScheduler", {"solver_order": 2, "solver_type": "heun"},
+        partial(multistep_pp, relaxation="none"),
+    ),
+    "++3M as published": ("DPMSolverMultistepScheduler", {"solver_order": 3}, partial(multistep_pp, order=3)),
+    "UniPC-2 bh2": ("UniPCMultistepScheduler", {"solver_order": 2}, unipc),
+    "UniPC-3 bh2": ("UniPCMultistepScheduler", {"solver_order": 3}, partial(unipc, order=3)),
+    "UniPC-2 bh1": (
+        "UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh1"}, partial(unipc, variant="bh1")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(CLASSES))
+def test_solvers_agree_with_diffusers_classes_on_the_same_nodes(name: str) -> None:
+    cls, settings, ours = CLASSES[name]
+    settings = {**settings, "final_sigmas_type": "sigma_min"}
+    schedule = VPDiscrete.scaled_linear()
+    times = by_log_snr(schedule, 10, -2.0, 3.0)
+    got = ours(mixture(schedule), NOISE, times)
+    expected = run_diffusers(getattr(diffusers, cls)(**COMMON, **settings), times, NOISE)
+    assert (got - expected).abs().max() < 1e-6
+
+
+def test_diffusers_2s_agrees_if_every_second_node_is_a_midpoint() -> None:
+    schedule = VPDiscrete.scaled_linear()
+    fine = by_log_snr(schedule, 10, -2.0, 3.0)  # every second node is a midpoint
+    scheduler = diffusers.DPMSolverSinglestepScheduler(
+        **COMMON, solver_order=2, final_sigmas_type="sigma_min", lower_order_final=False
+    )
+    expected = run_diffusers(scheduler, fine, NOISE)
+    assert (singlestep_pp(mixture(schedule), NOISE, fine[::2]) - expected).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("rule", list(RULES))
-def test_a_pipeline_with_our_scheduler_samples_as_our_solver(
+def test_a_pipeline_with_our_scheduler_gives_the_samples_of_our_solver(
     rule: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("sd")
     stable_diffusion().save_pretrained(folder)
     model = load_model(folder, size=(16, 16, 1))
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, feature_extractor=None)
-    pipeline.scheduler = FewstepScheduler.of(pipeline.scheduler, rule)
+    pipeline.scheduler = FewstepScheduler.from_scheduler(pipeline.scheduler, rule)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     prompt = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
     theirs = pipeline(
@@ -49,17 +101,18 @@ def test_a_pipeline_with_our_scheduler_samples_as_our_solver(
     assert (ours - torch.as_tensor(theirs)).abs().max() / ours.abs().max() < 1e-4
 
 
-def test_our_scheduler_is_saved_and_loaded_with_its_settings(tmp_path: Path) -> None:
-    scheduler = FewstepScheduler.of(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), "dpmpp_2m", "log_snr")
+def test_our_scheduler_keeps_its_settings_when_saved_and_loaded(tmp_path: Path) -> None:
+    source = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = FewstepScheduler.from_scheduler(source, "dpmpp_2m", "log_snr")
     scheduler.save_pretrained(tmp_path)
-    again = FewstepScheduler.from_pretrained(tmp_path)
-    for each in (scheduler, again):
+    loaded = FewstepScheduler.from_pretrained(tmp_path)
+    for each in (scheduler, loaded):
         each.set_timesteps(5)
-    assert torch.equal(scheduler.timesteps, again.timesteps)
-    again.set_timesteps(sigmas=[1.0, 0.5])
-    assert again.timesteps.tolist() == pytest.approx([1000 * MOST, 750.0])
+    assert torch.equal(scheduler.timesteps, loaded.timesteps)
+    loaded.set_timesteps(sigmas=[1.0, 0.5])
+    assert loaded.timesteps.tolist() == pytest.approx([1000 * T_MAX, 750.0])
     with pytest.raises(UserError, match="did you mean 'unipc_2'"):
-        FewstepScheduler.of(diffusers.DDIMScheduler(), "unipc2")
+        FewstepScheduler.from_scheduler(diffusers.DDIMScheduler(), "unipc2")
 
 
 SCHEDULERS: dict[str, Callable[[], object]] = {
@@ -75,29 +128,29 @@ SCHEDULERS: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("name", list(SCHEDULERS))
-def test_a_diffusers_scheduler_is_one_of_our_rules(name: str) -> None:
-    """With many steps every one of them ends where our solver does; DDIM on the same nodes at once."""
+def test_a_diffusers_scheduler_works_as_a_rule(name: str) -> None:
+    """With many steps each ends near our solver; DDIM, whose nodes are the same, does so with few."""
     schedule = RectifiedFlow() if name == "flow" else VPDiscrete.scaled_linear()
-    predict = Predictor(Denoiser(MixtureBackbone(MIXTURE, schedule), schedule, "x0"), Condition())
+    predict = mixture(schedule)
     steps = 10 if name == "ddim" else 250
-    started = predict.nodes([1.0])[0].sigma  # diffusers' DDIM starts from noise of deviation 1
-    got = diffusers_rule(SCHEDULERS[name]())(predict, started * NOISE, grid(schedule, steps))
-    if name == "ddim":
+    initial_sigma = predict.nodes([1.0])[0].sigma
+    got = solver_from_diffusers(SCHEDULERS[name]())(predict, initial_sigma * NOISE, grid(schedule, steps))
+    if name == "ddim":  # which starts from noise of deviation 1
         ours = SOLVERS["ddim"](predict, NOISE, grid(schedule, steps), lambda: NOISE)
     else:
-        ours = SOLVERS["unipc_2"](predict, started * NOISE, grid(schedule, steps, most=MOST), lambda: NOISE)
+        ours = SOLVERS["unipc_2"](predict, initial_sigma * NOISE, grid(schedule, steps, t_max=T_MAX), lambda: NOISE)
     assert (got - ours).abs().max() < {"ddim": 1e-4, "flow": 0.1}.get(name, 0.05)
 
 
-def test_a_step_costs_at_most_half_of_diffusers() -> None:
-    """On a network that does nothing, medians of paired rounds, both with the schedule's set-up."""
+def test_a_step_takes_at_most_half_the_time_of_diffusers() -> None:
+    """With a trivial network: the median over paired rounds, which include the set-up of the schedule."""
 
-    class Nothing(torch.nn.Module):
+    class Identity(torch.nn.Module):
         def forward(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
             return x_t
 
     schedule, x, steps = VPDiscrete.scaled_linear(), torch.randn(1, 4, 8, 8), 20
-    denoiser, times = Denoiser(Nothing(), schedule, "noise"), grid(schedule, steps)
+    denoiser, times = Denoiser(Identity(), schedule, "noise"), grid(schedule, steps)
     scheduler = diffusers.DPMSolverMultistepScheduler(1000, 0.00085, 0.012, "scaled_linear")
 
     def ours() -> None:
@@ -106,13 +159,13 @@ def test_a_step_costs_at_most_half_of_diffusers() -> None:
     def theirs() -> None:
         scheduler.set_timesteps(steps)
         y = x
-        for label in scheduler.timesteps:
-            y = scheduler.step(y, label, y, return_dict=False)[0]
+        for timestep in scheduler.timesteps:
+            y = scheduler.step(y, timestep, y, return_dict=False)[0]
 
     def seconds(work: Callable[[], None]) -> float:
-        started = time.perf_counter()
+        start = time.perf_counter()
         work()
-        return time.perf_counter() - started
+        return time.perf_counter() - start
 
     with torch.no_grad():
         ours()

@@ -1,4 +1,4 @@
-"""DPM-Solver-v3: exact where its statistics say everything, equal to ++ where they say nothing; measuring them."""
+"""DPM-Solver-v3: exact with exact statistics, equal to ++ with trivial ones; the estimation of statistics."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from worlds import HIGH, LOW, NOISE, VP, by_log_snr, mixture
 
 from fewstep.core.errors import UserError
+from fewstep.core.files import write_tensors
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
@@ -20,36 +21,37 @@ from fewstep.models.schedules import VE, NoiseSchedule, RectifiedFlow
 from fewstep.samplers.dpm_solver_pp import multistep_pp
 from fewstep.samplers.dpm_solver_v3 import Statistics, derivatives, dpm_solver_v3, nested_derivatives
 from fewstep.samplers.predictor import Predictor
-from fewstep.samplers.statistics import Progress, estimate
+from fewstep.samplers.statistics import Progress, estimate_statistics
 from fewstep.samplers.unipc import unipc
 
 M, K = 0.7, 0.5
 
 
-def plain(intervals: int, l: float, s: float) -> Statistics:  # noqa: E741 - the paper's letter
+def constant_statistics(intervals: int, l: float, s: float) -> Statistics:  # noqa: E741 - the paper's letter
     ones = torch.ones(intervals + 1, 2, dtype=torch.float64)
     return Statistics(torch.linspace(LOW, HIGH, intervals + 1, dtype=torch.float64), l * ones, s * ones, 0 * ones)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_without_statistics_it_is_plus_plus_with_taylor_weights(order: int) -> None:
+def test_with_l_one_and_s_zero_it_equals_plus_plus_with_taylor_weights(order: int) -> None:
     times = by_log_snr(VP, 8)
-    got = dpm_solver_v3(mixture(), NOISE, times, plain(9600, 1.0, 0.0), order=order, correct=False)
+    got = dpm_solver_v3(mixture(), NOISE, times, constant_statistics(9600, 1.0, 0.0), order=order, correct=False)
     expected = multistep_pp(mixture(), NOISE, times, order=order, relaxation="none")
     assert (got - expected).abs().max() < 1e-6
 
 
-def test_with_s_minus_one_it_is_the_noise_form() -> None:
+def test_with_l_zero_and_s_minus_one_it_equals_the_noise_form() -> None:
     times = by_log_snr(VP, 8)
-    got = dpm_solver_v3(mixture(), NOISE, times, plain(9600, 0.0, -1.0), order=1, correct=False)
+    got = dpm_solver_v3(mixture(), NOISE, times, constant_statistics(9600, 0.0, -1.0), order=1, correct=False)
     assert (got - multistep_pp(mixture(), NOISE, times, order=1)).abs().max() < 1e-6
 
 
 def exact_statistics(schedule: NoiseSchedule, intervals: int = 4000) -> Statistics:
-    """Of N(M, K^2): l = sigma^2 / v, v = alpha^2 K^2 + sigma^2; f = -l M whatever x is, so s = 0 and b = f'."""
+    """Of N(M, K^2): l = sigma^2 / v, v = alpha^2 K^2 + sigma^2; f = -l M for every x, so s = 0 and b = f'."""
     log_snr = torch.linspace(LOW, HIGH, intervals + 1, dtype=torch.float64)
     t = schedule.time_of_log_snr(log_snr)
-    l = (schedule.sigma(t) ** 2 / ((schedule.alpha(t) * K) ** 2 + schedule.sigma(t) ** 2))[:, None].repeat(1, 2)  # noqa: E741
+    variance = (schedule.alpha(t) * K) ** 2 + schedule.sigma(t) ** 2
+    l = (schedule.sigma(t) ** 2 / variance)[:, None].repeat(1, 2)  # noqa: E741
     return Statistics(log_snr, l, torch.zeros_like(l), 2 * l * (1 - l) * M)
 
 
@@ -66,32 +68,35 @@ def test_one_step_is_exact_on_gaussian_data(schedule: NoiseSchedule) -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Statistics:
-    file = tmp_path_factory.mktemp("ems") / "statistics.safetensors"
+def estimated(tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    file = tmp_path_factory.mktemp("fit") / "statistics.safetensors"
     x0 = GaussianMixture([0.3, 0.7], [[-1.5, 0.5], [1.0, -0.5]], [0.4, 0.6]).sample(2048, 1).float()
-    estimate(mixture().denoiser, x0, Condition(), file, guidance=Guidance(), intervals=150, batch=2048)
+    estimate_statistics(mixture().denoiser, x0, Condition(), file, guidance=Guidance(), intervals=150, batch=2048)
     return Statistics.read(file)
 
 
-def test_measured_statistics_help(measured: Statistics) -> None:
+def test_estimated_statistics_reduce_the_error(estimated: Statistics) -> None:
     truth = unipc(mixture(), NOISE, by_log_snr(VP, 400), order=3)
     for steps in (5, 10):
         times = by_log_snr(VP, steps)
         errors = [
             (rule(mixture(), NOISE, times) - truth).square().mean().sqrt().item()
-            for rule in (partial(multistep_pp, relaxation="none"), partial(dpm_solver_v3, statistics=measured, order=3))
+            for rule in (
+                partial(multistep_pp, relaxation="none"),
+                partial(dpm_solver_v3, statistics=estimated, order=3),
+            )
         ]
         assert errors[1] < 0.8 * errors[0]
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward"])
-def test_measured_statistics_of_gaussian_data_are_the_exact_ones(mode: str, tmp_path: Path) -> None:
+def test_estimated_statistics_of_gaussian_data_equal_the_exact_ones(mode: str, tmp_path: Path) -> None:
     flow = RectifiedFlow()
     model = MixtureBackbone(GaussianMixture.single(M, K, 2), flow)
     denoiser = Denoiser(_NoForwardMode(model) if mode == "backward" else model, flow, "x0")
     x0 = M + K * torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
     file = tmp_path / "statistics.safetensors"
-    estimate(denoiser, x0, Condition(), file, guidance=Guidance(), intervals=24, batch=4000)
+    estimate_statistics(denoiser, x0, Condition(), file, guidance=Guidance(), intervals=24, batch=4000)
     stats = Statistics.read(file)
     t = flow.time_of_log_snr(stats.log_snr)
     exact = flow.sigma(t) ** 2 / ((flow.alpha(t) * K) ** 2 + flow.sigma(t) ** 2)
@@ -101,7 +106,7 @@ def test_measured_statistics_of_gaussian_data_are_the_exact_ones(mode: str, tmp_
 
 
 class _Identity(torch.autograd.Function):
-    """A layer that has no forward mode."""
+    """A layer without forward-mode differentiation."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
@@ -121,37 +126,37 @@ class _NoForwardMode(torch.nn.Module):
         return _Identity.apply(self.model(x_t, t, condition))
 
 
-def test_measuring_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_an_interrupted_estimation_continues(tmp_path: Path) -> None:
     x0 = NOISE[:16].float()
 
-    class Enough(Exception):
+    class Interrupted(Exception):
         pass
 
     def stop(done: int, total: int) -> None:
         if done == 12:
-            raise Enough
+            raise Interrupted
 
     def run(file: Path, progress: Progress | None = None, seed: int = 0) -> None:
-        estimate(
+        estimate_statistics(
             mixture().denoiser, x0, Condition(), file, guidance=Guidance(), intervals=14, seed=seed, progress=progress
         )
 
-    run(tmp_path / "whole.safetensors")
-    with pytest.raises(Enough):
+    run(tmp_path / "full.safetensors")
+    with pytest.raises(Interrupted):
         run(tmp_path / "half.safetensors", stop)
-    with pytest.raises(UserError, match="beginning of other statistics"):
+    with pytest.raises(UserError, match="statistics with other settings"):
         run(tmp_path / "half.safetensors", seed=1)
     seen: list[int] = []
     run(tmp_path / "half.safetensors", lambda done, total: seen.append(done))
-    assert seen[0] == 11, "ten rows were kept"
-    whole, half = (Statistics.read(tmp_path / f"{name}.safetensors") for name in ("whole", "half"))
-    assert all(torch.equal(a, b) for a, b in zip((whole.l, whole.s, whole.b), (half.l, half.s, half.b), strict=True))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["half.safetensors", "whole.safetensors"]
+    assert seen[0] == 11, "ten rows were saved"
+    full, half = (Statistics.read(tmp_path / f"{name}.safetensors") for name in ("full", "half"))
+    assert all(torch.equal(a, b) for a, b in zip((full.l, full.s, full.b), (half.l, half.s, half.b), strict=True))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["full.safetensors", "half.safetensors"]
 
 
 @pytest.mark.parametrize(("order", "pseudo"), [(1, False), (2, False), (2, True)])
 def test_the_error_falls_with_the_order(order: int, pseudo: bool) -> None:
-    """With any smooth statistics; the corrector adds accuracy here, but the first step's order bounds the slope."""
+    """With any smooth statistics. The corrector adds accuracy here, but the first step limits the slope."""
     log_snr = torch.linspace(LOW, HIGH, 4801, dtype=torch.float64)
     columns = (torch.sigmoid(-2 * log_snr), -0.5 + 0.2 * torch.sin(log_snr), 0.1 * torch.cos(log_snr))
     stats = Statistics(log_snr, *(column[:, None].repeat(1, 2) for column in columns))
@@ -161,12 +166,15 @@ def test_the_error_falls_with_the_order(order: int, pseudo: bool) -> None:
     assert math.log2(errors[0] / errors[-1]) / 2 == pytest.approx(order, abs=0.16)
 
 
-def test_a_model_without_statistics_is_told_how_to_get_them(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"statistics\.safetensors: make them with fewstep ems"):
-        Statistics.read(tmp_path / "statistics.safetensors")
+def test_missing_or_foreign_statistics_are_refused_with_the_command_that_creates_them(tmp_path: Path) -> None:
+    file = tmp_path / "statistics.safetensors"
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"statistics\.safetensors: run fewstep solver fit-v3"):
+            Statistics.read(file)
+        write_tensors({"l": torch.zeros(3)}, file)
 
 
-def test_derivatives_from_differences() -> None:
+def test_derivatives_of_a_cubic_come_from_differences() -> None:
     def polynomial(r: float) -> Tensor:
         return torch.tensor([1.0 + 2 * r - 3 * r**2 + 0.5 * r**3], dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Searched schedules, and gradients through samplers."""
+"""Searched solver schedules, and gradients through samplers."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
 from fewstep.models.schedules import RectifiedFlow
-from fewstep.samplers.adjoint import ddim_step, midpoint_step, through
+from fewstep.samplers.adjoint import ddim_step, midpoint_step, sampler_gradients
 from fewstep.samplers.ddim import ddim
 from fewstep.samplers.dpm_solver_pp import multistep_pp, singlestep_pp
 from fewstep.samplers.multistep import Step
 from fewstep.samplers.predictor import Predictor
-from fewstep.samplers.search import Schedule, crossed, evolve, mutated
+from fewstep.samplers.search import SolverSchedule, cross, evolve, mutate
 from fewstep.samplers.unipc import unipc, unipc_steps
 
 TIMES = tuple(by_log_snr(VP, 6))
 
 
-def test_known_solvers_are_points_of_the_space() -> None:
+def test_known_solvers_are_schedules_of_the_search_space() -> None:
     for steps, rule in (
         ([Step(1)] * 6, ddim),
         ([Step(min(2, 6 - i)) for i in range(6)], multistep_pp),
         (unipc_steps(6), unipc),
     ):
-        torch.testing.assert_close(Schedule(TIMES, tuple(steps))(mixture(), NOISE), rule(mixture(), NOISE, TIMES))
+        torch.testing.assert_close(SolverSchedule(TIMES, tuple(steps))(mixture(), NOISE), rule(mixture(), NOISE, TIMES))
 
 
-def test_neighbours_are_schedules() -> None:
+def test_mutations_and_crosses_are_valid_schedules() -> None:
     rng = random.Random(0)
-    start = Schedule(TIMES, tuple(unipc_steps(6)))
+    start = SolverSchedule(TIMES, tuple(unipc_steps(6)))
     other = start
     for _ in range(200):
-        other = mutated(other, rng)
+        other = mutate(other, rng)
         assert other.times[0] == TIMES[0]
         assert other.times[-1] == TIMES[-1]
         assert all(a > b for a, b in zip(other.times[:-1], other.times[1:], strict=True))
-        child = crossed(start, other, rng)
+        child = cross(start, other, rng)
         assert child.times in (start.times, other.times)
         assert all(step in (a, b) for step, a, b in zip(child.steps, start.steps, other.steps, strict=True))
         assert child(mixture(), NOISE[:4]).isfinite().all()
@@ -52,19 +52,19 @@ def test_neighbours_are_schedules() -> None:
 def test_evolution_finds_a_better_schedule_and_never_loses_the_best() -> None:
     truth = unipc(mixture(), NOISE, by_log_snr(VP, 300), order=3)
 
-    def score(schedule: Schedule) -> float:
+    def score(schedule: SolverSchedule) -> float:
         return (schedule(mixture(), NOISE) - truth).square().mean().item()
 
-    start = Schedule(TIMES, tuple(unipc_steps(6)))
-    found = evolve([start, Schedule(TIMES, tuple([Step(1)] * 6))], score, rounds=80)
+    start = SolverSchedule(TIMES, tuple(unipc_steps(6)))
+    found = evolve([start, SolverSchedule(TIMES, tuple([Step(1)] * 6))], score, rounds=80)
     assert found == sorted(found, key=lambda pair: pair[0])
     assert found[0][0] < 0.5 * score(start)
-    lost = evolve([start], lambda s: score(s) if s == start else math.nan, rounds=5)
-    assert lost[0][1] == start
+    nan_loses = evolve([start], lambda s: score(s) if s == start else math.nan, rounds=5)
+    assert nan_loses[0][1] == start
 
 
-class Bent(nn.Module):
-    """A small model with parameters."""
+class TinyNetwork(nn.Module):
+    """A small nonlinear model with parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,8 +76,8 @@ class Bent(nn.Module):
 
 
 @pytest.mark.parametrize("rule", ["ddim", "midpoint"])
-def test_the_discrete_adjoint_is_the_gradient_of_the_unrolled_sampler(rule: str) -> None:
-    model = Bent()
+def test_the_discrete_adjoint_equals_the_gradient_of_the_unrolled_sampler(rule: str) -> None:
+    model = TinyNetwork()
     predict = Predictor(Denoiser(model, VP, "x0"), Condition())
     times = (*by_log_snr(VP, 8), 0.0)
     unrolled, step = (ddim, ddim_step) if rule == "ddim" else (singlestep_pp, midpoint_step)
@@ -88,29 +88,29 @@ def test_the_discrete_adjoint_is_the_gradient_of_the_unrolled_sampler(rule: str)
     x = NOISE[:5].clone().requires_grad_()
     value = loss(unrolled(predict, x, times))
     expected = torch.autograd.grad(value, [x, model.a, model.b])
-    got = through(predict, NOISE[:5], times, loss, [model.a, model.b], step(predict))
+    got = sampler_gradients(predict, NOISE[:5], times, loss, [model.a, model.b], step(predict))
     torch.testing.assert_close(got.loss, value.detach(), rtol=1e-12, atol=0)
     for ours, theirs in zip([got.x, *got.parameters], expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_on_gaussian_data_the_adjoint_converges_to_the_map_s_slope() -> None:
+def test_on_gaussian_data_the_adjoint_converges_to_the_slope_of_the_exact_map() -> None:
     m, k, flow = 0.7, 0.5, RectifiedFlow()
     predict = Predictor(Denoiser(MixtureBackbone(GaussianMixture.single(m, k, 2), flow), flow, "x0"), Condition())
     times = by_log_snr(flow, 200, -3, 3)
     s, t = predict.nodes([times[0], times[-1]])
     exact = math.hypot(t.alpha * k, t.sigma) / math.hypot(s.alpha * k, s.sigma)
-    got = through(predict, NOISE[:5], times, lambda x: x.sum(), step=midpoint_step(predict))
+    got = sampler_gradients(predict, NOISE[:5], times, lambda x: x.sum(), step=midpoint_step(predict))
     assert got.x == pytest.approx(exact, rel=1e-3)
 
 
-def test_memory_does_not_grow_with_the_steps() -> None:
-    """Only one step's graph is alive at a time, so no more tensors are saved for backward by 40 steps than by 4."""
+def test_memory_does_not_grow_with_the_number_of_steps() -> None:
+    """Only one step's graph exists at a time, so 40 steps save no more tensors for backward than 4."""
 
     def most_saved(steps: int) -> int:
         alive, most = 0, 0
 
-        class Kept:
+        class Saved:
             def __init__(self, tensor: Tensor) -> None:
                 nonlocal alive, most
                 self.tensor, alive = tensor, alive + 1
@@ -121,8 +121,8 @@ def test_memory_does_not_grow_with_the_steps() -> None:
                 alive -= 1
 
         predict = Predictor(Denoiser(MixtureBackbone(MIXTURE, VP), VP, "x0"), Condition())
-        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            through(predict, NOISE[:5], by_log_snr(VP, steps), lambda x: x.square().sum())
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            sampler_gradients(predict, NOISE[:5], by_log_snr(VP, steps), lambda x: x.square().sum())
         return most
 
     assert most_saved(40) == most_saved(4)

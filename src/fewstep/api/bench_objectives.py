@@ -1,7 +1,7 @@
-"""Several methods from one teacher at one budget: the same number of network evaluations in training, several seeds.
+"""Several objectives from one teacher at one budget: equal numbers of network evaluations in training, several seeds.
 
-What is counted are samples that go forward through any role's network, with or without gradient, in every update and in
-every stage: ``explain`` counts them. Finished runs are kept, and unfinished ones are resumed.
+An evaluation is one sample passed forward through the network of any role, with or without gradient, in any update of
+any stage. Finished runs are kept, and unfinished ones are resumed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from fewstep.models.loading import load_model
 
 
 class MethodConfig(BaseConfig):
-    """A method: its stages without their ``steps``, its ``data`` if it needs more than labels, and how many evaluations
-    that data has ``spent`` already (of the teacher, on pairs)."""
+    """A method: its stages without their ``steps``, its ``data`` if it needs more than labels, and the number of
+    evaluations ``spent`` on that data (of the teacher, on ODE pairs)."""
 
     stages: list[dict[str, Any]] = Field(min_length=1)
     data: dict[str, Any] = Field(default_factory=dict)
@@ -39,9 +39,9 @@ class MethodConfig(BaseConfig):
 
 
 class ObjectivesBenchmark(BaseConfig):
-    """``base`` holds the settings that all runs share, ``methods`` those of each, whose ``steps`` are set from
-    ``evaluations`` (of samples, over all stages). Students are scored on ``n`` samples with each of ``steps``, or if
-    there are none with the number of steps that they were made for."""
+    """``base`` holds the settings that all runs share and ``methods`` those of each; the numbers of training steps
+    follow from the budget of ``evaluations`` (over all stages). Students are scored on ``n`` samples with each of
+    ``steps``, by default with their own number of steps."""
 
     out: str
     evaluations: int = Field(ge=1)
@@ -65,7 +65,7 @@ def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Objective
 def run_config_of(benchmark: ObjectivesBenchmark, method: str) -> Config:
     """The run of a method, each stage with an equal share of the evaluations, however many seeds there are.
 
-    Raises ``UserError`` if the settings are wrong or the budget is less than a step a stage.
+    Raises ``UserError`` if the settings are wrong or the budget is less than one step per stage.
     """
     entry = benchmark.methods[method]
     stages = entry.stages
@@ -84,10 +84,10 @@ def run_config_of(benchmark: ObjectivesBenchmark, method: str) -> Config:
 def run_all(
     benchmark: ObjectivesBenchmark, train: Callable[[Config, Path | None], object]
 ) -> list[tuple[str, int, Path]]:
-    """Trains what is not finished by ``train(config, resume)``; returns (method, seed, run folder), seeds outermost, so
-    that an interrupted benchmark has every method before it has a second seed of one.
+    """Trains unfinished runs by ``train(config, resume)`` and returns (method, seed, run folder). Seeds are the outer
+    loop, so that an interrupted benchmark has every method before a second seed of one.
 
-    Raises ``UserError`` where a folder holds a run of other settings.
+    Raises ``UserError`` if a folder contains a run of other settings.
     """
     configs = {method: run_config_of(benchmark, method) for method in benchmark.methods}
     runs = []
@@ -122,12 +122,12 @@ def curve(benchmark: ObjectivesBenchmark, method: str, folder: Path) -> list[tup
 def bench_objectives(
     config: Source, *overrides: str, progress: Callable[[str], Callback] | None = None, device: str = "auto"
 ) -> list[Score]:
-    """Trains and scores every method and seed of a benchmark file; writes ``shootout.json``, ``curves.json`` (validation
-    over training evaluations, by method and seed) and ``frontier.png`` into its folder.
+    """Trains and scores every method and seed of a benchmark file, and writes ``shootout.json``, ``curves.json``
+    (validation over training evaluations, by method and seed) and ``frontier.png`` into its folder.
 
-    ``overrides`` are ``"key=value"`` strings, ``seeds=[0]`` for a first look. A score's ``model`` is the method and
-    its ``seed`` that of the training, so that tables show mean and deviation.
-    Finished runs are kept: call it again after an interruption. ``progress(run name)`` returns a run's callback.
+    ``overrides`` are ``"key=value"`` strings, for example ``seeds=[0]`` for a first look. A score's ``model`` is the
+    method and its ``seed`` that of the training, so that tables show mean and deviation. ``progress(run name)`` returns
+    a run's callback.
     """
     settings = load_benchmark(config, overrides)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 
 from fewstep.api.models import Source, load
 from fewstep.core.devices import pick_device
-from fewstep.core.files import check_writable, write_text
+from fewstep.core.files import check_writable
 from fewstep.core.image_files import to_bytes
 from fewstep.distill.run_folder import teacher_of
 from fewstep.eval.evaluate_protocol import ProtocolEvaluator
@@ -25,7 +24,7 @@ from fewstep.eval.references import load_reference
 from fewstep.eval.rewards.registry import REWARDS
 from fewstep.eval.rewards.win_rate import win_rate
 from fewstep.eval.score_files import Score, merge, read_scores, write_scores
-from fewstep.models.loading import load_model
+from fewstep.models.loading import resolve_path
 from fewstep.samplers.generate import generate
 from fewstep.samplers.plan import SamplingConfig, plan, steps_within
 
@@ -48,73 +47,73 @@ def evaluate(
     name: str | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Score]:
-    """Scores every combination of ``solver``, ``steps`` and ``guidance``. A teacher's steps are spaced as ``grid`` says
-    (see ``samplers.grids``). A ``protocol`` says what is measured, on how many samples of which seeds and against what
-    (``locator``: where the weights of its networks are); without one, ``n`` samples are compared with the test images of
-    an embedded ``reference``.
+    """Scores every combination of ``solver``, ``steps`` and ``guidance`` (a teacher's times are spaced by ``grid``, see
+    ``samplers.grids``).
 
-    ``nfe`` takes the place of ``steps``: as many steps as that number of evaluations allows. After each combination the
-    scores are merged into ``json_file``; for a run folder that is its ``eval.json``, which also takes over the scores
-    that its teacher came with. Raises ``UserError`` on a request that cannot be met, before anything is computed.
+    A ``protocol`` specifies what is measured, on how many samples of which seeds, and against what; ``locator`` finds
+    the weights of its networks. Without one, ``n`` samples are compared with the test images of a bundled
+    ``reference``. ``nfe`` replaces ``steps``: as many steps as fit into that number of evaluations. After each
+    combination the scores are merged into ``json_file``, by default a run's ``eval.json``, which also takes over the
+    known scores of its teacher. Raises ``UserError`` on a request that cannot be met, before anything is computed.
     """
     model = load(source, device)
-    judge: ReferenceEvaluator | ProtocolEvaluator
+    evaluator: ReferenceEvaluator | ProtocolEvaluator
     if protocol is None:
-        judge = ReferenceEvaluator(load_reference(reference, "test", model.device), n, (seed,))
+        evaluator = ReferenceEvaluator(load_reference(reference, "test", model.device), n, (seed,))
     else:
-        judge = _judge(protocol, locator, model.device)
+        evaluator = _evaluator(protocol, locator, model.device)
     solvers = list(solver) or ["student" if model.config.few_step else "euler"]
     file = Path(json_file) if json_file else _default_json(Path(source))
-    known = read_scores(file) if file and file.is_file() else known_teacher_scores(Path(source), judge.hashes)
+    known = read_scores(file) if file and file.is_file() else known_teacher_scores(Path(source), evaluator.hashes)
     requests = [
         SamplingConfig(rule, steps_within(rule, count, scale != 1, model.config) if nfe else count, scale, grid)
         for rule in solvers for count in nfe or steps for scale in guidance
     ]  # fmt: skip
     for request in requests:
         plan(model, request)
-    judge.check(model)
+    evaluator.check(model)
     if file is not None:
         check_writable(file)
     scores: list[Score] = []
-    for request, own in product(dict.fromkeys(requests), judge.seeds):
+    for request, own in product(dict.fromkeys(requests), evaluator.seeds):
         label = f"{request.solver} {request.steps} steps, guidance {request.guidance:g}"
         report = partial(progress, label) if progress else None
-        scores += judge(model, name or Path(source).name, replace(request, seed=own), report)
+        scores += evaluator(model, name or Path(source).name, replace(request, seed=own), report)
         if file is not None:
             write_scores(merge(known, scores), file)
     return scores
 
 
 def evaluate_images(
-    source: Source, protocol: Protocol, locator: WeightsLocator | None = None, *, skip_bad: bool = False, device: str = "auto",
-    json_file: Source | None = None, name: str | None = None,
+    source: Source, protocol: Protocol, locator: WeightsLocator | None = None, *, skip_bad: bool = False,
+    device: str = "auto", json_file: Source | None = None, name: str | None = None,
 ) -> list[Score]:  # fmt: skip
     """Scores the images of a folder or an archive. Raises ``UserError`` on images that cannot be scored."""
-    judge = _judge(protocol, locator, pick_device(device), skip_bad)
+    evaluator = _evaluator(protocol, locator, pick_device(device), skip_bad)
     known: list[Score] = []
     if json_file is not None:
         check_writable(json_file)
         known = read_scores(Path(json_file)) if Path(json_file).is_file() else []
-    scores = judge.of_images(Path(source), name or Path(source).name)
+    scores = evaluator.of_images(Path(source), name or Path(source).name)
     if json_file is not None:
         write_scores(merge(known, scores), Path(json_file))
     return scores
 
 
-def _judge(
+def _evaluator(
     protocol: Protocol, locator: WeightsLocator | None, device: torch.device, skip_bad: bool = False
 ) -> ReferenceEvaluator | ProtocolEvaluator:
-    if protocol.bundled:
+    if protocol.uses_bundled_reference:
         real = load_reference(str(protocol.reference), "test", device)
         return ReferenceEvaluator(real, protocol.n, protocol.seeds, protocol.name, skip_bad)
-    return ProtocolEvaluator(protocol, locator or WeightsLocator.of(), device, skip_bad)
+    return ProtocolEvaluator(protocol, locator or WeightsLocator.from_environment(), device, skip_bad)
 
 
 def known_teacher_scores(run: Path, hashes: set[str]) -> list[Score]:
-    """The known scores of a run's teacher, from the ``eval.json`` beside its weights, if made with the same features."""
+    """The scores of a run's teacher from the ``eval.json`` beside its weights, as far as the features are the same."""
     teacher = teacher_of(run)
-    folder = load_model(teacher, from_file=True).path if teacher is not None else None
-    scores = read_scores(folder / "eval.json") if folder and (folder / "eval.json").is_file() else []
+    file = resolve_path(teacher) / "eval.json" if teacher is not None else None
+    scores = read_scores(file) if file is not None and file.is_file() else []
     return [score for score in scores if score.features_sha256 in hashes]
 
 
@@ -124,12 +123,10 @@ def _default_json(source: Path) -> Path | None:
 
 def win_rates(
     ours: Source, theirs: Source, *, n: int = 2_000, sampling: SamplingConfig | None = None,
-    reference: str = "fashion", device: str = "auto", json_file: Source | None = None,
+    reference: str = "fashion", device: str = "auto",
 ) -> list[dict[str, Any]]:  # fmt: skip
     """For every reward, how often ``ours`` has more of it than ``theirs`` on the same label and noise, with Wilson's
     95 % interval, and both means. The default seed is 1, other than that of ``make_preferences``."""
-    if json_file is not None:
-        check_writable(json_file)
     sampling = sampling or SamplingConfig(seed=1)
     images = []
     for source in (ours, theirs):
@@ -144,6 +141,4 @@ def win_rates(
         means = {"ours": a.mean().item(), "theirs": b.mean().item()}
         row = {"reward": name, "win_rate": rate, "low": low, "high": high, **means, "n": n, "seed": sampling.seed}
         results.append(row)
-    if json_file is not None:
-        write_text(json.dumps(results, indent=1) + "\n", Path(json_file))
     return results

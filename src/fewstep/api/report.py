@@ -7,7 +7,7 @@ from pathlib import Path
 from fewstep.api.models import Source, load
 from fewstep.core.files import read_prompts
 from fewstep.distill.run_folder import run_settings
-from fewstep.eval.report.comparison import compare
+from fewstep.eval.report.comparison import write_comparison
 from fewstep.eval.report.html import write_report
 from fewstep.models.hub.encoded import PROMPTS
 
@@ -28,7 +28,7 @@ def compare_images(
     size = tuple(settings["size"]) if settings.get("size") else None
     teacher = load(settings["teacher"], device, size) if settings.get("teacher") else None
     prompts = [] if student.config.classes else read_prompts(Path(settings["data"]["path"]) / PROMPTS)
-    return compare(student, teacher, prompts, folder / "samples", columns=columns, seed=seed, guidance=guidance)
+    return write_comparison(student, teacher, prompts, folder / "samples", columns=columns, seed=seed, guidance=guidance)
 
 
 def report(run: Source) -> Path:

@@ -9,16 +9,16 @@ from pathlib import Path
 from fewstep.api.models import Source, load
 from fewstep.core.files import check_writable, write_text
 from fewstep.eval.references import load_reference
-from fewstep.eval.report.solver_figure import write_comparison
-from fewstep.eval.solver_comparison import Line
+from fewstep.eval.report.solver_figure import write_solver_comparison
+from fewstep.eval.solver_comparison import SolverResult
 from fewstep.eval.solver_comparison import compare_solvers as compare_model_solvers
 from fewstep.models.condition import Condition
 from fewstep.models.guidance import Guidance
-from fewstep.samplers.dc_solver import Searched, goals, search
+from fewstep.samplers.dc_solver import SearchedRatios, reference_states, search_ratios
 from fewstep.samplers.generate import SampleNoise, generate
 from fewstep.samplers.plan import SamplingConfig, plan
 from fewstep.samplers.predictor import Predictor
-from fewstep.samplers.statistics import estimate
+from fewstep.samplers.statistics import estimate_statistics
 
 SEARCH_SEED = 12345  # of the samples that solvers are tuned on: far from the seeds that people compare
 
@@ -27,7 +27,7 @@ def compare_solvers(
     source: Source, *, solvers: Sequence[str], nfe: Sequence[int], folder: Source, grids: Sequence[str] = ("time",),
     guidance: float = 1.0, n: int = 2_000, long: int = 1000, reference: str | None = None, seed: int = 0,
     device: str = "auto", progress: Callable[[int, int], None] | None = None,
-) -> list[Line]:  # fmt: skip
+) -> list[SolverResult]:  # fmt: skip
     """Compares every solver, grid and budget of evaluations of a class-conditional teacher with ``long`` steps of
     UniPC-3 from the same noise (and scores them, with ``reference``). Writes ``sweep.json``, ``sweep.md`` and
     ``sweep.png``; existing results in ``folder`` are kept, so that a comparison can be continued or extended.
@@ -42,7 +42,7 @@ def compare_solvers(
         model, labels, real, Path(folder), name=Path(source).name, solvers=solvers, nfe=nfe, grids=grids,
         guidance=guidance, long=long, seed=seed, progress=progress,
     )  # fmt: skip
-    write_comparison(lines, Path(folder))
+    write_solver_comparison(lines, Path(folder))
     return lines
 
 
@@ -57,7 +57,7 @@ def fit_v3(
     labels = model.labels(n)
     x0 = generate(model, labels, SamplingConfig("heun", 16, guidance, seed=SEARCH_SEED + seed)).x0
     condition = Condition.of_labels(labels, model.config.classes)
-    estimate(
+    estimate_statistics(
         model.denoiser, x0.to(model.device), condition.to(model.device), Path(file), guidance=Guidance(guidance),
         intervals=intervals, seed=seed, progress=progress,
     )  # fmt: skip
@@ -74,14 +74,14 @@ def fit_dc(
     labels = model.labels(n)
     condition = Condition.of_labels(labels, model.config.classes).to(model.device)
     noise = SampleNoise(SEARCH_SEED + seed, range(n), model.config.shape, model.device)()
-    found: list[Searched] = []
+    found: list[SearchedRatios] = []
     wanted = [(count, scale) for scale in guidance for count in steps]
     for done, (count, scale) in enumerate(wanted, start=1):
         times = plan(model, SamplingConfig("unipc_2", count)).times
         predict = Predictor(model.denoiser, condition, Guidance(scale))
         x = predict.nodes(times)[0].sigma * noise
-        ratios = search(predict, x, times, goals(predict, x, times), order=order)
-        found.append(Searched(steps=count, guidance=scale, order=order, ratios=ratios))
+        ratios = search_ratios(predict, x, times, reference_states(predict, x, times), order=order)
+        found.append(SearchedRatios(steps=count, guidance=scale, order=order, ratios=ratios))
         if progress is not None:
             progress(done, len(wanted))
     write_text(json.dumps([one.model_dump() for one in found], indent=1) + "\n", Path(file))

@@ -63,6 +63,6 @@ def _validator(config: Config, run: RunFolder) -> Validator | None:
         return None
     sampling = SamplingConfig(settings.solver, settings.steps, settings.guidance)
     if parts.prompts is not None and parts.pipeline is not None:
-        return PromptValidation(sampling, settings.pictures, parts.pipeline, parts.prompts, run.folder)
+        return PromptValidation(sampling, settings.images, parts.pipeline, parts.prompts, run.folder)
     reference = load_reference(settings.reference, "train", run.trainer.device)
     return Validation(sampling, settings.n, reference, run.folder)

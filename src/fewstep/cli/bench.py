@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,14 +13,12 @@ from fewstep.cli.options import (
     JsonFile,
     ModelName,
     Overrides,
+    check_json,
     out,
     print_scores,
     progress_bar,
     write_json,
 )  # fmt: skip
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(no_args_is_help=True, help="Compare methods at one budget, and measure what a step costs.")
 Rounds = Annotated[int, typer.Option(help="Paired rounds; medians are reported.")]
@@ -51,6 +49,7 @@ def step(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None,
     from fewstep.api.bench_cost import bench_step
     from fewstep.distill.config import load_config
 
+    check_json(file)
     _print(bench_step(load_config(config, overrides or []), rounds), file)
 
 
@@ -69,6 +68,7 @@ def sampler(
     from fewstep.api.models import load
     from fewstep.samplers.plan import SamplingConfig
 
+    check_json(file)
     _print(bench_sampler(load(model_name, device), SamplingConfig(solver, steps), batch, rounds), file)
 
 
@@ -78,6 +78,7 @@ def memory(config: ConfigFile, overrides: Overrides = None, file: JsonFile = Non
     from fewstep.api.bench_cost import bench_memory
     from fewstep.distill.config import load_config
 
+    check_json(file)
     _print(bench_memory(load_config(config, overrides or [])), file)
 
 

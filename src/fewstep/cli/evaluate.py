@@ -16,6 +16,7 @@ from fewstep.cli.options import (
     Seed,
     Solver,
     Steps,
+    check_json,
     out,
     parse_numbers,
     print_scores,
@@ -77,7 +78,7 @@ def evaluate(
     if protocol is None and (captions or weights or download or skip_bad):
         raise UserError("--captions, --weights, --download and --skip-bad belong to a protocol: give --protocol.")
     settings = load_protocol(protocol, reference=reference, captions=captions, n=n, seed=seed) if protocol else None
-    locator = WeightsLocator.of(weights, download)
+    locator = WeightsLocator.from_environment(weights, download)
     if settings is not None and stats is not None:
         for written in write_reference(Path(source), settings, str(stats), locator, pick_device(device), skip_bad):
             out.print(f"The statistics are in {written}.")
@@ -129,6 +130,7 @@ def winrate(
     """Measure how often a model's samples have more of each reward than another model's, on equal labels and noise."""
     from fewstep.api.evaluate import win_rates
 
+    check_json(file)
     results = win_rates(
         ours, theirs, n=n, sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference,
         device=device,

@@ -123,6 +123,14 @@ def print_scores(scores: list[Score]) -> None:
         out.print(note, style="yellow", markup=False, highlight=False)
 
 
+def check_json(file: Path | None) -> None:
+    """Before long work: raises ``UserError`` if its result could not be written to ``file``."""
+    if file is not None and str(file) != "-":
+        from fewstep.core.files import check_writable
+
+        check_writable(file)
+
+
 def write_json(result: Any, file: Path) -> None:
     """To a file, or to standard output if it is ``-``."""
     text = json.dumps(result, indent=1) + "\n"

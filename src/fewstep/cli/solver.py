@@ -27,13 +27,13 @@ OutFile = Annotated[Path, typer.Option("--out", help="A file; solvers look for i
 @app.command("list", epilog="Example: fewstep solver list")
 def list_solvers(file: JsonFile = None) -> None:
     """List the solvers: order, network evaluations per step, paper."""
-    from fewstep.samplers.solvers import described
+    from fewstep.samplers.solvers import describe_solvers
 
     head = ("solver", "order", "evaluations per step", "paper")
     if file is not None:
-        write_json([dict(zip(head, row, strict=True)) for row in described()], file)
+        write_json([dict(zip(head, row, strict=True)) for row in describe_solvers()], file)
     else:
-        print_table([head, *described()])
+        print_table([head, *describe_solvers()])
 
 
 @app.command(epilog="Example: fewstep solver compare fashion --solvers ddim,unipc_2 --nfe 5,8 --n 200 --long 100")
@@ -52,7 +52,7 @@ def compare(
 ) -> None:
     """Compare a teacher's solvers: the error to a long run from the same noise, and quality, by evaluations."""
     from fewstep.api.solvers import compare_solvers
-    from fewstep.eval.solver_comparison import at_their_best, cells
+    from fewstep.eval.solver_comparison import best_grids, table_rows
 
     budgets = parse_numbers(nfe, int, "--nfe")
     if guidance != 1 and any(count < 2 for count in budgets):
@@ -62,7 +62,7 @@ def compare(
             model_name, solvers=solvers.split(","), nfe=budgets, grids=grids.split(","), guidance=guidance, n=n,
             long=long, reference=reference, folder=folder, seed=seed, device=device, progress=progress,
         )  # fmt: skip
-    print_table(cells(at_their_best(lines)))
+    print_table(table_rows(best_grids(lines)))
     out.print(f"All grids, the table and the figure are in {folder}.")
 
 

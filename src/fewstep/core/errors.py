@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a person can mend: its text says what is wrong, where, and what to do."""
+"""The one exception for mistakes of the user: its text says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest known name, and the list of all of them."""
+    """``"; did you mean 'x'? (known: ...)"`` with the closest known name and all of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""

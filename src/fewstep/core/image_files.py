@@ -1,4 +1,4 @@
-"""Pictures as numbers, and picture and video files as tensors."""
+"""Images as tensors: value ranges, and reading of image and video files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-VIDEOS = (".mp4", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+VIDEO_SUFFIXES = (".mp4", ".gif")
 Cover = tuple[int, int]
 
 
@@ -29,28 +29,28 @@ def to_bytes(x0: Tensor) -> Tensor:
     return ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def files_of(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The files of a folder with these suffixes, not those of its subfolders, by name."""
     found = folder.iterdir() if folder.is_dir() else iter(())
     return sorted(file for file in found if file.suffix.lower() in suffixes)
 
 
-def read_picture(file: Path, channels: int = 3, cover: Cover | None = None) -> Tensor:
-    """A picture, uint8 [channels, H, W], grey (1) or RGB (3); with ``cover`` (height, width) it is scaled, keeping its
+def read_image(file: Path, channels: int = 3, cover: Cover | None = None) -> Tensor:
+    """An image, uint8 [channels, H, W], grey (1) or RGB (3). With ``cover`` (height, width) it is scaled, keeping its
     proportions, until it covers that size, and cropped around its centre.
 
     Raises ``UserError`` that names a damaged file.
     """
     try:
-        with Image.open(file) as picture:
-            pixels = _covering(picture.convert("L" if channels == 1 else "RGB"), cover)
+        with Image.open(file) as image:
+            pixels = _covering(image.convert("L" if channels == 1 else "RGB"), cover)
     except OSError as error:
-        raise UserError(f"{file} is no readable picture ({error}).") from error
+        raise UserError(f"{file} is not a readable image ({error}).") from error
     return torch.from_numpy(np.array(pixels)).reshape(pixels.height, pixels.width, channels).permute(2, 0, 1)
 
 
-def size_of(file: Path) -> Cover:
-    """Height and width of a picture or video file, by its header. Raises ``UserError`` that names a damaged file."""
+def image_size(file: Path) -> Cover:
+    """Height and width of an image or video file, from its header. Raises ``UserError`` that names a damaged file."""
     try:
         if file.suffix.lower() == ".mp4":
             require_av()
@@ -61,20 +61,20 @@ def size_of(file: Path) -> Cover:
         with Image.open(file) as opened:
             return opened.height, opened.width
     except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{file} is no readable picture or video ({error}).") from error
+        raise UserError(f"{file} is not a readable image or video ({error}).") from error
 
 
 def read_video(file: Path, frames: int, cover: Cover | None = None) -> Tensor:
-    """The first ``frames`` frames of a GIF or MP4, uint8 [3, frames, H, W]; ``cover`` as of ``read_picture``.
+    """The first ``frames`` frames of a GIF or MP4, uint8 [3, frames, H, W]; ``cover`` as for ``read_image``.
 
-    Raises ``UserError`` that names a damaged or shorter file, or says what MP4 needs.
+    Raises ``UserError`` that names a damaged or shorter file, or what MP4 needs.
     """
     try:
         shown = [np.array(_covering(frame, cover)) for frame in islice(_frames(file), frames)]
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no readable video ({error}).") from error
+        raise UserError(f"{file} is not a readable video ({error}).") from error
     if len(shown) < frames:
-        raise UserError(f"{file} has {len(shown)} frames, {frames} are wanted.")
+        raise UserError(f"{file} has {len(shown)} frames, {frames} are needed.")
     return torch.from_numpy(np.stack(shown)).permute(3, 0, 1, 2)
 
 

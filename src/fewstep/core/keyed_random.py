@@ -1,6 +1,6 @@
-"""Randomness without state: every draw is a function of (seed, step, update, shard, stream, how many before it).
+"""Randomness without state: every number is a function of (seed, step, update, shard, stream, count so far).
 
-So a run can stop, resume, be replayed at any step or be split over processes, and draw the same numbers.
+So a run can stop, resume, be replayed at any step or be split over processes, and uses the same numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class KeyedRandom:
-    """The draws of one update of one step on one micro-shard (``shard`` counts over all processes)."""
+    """The random numbers of one update of one step on one micro-batch (``shard`` counts these over all processes)."""
 
     def __init__(
         self, seed: int, step: int, update: str, shard: int, device: torch.device | str = "cpu", *, prefix: str = ""
@@ -24,13 +24,13 @@ class KeyedRandom:
         self._count: Counter[str] = Counter()
 
     def stream(self, prefix: str) -> KeyedRandom:
-        """Draws of the same place under another name, from their start: two calls with one name agree."""
+        """Numbers of the same key under another name, from their start: two calls with the same name agree."""
         seed, step, update, shard = self.key
         return KeyedRandom(seed, step, update, shard, self.device, prefix=f"{self._prefix}{prefix}/")
 
     @property
     def shared(self) -> KeyedRandom:
-        """Draws that do not depend on the shard, for whatever shapes the graph (exit steps, list lengths)."""
+        """Numbers that do not depend on the shard, for whatever shapes the graph (exit steps, list lengths)."""
         seed, step, update, _ = self.key
         return KeyedRandom(seed, step, update, -1, self.device, prefix=self._prefix)
 

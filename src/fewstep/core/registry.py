@@ -117,7 +117,7 @@ def _loaded(point: EntryPoint, kind: str) -> Any:
 def _already_imported(name: str, kind: str) -> Any:
     module, _, attribute = name.partition(":")
     value = getattr(sys.modules.get(module), attribute, None)
-    if value is None or getattr(value, "__module__", None) != module:
+    if value is None or (callable(value) and getattr(value, "__module__", None) != module):
         raise UserError(
             f"The saved model uses the {kind} {name!r}, which has not been imported, and a saved model never causes "
             f"an import. If you trust it, import {module} first: in Python, or with fewstep --import {module} ...."

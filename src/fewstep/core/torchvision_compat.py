@@ -28,7 +28,7 @@ _libraries: list[torch.library.Library] = []  # a library that is collected take
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, cured first. Raises ``UserError`` if it is not installed."""
+    """torchvision, made importable first. Raises ``UserError`` if it is not installed."""
     if not prepare_torchvision():
         raise UserError('This needs torchvision, which is not installed. Run: pip install "fewstep[eval]"')
     return importlib.import_module("torchvision")

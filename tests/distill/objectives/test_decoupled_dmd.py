@@ -1,4 +1,4 @@
-"""Decoupled DMD: the split of the guided direction, and where the two halves balance."""
+"""Decoupled DMD: the two parts of the guided direction, and where they balance."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor, nn
-from worlds import FLOW, Affine, gaussian, trained
+from worlds import FLOW, Affine, build_objective, gaussian, trained
 
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill import matching
 from fewstep.distill.data.batch import Batch
 from fewstep.distill.loop import Loop
-from fewstep.distill.objectives import decoupled_dmd, dmd2
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.update import MicroBatch, Objective, StudentSample
 from fewstep.models.condition import Condition
@@ -51,45 +50,44 @@ def gradient(roles: Roles, objective: Objective, batch: int) -> float:
     return grad.item()
 
 
-def test_at_one_time_and_noise_the_two_halves_are_guided_dmd(monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = KeyedRandom.normal
+def test_at_equal_times_and_noise_the_two_parts_add_up_to_guided_dmd2(monkeypatch: pytest.MonkeyPatch) -> None:
+    normal = KeyedRandom.normal
 
     def one_noise(self: KeyedRandom, shape: tuple[int, ...], stream: str = "noise") -> Tensor:
-        return fresh(KeyedRandom(0, 0, "one", 0) if stream == "bridge" else self, shape, stream)
+        return normal(KeyedRandom(0, 0, "one", 0) if stream == "bridge" else self, shape, stream)
 
     monkeypatch.setattr(KeyedRandom, "normal", one_noise)
-    shared = {"steps": 1, "guidance": 5.0, "critic_updates": 1, "t_range": (0.5, 0.5)}
-    split, whole = world(-0.5, 0.7), world(-0.5, 0.7)
-    decoupled = decoupled_dmd.build(decoupled_dmd.Config(**shared), split)
-    assert gradient(split, decoupled, 500) == pytest.approx(
-        gradient(whole, dmd2.build(dmd2.Config(**shared), whole), 500), rel=1e-6
-    )
+    gradients = []
+    for name in ("decoupled_dmd", "dmd2"):
+        roles = world(-0.5, 0.7)
+        settings = {"steps": 1, "guidance": 5.0, "critic_updates": 1, "t_range": (0.5, 0.5)}
+        gradients.append(gradient(roles, build_objective(name, roles, **settings), 500))
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-6)
 
 
-@pytest.mark.parametrize(("t_in", "mean"), [(1.0, 5.0), (0.75, 3.746657), (0.5, 2.227411), (0.25, 1.239970)])
-def test_equilibrium_without_normaliser(t_student: float, mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mu* = m_c + (w - 1)(m_c - m_0) E h(t_ca) / E h(t_dm), h = t^2 / (alpha^2 + t^2): CA that is confined to levels
-    cleaner than the step tempers the guidance of the late steps."""
+@pytest.mark.parametrize(("t_student", "mean"), [(1.0, 5.0), (0.75, 3.746657), (0.5, 2.227411), (0.25, 1.239970)])
+def test_the_equilibrium_without_normaliser(t_student: float, mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mu* = m_c + (w - 1)(m_c - m_0) E h(t_ca) / E h(t_dm), h = t^2 / (alpha^2 + t^2): CA at cleaner levels than
+    the step's weakens the guidance of late steps."""
     monkeypatch.setattr(matching, "l1_weight", lambda *_: 1.0)
 
     def at(mu: float) -> float:
         def sample(micro: MicroBatch) -> StudentSample:
-            x0 = roles.predict(
-                "student", micro.random.normal((micro.batch.size, 1)), t_student, micro.batch.condition
-            ).out.x0
+            noise = micro.random.normal((micro.batch.size, 1))
+            x0 = roles.predict("student", noise, t_student, micro.batch.condition).out.x0
             zero = torch.zeros(micro.batch.size, dtype=torch.float64)
             return StudentSample(x0, zero, x0, zero + t_student, micro.batch.condition)
 
         roles = world(mu)
-        settings = decoupled_dmd.Config(guidance=5.0, critic_updates=1, t_range=(0.0, 1.0))
-        return gradient(roles, dataclasses.replace(decoupled_dmd.build(settings, roles), rollout=sample), 200_000)
+        objective = build_objective("decoupled_dmd", roles, guidance=5.0, critic_updates=1, t_range=(0.0, 1.0))
+        return gradient(roles, dataclasses.replace(objective, rollout=sample), 200_000)
 
     low, high = at(0.0), at(6.0)  # the expected gradient is linear in mu
     assert 6 * low / (low - high) == pytest.approx(mean, rel=0.01)
 
 
 def test_augmentation_alone_has_no_fixed_point() -> None:
-    """Its expected displacement (w - 1) h (m_c - m_0) does not depend on the student: the mean would grow for ever."""
+    """Its expected displacement (w - 1) h (m_c - m_0) is the same for every student, so the mean would diverge."""
     teacher, condition = Denoiser(Conditional(), FLOW, "x0"), labelled(KeyedRandom(0, 0, "", 0), 8).condition
     x_t = torch.linspace(-5, 5, 8)[:, None]
     cond, null = teacher(x_t, 0.5, condition), teacher(x_t, 0.5, condition.null())
@@ -104,8 +102,8 @@ def mean_after(fake: Role, steps: int, monkeypatch: pytest.MonkeyPatch, rate: fl
     student.optimizer = torch.optim.SGD(student.parameters, rate)
     student.optimizer.param_groups[0]["initial_lr"] = rate
     roles = Roles({**roles, "fake": fake})
-    settings = decoupled_dmd.Config(steps=1, guidance=5.0, critic_updates=1, t_range=(0.5, 0.5))
-    objective = decoupled_dmd.build(settings, roles)
+    settings = {"steps": 1, "guidance": 5.0, "critic_updates": 1, "t_range": (0.5, 0.5)}
+    objective = build_objective("decoupled_dmd", roles, **settings)
     matching_only = dataclasses.replace(objective, updates=objective.updates[:1])
     loop = Loop(roles, matching_only, {"data": labelled}, 8)
     for step in range(steps):
@@ -115,7 +113,7 @@ def mean_after(fake: Role, steps: int, monkeypatch: pytest.MonkeyPatch, rate: fl
     return affine.mu.item()
 
 
-def test_augmentation_without_matching_runs_away_linearly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_augmentation_without_matching_diverges_linearly(monkeypatch: pytest.MonkeyPatch) -> None:
     """With DM = 0 (a fake that is the conditional teacher) the mean is n eta (w - 1) h (m_c - m_0), h = .5 at .5."""
     for steps in (10, 40):
         fake = Role(Denoiser(Conditional(), FLOW, "x0"))

@@ -1,4 +1,4 @@
-"""Diffusion-DPO: its start, its closed form for a shifted policy, its symmetry, and that it follows the preference."""
+"""Diffusion-DPO: the first loss, the closed form for a shifted policy, the symmetry, the effect of the preference."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from worlds import FLOW, gaussian, tiny_config, trained
+from worlds import FLOW, build_objective, gaussian, tiny_config, trained
 
 import fewstep
 from fewstep.core.files import write_tensors
 from fewstep.distill.config import parse_config
 from fewstep.distill.data.sources import Stored
 from fewstep.distill.loop import Loop
-from fewstep.distill.objectives import diffusion_dpo
 from fewstep.distill.roles import Role, Roles
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
@@ -50,23 +49,23 @@ def update(
 ) -> tuple[dict[str, float], Tensor, Roles]:
     student = trained(Denoiser(Shifted(shift), FLOW, "noise"), lr)
     roles = Roles({"student": student, "reference": Role(REFERENCE)})
-    objective = diffusion_dpo.build(diffusion_dpo.Config(error="noise", **settings), roles)
+    objective = build_objective("diffusion_dpo", roles, error="noise", **settings)
     metrics = Loop(roles, objective, {"data": data}, 64).update(objective.updates[0], 0, {0: {}})
     grad = roles.denoiser("student").backbone.shift.grad
     assert isinstance(grad, Tensor)
     return {name: value.item() for name, value in metrics.items()}, grad, roles
 
 
-def test_it_starts_at_log_2() -> None:
+def test_the_loss_starts_at_log_2() -> None:
     metrics, _, _ = update([0.0] * D, pairs(), beta=3.0)
     assert metrics["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_the_loss_of_a_shifted_policy_is_a_logistic_regression() -> None:
-    """With noise predictions apart by d, z = beta d . (r_winner - r_loser) / D for residuals r. At t = .5 the reference
-    of N(0, 1) predicts noise = x_t, so that r_winner - r_loser = -(winner - loser) / 2 whatever the noise."""
+    """If the noise predictions differ by d, z = beta d . (r_winner - r_loser) / D for residuals r. At t = .5 the
+    reference of N(0, 1) predicts noise = x_t, so r_winner - r_loser = -(winner - loser) / 2 for any noise."""
     shift, beta = [0.2, 0.1, -0.4], 5.0
-    metrics, grad, _ = update(shift, pairs(), beta=beta, times=(0.5,))
+    metrics, grad, _ = update(shift, pairs(), beta=beta, student_times=(0.5,))
     difference = -0.5 * torch.tensor([0.5, -0.3, 0.0])
     z = beta / D * float(torch.tensor(shift) @ difference)
     assert metrics["loss/dpo"] == pytest.approx(math.log1p(math.exp(-z)), abs=1e-5)
@@ -74,10 +73,10 @@ def test_the_loss_of_a_shifted_policy_is_a_logistic_regression() -> None:
 
 
 def test_the_first_gradient_and_its_antisymmetry() -> None:
-    """At the reference it is -(beta / 2 D) (r_winner - r_loser); exchanging the two turns its sign."""
-    _, grad, _ = update([0.0] * D, pairs(), beta=4.0, times=(0.5,))
+    """At the reference it is -(beta / 2 D) (r_winner - r_loser); exchanging the two changes its sign."""
+    _, grad, _ = update([0.0] * D, pairs(), beta=4.0, student_times=(0.5,))
     torch.testing.assert_close(grad, 4.0 / (2 * D) * 0.5 * torch.tensor([0.5, -0.3, 0.0]), atol=1e-6, rtol=1e-5)
-    _, swapped, _ = update([0.0] * D, pairs(swap=True), beta=4.0, times=(0.5,))
+    _, swapped, _ = update([0.0] * D, pairs(swap=True), beta=4.0, student_times=(0.5,))
     torch.testing.assert_close(swapped, -grad, atol=1e-6, rtol=1e-5)
 
 
@@ -88,11 +87,11 @@ def test_equal_samples_have_no_effect() -> None:
 
 
 @pytest.mark.parametrize(("swap", "sign"), [(False, 1), (True, -1)])
-def test_the_policys_samples_move_towards_the_winners(swap: bool, sign: int) -> None:
+def test_the_samples_of_the_policy_move_towards_the_winners(swap: bool, sign: int) -> None:
     """A larger x0 is a smaller noise at the same x_t: a shift must fall where the winner is larger."""
     student = trained(Denoiser(Shifted([0.0] * D), FLOW, "noise"), 0.05)
     roles = Roles({"student": student, "reference": Role(REFERENCE)})
-    objective = diffusion_dpo.build(diffusion_dpo.Config(error="noise", beta=2.0), roles)
+    objective = build_objective("diffusion_dpo", roles, error="noise", beta=2.0)
     loop = Loop(roles, objective, {"data": pairs(swap)}, 64)
     for step in range(30):
         loop.step(step)
@@ -102,7 +101,7 @@ def test_the_policys_samples_move_towards_the_winners(swap: bool, sign: int) -> 
     assert shift[1].item() * sign > 0.05
 
 
-def test_a_few_step_student_is_tuned_in_a_stage_after_its_distillation_and_stays_one(tmp_path: Path) -> None:
+def test_a_few_step_student_that_is_tuned_in_a_second_stage_stays_few_step(tmp_path: Path) -> None:
     samples = {name: torch.randn(40, 1, 8, 8) for name in ("winner", "loser")}
     write_tensors(samples | {"labels": torch.arange(40) % 10}, tmp_path / "pairs.safetensors")
     raw: dict[str, Any] = tiny_config(tmp_path, data={"kind": "tensors", "path": str(tmp_path / "pairs.safetensors")})
@@ -110,7 +109,7 @@ def test_a_few_step_student_is_tuned_in_a_stage_after_its_distillation_and_stays
     raw["stages"].append(
         {
             "steps": 2,
-            "objective": {"name": "diffusion_dpo", "times": [1.0, 0.5]},
+            "objective": {"name": "diffusion_dpo", "student_times": [1.0, 0.5]},
             "freeze": {"reference": "student"},
             "roles": {"student": {"init": "student", "lr": 1e-3}},
         }

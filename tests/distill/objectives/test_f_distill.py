@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
-from worlds import FLOW, Affine, Points, gaussian, trained
+from worlds import FLOW, Affine, Points, build_objective, gaussian, trained
 
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.adversarial import Heads, density_ratio, discriminator_loss, generator_loss
 from fewstep.distill.data.batch import Batch
 from fewstep.distill.loop import Loop
-from fewstep.distill.objectives import dmd2, f_distill
-from fewstep.distill.objectives.f_distill import H, divergence_weight
+from fewstep.distill.objectives.f_distill import WEIGHTS, divergence_weight
 from fewstep.distill.roles import Role, Roles
 from fewstep.models.denoiser import Denoiser
 
@@ -53,15 +52,15 @@ def integral(values: Tensor) -> float:
         ("softened_reverse_kl", (0.52947, 0.60203, 0.77520)),
     ],
 )
-def test_expected_weight_between_two_gaussians(name: str, values: tuple[float, ...]) -> None:
+def test_the_expected_weight_between_two_gaussians(name: str, values: tuple[float, ...]) -> None:
     """E_q h(p / q) for p = N(0, 1) and q = N(d, 1), d = 0.5, 1, 2."""
     for d, value in zip((0.5, 1.0, 2.0), values, strict=True):
         log_q = log_normal(X, d)
         ratio = (log_normal(X, 0) - log_q).exp()
-        assert integral(log_q.exp() * H[name](ratio)) == pytest.approx(value, abs=1e-5)
+        assert integral(log_q.exp() * WEIGHTS[name](ratio)) == pytest.approx(value, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(H))
+@pytest.mark.parametrize("name", sorted(WEIGHTS))
 def test_the_weighted_gradient_is_that_of_the_divergence(name: str) -> None:
     """d/d mean of D_f(p | q) by finite differences, against -E_q h(r) (s_p - s_q); p = N(0, 1), q = N(.7, 1.1^2)."""
 
@@ -75,10 +74,10 @@ def test_the_weighted_gradient_is_that_of_the_divergence(name: str) -> None:
     log_q = log_normal(X, 0.7, 1.1)
     ratio = (log_normal(X, 0) - log_q).clamp(-300, 300).exp()
     scores = -X + (X - 0.7) / 1.1**2
-    assert -integral(log_q.exp() * H[name](ratio) * scores) == pytest.approx(measured, rel=1e-4)
+    assert -integral(log_q.exp() * WEIGHTS[name](ratio) * scores) == pytest.approx(measured, rel=1e-4)
 
 
-def test_both_normalisations() -> None:
+def test_the_weight_is_normalised_by_time_and_over_the_batch() -> None:
     """The ratio's mean is 1 in every range of times, the weight's over the batch; a constant factor changes nothing."""
     generator = torch.Generator().manual_seed(0)
     t = torch.rand(4000, generator=generator, dtype=torch.float64)
@@ -90,8 +89,8 @@ def test_both_normalisations() -> None:
     torch.testing.assert_close(divergence_weight("forward_kl", 3 * ratio, t, (0.0, 1.0), 10), weight)
 
 
-@pytest.mark.parametrize("name", sorted(H))
-def test_a_discriminator_that_knows_nothing_weighs_all_alike(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(WEIGHTS))
+def test_an_uninformative_discriminator_gives_equal_weights(name: str) -> None:
     t = torch.linspace(0, 1, 64, dtype=torch.float64)
     ratio = density_ratio(torch.full((64, 2), 0.3))
     torch.testing.assert_close(divergence_weight(name, ratio, t, (0.0, 1.0), 10), torch.ones(64))
@@ -104,7 +103,7 @@ def test_the_ratio_is_bounded_and_detached() -> None:
     assert not ratio.requires_grad
 
 
-def test_the_losses_of_a_discriminator_that_cannot_tell() -> None:
+def test_the_losses_of_an_uninformative_discriminator() -> None:
     zero = torch.zeros(5, 2)
     assert generator_loss(zero).item() == pytest.approx(math.log(2))
     assert discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2))
@@ -116,8 +115,8 @@ def images(random: KeyedRandom, size: int) -> Batch:
     return Batch(size, points.shape, points.condition, {"x0": random.normal((size, 16), "data")})
 
 
-def student_gradient(objective: str, weight: float = 0.0) -> float:
-    """d / d mu of the student's whole loss, where the untrained heads give one logit to every sample."""
+def student_gradient(name: str) -> float:
+    """d / d mu of the student's loss, with heads that give every sample the same logit."""
     teacher = Denoiser(gaussian(1.0, 0.8, 16).backbone, FLOW, "x0", feature_layers=("",))
     student = trained(Denoiser(Affine(-0.5, 0.5), FLOW, "x0"))
     heads = Heads({"": 16})
@@ -131,15 +130,13 @@ def student_gradient(objective: str, weight: float = 0.0) -> float:
             "discriminator": trained(heads),
         }
     )
-    shared = {"steps": 1, "guidance": 1.0, "critic_updates": 1}
-    module = {"dmd2": dmd2, "f_distill": f_distill}[objective]
-    settings = module.Config(**shared) if objective == "dmd2" else module.Config(**shared, gan_weight=weight)
-    built = module.build(settings, roles)
+    settings = {"gan_weight": 0.0} if name == "f_distill" else {}
+    built = build_objective(name, roles, steps=1, guidance=1.0, critic_updates=1, **settings)
     Loop(roles, built, {"data": images}, 64).update(built.updates[0], 0, {0: {}})
     grad = roles.denoiser("student").backbone.mu.grad
     assert isinstance(grad, Tensor)
     return grad.item()
 
 
-def test_with_constant_logits_it_is_dmd2_exactly() -> None:
+def test_with_constant_logits_it_equals_dmd2() -> None:
     assert student_gradient("f_distill") == student_gradient("dmd2")

@@ -1,4 +1,4 @@
-"""Students leave as what diffusers loads: read back here as a user would, by the pipelines' own classes and calls."""
+"""Exports of students, loaded as a user would load them: by diffusers' own classes and calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fewstep.distill.config import parse_config
 from fewstep.models.condition import Condition
 from fewstep.models.guidance import OFF
 from fewstep.models.hub import export as module
-from fewstep.models.hub.export import Form
+from fewstep.models.hub.export_format import ExportFormat
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.loading import load_model, pipeline_of
 from fewstep.samplers.ddim import ddim
@@ -31,22 +31,22 @@ Saved = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def runs(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a run's folder, once for each setting."""
-    made: dict[Any, Path] = {}
+    """Trains a run, once per setting, and returns its folder."""
+    folders: dict[Any, Path] = {}
 
-    def make(family: str, adapters: dict[str, Any] | None = ADAPTERS, name: str = "tdm", **objective: Any) -> Path:
+    def train(family: str, adapters: dict[str, Any] | None = ADAPTERS, name: str = "tdm", **objective: Any) -> Path:
         key = family, str(adapters), name, tuple(objective.items())
-        if key not in made:
+        if key not in folders:
             raw = settings(saved(family), family, tmp_path_factory.mktemp("run") / "run", adapters)
             raw["stages"][0]["objective"] = {"name": name, "steps": STEPS, **objective}
-            made[key] = fewstep.train(parse_config(raw, "test"))
-        return made[key]
+            folders[key] = fewstep.train(parse_config(raw, "test"))
+        return folders[key]
 
-    return make
+    return train
 
 
 def ours(name: str, run: Path, noise: torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The student's own samples from this noise."""
+    """The student's samples from this noise."""
     model = load_model(run / "student")
     few = model.config.few_step
     assert few is not None
@@ -59,9 +59,9 @@ def ours(name: str, run: Path, noise: torch.Tensor, cond: dict[str, torch.Tensor
 def test_the_exported_pipelines_default_call_samples_as_the_student(
     runs: Callable[..., Path], name: str, adapters: dict[str, Any] | None, tmp_path: Path
 ) -> None:
-    """Only the number of steps and guidance off are said, as the model card tells."""
+    """Only the number of steps and guidance off are passed, as the model card describes."""
     run, tiny = runs(name, adapters), TINY[name]
-    out = fewstep.export(run, Form.diffusers, tmp_path / "out")
+    out = fewstep.export(run, ExportFormat.diffusers, tmp_path / "out")
     absent = {"text_encoder": None, "tokenizer": None} if name in ("qwen_image", "wan") else {}
     if name == "sd3":
         absent = {"text_encoder_3": None, "tokenizer_3": None}
@@ -82,11 +82,11 @@ def test_the_exported_pipelines_default_call_samples_as_the_student(
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen_image"])
-def test_shifted_times_are_the_default_where_the_pipeline_passes_them(
+def test_shifted_times_are_the_default_of_pipelines_that_pass_sigmas(
     runs: Callable[..., Path], name: str, tmp_path: Path
 ) -> None:
     run, tiny = runs(name, shift=3.0), TINY[name]
-    folder = PipelineFolder.open(fewstep.export(run, Form.diffusers, tmp_path / "out"))
+    folder = PipelineFolder.open(fewstep.export(run, ExportFormat.diffusers, tmp_path / "out"))
     pipeline = folder.pipeline(folder.denoiser().backbone.network)
     pipeline.set_progress_bar_config(disable=True)
     cond = tiny.embeddings(2, 1)
@@ -97,31 +97,31 @@ def test_shifted_times_are_the_default_where_the_pipeline_passes_them(
 
 
 @pytest.mark.parametrize("name", ["sd3", "wan"])
-def test_shifted_times_are_nearly_met_where_the_scheduler_chooses_them(
+def test_shifted_times_are_approximated_in_pipelines_whose_scheduler_chooses_them(
     runs: Callable[..., Path], name: str, tmp_path: Path
 ) -> None:
-    """A first-order scheduler that counts times in whole labels, from 0.999 down, stands in."""
+    """The exported first-order scheduler rounds times to integer timesteps, starting at 0.999."""
     run = runs(name, shift=3.0)
-    folder = PipelineFolder.open(fewstep.export(run, Form.diffusers, tmp_path / "out"))
+    folder = PipelineFolder.open(fewstep.export(run, ExportFormat.diffusers, tmp_path / "out"))
     scheduler = folder.pipeline().scheduler
     scheduler.set_timesteps(STEPS)
     assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0], abs=1e-3)
     assert (scheduler.timesteps / 1000).tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5], abs=2e-3)
 
 
-@pytest.mark.parametrize("form", [Form.lora, Form.comfyui, Form.merged])
+@pytest.mark.parametrize("form", [ExportFormat.lora, ExportFormat.comfyui, ExportFormat.merged])
 @pytest.mark.parametrize("name", list(TINY))
-def test_adapters_and_bare_networks_are_read_back(
-    runs: Callable[..., Path], saved: Saved, name: str, form: Form, tmp_path: Path
+def test_exported_adapters_and_networks_pass_their_check(
+    runs: Callable[..., Path], saved: Saved, name: str, form: ExportFormat, tmp_path: Path
 ) -> None:
     run = runs(name, {"rank": 2, "alpha": 6.0})
-    if name == "pixart" and form is Form.comfyui:
-        with pytest.raises(UserError, match="no ComfyUI keys"):
+    if name == "pixart" and form is ExportFormat.comfyui:
+        with pytest.raises(UserError, match="has no ComfyUI keys"):
             fewstep.export(run, form, tmp_path / "out")
         assert not list(tmp_path.glob("out*"))
         return
     out = fewstep.export(run, form, tmp_path / "out")
-    if form is Form.merged:
+    if form is ExportFormat.merged:
         assert (out / "config.json").is_file()
         return
     metadata = read_metadata(out / "pytorch_lora_weights.safetensors")
@@ -131,44 +131,43 @@ def test_adapters_and_bare_networks_are_read_back(
     assert metadata["lora_scale"] == "1.0"
 
 
-def test_a_renoising_student_of_a_discrete_schedule_gets_the_lcm_scheduler(
+def test_a_renoising_student_with_a_discrete_schedule_gets_the_lcm_scheduler(
     runs: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = runs("sd", name="dmd2")
-    out = fewstep.export(run, Form.diffusers, tmp_path / "out")
+    out = fewstep.export(run, ExportFormat.diffusers, tmp_path / "out")
     scheduler = diffusers.LCMScheduler.from_pretrained(out / "scheduler")
-    for steps, labels in ((4, [999, 749, 499, 249]), (2, [999, 499]), (1, [999])):
+    for steps, timesteps in ((4, [999, 749, 499, 249]), (2, [999, 499]), (1, [999])):
         scheduler.set_timesteps(steps)
-        assert scheduler.timesteps.tolist() == labels
+        assert scheduler.timesteps.tolist() == timesteps
 
 
-def test_a_model_that_is_no_student_keeps_its_pipelines_scheduler(saved: Saved, tmp_path: Path) -> None:
-    out = module.export(load_model(saved("sd2")), Form.diffusers, tmp_path / "out")
-    again = load_model(out)
-    assert again.config.prediction == "v"
-    assert str(saved("sd2")) not in (out / "unet" / "config.json").read_text(), "no place on this machine leaves it"
+def test_a_model_that_is_not_a_student_keeps_the_scheduler_of_its_pipeline(saved: Saved, tmp_path: Path) -> None:
+    out = module.export(load_model(saved("sd2")), ExportFormat.diffusers, tmp_path / "out")
+    assert load_model(out).config.prediction == "v"
+    assert str(saved("sd2")) not in (out / "unet" / "config.json").read_text(), "no local path is exported"
     assert "times" not in json.loads((out / "fewstep.json").read_text())
-    assert "Sample it as its base" in (out / "README.md").read_text()
+    assert "Sample it like its base model" in (out / "README.md").read_text()
 
 
-def test_what_cannot_be_exported_says_why(
+def test_exports_that_are_not_possible_give_the_reason(
     runs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="no adapter"):
-        fewstep.export(runs("sd", None), Form.lora, tmp_path / "b")
-    with pytest.raises(UserError, match="takes no times from outside"):
-        fewstep.export(runs("wan", name="dmd2", shift=3.0), Form.diffusers, tmp_path / "c")
+    with pytest.raises(UserError, match="is not an adapter"):
+        fewstep.export(runs("sd", None), ExportFormat.lora, tmp_path / "b")
+    with pytest.raises(UserError, match="does not take times"):
+        fewstep.export(runs("wan", name="dmd2", shift=3.0), ExportFormat.diffusers, tmp_path / "c")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("kept")
     with pytest.raises(UserError, match="not empty"):
-        fewstep.export(runs("sd"), Form.lora, tmp_path / "full")
+        fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "full")
     monkeypatch.setattr(module, "TOLERANCE", -1.0)
     with pytest.raises(UserError, match="differs from the student"):
-        fewstep.export(runs("sd"), Form.lora, tmp_path / "d")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"], "nothing half-written is left"
+        fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "d")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"], "no partial export is left"
 
 
-def test_a_full_disk_leaves_nothing_half_written(
+def test_a_full_disk_leaves_no_partial_export(
     runs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -176,11 +175,11 @@ def test_a_full_disk_leaves_nothing_half_written(
 
     monkeypatch.setattr(module.shutil, "copytree", full)
     with pytest.raises(UserError, match="No space left"):
-        fewstep.export(runs("sd"), Form.diffusers, tmp_path / "out")
+        fewstep.export(runs("sd"), ExportFormat.diffusers, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_adapter_for_another_base_is_refused(runs: Callable[..., Path], saved: Saved, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused(runs: Callable[..., Path], saved: Saved, tmp_path: Path) -> None:
     student = runs("sd") / "student"
     config = json.loads((student / "config.json").read_text())
     other = tmp_path / "student"

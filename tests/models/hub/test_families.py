@@ -1,4 +1,4 @@
-"""The contract that every diffusers family must pass: our sampling is the pipeline's own, from the same folder."""
+"""The contract of every diffusers family: sampling equals the pipeline's own call, from the same folder."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def test_sampling_equals_the_pipelines_own(case: tuple[Tiny, PipelineFolder, Any
 
 
 def test_from_words_to_pixels_equals_the_pipelines_own(case: tuple[Tiny, PipelineFolder, Any]) -> None:
-    """Encoding, null condition and decoding, through the folder's own text encoders and VAE."""
+    """Encoding, null condition and decoding, with the folder's text encoders and VAE."""
     tiny, folder, pipeline = case
     family, words, scale = folder.family, ["a cat", "two dogs"], 3.0
     parts = folder.pipeline()
-    if folder.holds("text_encoder"):
+    if folder.has_component("text_encoder"):
         with torch.no_grad():
             cond, null = family.encode(parts, words), family.encode(parts, [""])
         negative = {"negative_prompt": ["", ""]} if family.pipelines == ("FluxPipeline",) and tiny.negatives else {}
@@ -72,9 +72,9 @@ def test_from_words_to_pixels_equals_the_pipelines_own(case: tuple[Tiny, Pipelin
     assert difference(pixels, theirs) < 1e-3
 
 
-def test_images_come_back_from_their_latents_shape(case: tuple[Tiny, PipelineFolder, Any]) -> None:
-    """Encoding pictures gives latents of the family's shape, scaled as its decoder takes them: random weights decode
-    to nothing like the picture, but scaling and its inverse must cancel."""
+def test_encoded_images_have_the_latent_shape_and_scale(case: tuple[Tiny, PipelineFolder, Any]) -> None:
+    """The scaling of ``encode_images`` and that of ``decode`` must cancel, although random weights do not reconstruct
+    the image."""
     tiny, folder, _ = case
     height, width, frames = tiny.size
     parts = folder.pipeline()
@@ -90,11 +90,11 @@ def test_images_come_back_from_their_latents_shape(case: tuple[Tiny, PipelineFol
     assert difference(ours, decoded.reshape(ours.shape)) < 1e-3
 
 
-def test_taps_and_targets_exist_in_the_network(case: tuple[Tiny, PipelineFolder, Any]) -> None:
+def test_feature_layers_and_lora_targets_exist_in_the_network(case: tuple[Tiny, PipelineFolder, Any]) -> None:
     _, folder, _ = case
     family = folder.family
     network = folder.denoiser(feature_layers=family.feature_layers).backbone.network
     names = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
     assert family.feature_layers
-    for target in family.targets:
+    for target in family.lora_targets:
         assert any(name == target or name.endswith(f".{target}") for name in names), target

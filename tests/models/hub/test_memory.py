@@ -1,4 +1,4 @@
-"""What makes room on one accelerator: 8 and 4 bits under adapters, 8-bit moments, networks that wait in host memory."""
+"""Saving device memory: quantized bases under adapters, 8-bit optimizer states, networks offloaded to host memory."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.distill.run import Run
 from tiny_pipelines import ADAPTERS, TINY, settings
 
 import fewstep
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_tensors
 from fewstep.distill.config import parse_config
+from fewstep.distill.run_folder import RunFolder
 from fewstep.models.condition import Condition
-from fewstep.models.hub.export import Form
+from fewstep.models.hub.export_format import ExportFormat
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.offload import OffloadedModule
 from fewstep.models.quantized import Bits, quantize
@@ -53,20 +53,20 @@ def test_a_quantized_network_computes_nearly_the_same(saved: Saved, name: str, b
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", ["int8", "nf4"])
-def test_adapters_train_on_a_quantized_base_and_export_onto_the_full_one(
+def test_adapters_trained_on_a_quantized_base_export_to_the_full_precision_one(
     saved: Saved, bits: Bits, tmp_path: Path
 ) -> None:
-    run = Run.create(config(saved("sd3"), "sd3", tmp_path / "run", ADAPTERS, weights=bits), CPU)
-    network = run.roles.denoiser("teacher").backbone.shared_network
+    run = RunFolder.create(config(saved("sd3"), "sd3", tmp_path / "run", ADAPTERS, weights=bits), CPU)
+    network = run.trainer.roles.denoiser("teacher").backbone.shared_network
     before = {name: p.clone() for name, p in network.named_parameters() if ".lora_" not in name}
     run.train()
     assert all(torch.equal(dict(network.named_parameters())[name], value) for name, value in before.items())
     tensors = read_tensors(tmp_path / "run" / "student" / "model.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
-    assert (fewstep.export(tmp_path / "run", Form.merged, tmp_path / "out") / "config.json").is_file()
+    assert (fewstep.export(tmp_path / "run", ExportFormat.merged, tmp_path / "out") / "config.json").is_file()
 
 
-def test_a_quantized_base_needs_adapters_and_offloading_copies(saved: Saved, tmp_path: Path) -> None:
+def test_a_quantized_base_without_adapters_and_offloading_with_them_are_refused(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be trained; add adapters"):
         config(saved("sd"), "sd", tmp_path, None, weights="int8")
     with pytest.raises(UserError, match="offload is for copies"):
@@ -74,24 +74,24 @@ def test_a_quantized_base_needs_adapters_and_offloading_copies(saved: Saved, tmp
 
 
 @needs_bitsandbytes
-def test_moments_in_eight_bits_survive_a_checkpoint(saved: Saved, tmp_path: Path) -> None:
+def test_8_bit_optimizer_states_are_restored_from_a_checkpoint(saved: Saved, tmp_path: Path) -> None:
     raw = settings(saved("sd"), "sd", tmp_path / "whole", None, checkpoint={"every": 1})
     rate = {"lr": 1e-3, "optimizer": "adamw8bit"}
     raw["stages"][0] |= {"steps": 4, "roles": {"student": rate, "fake": rate}}
-    whole = Run.create(parse_config(raw, "test"), CPU)
+    whole = RunFolder.create(parse_config(raw, "test"), CPU)
     whole.train()
-    moments = whole.roles["student"].optimizer.state.values()
+    moments = whole.trainer.roles["student"].optimizer.state.values()
     assert any(moment["state1"].dtype == torch.uint8 for moment in moments)
-    half = Run.create(parse_config(raw | {"out": str(tmp_path / "half")}, "test"), CPU)
-    half.advance(2)
-    half.save()
-    Run.reopen(tmp_path / "half", CPU).train()
+    half = RunFolder.create(parse_config(raw | {"out": str(tmp_path / "half")}, "test"), CPU)
+    half.trainer.advance(2)
+    half.on_checkpoint(half.trainer)
+    RunFolder.reopen(tmp_path / "half", CPU).train()
     a, b = (read_tensors(tmp_path / run / "student" / "model.safetensors") for run in ("whole", "half"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_frozen_network_waits_in_host_memory_between_reads(saved: Saved, tmp_path: Path) -> None:
-    """And training goes as if it did not, with features read through it, too."""
+def test_offloading_the_teacher_does_not_change_training(saved: Saved, tmp_path: Path) -> None:
+    """Also for an objective that uses its features."""
     stage = {
         "steps": 2, "objective": {"name": "dmd2", "steps": 2, "critic_updates": 1},
         "roles": {"student": {"lr": 1e-3}, "fake": {"lr": 1e-3}},
@@ -99,31 +99,31 @@ def test_a_frozen_network_waits_in_host_memory_between_reads(saved: Saved, tmp_p
     students = []
     for offload in (False, True):
         out = tmp_path / str(offload)
-        run = Run.create(config(saved("sd"), "sd", out, None, offload=offload, stages=[stage, stage]), CPU)
-        home = next(iter(run.roles["teacher"].parameters)).data_ptr()
-        with torch.no_grad(), run.roles.resident("teacher") as teacher:
-            assert (next(teacher.parameters()).data_ptr() != home) == offload
+        run = RunFolder.create(config(saved("sd"), "sd", out, None, offload=offload, stages=[stage, stage]), CPU)
+        host = next(iter(run.trainer.roles["teacher"].parameters)).data_ptr()
+        with torch.no_grad(), run.trainer.roles.resident("teacher") as teacher:
+            assert (next(teacher.parameters()).data_ptr() != host) == offload
         run.train()
         students.append(read_tensors(out / "student" / "model.safetensors"))
     assert all(torch.equal(students[0][key], value) for key, value in students[1].items())
 
 
-def test_a_network_read_with_a_graph_stays_until_the_update_is_over() -> None:
+def test_an_offloaded_module_is_copied_once_until_it_is_released() -> None:
     network = torch.nn.Linear(3, 2)
-    waiting = OffloadedModule(network, CPU)
-    home = network.weight.data_ptr()
-    waiting.fetch()
+    offloaded = OffloadedModule(network, CPU)
+    host = network.weight.data_ptr()
+    offloaded.fetch()
     fetched = network.weight.data_ptr()
-    waiting.fetch()
-    assert network.weight.data_ptr() == fetched != home, "fetched once"
-    waiting.release()
-    assert network.weight.data_ptr() == home
+    offloaded.fetch()
+    assert network.weight.data_ptr() == fetched != host
+    offloaded.release()
+    assert network.weight.data_ptr() == host
 
 
 @pytest.mark.gpu
 def test_an_offloaded_teacher_leaves_the_accelerator(saved: Saved, tmp_path: Path) -> None:
     device = torch.device("cuda")
-    run = Run.create(config(saved("sd"), "sd", tmp_path / "run", None, offload=True), device)
-    run.advance(2)
-    assert all(p.device.type == "cpu" for p in run.roles["teacher"].parameters)
-    assert all(p.device.type == "cuda" for p in run.roles["student"].parameters)
+    run = RunFolder.create(config(saved("sd"), "sd", tmp_path / "run", None, offload=True), device)
+    run.trainer.advance(2)
+    assert all(p.device.type == "cpu" for p in run.trainer.roles["teacher"].parameters)
+    assert all(p.device.type == "cuda" for p in run.trainer.roles["student"].parameters)

@@ -1,0 +1,11 @@
+"""CLIP-FID, the Fréchet distance of CLIP image embeddings (Kynkäänniemi et al., arXiv 2203.06026)."""
+
+from __future__ import annotations
+
+from fewstep.eval.metrics.frechet import bias_note, frechet_to_reference
+from fewstep.eval.metrics.metric import Metric
+
+CLIP_FID = Metric(
+    name="clip_fid", network="clip_fid", direction="lower", minimum_n=2, compute=frechet_to_reference,
+    needs_reference=True, note=bias_note,
+)  # fmt: skip

@@ -1,0 +1,35 @@
+"""FID-infinity: the FID that infinitely many samples would have (Chong & Forsyth, arXiv 1911.07023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewstep.eval.metrics.frechet import Statistics, frechet_distance
+from fewstep.eval.metrics.metric import Metric, MetricInput
+
+
+def frechet_infinity(
+    features: Tensor, reference: Statistics, points: int = 15, smallest: int = 5000, seed: int = 0
+) -> float:
+    """The Fréchet distance of features [N, D], extrapolated to infinitely many.
+
+    The features are shuffled by ``seed``. A line in 1/n is fitted to the distances of the first n of them, for
+    ``points`` values of n from ``smallest`` (at most N / 2) to N, and its value at 1/n = 0 is returned. The reference's
+    bias remains.
+    """
+    x = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))]
+    counts = torch.linspace(min(smallest, len(x) // 2), len(x), points).round().long().tolist()
+    values = [frechet_distance(Statistics.of(x[:n]), reference) for n in counts]
+    line = torch.stack([torch.ones(points), 1 / torch.tensor(counts)], 1).double()
+    return float(torch.linalg.lstsq(line, torch.tensor(values, dtype=torch.float64)[:, None]).solution[0, 0])
+
+
+def _compute(inputs: MetricInput) -> float:
+    return frechet_infinity(inputs.images.features(), inputs.real.statistics)
+
+
+FID_INFINITY = Metric(
+    name="fid_infinity", network="inception", direction="lower", minimum_n=4, compute=_compute, needs_features=True,
+    needs_reference=True,
+)  # fmt: skip

@@ -1,0 +1,113 @@
+"""Metrics: numbers computed from the features of a set of images, with what a protocol must know about them.
+
+A metric of your own is a ``Metric`` in your module: give its dotted name (``package.module:METRIC``) in a protocol, or
+register a short name with ``fewstep.register("metric", NAME)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor
+
+from fewstep.core.errors import UserError
+from fewstep.eval.feature_statistics import FeatureStatistics
+from fewstep.eval.metrics.frechet import Statistics
+
+Direction = Literal["lower", "higher"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class MetricInput:
+    """What the metrics of one network receive.
+
+    ``texts`` holds the embeddings [M, D] of the captions by the prefix before them. Image k shows class or caption
+    ``k % conditions``; ``conditions`` is 0 if that is unknown.
+    """
+
+    images: FeatureStatistics
+    reference: FeatureStatistics | None
+    texts: Mapping[str, Tensor]
+    conditions: int
+    _shared: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def real(self) -> FeatureStatistics:
+        """The reference of a metric with ``needs_reference``."""
+        assert self.reference is not None
+        return self.reference
+
+    @property
+    def both(self) -> tuple[Tensor, Tensor]:
+        """The features of the real images [N, D] and of these [M, D]."""
+        return self.real.features(), self.images.features()
+
+    def shared(self, compute: Callable[[MetricInput], T]) -> T:
+        """``compute(self)``, computed once: for metrics that are two results of one computation."""
+        if compute not in self._shared:
+            self._shared[compute] = compute(self)
+        value: T = self._shared[compute]
+        return value
+
+    def features_by_seed(self) -> Tensor:
+        """The features as [S, N, D]: S images of each of N conditions. Raises ``UserError`` if S would be below 2."""
+        features = self.images.features()
+        seeds = len(features) // self.conditions if self.conditions else 0
+        if seeds < 2:
+            raise UserError(
+                f"{len(features)} images of {self.conditions} conditions: two images per condition are needed."
+            )
+        return features[: seeds * self.conditions].reshape(seeds, self.conditions, -1)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number for a set of images.
+
+    Args:
+        name: its name in protocols and files of scores.
+        network: the network whose features it compares, by its name in ``eval/networks/registry.py``.
+        direction: whether lower or higher values are better.
+        minimum_n: the smallest number of images it can be computed from.
+        compute: the computation.
+        needs_features: needs the features of every image, not only their mean and covariance.
+        needs_reference: compares with real images or their statistics.
+        caption_prefix: needs captions, with this text before each (the network must be ``clip``); None: needs none.
+        per_condition: ``minimum_n`` counts the images of each class or caption.
+        videos: is computed from videos, not from images.
+        note: ``note(name, value, n, statistics of the reference)`` returns a remark on a value, or None.
+
+    Raises ``ValueError`` if these contradict each other.
+    """
+
+    name: str
+    network: str
+    direction: Direction
+    minimum_n: int
+    compute: Callable[[MetricInput], float]
+    needs_features: bool = False
+    needs_reference: bool = False
+    caption_prefix: str | None = None
+    per_condition: bool = False
+    videos: bool = False
+    note: Callable[[str, float, int, Statistics], str | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.note is not None and not self.needs_reference:
+            raise ValueError(f"{self.name}: a note needs a reference")
+        if self.caption_prefix is not None and self.network != "clip":
+            raise ValueError(f"{self.name}: only the network 'clip' embeds captions, not {self.network!r}")
+
+    def check_count(self, n: int, conditions: int) -> None:
+        """Raises ``UserError`` if it cannot be computed from ``n`` images of ``conditions`` classes or captions (0:
+        unknown)."""
+        if self.per_condition and not conditions:
+            raise UserError(f"{self.name} needs captions or classes: it compares the images of each of them.")
+        minimum, each = self.minimum_n, ""
+        if self.per_condition:
+            minimum, each = self.minimum_n * conditions, f", {self.minimum_n} of each class or caption"
+        if n < minimum:
+            raise UserError(f"{self.name} needs at least {minimum} images{each}, got {n}.")

@@ -1,0 +1,50 @@
+"""Images and videos of a run, encoded for its page."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+MAXIMUM_SAMPLES = 8
+
+
+class EmbeddedImage(NamedTuple):
+    """A PNG file as base64."""
+
+    caption: str
+    data: str
+    width: int
+    height: int
+
+
+def embed_image(file: Path, caption: str, remarks: list[str]) -> EmbeddedImage | None:
+    """None, with a remark, if the image is missing or damaged."""
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return EmbeddedImage(caption, base64.b64encode(file.read_bytes()).decode(), *image.size)
+    except OSError:
+        remarks.append(f"There is no {'readable ' * file.exists()}image samples/{file.name}.")
+        return None
+
+
+def embed_video(file: Path) -> str:
+    """An MP4 file as base64; empty if it does not exist."""
+    return base64.b64encode(file.read_bytes()).decode() if file.is_file() else ""
+
+
+def embed_samples(folder: Path, remarks: list[str]) -> list[EmbeddedImage]:
+    """Some of the validation images, evenly spaced, with the first and the last."""
+    files = sorted(folder.glob("step-*.png"))
+    chosen = sorted({round(i) for i in np.linspace(0, len(files) - 1, MAXIMUM_SAMPLES)}) if files else []
+    if not files:
+        remarks.append("No sample images were saved during training.")
+    if len(chosen) < len(files):
+        remarks.append(f"{len(chosen)} of {len(files)} sample images are shown; all are in samples/.")
+    steps = [(files[i], files[i].stem.removeprefix("step-").lstrip("0") or "0") for i in chosen]
+    images = [embed_image(file, f"Step {step}", remarks) for file, step in steps]
+    return [image for image in images if image is not None]

@@ -1,0 +1,115 @@
+"""The command line as a whole: fast help, a version, examples, old names."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import pytest
+import typer
+from commands import fewstep, refused, succeeds
+
+from fewstep.cli.main import RENAMED, app
+
+HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "matplotlib", "PIL", "yaml")
+
+
+def commands() -> Iterator[tuple[str, typer.core.TyperCommand]]:
+    """Every command with its full name."""
+
+    def below(group: object, prefix: str) -> Iterator[tuple[str, typer.core.TyperCommand]]:
+        for name, command in group.commands.items():  # type: ignore[attr-defined]
+            if isinstance(command, typer.core.TyperGroup):
+                yield from below(command, f"{prefix}{name} ")
+            else:
+                yield f"{prefix}{name}", command
+
+    yield from below(typer.main.get_command(app), "")
+
+
+COMMANDS = dict(commands())
+
+
+def test_the_commands_are_those_of_the_design() -> None:
+    assert set(COMMANDS) == {
+        "demo", "train", "sample", "eval", "compare", "report", "export", "explain", "winrate", "replay",
+        "data encode", "data reference", "data ode-pairs", "data preferences",
+        "solver list", "solver compare", "solver fit-v3", "solver fit-dc",
+        "bench objectives", "bench step", "bench sampler", "bench memory",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "train --help", "solver --help"])
+def test_help_and_version_import_nothing_heavy(arguments: str) -> None:
+    code = f"""
+import sys
+from fewstep.cli.main import main
+sys.argv = ["fewstep", *{arguments.split()!r}]
+try:
+    main()
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+found = set({HEAVY!r}) & set(sys.modules)
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_importing_fewstep_imports_nothing_heavy() -> None:
+    code = f"import sys, fewstep; assert not set({HEAVY!r}) & set(sys.modules), sorted(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_version() -> None:
+    assert succeeds("--version").strip() == f"fewstep {version('fewstep')}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_text_has_a_valid_example_and_explains_its_options(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.epilog is not None
+    example = re.fullmatch(rf"Example: fewstep {name} ?(.*)", command.epilog)
+    assert example is not None, command.epilog
+    with command.make_context(name, example[1].split()):
+        pass  # parsed: its arguments and options exist
+    assert command.help
+    for parameter in command.params:
+        text = parameter.help if isinstance(parameter, typer.core.TyperOption | typer.core.TyperArgument) else None
+        assert text or parameter.name == "help", f"{name}: {parameter.name} has no help text"
+
+
+def test_help_shows_defaults() -> None:
+    text = " ".join(fewstep("data", "ode-pairs", "--help").stdout.split())
+    assert "default: heun" in text
+    assert "default: 18" in text
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_command_is_answered_with_the_new_one(old: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, old, "x")
+    assert f"The command '{old}' is now: fewstep {RENAMED[old]}." in message
+    assert RENAMED[old].split(" (")[0] in COMMANDS
+
+
+def test_the_old_option_of_comparing_is_answered_with_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "fewstep compare A.json B.json" in refused(capsys, "eval", "--compare", "a.json", "b.json")
+
+
+def test_completion_is_offered() -> None:
+    assert "--install-completion" in fewstep("--help").stdout
+
+
+def test_json_on_standard_output_is_json_alone() -> None:
+    solvers = json.loads(succeeds("solver", "list", "--json", "-"))
+    assert {"solver": "unipc_2", "order": "3", "evaluations per step": "1"}.items() <= {
+        key: value for row in solvers if row["solver"] == "unipc_2" for key, value in row.items()
+    }.items()
+    (stage,) = json.loads(succeeds("explain", "configs/fashion/tdm.yaml", "--json", "-"))
+    assert stage["evaluations_per_step"] == 5
+    assert [update["due"] for update in stage["updates"]] == [2, 1]

@@ -1,0 +1,154 @@
+"""Commands that use and measure models: sample, eval, compare, and the files they cannot read or write."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from commands import fewstep, refused, succeeds, write_config
+from PIL import Image
+from worlds import tiny_teacher
+
+from fewstep.api import data, solvers
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors, write_tensors
+from fewstep.samplers.plan import SamplingConfig
+
+
+def test_an_image_depends_only_on_its_seed(finished: Path, tmp_path: Path) -> None:
+    images = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        file = tmp_path / name
+        succeeds("sample", finished, "--steps", 2, "--labels", "0,1,2", "--n", 6, "--seed", seed, "--out", file)
+        images.append(file.read_bytes())
+    assert images[0] == images[1] != images[2]
+    with Image.open(tmp_path / "a") as image:
+        assert image.size == (3 * 16 + 2, 2 * 16 + 1)
+
+
+def test_a_missing_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "train", write_config(tmp_path), "teacher=fashon")
+    assert "No model at 'fashon'" in message
+    assert "did you mean 'fashion'" in message
+
+
+def test_corrupt_and_foreign_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_config(tmp_path)
+    weights = tmp_path / "teacher" / "model.safetensors"
+    intact = weights.read_bytes()
+    weights.write_bytes(intact[: len(intact) // 2])
+    assert f"{weights} is not a readable safetensors file" in refused(capsys, "train", file)
+    write_tensors({"something": torch.zeros(3)}, weights)
+    assert "does not belong to this network" in refused(capsys, "train", file)
+    weights.write_bytes(intact)
+    tensors = read_tensors(weights)
+    tensors["enter.weight"] = tensors["enter.weight"][:2]
+    write_tensors(tensors, weights)
+    message = refused(capsys, "train", file)
+    assert "enter.weight has shape" in message
+    assert "the network needs" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--solver", "eular", "--steps", "4"], "Unknown solver 'eular'; did you mean 'euler'"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--labels", "3,10"], "Labels must be between 0 and 9, got [10]"),
+        (["--labels", "shoe"], "--labels takes numbers separated by commas"),
+        (["--n", "0"], "n must be at least 1"),
+        (["--device", "cpuu"], "Unknown device 'cpuu'; did you mean 'cpu'"),
+        (["--out", "/proc/none/grid.png"], "Cannot write /proc/none/grid.png"),
+    ],
+)
+def test_sample_refuses_bad_requests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    assert message in refused(capsys, "sample", teacher, "--out", tmp_path / "x.png", *arguments)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_teacher_has_no_student_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    assert "not a distilled student" in refused(capsys, "sample", teacher, "--solver", "student", "--steps", "4")
+
+
+def test_scores_are_merged_into_their_file_and_files_are_compared(squares: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scores.json"
+    command = ["eval", tiny_teacher(tmp_path / "teacher"), "--reference", squares, "--json", file]
+    succeeds(*command, "--n", 100, "--nfe", 4, "--guidance", "1,2", "--solver", "euler")
+    scores = json.loads(file.read_text())
+    assert {(score["nfe"], score["steps"], score["guidance"]) for score in scores} == {(4, 4, 1.0), (4, 2, 2.0)}
+    assert {score["role"] for score in scores} == {"teacher"}
+    succeeds(*command, "--n", 100, "--steps", 4, "--solver", "euler")
+    assert len(json.loads(file.read_text())) == len(scores), "the same setting replaces its scores"
+    succeeds(*command, "--n", 100, "--steps", 4, "--solver", "euler", "--name", "other")
+    assert {score["model"] for score in json.loads(file.read_text())} == {"teacher", "other"}
+    rows = json.loads(succeeds("compare", file, file, "--json", "-"))
+    assert {row["comparable"] for row in rows} == {"yes"}
+    assert "fd_squares" in succeeds("compare", file, file)
+
+
+def test_eval_refuses_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    assert "No reference 'fashon'" in refused(capsys, "eval", teacher, "--reference", "fashon")
+    assert "n must be at least 20" in refused(capsys, "eval", teacher, "--n", "5")
+    assert "steps must be at least 1" in refused(capsys, "eval", teacher, "--steps", "0")
+    assert "uint8 images of shape [1, 28, 28]" in refused(capsys, "eval", teacher, "--n", "20", "--steps", "1")
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = fewstep("train", "nothing.yaml", "--debug", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert os.linesep.join(done.stderr.splitlines()[-1:]).startswith("Error: No config file 'nothing.yaml'")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("eval", "fashion", "--solver", "ddim", "--json"),
+        ("data", "ode-pairs", "fashion", "--out"),
+        ("data", "preferences", "fashion", "--reward", "symmetry", "--solver", "ddim", "--steps", 2, "--out"),
+        ("solver", "fit-v3", "fashion", "--out"),
+        ("solver", "fit-dc", "fashion", "--out"),
+        ("winrate", "fashion", "fashion", "--solver", "ddim", "--steps", 2, "--json"),
+        ("solver", "compare", "fashion", "--solvers", "ddim", "--nfe", 4, "--out"),
+        ("bench", "sampler", "fashion", "--json"),
+        ("sample", "fashion", "--out"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An hour of sampling was once lost because its folder did not exist."""
+    for place in (
+        "fewstep.samplers.generate.integrate", "fewstep.api.solvers.estimate_statistics",
+        "fewstep.api.solvers.search_ratios", "fewstep.api.bench_cost.timed",
+    ):  # fmt: skip
+        monkeypatch.setattr(place, lambda *a, **k: pytest.fail("it began"))
+    assert "Cannot write" in refused(capsys, *arguments, "/proc/none/x.json")
+
+
+def test_a_reference_that_cannot_be_written_is_refused_before_any_training(
+    squares: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fewstep.eval.references.train_classifier", lambda *a, **k: pytest.fail("it began"))
+    assert "Cannot write" in refused(capsys, "data", "reference", squares.parent, "--out", "/proc/none")
+
+
+def test_folders_of_results_are_created(tmp_path: Path) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    out = tmp_path / "a" / "b"
+    two_steps = SamplingConfig("heun", 2)
+    data.make_ode_pairs(teacher, out / "pairs.safetensors", n=2, sampling=two_steps, device="cpu")
+    solvers.compare_solvers(teacher, solvers=["ddim"], nfe=[2], folder=out / "sweep", n=2, long=4, device="cpu")
+    assert sorted(file.name for file in out.rglob("*.*")) == [
+        "long.safetensors", "pairs.safetensors", "sweep.json", "sweep.md", "sweep.png",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        data.make_ode_pairs(teacher, out, n=2, sampling=two_steps, device="cpu")

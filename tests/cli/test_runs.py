@@ -1,0 +1,144 @@
+"""Commands about runs: train, explain, replay, report."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import refused, succeeds, write_config
+from worlds import tiny_config
+
+from fewstep.distill.config import OBJECTIVES
+
+
+def test_replay_and_report_of_a_run(finished: Path) -> None:
+    assert "Step 7 replayed bit for bit" in succeeds("replay", finished, "--step", 7)
+    succeeds("report", finished)
+    assert "<html" in (finished / "report.html").read_text()
+
+
+def test_explain_counts_evaluations_without_weights(tmp_path: Path) -> None:
+    changes = ["stages.0.objective.name=dmd2", "stages.0.objective.steps=1", "stages.0.objective.critic_updates=2"]
+    file = write_config(tmp_path)
+    shutil.rmtree(tmp_path / "teacher")
+    text = " ".join(succeeds("explain", file, *changes).split())
+    assert "student: min 1/2 | x - sg(" in text
+    # the student once with gradient, the guided teacher twice, the fake once; then the fake on the same kind of sample
+    assert "student 0 + 1, teacher 2 + 0, fake 1 + 0" in text
+    assert "one step in 2" in text
+    assert "over all roles: 3.5." in text
+    assert "critic_updates │ 2 │ 5 │ 5, 10 (SD1.5)" in text, "here, by default, published"
+    assert "student.lr │ 0.001 │ │ 2e-6 (ImageNet-64), 1e-5 (SD1.5), 5e-7 (SDXL)" in text
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.names())
+def test_published_values_belong_to_settings_that_exist(objective: str) -> None:
+    config = OBJECTIVES.resolve(objective)
+    others = {"batch"} | {f"{role}.lr" for role in config().needs}
+    assert set(config.published) <= set(config.model_fields) | others
+
+
+def test_interrupting_training_writes_a_checkpoint_and_resuming_finishes(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path, checkpoint={"every": 100_000})
+    raw["stages"][0]["steps"] = 100_000  # type: ignore[index]
+    (tmp_path / "long.txt").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "fewstep", "train", str(tmp_path / "long.txt")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while (not metrics.exists() or metrics.stat().st_size < 2000) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert f"--resume {tmp_path / 'run'}" in "".join(errors.split("\n")).replace("--resume", "--resume ").replace(
+        "  ", " "
+    )
+    assert "Traceback" not in errors
+    (stopped,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    step = int(stopped.name.removeprefix("step-"))
+    settings = tmp_path / "run" / "config.yaml"
+    settings.write_text(settings.read_text().replace("steps: 100000", f"steps: {step + 3}"))
+    assert f"Trained {step + 3} steps" in succeeds("train", "--resume", tmp_path / "run")
+
+
+def test_a_misspelt_key_in_the_file_and_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_config(tmp_path, sede=3)
+    message = refused(capsys, "train", file)
+    assert str(file) in message
+    assert "unknown key 'sede'; did you mean 'seed'" in message
+    message = refused(capsys, "train", write_config(tmp_path), "stages.0.stepz=3")
+    assert "the override 'stages.0.stepz=3': unknown key 'stages.0.stepz'; did you mean 'steps'" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "new"),
+    [
+        ("stages.0.objective.times=nested", "renoise_times"),
+        ("stages.0.roles.student.decay=cosine", "lr_schedule"),
+        ("stages.0.roles.fake.whole=true", "full_finetune"),
+    ],
+)
+def test_an_old_key_is_answered_with_the_new_one(
+    override: str, new: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, "train", write_config(tmp_path), override)
+    assert f"unknown key {override.partition('=')[0]!r}; it is now called {new!r}." in message
+
+
+def test_a_config_that_is_missing_or_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'configs/fashion/tdm.yaml'" in refused(capsys, "train", "configs/fashion/tmd.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1, 2\nb: 3")
+    assert "is not valid YAML" in refused(capsys, "train", tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    assert "a mapping of settings was expected" in refused(capsys, "train", tmp_path / "list.yaml")
+    assert "Name a config" in refused(capsys, "train")
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "stages.first.steps=2", "stages.3.steps=2", "seed.x=1", "seed=[1"])
+def test_an_override_that_cannot_be_applied(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
+    assert repr(override) in refused(capsys, "train", write_config(tmp_path), override)
+
+
+def test_a_config_needs_a_run_folder_and_something_to_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tiny_config(tmp_path)
+    (tmp_path / "no_out.yaml").write_text(yaml.safe_dump({k: v for k, v in raw.items() if k != "out"}))
+    assert "The key 'out'" in refused(capsys, "train", tmp_path / "no_out.yaml")
+    (tmp_path / "nothing.yaml").write_text(yaml.safe_dump({k: v for k, v in raw.items() if k != "teacher"}))
+    assert "neither teacher (to distil) nor model (to pretrain)" in refused(capsys, "train", tmp_path / "nothing.yaml")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_takes_no_config_and_no_overrides(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "neither CONFIG nor key=value" in refused(capsys, "train", "--resume", finished, "seed=1")
+
+
+def test_a_run_is_not_overwritten_and_a_folder_that_is_not_one_is_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "not empty" in refused(capsys, "train", finished / "config.yaml")
+    for command in (["report", tmp_path], ["replay", tmp_path, "--step", "1"], ["train", "--resume", tmp_path]):
+        assert "not a run folder" in refused(capsys, *command)
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(finished, unfinished)
+    shutil.rmtree(unfinished / "student")
+    assert "has no student yet" in refused(capsys, "sample", unfinished)
+
+
+def test_an_unwritable_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    message = refused(capsys, "train", write_config(tmp_path), f"out={tmp_path}/file/run")
+    assert "Cannot create the run folder" in message
+
+
+def test_missing_images_of_a_pretraining_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "train", "configs/fashion/teacher.yaml", f"data.path={tmp_path}", f"out={tmp_path}/run")
+    assert "No train-images-idx3-ubyte.gz" in message
+    assert "data.path" in message

@@ -1,0 +1,49 @@
+"""The console script in tests: in a process of its own, or in this one where its refusal is expected."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from worlds import tiny_config
+
+from fewstep.cli.main import main
+
+
+def fewstep(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a new process."""
+    command = [sys.executable, "-m", "fewstep", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def succeeds(*arguments: object, cwd: Path | None = None) -> str:
+    """The standard output of a command that must succeed."""
+    done = fewstep(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The message of a command that must fail with exit code 1 or 2, run in this process because that is faster."""
+    before, sys.argv = sys.argv, ["fewstep", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            main()
+    finally:
+        sys.argv = before
+    assert exit_.value.code in (1, 2)
+    captured = capsys.readouterr()
+    message = " ".join((captured.out + captured.err).split())
+    assert "Traceback" not in message
+    assert "unexpected;" not in message
+    return message
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    """A run config of the tiny teacher."""
+    file = folder / "config.yaml.txt"
+    file.write_text(yaml.safe_dump(tiny_config(folder, **changes)))
+    return file

@@ -1,0 +1,114 @@
+"""The trainer: counts, learning rates, several processes, and training in Python without a run folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from several_processes import one_of_several
+from worlds import Points, mlp, state_of, tiny_config
+
+from fewstep.distill.build import build_parts
+from fewstep.distill.config import parse_config
+from fewstep.distill.explain import evaluations_of
+from fewstep.distill.trainer import Callback, Trainer
+
+CPU = torch.device("cpu")
+
+
+def trainer_of(raw: dict[str, object], callbacks: tuple[Callback, ...] = ()) -> Trainer:
+    config = parse_config(raw, "test")
+    return Trainer(config, build_parts(config, CPU), CPU, callbacks=callbacks)
+
+
+def test_evaluations_are_counted_as_the_networks_receive_them(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path)
+    raw["stages"][0]["objective"]["guidance"] = 2.0  # type: ignore[index]
+    trainer = trainer_of(raw)
+    calls = evaluations_of(trainer.roles, lambda: trainer.advance(3))
+    assert trainer.evaluations == sum(len(call.x) for call in calls) > 0
+    assert any(len(call.x) == 2 * trainer.config.batch for call in calls), "guided evaluations are among them"
+
+
+def test_a_cosine_ends_at_zero_for_a_role_with_fewer_updates_too(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path)
+    stage = raw["stages"][0]  # type: ignore[index]
+    stage["objective"]["critic_updates"] = 3
+    for role in stage["roles"].values():
+        role["lr_schedule"] = "cosine"
+    trainer = trainer_of(raw)
+    trainer.train()
+    assert (trainer.roles["student"].updates, trainer.roles["fake"].updates) == (4, 12)
+    for name in ("student", "fake"):
+        role = trainer.roles[name]
+        assert role.lr_factor(role.updates) == pytest.approx(0)
+        assert role.lr_factor(0) == 1
+
+
+def test_two_processes_equal_two_accumulated_shards(tmp_path: Path) -> None:
+    """2 gloo processes x b against 1 process x 2 micro-batches of b: equal to 1e-6 after 20 updates."""
+    steps = 20
+    raw = tiny_config(tmp_path, batch=4, accumulate=2)
+    raw["stages"][0]["steps"] = steps  # type: ignore[index]
+    one = trainer_of(raw)
+    for step in range(steps):
+        one.loop.step(step)
+    port = 20_000 + os.getpid() % 20_000
+    torch.multiprocessing.spawn(one_of_several, args=(2, str(tmp_path), port, steps), nprocs=2)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    for name, value in state_of(one).items():
+        if "/optimizer/" not in name:
+            assert torch.allclose(value.double(), two[name].double(), atol=1e-6), name
+
+
+class Recorder(Callback):
+    """Records the events of training in order."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+
+    def on_log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        assert "loss/match" in values
+        self.events.append(("log", trainer.step))
+
+    def on_step(self, trainer: Trainer) -> None:
+        self.events.append(("step", trainer.step))
+
+    def on_validation(self, trainer: Trainer, value: float) -> None:
+        self.events.append(("validation", trainer.step))
+
+    def on_checkpoint(self, trainer: Trainer) -> None:
+        self.events.append(("checkpoint", trainer.step))
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.events.append(("end", trainer.step))
+
+
+def test_callbacks_receive_every_event_in_order(tmp_path: Path) -> None:
+    recorder = Recorder()
+    raw = tiny_config(tmp_path, log_every=2, checkpoint={"every": 4}, validation={"every": 3})
+    raw["stages"][0]["steps"] = 4  # type: ignore[index]
+    trainer = trainer_of(raw, (recorder,))
+    trainer.validate = lambda student, config, step: 1.0
+    trainer.train()
+    assert recorder.events == [
+        ("step", 1),
+        ("log", 2), ("step", 2),
+        ("step", 3), ("validation", 3),
+        ("log", 4), ("step", 4), ("validation", 4), ("checkpoint", 4), ("end", 4),
+    ]  # fmt: skip
+    assert not (tmp_path / "run").exists(), "a trainer writes no files"
+
+
+def test_a_trainer_accepts_a_denoiser_and_a_source_without_any_file() -> None:
+    recorder = Recorder()
+    roles = {"student": {"lr": 1e-3}, "fake": {"lr": 1e-3}}
+    stage = {"steps": 3, "objective": {"name": "dmd2", "guidance": 1.0, "critic_updates": 1}, "roles": roles}
+    config = parse_config({"batch": 8, "log_every": 1, "health": {"every": 2}, "stages": [stage]}, "test")
+    trainer = Trainer.create(config, teacher=mlp(4, seed=0), data=Points(4), callbacks=[recorder], device="cpu")
+    trainer.train()
+    assert recorder.events[-1] == ("end", 3)
+    assert trainer.student.config.shape == (4,)
+    assert trainer.student.config.few_step is not None

@@ -1,0 +1,154 @@
+"""The Fréchet distance, the statistics it compares, and its bias, against closed forms and scipy."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from random_sets import normal
+from scipy.linalg import sqrtm
+from torch import Tensor
+
+from fewstep.core.errors import UserError
+from fewstep.eval.metrics.frechet import Moments, Statistics, bias, bias_note, frechet_distance
+
+
+def fd(x: Tensor, y: Tensor) -> float:
+    return frechet_distance(Statistics.of(x), Statistics.of(y))
+
+
+def law(mean: Tensor, covariance: Tensor) -> Statistics:
+    return Statistics(mean, covariance, count=1000)
+
+
+def test_statistics_divide_by_n_minus_1() -> None:
+    s = Statistics.of(torch.tensor([[0.0, 1.0], [2.0, 5.0]]))
+    assert s.mean.tolist() == [1, 3]
+    assert s.covariance.tolist() == [[2, 4], [4, 8]]
+    assert (s.count, s.covariance.dtype) == (2, torch.float64)
+
+
+def test_distance_of_diagonal_covariances() -> None:
+    """``sum (m1 - m2)^2 + sum (sqrt a - sqrt b)^2``"""
+    a = law(torch.tensor([1.0, 0.0, 2.0]).double(), torch.tensor([4.0, 9.0, 0.25]).double().diag())
+    b = law(torch.tensor([0.0, 3.0, 2.0]).double(), torch.tensor([1.0, 16.0, 0.0]).double().diag())
+    assert frechet_distance(a, b) == pytest.approx(1 + 9 + 0 + 1 + 1 + 0.25, abs=1e-12)
+
+
+def test_distance_of_scaled_covariances() -> None:
+    """``S2 = c^2 S1`` gives ``(c - 1)^2 tr S1``, whatever the directions."""
+    covariance = Statistics.of(normal(50, 8) @ normal(8, 8, seed=1)).covariance
+    zero = torch.zeros(8).double()
+    distance = frechet_distance(law(zero, covariance), law(zero, 9 * covariance))
+    assert distance == pytest.approx(4 * float(covariance.trace()), rel=1e-12)
+
+
+def test_distance_of_covariances_that_do_not_commute() -> None:
+    """In two dimensions ``tr (A B)^{1/2} = sqrt(tr(A B) + 2 sqrt(det(A B)))``."""
+    a = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double()
+    b = torch.tensor([[1.0, -0.5], [-0.5, 4.0]]).double()
+    root = math.sqrt(float((a @ b).trace()) + 2 * math.sqrt(float(torch.det(a @ b))))
+    zero = torch.zeros(2).double()
+    assert frechet_distance(law(zero, a), law(zero, b)) == pytest.approx(2 + 3 + 1 + 4 - 2 * root, rel=1e-12)
+
+
+def test_translation_adds_its_squared_length() -> None:
+    x, v = normal(300, 5), torch.tensor([3.0, 0.0, -4.0, 0.0, 12.0])
+    assert fd(x, x + v) == pytest.approx(169, rel=1e-10)
+
+
+def test_rotation_does_not_change_the_distance() -> None:
+    x, y = normal(300, 6) * torch.arange(1.0, 7), normal(300, 6, seed=1) + 1
+    rotation = torch.linalg.qr(normal(6, 6, seed=2)).Q
+    assert fd(x @ rotation, y @ rotation) == pytest.approx(fd(x, y), rel=1e-10)
+
+
+def test_the_distance_is_symmetric() -> None:
+    x, y = normal(300, 6) * torch.arange(1.0, 7), normal(300, 6, seed=1) + 1
+    assert fd(x, y) == pytest.approx(fd(y, x), rel=1e-10)
+
+
+@pytest.mark.parametrize("n", [2000, 20], ids=["full rank", "fewer samples than dimensions"])
+def test_the_distance_to_itself_is_zero(n: int) -> None:
+    x = 10 * normal(n, 64)
+    assert 0 <= fd(x, x) < 1e-5
+
+
+def test_distance_of_rank_deficient_covariances() -> None:
+    """Two Gaussians in orthogonal planes have no overlap: the traces add."""
+    x, y = torch.zeros(500, 40).double(), torch.zeros(500, 40).double()
+    x[:, :2], y[:, 2:4] = normal(500, 2), normal(500, 2, seed=1)
+    a, b = Statistics.of(x), Statistics.of(y)
+    expected = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace()
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_single_precision_features_are_summed_in_double() -> None:
+    x, y = normal(2000, 8), normal(2000, 8, seed=1)
+    offset = 1e4
+    assert fd((x + offset).float(), (y + offset).float()) == pytest.approx(fd(x, y), rel=0.05)
+
+
+@pytest.mark.parametrize("n", [300, 40], ids=["full rank", "fewer samples than dimensions"])
+def test_the_distance_equals_scipys(n: int) -> None:
+    """With the trace of scipy's root of the product, which the original FID code computes."""
+    a, b = (Statistics.of(normal(n, 64, seed=seed) @ normal(64, 64, seed=2)) for seed in (0, 1))
+    root = sqrtm(a.covariance.numpy() @ b.covariance.numpy()).real
+    expected = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * root.trace()
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_statistics_of_different_networks_are_refused() -> None:
+    with pytest.raises(UserError, match="not comparable"):
+        fd(normal(10, 3), normal(10, 4))
+
+
+def test_invalid_statistics_are_refused() -> None:
+    with pytest.raises(UserError, match="covariance"):
+        Statistics(torch.zeros(3), torch.zeros(3, 2), 10)
+    with pytest.raises(UserError, match="NaN"):
+        Statistics(torch.zeros(2), torch.tensor([[1.0, math.nan], [0.0, 1.0]]), 10)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 5))
+def test_moments_of_parts_merged_in_any_order_equal_those_of_the_full_set(sizes: list[int], seed: int) -> None:
+    x = 100 + normal(sum(sizes) + 2, 5, seed=seed)
+    parts = [Moments.of(part) for part in x.split([*sizes, 2])]
+    random.Random(seed).shuffle(parts)
+    merged, full = sum(parts[1:], parts[0]).statistics, Statistics.of(x)
+    assert merged.count == full.count
+    torch.testing.assert_close(merged.mean, full.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(merged.covariance, full.covariance, rtol=1e-9, atol=1e-9)
+
+
+def test_moments_of_one_sample_or_of_nan_are_refused() -> None:
+    with pytest.raises(UserError, match="at least two samples"):
+        _ = Moments.of(normal(1, 3)).statistics
+    with pytest.raises(UserError, match="NaN"):
+        Moments.of(torch.full((2, 3), math.nan))
+
+
+def test_the_measured_bias_is_that_of_the_closed_form() -> None:
+    """Two sets of n from N(0, I_d) are ``2d/n + d(d+1)/(2n)`` apart: 2.208 for d = 64 and n = 1000."""
+    repeats = [fd(normal(1000, 64, seed=2 * i), normal(1000, 64, seed=2 * i + 1)) for i in range(4)]
+    assert sum(repeats) / 4 == pytest.approx(2.208, abs=0.05)
+
+
+def test_the_bias_of_identity_covariance_has_the_closed_form() -> None:
+    """``2d/n + d(d+1)/(2n)`` for two sets; half of it if one of them counts as infinite."""
+    zero, identity = torch.zeros(64).double(), torch.eye(64).double()
+    finite, infinite = Statistics(zero, identity, 1000), Statistics(zero, identity, 0)
+    assert bias(finite, finite) == pytest.approx(2.208)
+    assert bias(finite, infinite) == pytest.approx(1.104)
+
+
+def test_a_bias_is_noted_if_it_is_more_than_a_twentieth_of_the_distance() -> None:
+    reference = Statistics(torch.zeros(64).double(), torch.eye(64).double(), 50_000)
+    assert bias_note("fid", 22.1, 1000, reference) is None
+    note = bias_note("fid", 22.0, 1000, reference)
+    assert note is not None
+    assert "1,000 real images would score about 1.104" in note

@@ -1,0 +1,56 @@
+"""KID by hand, in law, and against torch-fidelity."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from random_sets import normal
+
+from fewstep.eval.metrics.kid import kid
+
+
+def test_kid_by_hand() -> None:
+    """Two rows of dimension 1, ``k(u, v) = (u v + 1)^3``:
+
+    within x ``k(0, 1) = 1``, within y ``k(1, 2) = 27``, across ``mean(1, 1, 8, 27) = 9.25``.
+    """
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])
+    assert kid(x, y) == pytest.approx(1 + 27 - 2 * 9.25)
+
+
+def test_kid_divides_by_the_dimension() -> None:
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])
+    assert kid(x.repeat(1, 7), y.repeat(1, 7)) == pytest.approx(kid(x, y))
+
+
+def test_kid_of_one_law_averages_to_zero() -> None:
+    """Unbiased: over pairs of samples both signs occur, and the mean is within its standard error of 0."""
+    values = torch.tensor(
+        [kid(normal(50, 4, seed=2 * i), normal(50, 4, seed=2 * i + 1), subsets=1) for i in range(400)]
+    )
+    assert abs(values.mean()) < 3 * values.std() / 20
+    assert values.min() < 0 < values.max()
+
+
+def test_kid_grows_with_the_distance() -> None:
+    x, y = normal(400, 4), normal(400, 4, seed=1)
+    near, far = kid(x, y + 0.2, 10), kid(x, y + 0.6, 10)
+    assert 0.02 < near < far / 4
+
+
+def test_kid_depends_only_on_its_own_seed() -> None:
+    x, y = normal(200, 4), normal(200, 4, seed=1)
+    before = torch.get_rng_state()
+    value = kid(x, y, subsets=3, size=50, seed=1)
+    torch.manual_seed(5)
+    assert kid(x, y, subsets=3, size=50, seed=1) == value
+    assert kid(x, y, subsets=3, size=50, seed=2) != value
+    torch.set_rng_state(before)
+
+
+def test_kid_equals_torch_fidelitys() -> None:
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    x, y = normal(60, 8), normal(60, 8, seed=1) + 0.3
+    theirs = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=60, verbose=False)
+    assert kid(x, y, subsets=1) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)

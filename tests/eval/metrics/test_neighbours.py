@@ -1,0 +1,71 @@
+"""Precision, recall, density and coverage: sets whose values are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from random_sets import normal
+
+from fewstep.core.errors import UserError
+from fewstep.eval.metrics.density_coverage import density_coverage
+from fewstep.eval.metrics.precision_recall import precision_recall
+
+
+def test_precision_and_recall_of_disjoint_clusters_are_zero() -> None:
+    assert precision_recall(normal(50, 3), normal(50, 3, seed=1) + 100) == (0, 0)
+
+
+def test_precision_and_recall_of_identical_sets_are_one() -> None:
+    assert precision_recall(normal(50, 3), normal(50, 3)) == (1, 1)
+
+
+def test_repeating_one_real_point_has_full_precision_and_no_recall() -> None:
+    """The generated balls have radius 0, so they contain that point at most."""
+    real = normal(50, 3)
+    precision, recall = precision_recall(real, real[:1].repeat(50, 1))
+    assert (precision, recall <= 1 / 50) == (1, True)
+
+
+def test_a_missing_mode_costs_recall_and_an_invented_one_precision() -> None:
+    near, far = normal(60, 3), normal(20, 3, seed=1) + 100
+    assert precision_recall(torch.cat([near, far]), near) == (1, 60 / 80)
+    assert precision_recall(near, torch.cat([near, far])) == (60 / 80, 1)
+
+
+@pytest.mark.parametrize(("k", "reached"), [(1, False), (2, True)])
+def test_balls_reach_to_the_kth_neighbour_other_than_the_point(k: int, reached: bool) -> None:
+    """Real points 0, 1, 3: the ball around 3 reaches to 1 (k = 1) or 0 (k = 2), so up to 5 or 6: 5.5 lies between."""
+    real, generated = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[5.5], [50.0], [60.0]])
+    assert precision_recall(real, generated, k)[0] == (1 / 3 if reached else 0)
+
+
+def test_values_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, generated = normal(70, 3), normal(90, 3, seed=1) * 1.5
+    precision, recall = precision_recall(real, generated)
+    density, coverage = density_coverage(real, generated)
+    monkeypatch.setattr("fewstep.eval.metrics.neighbours.BLOCK_ROWS", 7)
+    assert precision_recall(real, generated) == (precision, recall)
+    assert density_coverage(real, generated) == (density, coverage)
+    assert 0 < precision < recall <= 1  # too wide a generator is less precise than complete
+
+
+def test_too_few_points_for_k_are_refused() -> None:
+    with pytest.raises(UserError, match="k = 3"):
+        precision_recall(normal(50, 2), normal(3, 2))
+    with pytest.raises(UserError, match="k = 5"):
+        density_coverage(normal(5, 2), normal(50, 2))
+
+
+def test_density_and_coverage_by_hand() -> None:
+    """Real points 0, 1, 3, 7 with k = 1 have balls of radius 1, 1, 2 and 4, open: 2 lies in that of 3 alone, 0.5 in
+    those of 0 and 1, and 100 in none: (1 + 2) / 3, and three of four balls contain a point."""
+    real, generated = torch.tensor([[0.0], [1.0], [3.0], [7.0]]), torch.tensor([[2.0], [0.5], [100.0]])
+    assert density_coverage(real, generated, k=1) == (pytest.approx(1), 0.75)
+
+
+def test_density_and_coverage_of_one_law_and_of_distant_sets() -> None:
+    real, generated = normal(400, 2), normal(400, 2, seed=1)
+    density, coverage = density_coverage(real, generated)
+    assert density == pytest.approx(1, abs=0.1)
+    assert coverage > 0.9
+    assert density_coverage(real, generated + 50) == (0, 0)

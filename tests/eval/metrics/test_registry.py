@@ -1,0 +1,155 @@
+"""What every metric declares: its direction, the features it needs, and the number of images it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from random_sets import normal
+from torch import Tensor
+
+from fewstep.core.errors import UserError
+from fewstep.eval.feature_statistics import FeatureStatistics
+from fewstep.eval.metrics.cmmd import cmmd
+from fewstep.eval.metrics.diversity import cross_seed_diversity
+from fewstep.eval.metrics.frechet import Statistics, frechet_distance
+from fewstep.eval.metrics.kid import kid
+from fewstep.eval.metrics.metric import Metric, MetricInput
+from fewstep.eval.metrics.precision_recall import precision_recall
+from fewstep.eval.metrics.registry import METRICS
+from fewstep.eval.networks.clip import PREFIX
+
+NAMES = METRICS.names()
+CONDITIONS = 3
+
+
+def statistics(features: Tensor, keep_rows: bool = True) -> FeatureStatistics:
+    return FeatureStatistics(Statistics.of(features), features if keep_rows else None, None, None)
+
+
+def inputs(
+    metric: Metric, n: int, *, collapsed: bool = False, keep_rows: bool = True, real: bool = True
+) -> MetricInput:
+    """``n`` images of ``CONDITIONS`` captions: of the law of the real ones, or collapsed to a distant point."""
+    features = normal(n, 4, seed=1).float() + 2
+    if collapsed:
+        features = 0.05 * features + 10
+    if metric.network == "inception_classes":
+        features = (3 * features).softmax(1)
+    texts = F.normalize(normal(CONDITIONS, 4, seed=2).float(), dim=1)
+    reference = statistics(normal(40, 4).float() + 2) if real else None
+    return MetricInput(statistics(features, keep_rows), reference, {"": texts, PREFIX: texts}, CONDITIONS)
+
+
+def images_needed(metric: Metric) -> int:
+    return metric.minimum_n * (CONDITIONS if metric.per_condition else 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_metric_is_finite_at_its_smallest_number_of_images_and_refuses_fewer(name: str) -> None:
+    metric = METRICS.resolve(name)
+    n = images_needed(metric)
+    metric.check_count(n, CONDITIONS)
+    assert math.isfinite(metric.compute(inputs(metric, n)))
+    with pytest.raises(UserError, match=f"{name} needs at least {n} images.*, got {n - 1}"):
+        metric.check_count(n - 1, CONDITIONS)
+    with pytest.raises(UserError):
+        metric.compute(inputs(metric, n - 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_metric_declares_whether_it_needs_every_image_and_a_reference(name: str) -> None:
+    metric = METRICS.resolve(name)
+    without_rows, without_reference = inputs(metric, 30, keep_rows=False), inputs(metric, 30, real=False)
+    if metric.needs_features:
+        with pytest.raises(UserError, match="every image's features"):
+            metric.compute(without_rows)
+    else:
+        metric.compute(without_rows)
+    if metric.needs_reference:
+        with pytest.raises(AssertionError):
+            metric.compute(without_reference)
+    else:
+        metric.compute(without_reference)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_direction_of_a_metric_is_that_in_which_it_changes_for_better_images(name: str) -> None:
+    """Images of the real law are better than collapsed ones, and captioned images than those of opposite meaning."""
+    metric = METRICS.resolve(name)
+    good, bad = inputs(metric, 60), inputs(metric, 60, collapsed=True)
+    if metric.caption_prefix is not None:
+        texts = good.texts[""].repeat(20, 1)
+        good, bad = (replace(good, images=statistics(sign * texts + 0.1 * normal(60, 4).float())) for sign in (1, -1))
+    assert (metric.compute(good) < metric.compute(bad)) == (metric.direction == "lower")
+
+
+def test_the_images_of_an_unknown_number_of_conditions_have_no_diversity() -> None:
+    for name in ("diversity", "similarity"):
+        with pytest.raises(UserError, match=f"{name} needs captions or classes"):
+            METRICS.resolve(name).check_count(1000, 0)
+
+
+def test_metrics_that_are_results_of_one_computation_compute_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*features: Tensor) -> tuple[float, float]:
+        calls.append(1)
+        return 0.25, 0.75
+
+    monkeypatch.setattr("fewstep.eval.metrics.precision_recall.precision_recall", counted)
+    precision, recall = METRICS.resolve("precision"), METRICS.resolve("recall")
+    shared = inputs(precision, 20)
+    assert (precision.compute(shared), recall.compute(shared)) == (0.25, 0.75)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda x, y: frechet_distance(Statistics.of(x), Statistics.of(y)), kid, cmmd, precision_recall,
+        lambda x, y: cross_seed_diversity(torch.stack([x, y])),
+    ],
+    ids=["frechet", "kid", "cmmd", "precision_recall", "diversity"],
+)  # fmt: skip
+def test_features_that_are_not_finite_are_refused(metric: Callable[[Tensor, Tensor], object], value: float) -> None:
+    broken = normal(10, 3)
+    broken[4, 1] = value
+    with pytest.raises(UserError, match="1 of 10 images"):
+        metric(normal(10, 3), broken)
+
+
+@pytest.mark.parametrize("metric", [kid, cmmd, precision_recall])
+def test_features_of_different_networks_are_refused(metric: Callable[[Tensor, Tensor], object]) -> None:
+    with pytest.raises(UserError, match="the same D"):
+        metric(normal(10, 3), normal(10, 4))
+
+
+def test_contradictory_declarations_are_refused() -> None:
+    fid = METRICS.resolve("fid")
+    with pytest.raises(ValueError, match="a note needs a reference"):
+        replace(fid, needs_reference=False)
+    with pytest.raises(ValueError, match="only the network 'clip' embeds captions"):
+        replace(fid, caption_prefix="")
+
+
+def test_a_metric_of_the_users_own_is_found_by_its_dotted_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_metrics.py").write_text(
+        "from fewstep.eval.metrics.metric import Metric\n"
+        "SIZE = Metric('size', 'inception', 'higher', 2, lambda inputs: float(inputs.images.statistics.count))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert METRICS.resolve("my_metrics:SIZE").compute(inputs(METRICS.resolve("fid"), 7)) == 7
+    with pytest.raises(UserError, match=r"'my_metrics:Metric' is not a fewstep\.eval\.metrics\.metric\.Metric"):
+        METRICS.resolve("my_metrics:Metric")
+
+
+def test_every_metric_is_documented() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert {name for name in NAMES if f"`{name}`" not in text} == set()

@@ -1,0 +1,127 @@
+"""The report's scores: averages over seeds, the best values, the summary and the charts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewstep.eval.report.curves import quality_curves
+from fewstep.eval.report.run_files import Result, read_results
+from fewstep.eval.report.score_table import Cell, columns, table, verdict
+
+
+def score(role: str, solver: str, nfe: int, value: float, **other: Any) -> dict[str, Any]:
+    return {
+        "model": "fashion" if role == "teacher" else "tdm", "role": role, "solver": solver, "nfe": nfe, "steps": nfe,
+        "guidance": 1.0, "metric": "fd_fashion", "value": value, "n": 10000, "seed": 0, "seconds": 12.5,
+        "reference": "fashion/test", "features_sha256": "0123456789abcdef" * 4,
+    } | other  # fmt: skip
+
+
+def results(folder: Path, *scores: dict[str, Any]) -> list[Result]:
+    (folder / "eval.json").write_text(json.dumps(scores))
+    return read_results(folder / "eval.json", [])
+
+
+def texts(rows: list[list[Cell]]) -> list[list[str]]:
+    return [[f"*{cell.text}*" if cell.best else cell.text for cell in row] for row in rows]
+
+
+def test_the_table_averages_seeds_and_marks_the_best_of_each_metric(tmp_path: Path) -> None:
+    """Lower is better for distances, higher for precision; different numbers of samples do not compete."""
+    found = results(
+        tmp_path,
+        score("student", "student", 4, 4.0),
+        score("student", "student", 4, 4.4, seed=1),
+        score("student", "student", 4, 0.8, metric="precision"),
+        score("teacher", "euler", 32, 3.5),
+        score("teacher", "euler", 32, 0.75, metric="precision"),
+        score("teacher", "euler", 64, 3.0, n=50000),
+    )
+    assert columns(found) == {"fd_fashion": "↓", "precision": "↑"}
+    student, teacher = table(found)
+    assert (student[0], teacher[0]) == ("student tdm · student", "teacher fashion · euler")
+    assert texts(student[1]) == [["4", "4", "1", "4.200 ± 0.283", "*0.8000*", "10,000", "0, 1", "12.5"]]
+    assert texts(teacher[1]) == [
+        ["32", "32", "1", "*3.500*", "0.7500", "10,000", "0", "12.5"],
+        ["64", "64", "1", "*3.000*", "–", "50,000", "0", "12.5"],
+    ]
+    assert "The teacher's best at any NFE is 3.500" in " ".join(verdict(found))
+
+
+def test_a_metric_with_two_references_has_two_columns(tmp_path: Path) -> None:
+    found = results(
+        tmp_path, score("student", "student", 4, 4.0), score("student", "student", 4, 5.0, reference="fashion/train")
+    )
+    ((_, rows),) = table(found)
+    assert [row[3:5] for row in texts(rows)] == [["*4.000*", "*5.000*"]]
+    assert list(columns(found).values()) == ["↓", "↓"], "the direction is that of the metric, not of the column"
+
+
+@pytest.mark.parametrize(("metric", "best"), [("fvd", "0.2500"), ("inception_score", "4.000"), ("sharpness", None)])
+def test_only_a_metric_of_known_direction_has_a_best_value_and_a_verdict(
+    metric: str, best: str | None, tmp_path: Path
+) -> None:
+    """Finding E12: the first value of any other metric used to count as the best."""
+    found = results(
+        tmp_path, *(score("teacher", "euler", 4, value, metric=metric, guidance=value) for value in (1.0, 4.0, 0.25))
+    )
+    ((_, rows),) = table(found)
+    assert [cell.text for row in rows for cell in row if cell.best] == ([best] if best else [])
+    sentences = verdict(found)
+    assert (best is None) == (sentences == [])
+    if best:
+        assert sentences[0].startswith(f"The teacher's best {metric} is {best} ")
+
+
+def test_the_verdict_prefers_a_metric_of_known_direction(tmp_path: Path) -> None:
+    """And metrics for which lower is better to others."""
+    values = {"aesthetics": 5.0, "precision": 0.5, "kid": 0.1}
+    found = results(tmp_path, *(score("student", "student", 4, v, metric=name) for name, v in values.items()))
+    assert verdict(found)[0].startswith("The student's best kid is 0.1000 ")
+    assert verdict([result for result in found if result.metric != "kid"])[0].startswith("The student's best precision")
+
+
+def test_the_verdict_compares_the_student_with_the_teacher_at_the_same_and_at_any_nfe(tmp_path: Path) -> None:
+    student = score("student", "student", 4, 4.0)
+    teachers = [
+        score("teacher", "euler", 4, 10.0),
+        score("teacher", "heun", 4, 8.0, guidance=2.0, steps=1),
+        score("teacher", "euler", 8, 5.0),
+    ]
+    sentences = verdict(results(tmp_path, student, *teachers))
+    assert sentences[0] == "The student's best fd_fashion is 4.000 (student, 4 NFE, guidance 1, 10,000 samples)."
+    assert sentences[1].startswith(
+        "The teacher's best at the same NFE is 8.000 (heun, 4 NFE, guidance 2, 10,000 sample"
+    )
+    assert sentences[1].endswith("; the student's is 0.50 times that.")
+    assert sentences[2].startswith("The teacher's best at any NFE is 5.000 (euler, 8 NFE")
+    assert sentences[3] == "The teacher matches it at none of the measured NFE."
+    better = score("teacher", "euler", 32, 3.2)
+    assert verdict(results(tmp_path, student, *teachers, better))[3] == "The teacher needs 32 NFE to match it."
+
+
+def test_scores_from_different_numbers_of_samples_are_not_compared(tmp_path: Path) -> None:
+    found = results(tmp_path, score("student", "student", 4, 4.0, n=1000), score("teacher", "euler", 32, 3.0))
+    sentences = " ".join(verdict(found))
+    assert "The teacher was scored on a different number of samples, so the two are not compared." in sentences
+    assert "times that" not in sentences
+
+
+def test_a_chart_shows_the_best_guidance_for_each_nfe_or_all_if_the_direction_is_unknown(tmp_path: Path) -> None:
+    def label(metric: str) -> str:
+        scores = [
+            score("teacher", "euler", nfe, value / nfe, metric=metric, guidance=value)
+            for nfe in (4, 8)
+            for value in (1.0, 2.0)
+        ]
+        (chart,) = quality_curves(results(tmp_path, *scores))
+        return chart.svg
+
+    assert "fid against NFE: teacher euler from 0.25 to 0.125" in label("fid")
+    assert "clip_score against NFE: teacher euler from 0.5 to 0.25" in label("clip_score")
+    both = "teacher euler guidance 1 from 0.25 to 0.125; teacher euler guidance 2 from 0.5 to 0.25"
+    assert f"sharpness against NFE: {both}" in label("sharpness")

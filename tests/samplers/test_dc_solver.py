@@ -1,0 +1,95 @@
+"""DC-Solver: the shift in time, the search for ratios, and the polynomial fitted to them."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from worlds import NOISE, VP, by_log_snr, mixture
+
+from fewstep.core.errors import UserError
+from fewstep.samplers.dc_solver import (
+    RatioPolynomial,
+    dc_solver,
+    golden_section,
+    read_ratios,
+    reference_states,
+    search_ratios,
+    shift_newest,
+)
+from fewstep.samplers.exponential import HistoryEntry
+from fewstep.samplers.grids import grid
+from fewstep.samplers.multistep import states
+from fewstep.samplers.predictor import ModelOutput
+from fewstep.samplers.unipc import unipc, unipc_steps
+
+
+def test_a_shifted_output_is_the_polynomial_at_the_shifted_time() -> None:
+    times = (0.5, 0.7, 0.8)
+    nodes = mixture().nodes(times)
+    values = [torch.tensor([[2.0 - t + 3 * t * t]], dtype=torch.float64) for t in times]
+    outputs = [ModelOutput(value, value, "x0", (1.0, 1.0, 0.0, 0.0)) for value in values]
+    history = [HistoryEntry(node, output) for node, output in zip(nodes, outputs, strict=True)]
+    for rho in (0.0, 0.6, 1.0, 1.7):
+        t = rho * 0.5 + (1 - rho) * 0.7
+        assert shift_newest(history, rho).output.x0.item() == pytest.approx(2 - t + 3 * t * t, abs=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_ratios_of_one_give_unipc(order: int) -> None:
+    times = by_log_snr(VP, 8)
+    got = dc_solver(mixture(), NOISE, times, [1.0] * 8, order=order)
+    assert torch.equal(got, unipc(mixture(), NOISE, times, order=order))
+    assert not torch.equal(got, dc_solver(mixture(), NOISE, times, [1.0] * 7 + [0.9], order=order))
+
+
+def test_searched_ratios_reduce_the_error() -> None:
+    times = grid(VP, 6, "time", end="minimum", t_min=0.02)
+    references = reference_states(mixture(), NOISE, times, finer=40)
+    ratios = search_ratios(mixture(), NOISE, times, references)
+    assert ratios[:2] == [1.0, 1.0]
+    assert any(ratio != 1 for ratio in ratios)
+    plain, better = (dc_solver(mixture(), NOISE, times, r) for r in ([1.0] * 6, ratios))
+    assert (better - references[-1]).square().mean() < (plain - references[-1]).square().mean()
+    with pytest.raises(ValueError, match="need as many ratios"):
+        dc_solver(mixture(), NOISE, times, [1.0])
+
+
+def test_reference_states_are_those_of_a_finer_run_at_the_same_times() -> None:
+    times = grid(VP, 6, "time", end="minimum", t_min=0.02)
+    fine = [t for a, b in pairwise(times) for t in torch.linspace(a, b, 41, dtype=torch.float64).tolist()[:-1]]
+    path = list(states(mixture(), NOISE, [*fine, times[-1]], unipc_steps(240, 3)))
+    references = reference_states(mixture(), NOISE, times, finer=40)
+    assert len(references) == 6
+    for got, expected in zip(references, path[39::40], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_golden_section_finds_the_minimum() -> None:
+    assert golden_section(lambda r: (r - 0.73) ** 2, 0, 2, 30) == pytest.approx(0.73, abs=1e-4)
+
+
+def test_the_ratio_polynomial_is_recovered_from_its_values() -> None:
+    truth = RatioPolynomial(torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(0)).double().numpy())
+    searched = {(n, w): truth.ratios(n, w) for n in (5, 8, 12, 20) for w in (1.0, 4.0, 7.5)}
+    fitted = RatioPolynomial.fit(searched)
+    for key, ratios in searched.items():
+        assert fitted.ratios(*key) == pytest.approx(ratios, abs=1e-6)
+    assert fitted.ratios(10, 3.0) == pytest.approx(truth.ratios(10, 3.0), abs=1e-5)
+
+
+def test_ratios_are_read_or_interpolated_within_the_searched_range(tmp_path: Path) -> None:
+    file = tmp_path / "dc_solver.json"
+    entries = [{"steps": n, "guidance": 1.0, "order": 2, "ratios": [1.0, 1.0, *[0.9] * (n - 2)]} for n in (4, 6, 8)]
+    file.write_text(json.dumps(entries))
+    assert read_ratios(file, 6, 1.0) == entries[1]["ratios"]
+    assert read_ratios(file, 5, 1.0) == pytest.approx([1.0, 1.0, 0.9, 0.9, 0.9], abs=1e-3)
+    for steps, guidance, order in ((9, 1.0, 2), (6, 2.0, 2), (6, 1.0, 3)):
+        with pytest.raises(UserError, match=f"has no ratios near {steps} steps at guidance {guidance:g}"):
+            read_ratios(file, steps, guidance, order)
+    file.write_text("[{}]")
+    with pytest.raises(UserError, match=r"needs the model's ratios in .*dc_solver\.json: run fewstep solver fit-dc"):
+        read_ratios(file, 6, 1.0)

@@ -1,0 +1,115 @@
+"""From a request to a solver and its times: defaults, budgets of evaluations, and refusals."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from worlds import FLOW, MIXTURE
+
+from fewstep.core.errors import UserError
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.guidance import Guidance
+from fewstep.models.loading import Model
+from fewstep.models.mixture import MixtureBackbone
+from fewstep.models.model_config import FewStep, ModelConfig
+from fewstep.samplers.generate import integrate
+from fewstep.samplers.grids import time_uniform
+from fewstep.samplers.plan import SamplingConfig, plan, steps_within
+from fewstep.samplers.solvers import SOLVERS, STUDENT_SOLVERS
+
+CONFIG = ModelConfig(backbone={"name": "unet"}, shape=(2,))
+TEACHER = Model(denoiser=Denoiser(MixtureBackbone(MIXTURE, FLOW), FLOW, "x0"), config=CONFIG)
+
+
+def student(**few_step: Any) -> Model:
+    config = CONFIG.model_copy(update={"few_step": FewStep(rule="renoise", **few_step)})
+    return Model(denoiser=TEACHER.denoiser, config=config)
+
+
+STUDENT = student(times=(1.0, 0.6))
+RENOISE = STUDENT_SOLVERS["renoise"]
+
+
+def test_by_default_a_student_uses_its_own_rule_and_a_teacher_32_euler_steps() -> None:
+    assert plan(STUDENT, SamplingConfig()) == plan(STUDENT, SamplingConfig("student")) == (RENOISE, (1.0, 0.6, 0.0))
+    assert plan(TEACHER, SamplingConfig()) == (SOLVERS["euler"], time_uniform(32))
+
+
+def test_a_student_takes_other_numbers_of_steps_with_the_spacing_of_its_times() -> None:
+    assert plan(STUDENT, SamplingConfig("student", 4)) == (RENOISE, time_uniform(4))
+    shifted = student(times=time_uniform(4, 3.0)[:-1], shift=3.0)
+    assert plan(shifted, SamplingConfig("student", 2)) == (RENOISE, time_uniform(2, 3.0))
+    assert plan(STUDENT, SamplingConfig("euler", 3)) == (SOLVERS["euler"], time_uniform(3))
+
+
+def test_a_grid_takes_its_smallest_time_after_a_colon() -> None:
+    solver, times = plan(TEACHER, SamplingConfig("dpmpp_2m", 5, grid="log_snr:0.02"))
+    assert solver == SOLVERS["dpmpp_2m"]
+    assert (times[0], times[-1], len(times)) == (0.999, 0.0, 6)
+    assert times != plan(TEACHER, SamplingConfig("dpmpp_2m", 5, grid="log_snr")).times
+
+
+def test_the_schedule_shift_of_a_teacher_applies_to_its_grid() -> None:
+    shifted = Model(denoiser=TEACHER.denoiser, config=CONFIG.model_copy(update={"shift": 3.0}))
+    assert plan(shifted, SamplingConfig("euler", 4)).times == time_uniform(4, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        (TEACHER, SamplingConfig("student", 4), "not a distilled student .* choose a solver: .*ddim.*unipc_2"),
+        (TEACHER, SamplingConfig("eular", 4), "Unknown solver 'eular'; did you mean 'euler'"),
+        (STUDENT, SamplingConfig("euler"), "needs a number of steps"),
+        (TEACHER, SamplingConfig("euler", 0), "at least 1, got 0"),
+        (TEACHER, SamplingConfig("euler", 4, grid="karas"), "did you mean 'karras'"),
+        (TEACHER, SamplingConfig("euler", 4, grid="karras:2"), "grid 'karras:2' does not work"),
+        (TEACHER, SamplingConfig("euler", 4, grid="karras:x"), "grid 'karras:x' does not work"),
+        (TEACHER, SamplingConfig("euler", 4, grid="time:0.02"), "takes no smallest time"),
+        (TEACHER, SamplingConfig("dpm_solver_v3_2", 4), "run fewstep solver fit-v3"),
+        (TEACHER, SamplingConfig("dc_solver_2", 4), "run fewstep solver fit-dc"),
+        (STUDENT, SamplingConfig("student", guidance=2.0), "has its guidance in its weights"),
+        (STUDENT, SamplingConfig("student", 4, grid="karras"), "sampled at its own times"),
+        (STUDENT, SamplingConfig("unipc_2", 4), "choose student, euler or ddim"),
+        (student(times=(1.0, 0.5), counts=(1, 2)), SamplingConfig(steps=3), "supports 1, 2, got 3"),
+    ],
+)
+def test_invalid_requests_are_refused(model: Model, config: SamplingConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(model, config)
+
+
+def test_a_grid_of_beta_quantiles_without_scipy_is_refused_with_the_install_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(UserError, match=r"grid 'beta' does not work: its quantiles need scipy: pip install"):
+        plan(TEACHER, SamplingConfig("euler", 4, grid="beta"))
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("nfe", [2, 3, 4, 7, 8, 33])
+def test_steps_within_is_the_largest_number_of_steps_that_fits(solver: str, scale: float, nfe: int) -> None:
+    def cost(steps: int) -> int:
+        condition = Condition.of_labels(torch.zeros(1, dtype=torch.long), 2)
+        request = plan(TEACHER, SamplingConfig(solver, steps))
+        denoiser, guidance = TEACHER.denoiser, Guidance(scale)
+        return integrate(denoiser, condition, (2,), plan=request, numbers=range(1), guidance=guidance).nfe
+
+    steps = steps_within(solver, nfe, scale != 1, CONFIG)
+    assert cost(steps) <= nfe < cost(steps + 1)
+
+
+def test_student_and_fitted_solvers_evaluate_once_per_step() -> None:
+    for solver in ("student", "dc_solver_2", "dpm_solver_v3_3"):
+        assert steps_within(solver, 7, False, CONFIG) == 7
+        assert steps_within(solver, 7, True, CONFIG) == 3
+
+
+def test_a_budget_below_one_step_is_refused() -> None:
+    with pytest.raises(UserError, match="1 evaluations are too few for one step of 'euler' with guidance"):
+        steps_within("euler", 1, True, CONFIG)
