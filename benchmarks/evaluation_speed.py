@@ -1,7 +1,8 @@
-"""Evaluation against clean-fid and scipy: same process, threads and inputs. ``python tests/bench_eval.py OUT.json``
+"""Evaluation against clean-fid and scipy: same process, threads and inputs.
 
-The host's path (decode, resize, statistics) with a network that does nothing, the whole path with a random Inception in
-mode legacy_pytorch's architecture, and the Fréchet distance of full-rank statistics of 2048 features.
+``python benchmarks/evaluation_speed.py OUT.json`` measures the host's part (decode, resize, statistics) with a network
+that does nothing, the full pipeline with a random Inception of mode ``legacy_pytorch``'s architecture, and the Fréchet
+distance of full-rank statistics of 2048 features.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from torch import Tensor
 
 from fewstep.core.environment import environment
 from fewstep.core.torchvision_compat import import_torchvision
-from fewstep.eval.feature_statistics import collect
+from fewstep.eval.feature_statistics import collect_statistics
 from fewstep.eval.images import ImageSet
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
-from fewstep.eval.networks.inception import SIDE, resized
+from fewstep.eval.networks.inception import SIDE, resize_antialiased
 
 THREADS, SIZE, BATCH, FEATURES = 2, 256, 50, 2048
 
 
-class Clean:
-    """clean-fid's preparation, and any network after it."""
+class CleanFeatures:
+    """clean-fid's preparation, followed by any network."""
 
     name, sha256, dimension = "bench", "", FEATURES
 
@@ -41,17 +42,19 @@ class Clean:
         self.network = network
 
     def prepare(self, image: Tensor) -> Tensor:
-        return resized(image, SIDE)
+        return resize_antialiased(image, SIDE)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.network(images)
 
 
-def nothing(images: Tensor) -> Tensor:
+def first_pixels(images: Tensor) -> Tensor:
+    """A network without cost."""
     return images.flatten(1)[:, :FEATURES].clone()
 
 
-def write_pictures(folder: Path, n: int) -> Path:
+def write_images(folder: Path, n: int) -> Path:
+    """Random images of ``SIZE`` x ``SIZE`` as PNG."""
     generator = torch.Generator().manual_seed(0)
     folder.mkdir()
     for k in range(n):
@@ -61,7 +64,8 @@ def write_pictures(folder: Path, n: int) -> Path:
     return folder
 
 
-def paired(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, float]:
+def compare(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, float]:
+    """Medians of paired rounds."""
     rows = []
     for _ in range(rounds):
         seconds = []
@@ -88,13 +92,13 @@ def against_clean_fid(folder: Path, network: Callable[[Tensor], Tensor], rounds:
         return np.mean(features, axis=0), np.cov(features, rowvar=False)
 
     def ours() -> Statistics:
-        return collect({"x": Clean(network)}, ImageSet.open(folder))["x"].statistics
+        return collect_statistics({"x": CleanFeatures(network)}, ImageSet.open(folder))["x"].statistics
 
     mean, covariance = theirs()
-    found = ours()
-    assert np.allclose(found.mean.numpy(), mean, rtol=1e-4, atol=1e-3)
-    assert np.allclose(found.covariance.numpy(), covariance, rtol=1e-4, atol=1e-3)
-    return paired(ours, theirs, rounds) | {"images": len(list(folder.iterdir()))}
+    measured = ours()
+    assert np.allclose(measured.mean.numpy(), mean, rtol=1e-4, atol=1e-3)
+    assert np.allclose(measured.covariance.numpy(), covariance, rtol=1e-4, atol=1e-3)
+    return compare(ours, theirs, rounds) | {"images": len(list(folder.iterdir()))}
 
 
 def inception() -> Callable[[Tensor], Tensor]:
@@ -119,16 +123,16 @@ def against_scipy(rounds: int) -> dict[str, float]:
 
     values = frechet_distance(a, b), theirs()
     assert abs(values[0] / values[1] - 1) < 1e-6
-    return paired(lambda: frechet_distance(a, b), theirs, rounds) | {"relative_difference": values[0] / values[1] - 1}
+    return compare(lambda: frechet_distance(a, b), theirs, rounds) | {"relative_difference": values[0] / values[1] - 1}
 
 
 def main(out: Path) -> None:
     torch.set_num_threads(THREADS)
     import_torchvision()
     with tempfile.TemporaryDirectory() as folder:
-        many, few = write_pictures(Path(folder) / "many", 2000), write_pictures(Path(folder) / "few", 100)
+        many, few = write_images(Path(folder) / "many", 2000), write_images(Path(folder) / "few", 100)
         result = {
-            "host": against_clean_fid(many, nothing, 5),
+            "host": against_clean_fid(many, first_pixels, 5),
             "whole": against_clean_fid(few, inception(), 9),
             "frechet": against_scipy(5),
         }

@@ -24,7 +24,7 @@ import fewstep
 modules = [fewstep]
 for package in modules:
     for found in pkgutil.iter_modules(getattr(package, "__path__", []), package.__name__ + "."):
-        if found.name not in ("fewstep.models.hub", "fewstep.samplers.diffusers_scheduler"):  # which may import diffusers
+        if found.name not in ("fewstep.models.hub", "fewstep.samplers.diffusers_scheduler"):  # these may import diffusers
             modules.append(importlib.import_module(found.name))
 assert len(modules) > 20, modules
 """

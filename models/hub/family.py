@@ -84,8 +84,9 @@ class Family(ABC):
         """Latents of images [B, 3, H, W] or videos [B, 3, F, H, W] in [-1, 1]: the mode of the VAE's posterior, scaled
         as ``decode`` expects."""
         vae = pipeline.vae
-        z = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
-        return ((z - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).float()  # type: ignore[no-any-return]
+        mode = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
+        z: Tensor = (mode - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+        return z.float()
 
     @property
     def default_size(self) -> tuple[int, int, int]:

@@ -28,7 +28,9 @@ def compare_images(
     size = tuple(settings["size"]) if settings.get("size") else None
     teacher = load(settings["teacher"], device, size) if settings.get("teacher") else None
     prompts = [] if student.config.classes else read_prompts(Path(settings["data"]["path"]) / PROMPTS)
-    return write_comparison(student, teacher, prompts, folder / "samples", columns=columns, seed=seed, guidance=guidance)
+    return write_comparison(
+        student, teacher, prompts, folder / "samples", columns=columns, seed=seed, guidance=guidance
+    )
 
 
 def report(run: Source) -> Path:

@@ -162,6 +162,16 @@ def rows(page: str) -> list[list[str]]:
     return [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", page)]
 
 
+def test_the_table_shows_the_direction_and_the_reference_of_a_metric_and_its_best_value(full_run: Path) -> None:
+    page = report(full_run)
+    assert re.findall(r'scope="rowgroup">(.*?)<', page) == [
+        "student tdm · student", "teacher fashion · euler", "teacher fashion · heun",
+    ]  # fmt: skip
+    assert re.findall(r'scope="col">(.*?)<', page)[3] == "fd_fashion ↓"
+    assert [row[3] for row in rows(page)] == ["4.000", "10.00", "5.000", "<strong>3.200</strong>", "8.000"]
+    assert "Against fashion/test, features 0123456789ab: fd_fashion." in text(page)
+
+
 def test_the_page_of_an_empty_run_lists_what_is_missing(tmp_path: Path) -> None:
     page = report(empty_run(tmp_path / "fresh"))
     shown = text(page)
