@@ -20,8 +20,8 @@ class FeatureNetwork(Protocol):
     """Maps images to features, float32 [N, ``dimension``]: ``network(torch.stack([network.prepare(image), ...]))``.
 
     ``prepare`` takes one image, uint8 [3, H, W] in 0..255 (or a video, uint8 [F, 3, H, W]), on the host, in several
-    threads. The memory of the stack is reused, so the features must not share it. ``sha256`` is the hash of the weights'
-    file: values are comparable only if ``name`` and ``sha256`` agree.
+    threads. The memory of the stack is reused, so the features must not share it. ``sha256`` is the hash of the
+    weights' file: values are comparable only if ``name`` and ``sha256`` agree.
     """
 
     @property
