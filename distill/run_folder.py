@@ -15,7 +15,8 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import write_text
 from fewstep.distill.build import Parts, build_parts
 from fewstep.distill.checkpoint import checkpoints, read_checkpoint, write_checkpoint
-from fewstep.distill.config import Config, dump_config, load_config, read_settings
+from fewstep.distill.config import Config
+from fewstep.distill.config_files import dump_config, load_config, read_settings
 from fewstep.distill.metrics_logger import MetricsLogger
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.trainer import Callback, Interrupted, Trainer, Validator

@@ -46,12 +46,12 @@ class SolverResult(BaseModel):
 
 
 RESULTS = TypeAdapter(list[SolverResult])
-RESULTS_FILE, LONG_RUN_FILE = "sweep.json", "long.safetensors"
+RESULTS_FILE, LONG_RUN_FILE = "solvers.json", "long.safetensors"
 Key = tuple[str, str, int]  # solver, grid, budget
 
 
 def read_results(file: Path) -> list[SolverResult]:
-    """The results in a ``sweep.json``. Raises ``UserError`` if it cannot be read."""
+    """The results in a ``solvers.json``. Raises ``UserError`` if it cannot be read."""
     try:
         return RESULTS.validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:

@@ -8,7 +8,7 @@ import torch
 from worlds import state_of, tiny_config
 
 from fewstep.distill.build import build_parts
-from fewstep.distill.config import parse_config
+from fewstep.distill.config_files import parse_config
 from fewstep.distill.processes import World
 from fewstep.distill.trainer import Trainer
 

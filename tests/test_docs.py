@@ -16,7 +16,8 @@ import yaml
 import fewstep
 from fewstep.api.bench_objectives import load_benchmark, run_config_of
 from fewstep.cli.main import app
-from fewstep.distill.config import CONFIGS, OBJECTIVES, find_config, load_config, parse_config
+from fewstep.distill.config import OBJECTIVES
+from fewstep.distill.config_files import CONFIGS, find_config, load_config, parse_config
 from fewstep.eval.metrics.registry import METRICS
 from fewstep.eval.protocol import Protocol
 from fewstep.eval.report.doc_blocks import refresh

@@ -5,7 +5,7 @@ A table stands between ``<!-- KIND: FILE ... -->`` and ``<!-- end -->``, with on
     best scores        scores of the files: all of the students', and the teacher's best within each budget of NFE
     relative scores    FILE ... / BASELINE: every student at its best number of evaluations by the first metric, beside
                        the best of the baseline's teacher, overall and within the students' evaluations
-    solver comparison  a ``sweep.json``: every solver on its best grid
+    solver comparison  a ``solvers.json``: every solver on its best grid
     win rates          LABEL=FILE ... of ``fewstep winrate --json``: mean ± deviation over a label's files, and the
                        lowest end of the 95 % intervals
     findings           LABEL=FILE ... of ``metrics.jsonl``: what the diagnosis finds in each, and at which step first

@@ -14,11 +14,11 @@ from fewstep.eval.solver_comparison import SolverResult, best_grids, table_rows
 
 
 def write_solver_comparison(results: Sequence[SolverResult], folder: Path) -> None:
-    """Writes ``sweep.md`` and ``sweep.png`` with every solver on its best grid."""
+    """Writes ``solvers.md`` and ``solvers.png`` with every solver on its best grid."""
     best = best_grids(results)
     head, *body = table_rows(best)
-    write_text("".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body)), folder / "sweep.md")
-    draw_solver_comparison(best, folder / "sweep.png")
+    write_text("".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body)), folder / "solvers.md")
+    draw_solver_comparison(best, folder / "solvers.png")
 
 
 def draw_solver_comparison(results: Sequence[SolverResult], file: Path) -> None:

@@ -13,7 +13,7 @@ from worlds import tiny_config, tiny_teacher
 
 from fewstep.api.bench_objectives import load_benchmark, run_config_of
 from fewstep.core.files import read_tensors
-from fewstep.distill.config import load_config
+from fewstep.distill.config_files import load_config
 from fewstep.distill.explain import explain
 
 
@@ -46,7 +46,7 @@ def test_objectives_get_the_same_evaluations_and_finished_runs_are_kept(
     file = tmp_path / "objectives.yaml"
     file.write_text(yaml.safe_dump(settings))
     assert "±" in succeeds("bench", "objectives", file)
-    scores = json.loads((tmp_path / "out" / "shootout.json").read_text())
+    scores = json.loads((tmp_path / "out" / "objectives.json").read_text())
     distances = {(score["model"], score["seed"]): score["value"] for score in scores if score["metric"] == "fd_squares"}
     assert set(distances) == {("tdm", 0), ("tdm", 1), ("phased", 0), ("phased", 1)}
     for name in ("tdm", "phased"):

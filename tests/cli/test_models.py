@@ -146,9 +146,9 @@ def test_folders_of_results_are_created(tmp_path: Path) -> None:
     out = tmp_path / "a" / "b"
     two_steps = SamplingConfig("heun", 2)
     data.make_ode_pairs(teacher, out / "pairs.safetensors", n=2, sampling=two_steps, device="cpu")
-    solvers.compare_solvers(teacher, solvers=["ddim"], nfe=[2], folder=out / "sweep", n=2, long=4, device="cpu")
+    solvers.compare_solvers(teacher, solvers=["ddim"], nfe=[2], folder=out / "solvers", n=2, long=4, device="cpu")
     assert sorted(file.name for file in out.rglob("*.*")) == [
-        "long.safetensors", "pairs.safetensors", "sweep.json", "sweep.md", "sweep.png",
+        "long.safetensors", "pairs.safetensors", "solvers.json", "solvers.md", "solvers.png",
     ]  # fmt: skip
     with pytest.raises(UserError, match="is a folder; name a file"):
         data.make_ode_pairs(teacher, out, n=2, sampling=two_steps, device="cpu")

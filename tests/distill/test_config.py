@@ -11,7 +11,7 @@ from worlds import tiny_config
 
 from fewstep.core.errors import UserError
 from fewstep.distill.build import build_parts
-from fewstep.distill.config import dump_config, load_config, parse_config
+from fewstep.distill.config_files import dump_config, load_config, parse_config
 from fewstep.distill.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fewstep.distill.config import CONFIGS
+from fewstep.distill.config_files import CONFIGS
 
 FILE = CONFIGS / "config.schema.json"
 SCHEMA = json.loads(FILE.read_text(encoding="utf-8"))

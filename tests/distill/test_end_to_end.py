@@ -16,7 +16,8 @@ from fewstep.api.data import make_ode_pairs
 from fewstep.core.errors import UserError
 from fewstep.core.files import write_tensors
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.config import OBJECTIVES, load_config, parse_config
+from fewstep.distill.config import OBJECTIVES
+from fewstep.distill.config_files import load_config, parse_config
 from fewstep.eval.references import load_reference
 from fewstep.eval.validation import Validation
 from fewstep.models.loading import load_model

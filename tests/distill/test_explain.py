@@ -11,7 +11,8 @@ from worlds import tiny_config
 
 from fewstep.core.errors import UserError
 from fewstep.distill.build import build_parts
-from fewstep.distill.config import OBJECTIVES, parse_config
+from fewstep.distill.config import OBJECTIVES
+from fewstep.distill.config_files import parse_config
 from fewstep.distill.explain import explain
 from fewstep.distill.trainer import Trainer
 

@@ -15,7 +15,7 @@ from worlds import tiny_config
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.build import build_parts
-from fewstep.distill.config import dump_config, load_config, parse_config
+from fewstep.distill.config_files import dump_config, load_config, parse_config
 from fewstep.distill.explain import explain
 from fewstep.distill.run_folder import RunFolder
 from fewstep.distill.stage import StageContext

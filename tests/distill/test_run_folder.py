@@ -16,7 +16,7 @@ from worlds import state_of, tiny_config
 
 from fewstep.core.errors import UserError
 from fewstep.distill.checkpoint import checkpoints, read_checkpoint
-from fewstep.distill.config import parse_config
+from fewstep.distill.config_files import parse_config
 from fewstep.distill.run_folder import RunFolder, replay_step
 from fewstep.distill.trainer import Callback, Interrupted, Trainer
 from fewstep.models.loading import load_model

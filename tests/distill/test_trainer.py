@@ -11,7 +11,7 @@ from several_processes import one_of_several
 from worlds import Points, mlp, state_of, tiny_config
 
 from fewstep.distill.build import build_parts
-from fewstep.distill.config import parse_config
+from fewstep.distill.config_files import parse_config
 from fewstep.distill.explain import evaluations_of
 from fewstep.distill.trainer import Callback, Trainer
 

@@ -35,7 +35,7 @@ def test_a_comparison_writes_a_table_and_a_figure_of_every_solver_on_its_best_gr
     )
     assert len(results) == 20
     assert all(result.nfe <= result.budget for result in results)
-    assert read_results(tmp_path / "sweep.json") == results
+    assert read_results(tmp_path / "solvers.json") == results
     best = best_grids(results)
     assert len(best) == 10
     assert len({(result.solver, result.grid) for result in best}) == 5
@@ -43,8 +43,8 @@ def test_a_comparison_writes_a_table_and_a_figure_of_every_solver_on_its_best_gr
     assert by_solver["unipc_2"] < by_solver["ddim"]
     table = table_rows(best)
     assert table[0] == ["solver", "grid", "4 NFE", "6 NFE", "geometric mean"]
-    assert (tmp_path / "sweep.md").read_text().count("\n") == 2 + 5
-    with Image.open(tmp_path / "sweep.png") as image:
+    assert (tmp_path / "solvers.md").read_text().count("\n") == 2 + 5
+    with Image.open(tmp_path / "solvers.png") as image:
         assert image.width > 500
 
 
@@ -61,14 +61,14 @@ def test_a_comparison_continues_where_it_stopped_and_accepts_more_solvers(teache
 
     with pytest.raises(Stopped):
         solvers.compare_solvers(teacher, solvers=["ddim", "unipc_2", "heun"], progress=stop, **settings)
-    assert [result.solver for result in read_results(tmp_path / "sweep.json")] == ["ddim"]
-    marked = [{**result.model_dump(), "error": 7.0} for result in read_results(tmp_path / "sweep.json")]
-    (tmp_path / "sweep.json").write_text(json.dumps(marked))
+    assert [result.solver for result in read_results(tmp_path / "solvers.json")] == ["ddim"]
+    marked = [{**result.model_dump(), "error": 7.0} for result in read_results(tmp_path / "solvers.json")]
+    (tmp_path / "solvers.json").write_text(json.dumps(marked))
     results = solvers.compare_solvers(teacher, solvers=["ddim", "unipc_2"], **settings)
     assert results[0].error == 7.0, "known results are not computed again"
     assert results[1].error < 1
     assert len(solvers.compare_solvers(teacher, solvers=["heun"], **settings)) == 1
-    assert {result.solver for result in read_results(tmp_path / "sweep.json")} == {"ddim", "unipc_2", "heun"}
+    assert {result.solver for result in read_results(tmp_path / "solvers.json")} == {"ddim", "unipc_2", "heun"}
     with pytest.raises(UserError, match="a comparison with other settings"):
         solvers.compare_solvers(teacher, solvers=["ddim"], seed=1, **settings)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.distill.config import find_config
+from fewstep.distill.config_files import find_config
 from fewstep.eval.networks.features import ClassifierFeatures, extract_features
 from fewstep.eval.references import real_images
 from fewstep.eval.toy_captions import GARMENTS, NAMES, PALETTE, CaptionSet, prompt_following, read_back, tint

@@ -19,7 +19,8 @@ from fewstep.api.models import Source
 from fewstep.api.train import train_run
 from fewstep.core.errors import UserError
 from fewstep.core.files import write_text
-from fewstep.distill.config import Config, describe, parse_config, read_settings
+from fewstep.distill.config import Config
+from fewstep.distill.config_files import describe, parse_config, read_settings
 from fewstep.distill.explain import explain
 from fewstep.distill.run_folder import run_config
 from fewstep.distill.stage import BaseConfig
@@ -122,7 +123,7 @@ def curve(benchmark: ObjectivesBenchmark, method: str, folder: Path) -> list[tup
 def bench_objectives(
     config: Source, *overrides: str, progress: Callable[[str], Callback] | None = None, device: str = "auto"
 ) -> list[Score]:
-    """Trains and scores every method and seed of a benchmark file, and writes ``shootout.json``, ``curves.json``
+    """Trains and scores every method and seed of a benchmark file, and writes ``objectives.json``, ``curves.json``
     (validation over training evaluations, by method and seed) and ``frontier.png`` into its folder.
 
     ``overrides`` are ``"key=value"`` strings, for example ``seeds=[0]`` for a first look. A score's ``model`` is the
@@ -154,9 +155,9 @@ def bench_objectives(
             if score.steps in wanted and score.n == settings.n
         ]
     folder = Path(settings.out)
-    write_text(json.dumps(entries, indent=1) + "\n", folder / "shootout.json")
+    write_text(json.dumps(entries, indent=1) + "\n", folder / "objectives.json")
     write_text(json.dumps(curves) + "\n", folder / "curves.json")
-    scores = read_scores(folder / "shootout.json")
+    scores = read_scores(folder / "objectives.json")
     teachers = known_teacher_scores(runs[0][2], {scores[0].features_sha256})
     draw_frontier([*scores, *teachers], curves, folder / "frontier.png")
     return scores

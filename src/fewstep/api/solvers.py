@@ -29,8 +29,8 @@ def compare_solvers(
     device: str = "auto", progress: Callable[[int, int], None] | None = None,
 ) -> list[SolverResult]:  # fmt: skip
     """Compares every solver, grid and budget of evaluations of a class-conditional teacher with ``long`` steps of
-    UniPC-3 from the same noise (and scores them, with ``reference``). Writes ``sweep.json``, ``sweep.md`` and
-    ``sweep.png``; existing results in ``folder`` are kept, so that a comparison can be continued or extended.
+    UniPC-3 from the same noise (and scores them, with ``reference``). Writes ``solvers.json``, ``solvers.md`` and
+    ``solvers.png``; existing results in ``folder`` are kept, so that a comparison can be continued or extended.
 
     Raises ``UserError`` before sampling: on an unknown solver or grid, a solver that adds noise, and a budget too small
     for one step.

@@ -8,7 +8,8 @@ from pathlib import Path
 from fewstep.api.models import Source
 from fewstep.core.errors import UserError
 from fewstep.distill.build import build_parts
-from fewstep.distill.config import Config, load_config
+from fewstep.distill.config import Config
+from fewstep.distill.config_files import load_config
 from fewstep.distill.data import batch
 from fewstep.distill.processes import join_world
 from fewstep.distill.run_folder import RunFolder, run_config

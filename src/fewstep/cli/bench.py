@@ -24,7 +24,7 @@ app = typer.Typer(no_args_is_help=True, help="Compare methods at one budget, and
 Rounds = Annotated[int, typer.Option(help="Paired rounds; medians are reported.")]
 
 
-@app.command(epilog="Example: fewstep bench objectives configs/fashion/shootout.yaml seeds=[0]")
+@app.command(epilog="Example: fewstep bench objectives configs/fashion/objectives.yaml seeds=[0]")
 def objectives(config: ConfigFile, overrides: Overrides = None, device: Device = "auto") -> None:
     """Train several methods from one teacher at one budget of evaluations, several seeds each, and compare them."""
     from fewstep.api.bench_objectives import bench_objectives
@@ -47,7 +47,7 @@ def objectives(config: ConfigFile, overrides: Overrides = None, device: Device =
 def step(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None, rounds: Rounds = 15) -> None:
     """Time a full update against its bare network evaluations, paired in one process."""
     from fewstep.api.bench_cost import bench_step
-    from fewstep.distill.config import load_config
+    from fewstep.distill.config_files import load_config
 
     check_json(file)
     _print(bench_step(load_config(config, overrides or []), rounds), file)
@@ -76,7 +76,7 @@ def sampler(
 def memory(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None) -> None:
     """Measure bytes of weights and the peak of training, with adapters (where the config has them) and with copies."""
     from fewstep.api.bench_cost import bench_memory
-    from fewstep.distill.config import load_config
+    from fewstep.distill.config_files import load_config
 
     check_json(file)
     _print(bench_memory(load_config(config, overrides or [])), file)

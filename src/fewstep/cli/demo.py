@@ -27,7 +27,7 @@ def demo(
     from fewstep.api.data import encode
     from fewstep.api.evaluate import evaluate
     from fewstep.api.report import compare_images, report
-    from fewstep.distill.config import find_config
+    from fewstep.distill.config_files import find_config
     from fewstep.eval.report.tables import best_teacher
     from fewstep.eval.score_files import read_scores
 

@@ -46,7 +46,7 @@ def compare(
     n: Annotated[int, typer.Option("--n", help="Number of samples.")] = 2_000,
     long: Annotated[int, typer.Option(help="Steps of the long run that errors are measured against.")] = 1000,
     reference: Annotated[str | None, typer.Option(help="Also score on this reference.")] = None,
-    folder: Annotated[Path, typer.Option("--out", help="For sweep.json, sweep.md and sweep.png.")] = Path("runs/sweep"),
+    folder: Annotated[Path, typer.Option("--out", help="For the table, figure and results.")] = Path("runs/solvers"),
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     device: Device = "auto",
 ) -> None:

@@ -30,7 +30,7 @@ def run_training(config: str | None, overrides: list[str], resume: Path | None) 
     from fewstep.api.train import train_run
     from fewstep.cli.training_progress import TrainingProgress
     from fewstep.core.devices import pick_device
-    from fewstep.distill.config import load_config
+    from fewstep.distill.config_files import load_config
     from fewstep.distill.run_folder import run_config
     from fewstep.distill.trainer import Interrupted
 
@@ -57,7 +57,7 @@ def explain(config: ConfigFile, overrides: Overrides = None, file: JsonFile = No
 
     Needs neither weights nor data nor internet access.
     """
-    from fewstep.distill.config import load_config
+    from fewstep.distill.config_files import load_config
     from fewstep.distill.explain import explain as explain_config
 
     stages = explain_config(load_config(config, overrides or []))

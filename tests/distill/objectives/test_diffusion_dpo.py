@@ -13,7 +13,7 @@ from worlds import FLOW, build_objective, gaussian, tiny_config, trained
 
 import fewstep
 from fewstep.core.files import write_tensors
-from fewstep.distill.config import parse_config
+from fewstep.distill.config_files import parse_config
 from fewstep.distill.data.sources import Stored
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles

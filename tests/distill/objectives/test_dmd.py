@@ -12,7 +12,7 @@ import fewstep
 from fewstep.api.data import make_ode_pairs
 from fewstep.core.errors import UserError
 from fewstep.core.files import write_tensors
-from fewstep.distill.config import parse_config
+from fewstep.distill.config_files import parse_config
 from fewstep.distill.data.readers import read_stored
 from fewstep.distill.data.sources import Stored
 from fewstep.distill.loop import Loop

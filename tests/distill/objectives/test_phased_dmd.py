@@ -13,7 +13,7 @@ from worlds import FLOW, Affine, Points, build_objective, gaussian, tiny_config,
 import fewstep
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_tensors
-from fewstep.distill.config import parse_config
+from fewstep.distill.config_files import parse_config
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
 from fewstep.models.denoiser import Denoiser, Routed

@@ -12,7 +12,7 @@ from worlds import tiny_config, tiny_teacher
 
 import fewstep
 from fewstep.core.errors import UserError
-from fewstep.distill.config import parse_config
+from fewstep.distill.config_files import parse_config
 from fewstep.models.condition import Condition
 from fewstep.models.loading import load_model
 from fewstep.models.unet import UNet

@@ -19,7 +19,7 @@ from fewstep.core.files import read_tensors
 from fewstep.core.image_files import image_size, read_video
 from fewstep.core.image_grid import save_sample
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.config import parse_config
+from fewstep.distill.config_files import parse_config
 from fewstep.distill.data.sources import Prompts
 from fewstep.distill.run_folder import RunFolder
 from fewstep.models.hub.encoded import EncodedPrompts

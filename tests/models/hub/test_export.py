@@ -15,7 +15,7 @@ from tiny_pipelines import ADAPTERS, STEPS, TINY, called, difference, packed, se
 import fewstep
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_metadata
-from fewstep.distill.config import parse_config
+from fewstep.distill.config_files import parse_config
 from fewstep.models.condition import Condition
 from fewstep.models.guidance import OFF
 from fewstep.models.hub import export as module

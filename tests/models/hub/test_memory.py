@@ -14,7 +14,7 @@ from tiny_pipelines import ADAPTERS, TINY, settings
 import fewstep
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_tensors
-from fewstep.distill.config import parse_config
+from fewstep.distill.config_files import parse_config
 from fewstep.distill.run_folder import RunFolder
 from fewstep.models.condition import Condition
 from fewstep.models.hub.export_format import ExportFormat

@@ -18,7 +18,7 @@ from fewstep.api.bench_cost import bench_memory
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_tensors, write_tensors
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.config import parse_config
+from fewstep.distill.config_files import parse_config
 from fewstep.distill.run_folder import RunFolder
 from fewstep.models.adapters import AdapterView
 from fewstep.models.guidance import guide
