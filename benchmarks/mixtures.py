@@ -126,7 +126,7 @@ def lesser_mode(divergence: str, learned: bool, steps: int = 400, seed: int = 0)
     # the fake is exact and the generator has no GAN term: only h(r) differs between divergences
     settings = FDistill(
         divergence=divergence, guidance=1.0, critic_updates=1, gan_weight=0.0, feature_layers=("inputs",),
-        t_range=(0.02, 0.4),
+        renoise_times={"low": 0.02, "high": 0.4},
     )  # fmt: skip
     objective = settings.build(roles, StageContext(0, 0, steps))
     by_name = {update.name: update for update in objective.updates}

@@ -105,8 +105,9 @@ class Config(BaseConfig):
     """A run. Give either ``teacher`` (a folder, a bundled name, or a diffusers pipeline by folder or hub id) or
     ``model`` (a new network).
 
-    For pipelines: ``size`` is height, width and frames in pixels; ``weights`` is the type of the teacher's weights and
-    of its copies' (with adapters also ``int8`` or ``nf4`` for linear layers); ``gradient_checkpointing`` saves memory.
+    For pipelines: ``size`` is height, width and frames in pixels; ``weights`` is the type of the teacher's weights
+    (with adapters also ``int8`` or ``nf4`` for linear layers); trained weights are float32, and all networks compute in
+    ``precision``; ``gradient_checkpointing`` saves memory.
     ``offload`` keeps frozen copies in host memory between their evaluations.
     """
 
@@ -140,6 +141,8 @@ class Config(BaseConfig):
             raise ValueError("data.kind: prompts needs a teacher that is a diffusers pipeline")
         if self.weights in ("int8", "nf4") and self.adapters is None:
             raise ValueError(f"weights: {self.weights} cannot be trained; add adapters")
+        if self.weights in ("int8", "nf4") and any(r.full_finetune for s in self.stages for r in s.roles.values()):
+            raise ValueError(f"weights: {self.weights} cannot be trained, so no role can have full_finetune")
         if self.offload and self.adapters is not None:
             raise ValueError("offload is for copies: with adapters every evaluation needs the one shared network")
         return self

@@ -21,6 +21,10 @@ RENAMED = {
     "decay": ("lr_schedule",),
     "pull": ("match_on",),
     "times": ("renoise_times", "student_times"),
+    "t_range": ("renoise_times", "dm_times", "student_times"),
+    "inner": ("rollout_times",),
+    "time": ("student_times.kind",),
+    "time_std": ("student_times.std",),
     "pictures": ("images",),
 }  # old key: its new names
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -157,7 +161,7 @@ def describe(
         origin = next((f"the override {t!r}" for k, t in overridden.items() if _same_branch(k, key)), file)
         if problem["type"] == "extra_forbidden":
             last, known = str(loc[-1]), _keys_beside(root, loc)
-            renamed = next((new for new in RENAMED.get(last, ()) if new in known), None)
+            renamed = next((new for new in RENAMED.get(last, ()) if new.split(".")[0] in known), None)
             hint = f"; it is now called {renamed!r}" if renamed else nearest(last, known)
             lines.append(f"{origin}: unknown key {key!r}{hint}.")
         elif problem["type"] == "missing":

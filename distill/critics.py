@@ -55,7 +55,8 @@ def importance_weight(
     """TDM's ratio ``q(x_t | x0) / q(x_t | x_s)`` (arXiv 2503.06674), detached, [B, 1, ...].
 
     It is ``(std / sigma_t)^d exp((|n|^2 - |m|^2) / 2)`` with ``m = (x_t - alpha_t x0) / sigma_t`` and d dimensions per
-    sample. The exponent is of order d, so the published code takes the d-th root (``tempered``).
+    sample. The exponent is of order d, so its d-th root is taken (``tempered``). The published
+    code does so too, but drops the factor ``std / sigma_t``.
     """
     scale, std = (expand_like(value, n) for value in bridge(schedule, sample.level, t))
     times = expand_like(t, n)

@@ -6,6 +6,8 @@ those of the teacher.
 The critic's slope: with F* = E[x0 | x_t] on the student's samples, E<T - x0, T - F> = E<T - F*, T - F> for any F, so
 the slope of the regression of T - x0 on T - F is 1 for a fake that is up to date. A fake that has covered a share q of
 the distance from the teacher to the student has slope 1 / q: above 1 it lags; near 0 or below, its direction is wrong.
+Samples at which fake and teacher differ by rounding alone do not count; when a fake starts as the teacher's copy, these
+are all, and no slope is logged.
 """
 
 from __future__ import annotations
@@ -48,6 +50,9 @@ def observe(
         micro.log(f"health/gap at t {low:g} to {high:g}", gap * inside, inside)
     dm = teacher.cond.x0 - fake
     x0, _, weight = denoising_target(schedule, sample, t, n)
+    rounding = 4 * torch.finfo(micro.roles.precision).eps
+    scale = per_sample_mean(teacher.cond.x0.square() + sample.output.square())
+    weight = weight * (per_sample_mean(dm.square()) > rounding**2 * scale)
     micro.log("health/critic_slope", weight * dm * (teacher.cond.x0 - x0), weight * dm.square())
     if teacher.null is not None:
         observe_guidance(micro, teacher.out.x0 - teacher.cond.x0, dm)

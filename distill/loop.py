@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.data.batch import Source
+from fewstep.distill.data.batch import Batch, Source
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Roles
 from fewstep.distill.update import MicroBatch, Objective, StudentSample, Update
@@ -19,10 +19,23 @@ CPU = torch.device("cpu")
 PATIENCE = 20  # consecutive non-finite gradients of an update after which training stops
 
 
+@dataclass(frozen=True)
+class LostUpdate:
+    """An update that was not applied at ``step`` (counted from 1, as in the log), because its gradient was not
+    finite."""
+
+    update: str
+    step: int
+    cause: str
+
+    def __str__(self) -> str:
+        return f"The update {self.update!r} of step {self.step} was not applied: {self.cause}."
+
+
 @dataclass
 class Loop:
     """Runs the updates of one stage. ``batch`` is the size of a micro-batch, ``accumulate`` the number of them per
-    process and update."""
+    process and update. ``lost`` lists the updates of the last step that were not applied."""
 
     roles: Roles
     objective: Objective
@@ -33,15 +46,19 @@ class Loop:
     seed: int = 0
     device: torch.device = CPU
     world: World = SINGLE_PROCESS
+    lost: list[LostUpdate] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self._skipped: dict[str, int] = {}
+        self._in_a_row: dict[str, int] = {}
+        self._batches: dict[int, Mapping[str, Batch]] = {}  # of one step, by shard, in host memory
+        self._batches_step = -1
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Runs all updates due at ``step``; returns their losses, metrics and gradient norms as 0-d tensors."""
         metrics: dict[str, Tensor] = {}
         shards = [self.world.rank + self.world.size * k for k in range(self.accumulate)]
         shared: dict[int, dict[str, StudentSample]] = {shard: {} for shard in shards}
+        self.lost = []
         for update in self.objective.updates:
             if update.due(step):
                 metrics.update(self.update(update, step, shared))
@@ -77,7 +94,7 @@ class Loop:
         limit = self.clip if self.clip is not None else float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         metrics[f"grad_norm/{update.name}"] = norm.detach()
-        if self._is_finite(update, norm, step):
+        if self._is_finite(update, norm, step, metrics):
             for role in update.roles:
                 self.roles[role].step()
             if update.after is not None:
@@ -85,23 +102,44 @@ class Loop:
         return metrics
 
     def _micro_batch(self, update: Update, step: int, shard: int, shared: dict[str, StudentSample]) -> MicroBatch:
-        batches = {
-            name: source(KeyedRandom(self.seed, step, f"data/{name}", shard), self.batch).to(self.device)
-            for name, source in self.sources.items()
-        }
+        if step != self._batches_step:
+            self._batches, self._batches_step = {}, step
+        if shard not in self._batches:
+            self._batches[shard] = {
+                name: source(KeyedRandom(self.seed, step, f"data/{name}", shard), self.batch)
+                for name, source in self.sources.items()
+            }
+        batches = {name: batch.to(self.device) for name, batch in self._batches[shard].items()}
         random = KeyedRandom(self.seed, step, update.name, shard, self.device)
         return MicroBatch(batches, random, step, self.roles, self.objective.rollout, shared)
 
-    def _is_finite(self, update: Update, norm: Tensor, step: int) -> bool:
-        """Whether the update can be applied. Raises ``UserError`` after ``PATIENCE`` skipped updates in a row."""
+    def _is_finite(self, update: Update, norm: Tensor, step: int, metrics: Mapping[str, Tensor]) -> bool:
+        """Whether the update can be applied; if not, it is added to ``lost``. Raises ``UserError`` after ``PATIENCE``
+        lost updates in a row."""
         if torch.isfinite(norm):
-            self._skipped[update.name] = 0
+            self._in_a_row[update.name] = 0
             return True
-        self._skipped[update.name] = self._skipped.get(update.name, 0) + 1
-        if self._skipped[update.name] >= PATIENCE:
+        self.lost.append(LostUpdate(update.name, step + 1, self._cause(update, metrics)))
+        self._in_a_row[update.name] = self._in_a_row.get(update.name, 0) + 1
+        if self._in_a_row[update.name] >= PATIENCE:
             raise UserError(
-                f"The update {update.name!r} (of {', '.join(update.roles)}) had no finite gradient for {PATIENCE} "
-                f"steps in a row, up to step {step}. Lower its learning rate or the guidance; the last checkpoint is "
-                "intact."
+                f"{self.lost[-1]} It had no finite gradient for {PATIENCE} steps in a row. Lower the learning rate of "
+                f"{', '.join(update.roles)} or the guidance; the last checkpoint is intact."
             )
         return False
+
+    def _cause(self, update: Update, metrics: Mapping[str, Tensor]) -> str:
+        """What is not finite: losses, or else the gradients of parameters, or else only their norm."""
+        losses = [f"{name} is {value.item()}" for name, value in metrics.items() if name.startswith("loss/")]
+        if broken := [text for text in losses if text.endswith(("nan", "inf"))]:
+            return " and ".join(broken)
+        parameters = [
+            f"{role}.{name}"
+            for role in update.roles
+            for name, parameter in self.roles[role].module.named_parameters()
+            if parameter.grad is not None and not parameter.grad.isfinite().all()
+        ]
+        if not parameters:
+            return "the norm of its gradient overflows"
+        others = f" and of {len(parameters) - 1} other parameters" if len(parameters) > 1 else ""
+        return f"its losses are finite, but not the gradient of {parameters[0]}{others}"

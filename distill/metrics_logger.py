@@ -19,15 +19,20 @@ class MetricsLogger:
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line for ``step``. Raises ``UserError`` if it cannot be written."""
-        try:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            raise UserError(f"Cannot write {self._file}: {error}.") from error
+        append_line(self._file, {"step": step, **values})
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
+
+
+def append_line(file: Path, record: Mapping[str, object]) -> None:
+    """Appends a JSON line. Raises ``UserError`` if it cannot be written."""
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(f"Cannot write {file}: {error}.") from error
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.errors import UserError
+from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import OFF, Guidance, Guided, guide
@@ -73,8 +75,20 @@ class Role:
 
 @torch.no_grad()
 def blend(role: Role, towards: Role, share: float) -> None:
-    """Interpolates the parameters of a role (a copy, not an adapter) towards those of another by ``share``."""
+    """Interpolates the parameters of a role towards those of another by ``share``; both must be copies (see
+    ``require_blendable``)."""
     torch._foreach_lerp_([p.detach() for p in role.parameters], [p.detach() for p in towards.parameters], share)
+
+
+def require_blendable(roles: Roles, *names: str) -> None:
+    """Raises ``UserError`` unless these roles are copies: the product of averaged LoRA factors is not the average of
+    their products, which has twice the rank."""
+    adapters = [name for name in names if isinstance(roles.denoiser(name).backbone, AdapterView)]
+    if adapters:
+        raise UserError(
+            f"blend interpolates {' and '.join(names)}, but these train adapters: {' and '.join(adapters)}. "
+            "Averaged LoRA factors are not an averaged network. Set blend: 0, or full_finetune: true for both roles."
+        )
 
 
 class Roles(Mapping[str, Role]):
@@ -87,6 +101,11 @@ class Roles(Mapping[str, Role]):
         self._updating: frozenset[str] = frozenset()
         self._precision = precision
         self.evaluations = 0
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The type in which networks compute."""
+        return self._precision
 
     def __getitem__(self, name: str) -> Role:
         try:
@@ -106,6 +125,15 @@ class Roles(Mapping[str, Role]):
         if not isinstance(module, Denoiser):
             raise TypeError(f"the role {name!r} is a {type(module).__name__}, not a Denoiser")
         return module
+
+    def require_both_branches(self, name: str, objective: str) -> None:
+        """Raises ``UserError`` if the role's network is evaluated once for both branches of guidance."""
+        if self.denoiser(name).style.embedded:
+            raise UserError(
+                f"{objective} needs the conditional and the unconditional prediction of the {name}, but guidance is an "
+                "input of this network (it is guidance-distilled), so it has no unconditional one. Use an objective "
+                "that needs only the guided prediction."
+            )
 
     @contextmanager
     def updating(self, names: Sequence[str]) -> Iterator[None]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.distill.roles import Roles
+from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import MicroBatch, StudentSample
 from fewstep.models.denoiser import expand_like
 from fewstep.models.schedules import NoiseSchedule
@@ -70,17 +71,17 @@ def segment_rollout(micro: MicroBatch, roles: Roles, times: Sequence[float]) -> 
     return StudentSample(add_noise(schedule, p.x0, p.noise, level), level, p.x0, t_student, condition)
 
 
-def random_time_rollout(micro: MicroBatch, roles: Roles, max_steps: int, inner: tuple[float, float]) -> StudentSample:
+def random_time_rollout(micro: MicroBatch, roles: Roles, max_steps: int, law: TimeLaw) -> StudentSample:
     """A deterministic trajectory over random times, up to a random one of them (CDM, arXiv 2605.06376).
 
-    Its length N in 1..max_steps is the same in all processes. Each sample has its own N - 1 times in ``inner`` below 1,
+    Its length N in 1..max_steps is the same in all processes. Each sample has its own N - 1 times of ``law`` below 1,
     and stops at its own one of the N states. The sample is the x0 predicted there (level 0), with the noise that the
     prediction implies.
     """
     schedule = roles.denoiser("student").schedule
     condition, size = micro.batch.condition, micro.batch.size
     n = 1 + int(micro.random.shared.integers(1, max_steps, "steps"))
-    times = micro.random.uniform(size * (n - 1), *inner, "grid").reshape(size, n - 1).sort(1, descending=True).values
+    times = law.sample(micro.random, size * (n - 1), "grid").reshape(size, n - 1).sort(1, descending=True).values
     times = torch.cat([torch.ones(size, 1, dtype=torch.float64), times], 1)
     last = micro.random.integers(size, n, "state")
     x = initial_noise(micro, schedule, 1.0)

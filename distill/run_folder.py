@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from fewstep.distill.build import Parts, build_parts
 from fewstep.distill.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import dump_config, load_config, read_settings
-from fewstep.distill.metrics_logger import MetricsLogger
+from fewstep.distill.loop import LostUpdate
+from fewstep.distill.metrics_logger import MetricsLogger, append_line
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.trainer import Callback, Interrupted, Trainer, Validator
 from fewstep.models.saving import save_model
@@ -83,6 +85,10 @@ class RunFolder(Callback):
 
     def on_log(self, trainer: Trainer, values: dict[str, float]) -> None:
         self._record(trainer, {"stage": trainer.stage, **values})
+
+    def on_lost_update(self, trainer: Trainer, lost: LostUpdate) -> None:
+        if self._log is not None:
+            append_line(self.folder / "lost_updates.jsonl", asdict(lost))
 
     def on_validation(self, trainer: Trainer, value: float) -> None:
         if trainer.best["step"] == trainer.step:

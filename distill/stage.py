@@ -26,9 +26,9 @@ from fewstep.models.quantized import require_bitsandbytes
 
 
 class BaseConfig(BaseModel):
-    """Base class of configs: immutable, and an unknown key is an error."""
+    """Base class of configs: immutable; an unknown key, a NaN and an infinite number are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,15 @@ def learning_rate(config: RoleConfig, updates: int) -> Callable[[int], float]:
 
 def make_role(module: nn.Module, config: RoleConfig) -> Role:
     """A trained role with an AdamW optimizer over ``module``'s parameters, with 8-bit moments if configured. Its
-    learning rate is constant until ``lr_factor`` is set."""
+    learning rate is constant until ``lr_factor`` is set.
+
+    Half-precision weights become float32, in place: a step of 1e-6 of a weight is below half of bfloat16's spacing, so
+    that optimizer, average and ``blend`` would leave most weights as they are. ``Roles`` evaluates them in the run's
+    precision.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor.data = tensor.data.float()
     adamw = torch.optim.AdamW if config.optimizer == "adamw" else require_bitsandbytes().optim.AdamW8bit
     optimizer = adamw(module.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     for group in optimizer.param_groups:

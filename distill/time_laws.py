@@ -100,7 +100,7 @@ class TimeLaw(BaseConfig):
 
     def _quantiles(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The probabilities, before the shift, of times below ``low`` and of times up to ``high``."""
-        low, high = (shift(bound, 1 / self.shift) for bound in (low, high))
+        low, high = (shift(bound, 1 / self.shift).clamp(0, 1) for bound in (low, high))
         if self.kind == "uniform":
             return low, high
         if self.kind == "logit_normal":

@@ -22,7 +22,7 @@ from fewstep.distill.checkpoint import restore_role, role_tensors
 from fewstep.distill.config import Config
 from fewstep.distill.data.batch import Source
 from fewstep.distill.health import Probe
-from fewstep.distill.loop import Loop
+from fewstep.distill.loop import Loop, LostUpdate
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import MatchingConfig, StageContext, enter_stage, learning_rate
@@ -53,6 +53,9 @@ class Callback:
 
     def on_step(self, trainer: Trainer) -> None:
         """Called after every step."""
+
+    def on_lost_update(self, trainer: Trainer, lost: LostUpdate) -> None:
+        """Called after a step in which an update was not applied, because its gradient was not finite."""
 
     def on_validation(self, trainer: Trainer, value: float) -> None:
         """Called after a validation with a score; ``trainer.best`` is up to date."""
@@ -144,6 +147,9 @@ class Trainer:
         first = self.ends[number] - stage.steps
         self.stage = number
         self.roles = Roles(roles, DTYPES[self.config.precision])
+        for entered in roles.values():  # also outside ``Roles.predict``: in probes and validation
+            if isinstance(entered.module, Denoiser):
+                entered.module.precision = DTYPES[self.config.precision]
         self.objective = settings.build(self.roles, StageContext(number, first, stage.steps))
         if self.config.offload:
             frozen = roles.keys() - stage.roles.keys() - dict(self.objective.experts).keys()
@@ -206,6 +212,8 @@ class Trainer:
         with stop_requests() as stop:
             while self.step < end:
                 latest |= self.one_step()
+                for lost in self.loop.lost:
+                    self._notify("on_lost_update", lost)
                 last = self.step == end
                 if self.world.rank == 0 and self._due(self.config.health.every):
                     health = self._check_health()
@@ -294,9 +302,10 @@ class Trainer:
 
 
 def to_numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """The metrics as numbers, without diagnostics to which no sample contributed (an empty range of times)."""
+    """The metrics as numbers, without those that are not finite: losses of a lost update, and diagnostics to which no
+    sample contributed (an empty range of times)."""
     values = {name: value.item() for name, value in metrics.items()}
-    return {name: value for name, value in values.items() if not (name.startswith("health/") and math.isnan(value))}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 @dataclass

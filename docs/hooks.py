@@ -143,6 +143,7 @@ def settings_page() -> str:
 
 def _section(name: str, part: dict[str, Any], level: int, published: dict[str, str] | None = None) -> str:
     """A heading, the description and a table; ``published`` is for objectives, whose description is preformatted."""
+    part = part if "properties" in part else part["anyOf"][-1]  # a mapping that one word can stand for
     description = part.get("description", "")
     text = description.replace("``", "`") if published is None else f"```text\n{description}\n```"
     head = ["setting", "type", "default", *([] if published is None else ["published"])]

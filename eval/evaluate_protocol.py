@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.core.errors import UserError
 from fewstep.eval.feature_statistics import (
@@ -17,12 +20,13 @@ from fewstep.eval.feature_statistics import (
     write_statistics,
 )
 from fewstep.eval.images import Images, InMemoryImages
-from fewstep.eval.metrics.metric import MetricInput
+from fewstep.eval.metrics.metric import Measurement, MetricInput
 from fewstep.eval.networks.clip import Clip
 from fewstep.eval.networks.features import FeatureNetwork
 from fewstep.eval.networks.registry import build_networks
 from fewstep.eval.networks.weights import VARIABLE, WeightsLocator, clean_fid_statistics
 from fewstep.eval.protocol import Protocol
+from fewstep.eval.saved_features import SavedFeatures
 from fewstep.eval.score_files import Score, scores_of_generated, scores_of_images
 from fewstep.models.loading import Model
 from fewstep.samplers.generate import GeneratedSet, Progress
@@ -34,24 +38,27 @@ PACKAGES = ("fewstep", "torch", "pillow", "open_clip_torch", "timm")
 class ProtocolEvaluator:
     """Scores by a protocol, with the same interface as ``ReferenceEvaluator``; holds its networks and reference.
 
-    Raises ``UserError`` if weights or the reference are missing, or do not belong together.
+    ``progress(what, done)`` counts images that were read; ``work`` is a folder for the features of unfinished sets, so
+    that an interrupted evaluation of images can be continued. Raises ``UserError`` if weights or the reference are
+    missing, or do not belong together.
     """
 
     def __init__(
-        self, protocol: Protocol, locator: WeightsLocator, device: torch.device | str = "cpu", skip_bad: bool = False
-    ) -> None:
+        self, protocol: Protocol, locator: WeightsLocator, device: torch.device | str = "cpu", skip_bad: bool = False,
+        *, work: Path | None = None, progress: Callable[[str, int], None] | None = None,
+    ) -> None:  # fmt: skip
         self.protocol, self.seeds, self._metrics = protocol, protocol.seeds, protocol.resolved_metrics
-        self._skip_bad, self._captions = skip_bad, protocol.read_captions()
-        if skip_bad and self._captions:
+        self._skip_bad, self._work, self._progress = skip_bad, work, progress
+        self._captions, self._notes = protocol.read_captions(), list[str]()
+        self._pairs = any(metric.needs_captions for metric in self._metrics.values())
+        if skip_bad and self._captions and self._pairs:
             raise UserError(
                 "--skip-bad would shift the captions of the images after a bad one; remove it and its caption instead."
             )
         names = {metric.network for metric in self._metrics.values()}
         self._networks = build_networks(names, protocol, locator, device)
         self.hashes = {network.sha256 for network in self._networks.values()}
-        prefixes = {metric.caption_prefix for metric in self._metrics.values() if metric.caption_prefix is not None}
-        clip = self._networks.get("clip")
-        self._texts = {p: clip.embed_texts(self._captions, p) for p in prefixes if isinstance(clip, Clip)}
+        self._embedded: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._reference = self._read_reference(locator)
 
     def check(self, model: Model) -> None:
@@ -63,54 +70,94 @@ class ProtocolEvaluator:
         if (len(model.config.shape) == 4) != bool(self.protocol.frames):
             scored, generated = ("videos", "images") if self.protocol.frames else ("images", "videos")
             raise UserError(f"The protocol {self.protocol.name!r} scores {scored}; this model generates {generated}.")
-        self._check_count(self.protocol.n, model.config.classes or len(self._captions))
+        self._check_count(self.protocol.n, model.config.classes or len(self._texts))
 
     def __call__(
         self, model: Model, name: str, sampling: SamplingConfig, progress: Progress | None = None
     ) -> list[Score]:
         """Generates image k for class or caption k modulo their number, and returns one score per metric."""
-        generated = GeneratedSet(model, sampling, self.protocol.n, self._captions, progress=progress)
+        generated = GeneratedSet(model, sampling, self.protocol.n, self._texts, progress=progress)
         images = InMemoryImages(generated.parts(), self.protocol.crop)
-        values = self.values(images, model.config.classes)
-        return scores_of_generated(generated, values, model=name, **self._fields(values, self.protocol.n))
+        measured = self.measure(images, self._texts, model.config.classes or len(self._texts))
+        captions = dict.fromkeys(measured, self._captions.sha256 if self._captions else None)
+        return scores_of_generated(generated, measured, self._hashes(captions), model=name, **self._fields())
 
     def of_images(self, source: Path, name: str) -> list[Score]:
-        """Scores of images on disk, of at most as many as the protocol requires."""
-        images = self.protocol.open_images(source, self._skip_bad, limit=self.protocol.n)
-        self._check_count(len(images.names), len(self._captions))
-        values = self.values(images)
-        return scores_of_images(images, values, model=name, **self._fields(values, images.scored_count))
+        """Scores of exactly as many images on disk as the protocol requires."""
+        self._check_count(self.protocol.n, self._captions.conditions if self._captions else 0)
+        images = self.protocol.open_images(source, self._skip_bad, self.protocol.n)
+        texts: tuple[str, ...] = ()
+        captions: dict[str, str | None] = dict.fromkeys(self._metrics)
+        if self._captions and self._pairs:
+            images.names, texts = self._captions.pair(images.names)
+            captions |= {key: self._captions.sha256 for key, metric in self._metrics.items() if metric.needs_captions}
+            self._check_count(self.protocol.n, len(texts))  # those of a table are paired with images
+        saved = SavedFeatures.of(self._work / "images", images, self._networks) if self._work else None
+        measured = self.measure(images, texts, len(texts), saved)
+        return scores_of_images(images, measured, self._hashes(captions), model=name, **self._fields())
 
-    def values(self, images: Images, conditions: int = 0) -> dict[str, float]:
-        """The value of every metric. The images show ``conditions`` classes in turn, or (0) the captions. Raises
-        ``UserError``."""
+    def measure(
+        self, images: Images, texts: tuple[str, ...] = (), conditions: int = 0, saved: SavedFeatures | None = None
+    ) -> dict[str, Measurement]:
+        """The value of every metric. Image k shows text or class ``k % conditions``. Raises ``UserError``."""
+        collected = collect_statistics(
+            self._networks, images, _keep_rows(self.protocol), saved=saved, progress=self._counting("images")
+        )
+        embedded = self._embed(texts)
         inputs = {
-            key: MetricInput(statistics, self._reference.get(key), self._texts, conditions or len(self._captions))
-            for key, statistics in collect_statistics(self._networks, images, _keep_rows(self.protocol)).items()
+            key: MetricInput(statistics, self._reference.get(key), embedded, conditions)
+            for key, statistics in collected.items()
         }
-        return {name: metric.compute(inputs[metric.network]) for name, metric in self._metrics.items()}
+        return {name: metric.measure(inputs[metric.network]) for name, metric in self._metrics.items()}
+
+    @property
+    def _texts(self) -> tuple[str, ...]:
+        return self._captions.texts if self._captions else ()
+
+    def _embed(self, texts: tuple[str, ...]) -> dict[str, Tensor]:
+        """The embeddings of captions by the prefix before them, for the metrics that compare with captions."""
+        clip = self._networks.get("clip")
+        if texts not in self._embedded and isinstance(clip, Clip):
+            prefixes = {metric.caption_prefix for metric in self._metrics.values() if metric.caption_prefix is not None}
+            self._embedded[texts] = {prefix: clip.embed_texts(texts, prefix) for prefix in prefixes}
+        return self._embedded.get(texts, {})
+
+    def _counting(self, what: str) -> Callable[[int], None] | None:
+        return partial(self._progress, what) if self._progress is not None else None
 
     def _check_count(self, n: int, conditions: int) -> None:
         for metric in self._metrics.values():
             metric.check_count(n, conditions)
 
-    def _fields(self, values: dict[str, float], count: int) -> dict[str, Any]:
-        """The fields of the scores of ``count`` images: what their values depend on, with notes for readers."""
-        notes = [
-            metric.note(name, values[name], count, self._reference[metric.network].statistics)
-            for name, metric in self._metrics.items() if metric.note is not None
-        ]  # fmt: skip
+    def _hashes(self, captions: Mapping[str, str | None]) -> dict[str, dict[str, str | None]]:
+        """The hashes of what each metric's value depends on, by the fields of a score."""
+        return {
+            name: {
+                "features_sha256": self._networks[metric.network].sha256,
+                "reference_sha256": self._reference[metric.network].images_sha256 if metric.needs_reference else None,
+                "captions_sha256": captions[name],
+                "protocol_sha256": self.protocol.sha256,
+            }
+            for name, metric in self._metrics.items()
+        }
+
+    def _fields(self) -> dict[str, Any]:
+        """The fields that all scores share, with the manifest."""
+        captions = self._captions
         manifest = {
             "protocol": self.protocol.model_dump(mode="json"),
+            "preparation": self.protocol.preparation,
             "networks": {network.name: network.sha256 for network in self._networks.values()},
+            "features": {name: self._networks[metric.network].name for name, metric in self._metrics.items()},
             "reference": {key: known.statistics.count or None for key, known in self._reference.items()},
+            "reference_sha256": {key: known.images_sha256 for key, known in self._reference.items()},
+            "captions": {"count": len(captions.texts), "sha256": captions.sha256} if captions else None,
             "directions": {name: metric.direction for name, metric in self._metrics.items()},
             "versions": {name: version for name in PACKAGES if (version := _version(name))},
-            "notes": [note for note in notes if note],
+            "notes": self._notes,
         }
         return {
-            "n": count, "reference": self.protocol.reference or "", "protocol": self.protocol.name,
-            "sha256": {name: self._networks[metric.network].sha256 for name, metric in self._metrics.items()},
+            "n": self.protocol.n, "reference": self.protocol.reference or "", "protocol": self.protocol.name,
             "manifest": manifest,
         }  # fmt: skip
 
@@ -123,21 +170,33 @@ class ProtocolEvaluator:
             file = _find_reference(_insert_network(str(self.protocol.reference), network), locator)
             if contains_statistics(file):
                 found[key] = read_statistics(file, network)
+                if found[key].preparation not in (None, self.protocol.preparation):
+                    raise UserError(
+                        f"{file} holds statistics of images prepared as {found[key].preparation!r}, but the protocol "
+                        f"{self.protocol.name!r} prepares them as {self.protocol.preparation!r}; change its size and "
+                        "filter, or write the statistics with it (--write-stats)."
+                    )
             else:
                 image_sets.setdefault(file, {})[key] = network
         for file, networks in image_sets.items():
             images = self.protocol.open_images(file, self._skip_bad)
-            found |= collect_statistics(networks, images, _keep_rows(self.protocol))
+            saved = SavedFeatures.of(self._work / "reference", images, networks) if self._work else None
+            found |= collect_statistics(
+                networks, images, _keep_rows(self.protocol), preparation=self.protocol.preparation, saved=saved,
+                progress=self._counting("reference images"),
+            )  # fmt: skip
+            self._notes += [f"Reference {remark}" for remark in images.remarks()]
         return found
 
 
 def write_reference(
     source: Path, protocol: Protocol, file: str, locator: WeightsLocator, device: torch.device | str = "cpu",
-    skip_bad: bool = False,
-) -> list[Path]:  # fmt: skip
+    skip_bad: bool = False, progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Path], list[str]]:  # fmt: skip
     """Writes the statistics of images as an .npz file for each network whose metrics need a reference.
 
-    ``{network}`` in ``file`` is replaced by the network's name. Returns the files. Raises ``UserError`` if several
+    ``{network}`` in ``file`` is replaced by the network's name. Returns the files, and remarks on images that were left
+    out. Raises ``UserError`` if several
     networks would write the same file.
     """
     names = {metric.network for metric in protocol.resolved_metrics.values() if metric.needs_reference}
@@ -148,11 +207,15 @@ def write_reference(
         listed = ", ".join(network.name for network in networks.values())
         raise UserError(f"The protocol has several networks ({listed}); give a file name that contains {{network}}.")
     files = []
-    collected = collect_statistics(networks, protocol.open_images(source, skip_bad), _keep_rows(protocol))
+    images = protocol.open_images(source, skip_bad)
+    count = (lambda done: progress(done, len(images.names))) if progress is not None else None
+    collected = collect_statistics(
+        networks, images, _keep_rows(protocol), preparation=protocol.preparation, progress=count
+    )
     for key, statistics in collected.items():
         files.append(Path(_insert_network(file, networks[key])))
         write_statistics(statistics, files[-1])
-    return files
+    return files, images.remarks()
 
 
 def _keep_rows(protocol: Protocol) -> frozenset[str]:

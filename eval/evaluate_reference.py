@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor
 from fewstep.core.errors import UserError
 from fewstep.eval.images import ImageSet
 from fewstep.eval.metrics.diversity import cross_seed_diversity
-from fewstep.eval.metrics.frechet import Statistics, bias_note, frechet_distance
-from fewstep.eval.metrics.kid import kid
-from fewstep.eval.metrics.metric import Direction
+from fewstep.eval.metrics.frechet import Statistics, frechet_distance, small_sample_bias
+from fewstep.eval.metrics.kid import SUBSETS, subset_values
+from fewstep.eval.metrics.metric import NOTED_BIAS, Direction, Measurement
 from fewstep.eval.metrics.precision_recall import precision_recall
 from fewstep.eval.networks.features import extract_features
 from fewstep.eval.references import DISTANCE_PREFIX, Reference
@@ -37,18 +37,23 @@ def reference_direction(metric: str) -> Direction | None:
     return "lower" if metric.startswith(DISTANCE_PREFIX) else DIRECTIONS.get(metric)
 
 
-def metrics(reference: Reference, features: Tensor) -> dict[str, float]:
+def metrics(reference: Reference, features: Tensor) -> dict[str, Measurement]:
     """The metrics of images by their features [N, D]."""
     precision, recall = precision_recall(reference.features, features)
+    distance = frechet_distance(Statistics.of(features), reference.statistics)
+    bias = small_sample_bias(reference.statistics, len(features))
+    subsets = subset_values(reference.features, features)
     return {
-        reference.metric: frechet_distance(Statistics.of(features), reference.statistics),
-        "kid": kid(reference.features, features),
-        "precision": precision,
-        "recall": recall,
+        reference.metric: Measurement(distance, bias=bias if bias > NOTED_BIAS * distance else None),
+        "kid": Measurement(float(subsets.mean()), float(subsets.std()), f"standard deviation over {SUBSETS} subsets"),
+        "precision": Measurement(precision),
+        "recall": Measurement(recall),
     }
 
 
-def conditional_metrics(reference: Reference, images: Tensor, labels: Tensor, conditions: int) -> dict[str, float]:
+def conditional_metrics(
+    reference: Reference, images: Tensor, labels: Tensor, conditions: int
+) -> dict[str, Measurement]:
     """The metrics of images, uint8 [N, C, H, W], generated for ``conditions`` in turn; how many of them the classifier
     assigns to their ``labels`` [N] (accuracy); and how much the images of one condition differ (diversity)."""
     features = extract_features(reference.network, images)
@@ -56,8 +61,8 @@ def conditional_metrics(reference: Reference, images: Tensor, labels: Tensor, co
     seeds = min(len(images) // conditions, DIVERSITY_SEEDS)
     by_seed = features[: conditions * seeds].reshape(seeds, conditions, -1)
     return metrics(reference, features) | {
-        "accuracy": correct.float().mean().item(),
-        "diversity": cross_seed_diversity(by_seed),
+        "accuracy": Measurement(correct.float().mean().item()),
+        "diversity": Measurement(cross_seed_diversity(by_seed)),
     }
 
 
@@ -74,6 +79,7 @@ class ReferenceEvaluator:
     seeds: tuple[int, ...]
     protocol: str | None = None
     skip_bad: bool = False
+    progress: Callable[[str, int], None] | None = None
 
     @property
     def hashes(self) -> set[str]:
@@ -101,25 +107,28 @@ class ReferenceEvaluator:
         else:
             prompted = captions.select(torch.arange(self.n) % len(captions))
             values = conditional_metrics(self.reference, read_back(images).grey, prompted.labels, len(captions))
-            values |= prompt_following(self.reference.network, images, prompted)
-        return scores_of_generated(generated, values, model=name, **self._fields(values, self.n))
+            followed = prompt_following(self.reference.network, images, prompted)
+            values |= {metric: Measurement(value) for metric, value in followed.items()}
+        return scores_of_generated(generated, values, self._hashes(values), model=name, **self._fields())
 
     def of_images(self, source: Path, name: str) -> list[Score]:
-        """Scores of images on disk, of at most ``n``. For a grey reference their first channel is used."""
-        images = ImageSet.open(source, skip_bad=self.skip_bad, limit=self.n)
+        """Scores of exactly ``n`` images on disk. For a grey reference their first channel is used."""
+        images = ImageSet.open(source, skip_bad=self.skip_bad, count=self.n)
         network = self.reference.network
         batches = images.batches(lambda image: image[: network.shape[0]])
-        features = torch.cat([network(torch.stack(batch)).cpu() for batch in batches if batch])
-        values = metrics(self.reference, features)
-        return scores_of_images(images, values, model=name, **self._fields(values, len(features)))
+        parts = []
+        for batch in batches:
+            parts += [network(torch.stack(batch)).cpu()] if batch else []
+            if self.progress is not None:
+                self.progress("images", images.scored_count)
+        values = metrics(self.reference, torch.cat(parts))
+        return scores_of_images(images, values, self._hashes(values), model=name, **self._fields(), manifest={})
 
-    def _fields(self, values: Mapping[str, float], count: int) -> dict[str, Any]:
-        name = self.reference.metric
-        note = bias_note(name, values[name], count, self.reference.statistics)
-        return {
-            "n": count,
-            "reference": f"{self.reference.name}/{self.reference.split}",
-            "protocol": self.protocol,
-            "sha256": dict.fromkeys(values, self.reference.network.sha256),
-            "manifest": {"notes": [note]} if note else {},
-        }
+    def _hashes(self, names: Iterable[str]) -> dict[str, dict[str, str | None]]:
+        reference = self.reference
+        known = {"features_sha256": reference.network.sha256, "reference_sha256": reference.sha256}
+        return {name: dict(known) for name in names}
+
+    def _fields(self) -> dict[str, Any]:
+        reference = f"{self.reference.name}/{self.reference.split}"
+        return {"n": self.n, "reference": reference, "protocol": self.protocol}

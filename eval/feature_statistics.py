@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,31 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import atomic_write
-from fewstep.eval.images import Images
+from fewstep.core.files import atomic_write, sha256
+from fewstep.eval.images import Images, ImageSet
 from fewstep.eval.metrics.frechet import Moments, Statistics
 from fewstep.eval.networks.features import FeatureNetwork
+from fewstep.eval.saved_features import SavedFeatures
 
 MERGE_ROWS = 1000
+RECORDED = ("network", "sha256", "images_sha256", "preparation")
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
     """The statistics of a network's features; ``rows`` are the features of every image, float32 [N, D], if kept.
 
-    ``network`` and ``sha256`` name the network and its weights; None if a file does not record them.
+    ``network`` and ``sha256`` name the network and its weights, ``preparation`` says how the images were cropped and
+    resized; None if a file does not record them. ``images_sha256`` is the hash of the images, or that of a file which
+    does not record it.
     """
 
     statistics: Statistics
     rows: Tensor | None
     network: str | None
     sha256: str | None
+    images_sha256: str | None = None
+    preparation: str | None = None
 
     def features(self) -> Tensor:
         """The rows. Raises ``UserError`` if there are none."""
@@ -43,16 +49,31 @@ class FeatureStatistics:
 
 
 def collect_statistics(
-    networks: Mapping[str, FeatureNetwork], images: Images, keep_rows: frozenset[str] = frozenset()
-) -> dict[str, FeatureStatistics]:
+    networks: Mapping[str, FeatureNetwork], images: Images, keep_rows: frozenset[str] = frozenset(), *,
+    preparation: str | None = None, saved: SavedFeatures | None = None, progress: Callable[[int], None] | None = None,
+) -> dict[str, FeatureStatistics]:  # fmt: skip
     """Statistics of the features of several networks in one pass over the images.
 
-    Memory grows with the number of images only for the networks in ``keep_rows``. Raises ``UserError`` on fewer than
-    two images, and on images of several sizes if a network cannot take them.
+    Memory grows with the number of images only for the networks in ``keep_rows``. ``saved`` keeps the features of a
+    set on disk, so that an interrupted pass can be continued; ``progress`` receives the number of finished images.
+    Raises ``UserError`` on fewer than two images, and on images of several sizes if a network cannot take them.
     """
     accumulators = {name: _Accumulator(name in keep_rows) for name in networks}
     stacks = {name: np.empty(0) for name in networks}  # reused: allocating is slower than the copy
-    for batch in images.batches(lambda image: {name: network.prepare(image) for name, network in networks.items()}):
+
+    def prepare(image: Tensor) -> dict[str, Tensor]:
+        return {name: network.prepare(image) for name, network in networks.items()}
+
+    if saved is None or not isinstance(images, ImageSet):
+        batches = images.batches(prepare)
+    else:
+        for part in saved.restore():
+            for name, accumulator in accumulators.items():
+                accumulator.add(part[name])
+        batches = images.batches(prepare, resumed=saved.restored)
+    done = 0
+    for batch in batches:
+        features: dict[str, Tensor] = {}
         if batch:
             for name, network in networks.items():
                 prepared = [inputs[name].numpy() for inputs in batch]
@@ -62,9 +83,16 @@ def collect_statistics(
                     )
                 if stacks[name].shape != (len(batch), *prepared[0].shape):
                     stacks[name] = np.empty((len(batch), *prepared[0].shape), prepared[0].dtype)
-                accumulators[name].add(network(torch.from_numpy(np.stack(prepared, out=stacks[name]))).cpu())
+                features[name] = network(torch.from_numpy(np.stack(prepared, out=stacks[name]))).cpu()
+                accumulators[name].add(features[name])
+        if saved is not None and isinstance(images, ImageSet):
+            saved.add(features, images.done)
+        done += len(batch)
+        if progress is not None:
+            progress(images.scored_count if isinstance(images, ImageSet) else done)
+    digest = images.sha256 if isinstance(images, ImageSet) else None
     return {
-        name: FeatureStatistics(*accumulators[name].finish(), network.name, network.sha256)
+        name: FeatureStatistics(*accumulators[name].finish(), network.name, network.sha256, digest, preparation)
         for name, network in networks.items()
     }
 
@@ -99,12 +127,11 @@ class _Accumulator:
 
 def write_statistics(collected: FeatureStatistics, file: Path) -> None:
     """Writes an .npz file that clean-fid reads too: ``mu``, ``sigma`` and, if rows were kept, ``feats``; and fewstep's
-    own ``n``, ``network`` and ``sha256``."""
+    own ``n``, ``network``, ``sha256``, ``images_sha256`` and ``preparation``."""
     arrays: dict[str, Any] = {
         "mu": collected.statistics.mean.numpy(), "sigma": collected.statistics.covariance.numpy(),
-        "n": np.array(collected.statistics.count), "network": np.array(collected.network),
-        "sha256": np.array(collected.sha256),
-    }  # fmt: skip
+        "n": np.array(collected.statistics.count),
+    } | {name: np.array(value) for name in RECORDED if (value := getattr(collected, name)) is not None}  # fmt: skip
     if collected.rows is not None:
         arrays["feats"] = collected.rows.numpy()
     with atomic_write(file) as temporary, temporary.open("wb") as stream:
@@ -131,7 +158,7 @@ def read_statistics(file: Path, network: FeatureNetwork) -> FeatureStatistics:
 
     Raises ``UserError`` if the file is none of these, or if it records another network or other weights.
     """
-    known = ("mu", "sigma", "feats", "n", "network", "sha256")
+    known = ("mu", "sigma", "feats", "n", *RECORDED)
     try:
         with np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in known if name in arrays.files}
@@ -146,7 +173,9 @@ def read_statistics(file: Path, network: FeatureNetwork) -> FeatureStatistics:
     else:
         assert rows is not None
         statistics = Statistics.of(rows)
-    recorded, digest = (str(found[name]) if name in found else None for name in ("network", "sha256"))
+    statistics.check_semidefinite(str(file))
+    texts = {name: str(found[name]) if name in found else None for name in RECORDED}
+    recorded, digest = texts["network"], texts["sha256"]
     if len(statistics.mean) != network.dimension:
         mismatch = f"{len(statistics.mean)} features, {network.name} has {network.dimension}"
     elif recorded is not None and recorded != network.name:
@@ -154,5 +183,6 @@ def read_statistics(file: Path, network: FeatureNetwork) -> FeatureStatistics:
     elif digest is not None and digest != network.sha256:
         mismatch = f"features of {recorded} with other weights ({digest[:12]} instead of {network.sha256[:12]})"
     else:
-        return FeatureStatistics(statistics, rows, recorded, digest)
+        images = texts["images_sha256"] or sha256(file)
+        return FeatureStatistics(statistics, rows, recorded, digest, images, texts["preparation"])
     raise UserError(f"{file} contains {mismatch}; the two cannot be compared.")

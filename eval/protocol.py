@@ -8,7 +8,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from fewstep.core.errors import UserError, nearest
-from fewstep.core.files import read_prompts
+from fewstep.eval.captions import Captions
+from fewstep.eval.hashes import json_sha256
 from fewstep.eval.images import Crop, Filter, ImageSet
 from fewstep.eval.metrics.metric import Metric
 from fewstep.eval.metrics.registry import METRICS
@@ -29,7 +30,8 @@ class Protocol(BaseModel):
         clip: the model of CLIP scores, ``MODEL:TAG`` or ``MODEL:FILE``.
         size: images are cropped to their centred square and resized to this with ``filter``.
         frames: of videos, for FVD.
-        captions: a text file, one caption per line; image k shows caption k modulo their number.
+        captions: a text file, one caption per line; image k shows caption k modulo their number. Or a table (.csv or
+            .jsonl with file and caption), which pairs images on disk by name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,19 +85,26 @@ class Protocol(BaseModel):
         """How images are prepared; None leaves them unchanged."""
         return Crop(self.size, self.filter) if self.size else None
 
-    def read_captions(self) -> list[str]:
-        """The captions, if there are any. Raises ``UserError`` if their file is missing."""
-        if self.captions is None:
-            return []
-        if not Path(self.captions).is_file():
-            raise UserError(
-                f"The captions {self.captions} were not found: give a text file, one caption per line, with --captions."
-            )
-        return read_prompts(Path(self.captions))
+    @property
+    def preparation(self) -> str:
+        """How images are prepared, as files of statistics record it."""
+        if self.frames:
+            return f"the first {self.frames} frames"
+        return f"centred square, {self.size} pixels, {self.filter}" if self.size else "unchanged"
 
-    def open_images(self, source: Path, skip_bad: bool = False, limit: int | None = None) -> ImageSet:
-        """The images or videos at ``source``, prepared as the protocol requires."""
-        return ImageSet.open(source, self.crop, skip_bad, limit, self.frames)
+    @property
+    def sha256(self) -> str:
+        """The hash of what determines the values other than files, counts and seeds."""
+        clip = "a file" if Path(self.clip.partition(":")[2]).is_file() else self.clip
+        return json_sha256([self.preparation, self.inception, clip])
+
+    def read_captions(self) -> Captions | None:
+        """The captions, if there are any. Raises ``UserError`` if their file is missing or damaged."""
+        return Captions.read(Path(self.captions)) if self.captions is not None else None
+
+    def open_images(self, source: Path, skip_bad: bool = False, count: int | None = None) -> ImageSet:
+        """The images or videos at ``source``, prepared as the protocol requires: ``count`` of them, or all."""
+        return ImageSet.open(source, self.crop, skip_bad, count, self.frames)
 
 
 def bundled_protocols() -> list[str]:

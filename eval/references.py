@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError, nearest
-from fewstep.core.files import check_writable, read_tensors, write_tensors
+from fewstep.core.files import check_writable, read_tensors, sha256, write_tensors
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
 from fewstep.eval.networks.classifier import WEIGHTS, accuracy, save_classifier, train_classifier
 from fewstep.eval.networks.features import REFERENCES, ClassifierFeatures, extract_features
@@ -26,13 +26,15 @@ DISTANCE_PREFIX = "fd_"  # of Fréchet distances: "FID" is reserved for Inceptio
 
 @dataclass(frozen=True)
 class Reference:
-    """Features [N, D] of one set of real images, their statistics, and the network that computed them."""
+    """Features [N, D] of one set of real images, their statistics, the network that computed them, and the hash of
+    their file."""
 
     name: str
     split: Split
     network: ClassifierFeatures
     features: Tensor
     statistics: Statistics
+    sha256: str
 
     @property
     def metric(self) -> str:
@@ -56,7 +58,7 @@ def load_reference(name: str, split: Split = "test", device: torch.device | str 
         raise UserError(
             f"{folder} contains features of dimension {features.shape[1]}, but its classifier has {network.dimension}."
         )
-    return Reference(name, split, network, features, Statistics.of(features))
+    return Reference(name, split, network, features, Statistics.of(features), sha256(folder / f"{split}.safetensors"))
 
 
 def real_images(name: str) -> tuple[Tensor, Tensor]:

@@ -119,8 +119,8 @@ class AdapterView(nn.Module):
         copied = copy.deepcopy(self._shared.base)
         for path, layer in list(copied.named_modules()):
             if isinstance(layer, BaseTunerLayer):
-                inner = layer.get_base_layer()
-                dtype = next(inner.parameters()).dtype
+                inner: Any = layer.get_base_layer()
+                dtype = inner.weight.dtype
                 inner.float()
                 layer.merge(adapter_names=list(self._names))
                 parent, _, name = path.rpartition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -100,6 +101,7 @@ class Denoiser(nn.Module):
         self.schedule = schedule
         self.kind: Kind = kind
         self.style = style
+        self.precision = torch.float32  # in which the backbone computes, by autocast
         self.record_features(feature_layers)
 
     def record_features(self, layers: Sequence[str]) -> None:
@@ -125,7 +127,9 @@ class Denoiser(nn.Module):
 
     def raw(self, x_t: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The backbone's output alone, in at least float32: for samplers, which compute the coefficients themselves."""
-        raw: Tensor = self.backbone(x_t, times, condition)
+        mixed = self.precision != torch.float32
+        with torch.autocast(x_t.device.type, self.precision) if mixed else nullcontext():
+            raw: Tensor = self.backbone(x_t, times, condition)
         if raw.shape != x_t.shape:
             raise ValueError(f"the backbone returned {tuple(raw.shape)} for an input of {tuple(x_t.shape)}")
         return raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw
@@ -167,4 +171,6 @@ def routed(experts: Sequence[Denoiser], boundaries: Sequence[float]) -> Denoiser
     """One denoiser of several that differ only in their backbones; raises ``ValueError`` as ``Routed`` does."""
     first = experts[0]
     backbone = Routed([expert.backbone for expert in experts], boundaries)
-    return Denoiser(backbone, first.schedule, first.kind, style=first.style)
+    denoiser = Denoiser(backbone, first.schedule, first.kind, style=first.style)
+    denoiser.precision = first.precision
+    return denoiser

@@ -83,6 +83,8 @@ def load_model(
     folder = resolve_path(source)
     if is_pipeline(source):
         return _load_pipeline(folder, feature_layers, size, dtype)
+    if (folder / "fewstep.json").is_file():
+        return _load_export(folder, feature_layers, size, dtype)
     if not (folder / "config.json").exists():
         hint = nearest(str(source), bundled_models())
         raise UserError(
@@ -147,10 +149,33 @@ def _read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{file} is not a fewstep model config: {_first(error)}.") from error
 
 
-def _load_pipeline(source: Path, feature_layers: tuple[str, ...], size: Size | None, dtype: torch.dtype) -> Model:
+def _load_export(path: Path, feature_layers: tuple[str, ...], size: Size | None, dtype: torch.dtype) -> Model:
+    """The denoiser of an exported student (``merged``) in the pipeline that it was trained on."""
+    from fewstep.models.hub.manifest import read_manifest  # needs the extra
+
+    manifest = read_manifest(path)
+    assert manifest is not None
+    if manifest.form != "merged":
+        raise UserError(f"{path} is an exported adapter for {manifest.base}: load it as its README describes.")
+    if not is_pipeline(manifest.base):
+        raise UserError(
+            f"{path} is a denoiser without its pipeline, {manifest.base!r}, which was not found. Set base in "
+            f"{path / 'fewstep.json'} to the folder of that pipeline."
+        )
+    return _load_pipeline(resolve_path(manifest.base), feature_layers, size, dtype, path)
+
+
+def _load_pipeline(
+    source: Path, feature_layers: tuple[str, ...], size: Size | None, dtype: torch.dtype, merged: Path | None = None
+) -> Model:
+    """A pipeline, or the student in an exported one; ``merged``: the folder of another denoiser for it."""
     from fewstep.models.hub.folder import PipelineFolder  # needs the extra
+    from fewstep.models.hub.manifest import read_manifest
 
     folder = PipelineFolder.open(source)
+    manifest = read_manifest(merged or folder.path)
+    few_step, boundaries = (manifest.few_step, manifest.boundaries) if manifest else (None, ())
+    shape = folder.family.shape(*(size or folder.family.default_size)) if size or not manifest else manifest.shape
     if source.parent == BUNDLED:
         base = source.name
     else:
@@ -159,11 +184,29 @@ def _load_pipeline(source: Path, feature_layers: tuple[str, ...], size: Size | N
         backbone={"name": "diffusers"},
         noise_schedule=schedule_to_dict(folder.noise_process.schedule),
         prediction=folder.noise_process.kind,
-        shape=folder.family.shape(*(size or folder.family.default_size)),
-        shift=folder.noise_process.shift,
+        shape=shape,
+        shift=few_step.shift if few_step else folder.noise_process.shift,
         base=base,
+        few_step=few_step,
+        boundaries=boundaries or None,
     )
-    return Model(denoiser=folder.denoiser(dtype, feature_layers), config=config, path=folder.path)
+    networks = manifest.network_folders(merged or folder.path, folder.family) if manifest else [None]
+    experts = [folder.denoiser(dtype, feature_layers, weights) for weights in networks]
+    denoiser = routed(experts, boundaries).eval() if boundaries else experts[0]
+    return Model(denoiser=denoiser, config=config, path=merged or folder.path)
+
+
+def base_sha256(base: str) -> str | None:
+    """SHA-256 of the weights of a model that serves as a base; None for the user's own, which has no files."""
+    from fewstep.models.hub.folder import PipelineFolder  # needs the extra
+    from fewstep.models.hub.weights import weights_sha256
+
+    if base in TEACHERS:
+        return None
+    folder = resolve_path(base)
+    if is_pipeline(base):
+        return PipelineFolder.open(folder).sha256
+    return weights_sha256([folder / "model.safetensors"])
 
 
 def _network(config: ModelConfig, feature_layers: tuple[str, ...], dtype: torch.dtype, stored: set[str]) -> Denoiser:
@@ -171,7 +214,12 @@ def _network(config: ModelConfig, feature_layers: tuple[str, ...], dtype: torch.
     if config.base is None:
         return config.build(feature_layers, from_file=True)
     denoiser = load_model(config.base, feature_layers, dtype=dtype, from_file=True).denoiser
-    if lora := config.lora:
+    if (lora := config.lora) and config.base_sha256 not in (None, base_sha256(config.base)):
+        raise UserError(
+            f"The adapter was trained on other weights than those of its base {config.base} now: their SHA-256 is not "
+            f"{config.base_sha256}. Restore the base that it was trained on."
+        )
+    if lora:
         share_network(denoiser, lora.rank, lora.alpha, lora.targets)
     if config.boundaries:  # an expert without stored weights is the base
         trained = [any(name.startswith(f"experts.{k}.") for name in stored) for k in range(len(config.boundaries))]

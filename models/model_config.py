@@ -48,7 +48,8 @@ class Lora(BaseModel):
 class ModelConfig(BaseModel):
     """``config.json``. With ``boundaries`` the model has several backbones, each for the times down to its boundary
     (``denoiser.Routed``). With ``base``, another model's folder or name, the network is that model's: with ``lora`` its
-    weights and an adapter, otherwise other weights. ``shift`` applies to a teacher's time grid.
+    weights (whose SHA-256 is ``base_sha256``) and an adapter, otherwise other weights. ``shift`` applies to a teacher's
+    time grid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +61,7 @@ class ModelConfig(BaseModel):
     classes: int = Field(0, ge=0)
     shift: float = Field(1.0, gt=0)
     base: str | None = None
+    base_sha256: str | None = None
     lora: Lora | None = None
     few_step: FewStep | None = None
     boundaries: tuple[float, ...] | None = None

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from fewstep.core.files import write_tensors, write_text
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.loading import base_sha256
 from fewstep.models.model_config import ModelConfig
 
 
 def save_model(denoiser: Denoiser, config: ModelConfig, folder: str | Path) -> None:
     """Writes ``config.json`` and ``model.safetensors``. Raises ``UserError`` if the folder cannot be written."""
     folder = Path(folder)
+    if config.lora is not None and config.base is not None:
+        config = config.model_copy(update={"base_sha256": base_sha256(config.base)})
     write_tensors(denoiser.backbone.state_dict(), folder / "model.safetensors")
     write_text(json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2) + "\n", folder / "config.json")

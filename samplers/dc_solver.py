@@ -21,11 +21,14 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.models.denoiser import Denoiser
 from fewstep.samplers.exponential import HistoryEntry
 from fewstep.samplers.multistep import Compensate, states
 from fewstep.samplers.predictor import Predictor
+from fewstep.samplers.provenance import check_model
 from fewstep.samplers.unipc import unipc, unipc_steps
 
+COMMAND = "fewstep solver fit-dc"
 FIRST_SHIFTED = 2  # the first step with the three outputs that a shift needs
 
 
@@ -145,13 +148,16 @@ class RatioPolynomial:
 
 
 class SearchedRatios(BaseModel):
-    """The ratios of one number of steps and guidance scale, on the grid ``time``."""
+    """The ratios of one number of steps and guidance scale, and what they were searched on: the ``grid`` (as in
+    ``SamplingConfig``), and the hash of the ``model``'s weights, which older files lack."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     steps: int
     guidance: float
     order: int
     ratios: list[float]
+    grid: str = "time"
+    model: str | None = None
 
 
 @torch.no_grad()
@@ -162,16 +168,29 @@ def reference_states(predict: Predictor, x: Tensor, times: Sequence[float], fine
     return list(islice(fine_states, finer - 1, None, finer))
 
 
-def read_ratios(file: Path, steps: int, guidance: float, order: int = 2) -> list[float]:
-    """The ratios in ``file`` for a number of steps and a guidance scale, or those of a polynomial fitted to the file.
+def read_ratios(
+    file: Path, steps: int, guidance: float, order: int = 2, *, grid: str = "time", denoiser: Denoiser | None = None
+) -> list[float]:
+    """The ratios in ``file`` for a number of steps, guidance scale and grid, or those of a polynomial fitted to the
+    file's ratios for the grid.
 
-    Raises ``UserError`` if the file is missing or invalid, or if the request lies outside what it covers.
+    Raises ``UserError`` if the file is missing, invalid or of another model, or if the request lies outside what it
+    covers.
     """
     try:
         entries = TypeAdapter(list[SearchedRatios]).validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
-        raise UserError(f"DC-Solver needs the model's ratios in {file}: run fewstep solver fit-dc.") from error
-    searched = {(entry.steps, entry.guidance): entry.ratios for entry in entries if entry.order == order}
+        raise UserError(f"DC-Solver needs the model's ratios in {file}: run {COMMAND}.") from error
+    for model in {entry.model for entry in entries}:
+        check_model(file, model, denoiser, COMMAND)
+    grids = sorted({entry.grid for entry in entries})
+    if grid not in grids:
+        raise UserError(
+            f"The ratios in {file} were searched on the grid {', '.join(grids)} and do not fit the grid {grid!r}: "
+            f"choose that grid, or run {COMMAND} --grid {grid}."
+        )
+    usable = [entry for entry in entries if entry.order == order and entry.grid == grid]
+    searched = {(entry.steps, entry.guidance): entry.ratios for entry in usable}
     if (steps, guidance) in searched:
         return searched[steps, guidance]
     counts, scales = {n for n, _ in searched}, {w for _, w in searched}

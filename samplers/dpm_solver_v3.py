@@ -14,10 +14,12 @@ flat as the statistics can make it; its derivatives are estimated from differenc
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,17 +27,23 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_tensors
+from fewstep.core.files import read_metadata, read_tensors
+from fewstep.models.denoiser import Denoiser
+from fewstep.samplers.exponential import HistoryEntry, advance
 from fewstep.samplers.grids import Node
 from fewstep.samplers.predictor import Predictor
+from fewstep.samplers.provenance import check_model
+
+COMMAND = "fewstep solver fit-v3"
+FINER = 4  # points per interval of the statistics in the integrals over exponentials of them
 
 
-class IntervalIntegrals(NamedTuple):
-    """The factor ``exp(L_s - L_t)``, the offset ``F`` and the coefficients ``E_0, E_1, ..`` of a step."""
+class StepWeights(NamedTuple):
+    """A step as ``x_t = state * x_s + constant + sum_j outputs[j] * f_j``, element by element."""
 
-    factor: Tensor
-    offset: Tensor
-    coefficients: list[Tensor]
+    state: Tensor
+    constant: Tensor
+    outputs: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,56 +56,92 @@ class Statistics:
     b: Tensor
 
     @staticmethod
-    def read(file: Path) -> Statistics:
-        """Raises ``UserError`` if the file is missing (``fewstep solver fit-v3`` creates it) or holds other tensors."""
+    def read(file: Path, guidance: float | None = None, denoiser: Denoiser | None = None) -> Statistics:
+        """Raises ``UserError`` if the file is missing (``fewstep solver fit-v3`` creates it), holds other tensors, or
+        records another guidance scale or model than these."""
         tensors = read_tensors(file) if file.is_file() else {}
         if set(tensors) != {"log_snr", "l", "s", "b"}:
-            raise UserError(f"DPM-Solver-v3 needs the model's statistics in {file}: run fewstep solver fit-v3.")
+            raise UserError(f"DPM-Solver-v3 needs the model's statistics in {file}: run {COMMAND}.")
+        metadata = read_metadata(file)
+        measured = json.loads(metadata.get("settings", "{}")).get("guidance", guidance)
+        if guidance is not None and measured != guidance:
+            raise UserError(
+                f"The statistics in {file} were measured at guidance {measured:g} and do not fit guidance "
+                f"{guidance:g}: run {COMMAND} --guidance {guidance:g}."
+            )
+        check_model(file, metadata.get("model"), denoiser, COMMAND)
         return Statistics(*(tensors[name].double() for name in ("log_snr", "l", "s", "b")))
 
-    def index(self, log_snr: float) -> int:
-        """The index of the nearest log-SNR."""
-        return int((self.log_snr - log_snr).abs().argmin())
+    def at(self, nodes: Sequence[Node]) -> StatisticsAtNodes:
+        """The statistics for a grid; cached."""
+        key = tuple(nodes)
+        if key not in self._grids:
+            self._grids[key] = StatisticsAtNodes(self, key)
+        return self._grids[key]
 
     @cached_property
-    def L(self) -> Tensor:
-        return _integral(self.l, self._u)
-
-    @cached_property
-    def S(self) -> Tensor:
-        return _integral(self.s, self._u)
-
-    @cached_property
-    def B(self) -> Tensor:
-        return _integral(torch.exp(-self.S) * self.b, self._u)
-
-    @cached_property
-    def _u(self) -> Tensor:
-        return self.log_snr.reshape(-1, *[1] * (self.l.ndim - 1))
-
-    @cached_property
-    def _intervals(self) -> dict[tuple[int, int, int, torch.device, torch.dtype], IntervalIntegrals]:
+    def _grids(self) -> dict[tuple[Node, ...], StatisticsAtNodes]:
         return {}
 
-    def integrals(self, s: int, t: int, count: int, like: Tensor) -> IntervalIntegrals:
-        """The integrals from index s to t by the trapezoidal rule, with ``count`` coefficients; cached."""
-        key = s, t, count, like.device, like.dtype
-        if key not in self._intervals:
-            part = slice(s, t + 1)
-            growth = torch.exp((self.L + self.S)[part] - (self.L + self.S)[s])
-            u = self._u[part] - self._u[s]
-            coefficients = [_integral(growth * u**k / math.factorial(k), u)[-1].to(like) for k in range(count)]
-            offset = _integral(growth * torch.exp(self.S[s]) * (self.B[part] - self.B[s]), u)[-1]
-            factor = torch.exp(self.L[s] - self.L[t])
-            self._intervals[key] = IntervalIntegrals(factor.to(like), offset.to(like), coefficients)
-        return self._intervals[key]
+
+class StatisticsAtNodes:
+    """Statistics, interpolated linearly at the ``nodes`` of a grid (beyond the range of the statistics, their last
+    value), with their integrals by the trapezoidal rule and the weights of steps, which are cached."""
+
+    def __init__(self, statistics: Statistics, nodes: Sequence[Node]) -> None:
+        self._steps: dict[tuple[object, ...], StepWeights] = {}
+        self._slopes: dict[tuple[object, ...], Tensor] = {}
+        finite = [node.log_snr for node in nodes if math.isfinite(node.log_snr)]
+        own = torch.tensor(finite, dtype=torch.float64)
+        fractions = torch.linspace(0, 1, FINER + 1, dtype=torch.float64)[:-1, None]
+        between = torch.lerp(statistics.log_snr[:-1], statistics.log_snr[1:], fractions).flatten()
+        log_snr = torch.cat([between, statistics.log_snr[-1:], own]).unique()
+        self._index = {value: int(torch.searchsorted(log_snr, value)) for value in finite}
+        self._l, s, b = (
+            _interpolate(v, statistics.log_snr, log_snr) for v in (statistics.l, statistics.s, statistics.b)
+        )
+        self._u = log_snr.reshape(-1, *[1] * (self._l.ndim - 1))
+        self._L, self._S = _integral(self._l, self._u), _integral(s, self._u)
+        self._B = _integral(torch.exp(-self._S) * b, self._u)
+
+    def slope(self, node: Node, like: Tensor) -> Tensor:
+        """l at a node."""
+        key = node, like.device, like.dtype
+        if key not in self._slopes:
+            self._slopes[key] = self._l[self._index[node.log_snr]].to(like)
+        return self._slopes[key]
+
+    def step(self, s: Node, t: Node, history: Sequence[Node], pseudo: bool, like: Tensor) -> StepWeights:
+        """The weights of the step from s to t by the derivatives of g from its values at ``history``, first s."""
+        key = s, t, tuple(history), pseudo, like.device, like.dtype
+        if key not in self._steps:
+            self._steps[key] = self._weights(s, t, history, pseudo, like)
+        return self._steps[key]
+
+    def _weights(self, s: Node, t: Node, history: Sequence[Node], pseudo: bool, like: Tensor) -> StepWeights:
+        first, last = self._index[s.log_snr], self._index[t.log_snr]
+        part = slice(first, last + 1)
+        u, S, B = self._u[part] - self._u[first], self._S, self._B
+        growth = torch.exp((self._L + S)[part] - (self._L + S)[first])
+        offset = _integral(growth * torch.exp(S[first]) * (B[part] - B[first]), u)[-1]
+        basis = list(torch.eye(len(history), dtype=torch.float64))
+        offsets = [node.log_snr - s.log_snr for node in history]
+        rows = [basis[0], *(nested_derivatives if pseudo else derivatives)(basis, offsets)]  # of g^(k) by g_j
+        integrals = [_integral(growth * u**k / math.factorial(k), u)[-1] for k in range(len(rows))]
+        scale = t.alpha * torch.exp(self._L[first] - self._L[last])
+        constant, outputs = -scale * offset, []
+        for j, node in enumerate(history):
+            at = self._index[node.log_snr]
+            weight = -scale * sum((row[j] * E for row, E in zip(rows, integrals, strict=True)), torch.zeros(()))
+            outputs.append((weight * torch.exp(S[first] - S[at])).to(like))
+            constant = constant - weight * torch.exp(S[first]) * (B[at] - B[first])
+        return StepWeights((scale / s.alpha).to(like), constant.to(like), outputs)
 
 
 class EvaluatedNode(NamedTuple):
-    """A node, its position in the statistics, and f there."""
+    """A node and f there."""
 
     node: Node
-    position: int
     f: Tensor
 
 
@@ -108,45 +152,40 @@ def dpm_solver_v3(
     """The multistep predictor of ``order`` and, with ``correct``, the corrector of the same order; with ``pseudo``, the
     corrector has one order more and derivatives come from nested differences. N evaluations for N steps.
 
-    Nodes move to the nearest log-SNRs of the statistics. A last step to sigma = 0, and steps beyond the range of the
-    statistics, are of first order; the order falls towards the end.
+    Steps from alpha = 0 and to sigma = 0, where the log-SNR is infinite, are of first order, as is the last step; the
+    order falls towards the end.
     """
-    requested = predict.nodes(times)
-    indices = list(dict.fromkeys(statistics.index(n.log_snr) for n in requested if n.sigma and n.alpha))
-    grid = predict.nodes(predict.schedule.time_of_log_snr(statistics.log_snr[indices]).tolist())
-    last = len(grid) - 1
+    grid = predict.nodes(times)
+    fitted, steps = statistics.at(grid), len(grid) - 1
     history: list[EvaluatedNode] = []  # newest first
     previous, used = x, 0
-    for i, node in enumerate(grid):
-        if i == last and requested[-1].sigma:
-            break  # the grid ends here, above sigma = 0
-        l = statistics.l[indices[i]].to(x)  # noqa: E741
-        entry = EvaluatedNode(node, indices[i], (node.sigma * predict(x, node.t).noise - l * x) / node.alpha)
-        if correct and i and used + pseudo > 1:
+    for i, (s, t) in enumerate(pairwise(grid)):
+        output = predict(x, s.t)
+        if not s.alpha:
+            x = advance(x, s, t, [HistoryEntry(s, output)])
+            continue
+        l = fitted.slope(s, x)  # noqa: E741
+        entry = EvaluatedNode(s, torch.addcmul(output.noise * s.sigma, l, x, value=-1).div_(s.alpha))
+        if correct and history and used + pseudo > 1:
             entries = [history[0], entry, *history[1:]][: used + pseudo]
-            x = take_step(statistics, previous, history[0], entry, entries, pseudo)
-        if i == last:
-            return (x - l * x) / node.alpha - entry.f  # x0, since e = (alpha f + l x) / sigma
+            x = take_step(fitted, previous, history[0].node, s, entries, pseudo)
+        if not t.sigma:
+            return t.alpha * ((x - l * x) / s.alpha - entry.f)  # x0, since e = (alpha f + l x) / sigma
         history = [entry, *history[:3]]
-        previous, used = x, min(order, i + 1, last - i)
-        x = take_step(statistics, x, entry, EvaluatedNode(grid[i + 1], indices[i + 1], entry.f), history[:used], pseudo)
+        previous, used = x, min(order, len(history), steps - i)
+        x = take_step(fitted, x, s, t, history[:used], pseudo)
     return x
 
 
 def take_step(
-    statistics: Statistics, x: Tensor, s: EvaluatedNode, t: EvaluatedNode, history: Sequence[EvaluatedNode],
-    pseudo: bool,
-) -> Tensor:  # fmt: skip
+    fitted: StatisticsAtNodes, x: Tensor, s: Node, t: Node, history: Sequence[EvaluatedNode], pseudo: bool
+) -> Tensor:
     """``x_t`` from ``x`` at ``s``, the first of ``history``, by the derivatives of g from its differences."""
-    integrals = statistics.integrals(s.position, t.position, len(history), x)
-    S, B, S_s, B_s = statistics.S, statistics.B, statistics.S[s.position], statistics.B[s.position]
-    g = [torch.exp(S_s - S[n.position]).to(x) * n.f - (torch.exp(S_s) * (B[n.position] - B_s)).to(x) for n in history]
-    offsets = [n.node.log_snr - s.node.log_snr for n in history]
-    out = x / s.node.alpha - integrals.offset
-    all_derivatives = [g[0], *(nested_derivatives if pseudo else derivatives)(g, offsets)]
-    for coefficient, derivative in zip(integrals.coefficients, all_derivatives, strict=True):
-        out = out - coefficient * derivative
-    return t.node.alpha * integrals.factor * out
+    weights = fitted.step(s, t, [entry.node for entry in history], pseudo, x)
+    out = torch.addcmul(weights.constant, weights.state, x)
+    for weight, entry in zip(weights.outputs, history, strict=True):
+        out.addcmul_(weight, entry.f)
+    return out
 
 
 def derivatives(values: Sequence[Tensor], offsets: Sequence[float]) -> list[Tensor]:
@@ -175,3 +214,10 @@ def _integral(values: Tensor, u: Tensor) -> Tensor:
     """The cumulative integral of ``values`` over ``u`` along the first axis, from 0, by the trapezoidal rule."""
     parts = (values[1:] + values[:-1]) / 2 * (u[1:] - u[:-1])
     return torch.cat([torch.zeros_like(values[:1]), parts.cumsum(0)])
+
+
+def _interpolate(values: Tensor, points: Tensor, at: Tensor) -> Tensor:
+    """``values`` at increasing ``points``, interpolated linearly along the first axis; constant beyond the ends."""
+    right = torch.searchsorted(points, at).clamp(1, len(points) - 1)
+    fraction = ((at - points[right - 1]) / (points[right] - points[right - 1])).clamp(0, 1)
+    return torch.lerp(values[right - 1], values[right], fraction.reshape(-1, *[1] * (values.ndim - 1)))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.core.errors import UserError
 from fewstep.core.image_files import to_bytes
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.models.condition import Condition
@@ -21,7 +22,7 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import OFF, Guidance
 from fewstep.models.loading import Model, pipeline_of
 from fewstep.samplers.plan import Plan, SamplingConfig, plan
-from fewstep.samplers.predictor import Predictor
+from fewstep.samplers.predictor import ModelOutput, Predictor
 
 PART = 500
 Progress = Callable[[int], None]  # receives the number of finished samples
@@ -53,20 +54,56 @@ def integrate(
 ) -> Samples:  # fmt: skip
     """One sample of ``shape`` per row of ``condition``, the k-th with the noise of ``(seed, numbers[k])``.
 
-    Runs in inference mode, which speeds up small networks by a few percent; the result holds ordinary tensors.
+    Runs in inference mode, which speeds up small networks by a few percent; the result holds ordinary tensors. Raises
+    ``UserError`` that names solver and step if a sample is not finite.
     """
     initial_sigma = float(denoiser.schedule.sigma(torch.tensor(plan.times[0], dtype=torch.float64)))
     parts, nfe = [], 0
     for low in range(0, len(numbers), batch):
         rows = slice(low, min(low + batch, len(numbers)))
-        noise = SampleNoise(seed, numbers[rows], shape, torch.device(device))
+        noise = partial(SampleNoise, seed, numbers[rows], shape, torch.device(device))
         predict = Predictor(denoiser, condition.index(rows).to(device), guidance)
-        with torch.inference_mode():
-            parts.append(plan.solver(predict, initial_sigma * noise(), plan.times, noise).cpu())
+        part = _solve(predict, initial_sigma, plan, noise())
+        if not part.isfinite().all():
+            checked = _CheckedPredictor(denoiser, predict.condition, guidance, plan=plan)
+            _solve(checked, initial_sigma, plan, noise())
+            raise not_finite(plan, len(plan.times) - 1, "the state")
+        parts.append(part)
         nfe = predict.nfe
         if progress is not None:
             progress(rows.stop)
     return Samples(torch.cat(parts), nfe)
+
+
+def _solve(predict: Predictor, initial_sigma: float, plan: Plan, noise: SampleNoise) -> Tensor:
+    with torch.inference_mode():
+        return plan.solver(predict, initial_sigma * noise(), plan.times, noise).cpu()
+
+
+@dataclass
+class _CheckedPredictor(Predictor):
+    """A predictor that raises ``UserError`` where a value is not finite first; used for a run that failed, since the
+    check waits for the device."""
+
+    plan: Plan = field(kw_only=True)
+
+    def __call__(self, x: Tensor, t: float) -> ModelOutput:
+        step = max(1, sum(t <= each for each in self.plan.times[:-1]))
+        if not x.isfinite().all():  # the step before this evaluation made it so
+            raise not_finite(self.plan, step - (t in self.plan.times and step > 1), "the state")
+        output = super().__call__(x, t)
+        if not output.raw.isfinite().all():
+            raise not_finite(self.plan, step, "the model's output")
+        return output
+
+
+def not_finite(plan: Plan, step: int, what: str) -> UserError:
+    """The error about values that are not finite."""
+    t = plan.times[step - 1]
+    return UserError(
+        f"Sampling with {plan.solver.name or 'this solver'} failed: {what} is not finite in step {step} of "
+        f"{len(plan.times) - 1}, which starts at t = {t:g}. Check the model's weights, or try another solver or grid."
+    )
 
 
 def generate(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from fewstep.models.schedules import NoiseSchedule, shift
+from fewstep.core.errors import UserError, nearest
+from fewstep.models.schedules import NoiseSchedule, RectifiedFlow, shift
 
 Spacing = Literal["time", "quadratic", "log_snr", "karras", "exponential", "beta"]
+SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
+FloatArray = NDArray[np.float64]
 End = Literal["zero", "minimum", "append"]
 T_MAX, T_MIN = 0.999, 1e-3  # replace times 1 and 0 where the log-SNR there is infinite
 
@@ -39,16 +44,26 @@ def grid(
     """N + 1 times from ``t_max`` (use ``T_MAX`` if the log-SNR at 1 is infinite) down to ``t_min``.
 
     ``spacing`` is uniform in: ``time``; its square root (``quadratic``); the log-SNR (``log_snr``, or ``exponential``:
-    geometric in sigma / alpha); (sigma / alpha)^(1/7) (``karras``, arXiv 2206.00364); quantiles of Beta(0.6, 0.6) over
-    sigma / alpha (``beta``, arXiv 2407.12173). ``factor`` then shifts the times towards noise. ``end``: ``minimum``
-    stops at ``t_min``, ``zero`` moves the last time from there to 0, ``append`` spaces one time fewer and adds 0, as
-    most published grids do. Raises ``ValueError`` for fewer than one step, for times that do not decrease, and for
-    ``beta`` without scipy.
+    geometric in sigma / alpha); (sigma / alpha)^(1/7) (``karras``, arXiv 2206.00364). ``beta`` takes quantiles of
+    Beta(0.6, 0.6) (arXiv 2407.12173): over time on a flow, as the paper does, and over sigma / alpha on other
+    schedules, as diffusers does. ``factor`` then shifts the times towards noise. ``end``: ``minimum`` stops at
+    ``t_min``, ``zero`` moves the last time from there to 0, ``append`` spaces one time fewer and adds 0, as most
+    published grids do; what is uniform in time is spaced down to 0 itself if ``end`` is ``zero``.
+
+    Raises ``UserError`` on an unknown spacing, and ``ValueError`` for fewer than one step, times that do not decrease,
+    and ``beta`` without scipy.
     """
+    if spacing not in SPACINGS:
+        raise UserError(f"Unknown grid {spacing!r}{nearest(spacing, SPACINGS)}.")
     _check_steps(steps)
+    if not 0 <= t_min < t_max:
+        raise ValueError(f"its smallest time must lie between 0 and {t_max:g}, got {t_min:g}")
     u = np.linspace(0, 1, steps + (end != "append"))
+    last = 0.0 if end == "zero" else t_min
     if spacing == "time":
-        times = torch.linspace(t_max, 0.0 if end == "zero" else t_min, len(u), dtype=torch.float64)
+        times = torch.linspace(t_max, last, len(u), dtype=torch.float64)
+    elif is_over_time(schedule, spacing):
+        times = torch.as_tensor(last + (t_max - last) * _beta_quantiles(1 - u))
     elif spacing == "quadratic":
         times = torch.as_tensor(((1 - u) * t_max**0.5 + u * t_min**0.5) ** 2)
     else:
@@ -61,17 +76,75 @@ def grid(
         elif spacing == "karras":
             rho = ((1 - u) * high ** (1 / 7) + u * low ** (1 / 7)) ** 7
         else:
-            try:
-                from scipy.stats import beta
-            except ImportError as error:
-                raise ValueError("its quantiles need scipy: pip install 'fewstep[eval]'") from error
-            rho = low + (high - low) * beta.ppf(1 - u, 0.6, 0.6)
+            rho = low + (high - low) * _beta_quantiles(1 - u)
         times = schedule.time_of_log_snr(-torch.log(torch.as_tensor(rho)))
         times[0] = ends[0]
     spaced = shift(times, factor).tolist()
     if end == "append":
         return check_times([*spaced, 0.0])
     return check_times([*spaced[:-1], 0.0 if end == "zero" else spaced[-1]])
+
+
+def respace(levels: Tensor, spacing: str) -> Tensor:
+    """Noise levels [N] of a flow, spaced again between the first and the last: ``karras``, ``exponential`` and ``beta``
+    over sigma itself, as diffusers' flow schedulers do (in ``grid``, they are over sigma / alpha or over time)."""
+    high, low = levels[0].item(), levels[-1].item()
+    u = np.linspace(0, 1, len(levels))
+    if spacing == "karras":
+        return torch.as_tensor(((1 - u) * high ** (1 / 7) + u * low ** (1 / 7)) ** 7)
+    if spacing == "exponential":
+        return torch.as_tensor(high ** (1 - u) * low**u)
+    if spacing == "beta":
+        return torch.as_tensor(low + (high - low) * _beta_quantiles(1 - u))
+    raise ValueError(f"the spacing {spacing!r} does not apply to a flow's sigmas")
+
+
+def grid_of(
+    schedule: NoiseSchedule, steps: int, text: str, *, factor: float = 1.0, t_max: float = 1.0
+) -> tuple[float, ...]:
+    """The grid down to 0 that a text describes: a spacing, optionally with its smallest time above 0
+    (``log_snr:0.02``), or the times themselves, after the shift (``times:1,0.9,0.75,0.5``, with or without the 0).
+    Raises ``UserError``."""
+    name, colon, argument = text.partition(":")
+    if name not in (*SPACINGS, "times"):
+        raise UserError(f"Unknown grid {name!r}{nearest(name, [*SPACINGS, 'times'])}.")
+    try:
+        if name == "times":
+            return _custom_times(argument, steps, t_max)
+        if colon and is_over_time(schedule, name):
+            raise UserError(f"The grid {name!r} ends at 0 here, so it takes no smallest time.")
+        t_min = float(argument) if colon else T_MIN
+        return grid(schedule, steps, cast(Spacing, name), factor=factor, t_max=t_max, t_min=t_min)
+    except ValueError as error:
+        raise UserError(f"The grid {text!r} does not work: {error}.") from error
+
+
+def _custom_times(text: str, steps: int, t_max: float) -> tuple[float, ...]:
+    times = [float(part) for part in text.split(",")]
+    times = times if times[-1] == 0 else [*times, 0.0]
+    if len(times) != steps + 1:
+        raise ValueError(f"it has {len(times) - 1} steps, but {steps} were requested")
+    return check_times([min(times[0], t_max), *times[1:]])
+
+
+def given_steps(text: str) -> int | None:
+    """The number of steps of a grid that lists its times, as ``times:1,0.5`` does."""
+    name, _, argument = text.partition(":")
+    return len([part for part in argument.split(",") if part.strip(" 0.")]) if name == "times" else None
+
+
+def is_over_time(schedule: NoiseSchedule, spacing: str) -> bool:
+    """Whether a spacing divides time itself."""
+    return spacing == "time" or (spacing == "beta" and isinstance(schedule, RectifiedFlow))
+
+
+def _beta_quantiles(fraction: FloatArray) -> FloatArray:
+    try:
+        from scipy.stats import beta
+    except ImportError as error:
+        raise ValueError("its quantiles need scipy: pip install 'fewstep[eval]'") from error
+    quantiles: FloatArray = beta.ppf(fraction, 0.6, 0.6)
+    return quantiles
 
 
 def check_times(times: Sequence[float]) -> tuple[float, ...]:

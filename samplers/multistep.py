@@ -65,6 +65,8 @@ class MultistepState:
         self._grid, self._steps, self._noise, self._compensate = grid, steps, noise, compensate
         self._history: list[HistoryEntry] = []  # newest first
         self._max_history = max(step.order for step in steps) + 1
+        if compensate is not None:
+            self._max_history = max(self._max_history, 3)  # DC-Solver's polynomial goes through three outputs
         self._previous: Tensor | None = None  # the corrected state from which the newest prediction started
 
     @property

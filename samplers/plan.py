@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple, cast, get_args
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from fewstep.core.errors import UserError, nearest
+from fewstep.core.errors import UserError
 from fewstep.models.loading import Model
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.schedules import schedule_from_dict
-from fewstep.samplers.grids import T_MAX, T_MIN, Spacing, grid, time_uniform
-from fewstep.samplers.solvers import REGISTRY, STUDENT_SOLVERS, Solver, find_solver
+from fewstep.samplers.grids import T_MAX, given_steps, grid_of, time_uniform
+from fewstep.samplers.solvers import REGISTRY, STUDENT_SOLVERS, FitRequest, Solver, find_solver
 
 TEACHER_STEPS = 32
 
@@ -23,8 +25,9 @@ class SamplingConfig:
 
     ``solver``: a name from ``fewstep solver list``, the dotted name of your own solver, or ``student`` (a student's own
     few-step rule); by default ``student`` for a student and ``euler`` for a teacher. ``steps``: by default a student's
-    own number, and 32 for a teacher. ``guidance``: 1 is off. ``grid``: the spacing of a teacher's times (see
-    ``grids.grid``), optionally with the smallest time above 0, as in ``log_snr:0.02``. ``seed``: of the noise.
+    own number, and 32 for a teacher. ``guidance``: 1 is off. ``grid``: a teacher's times (see ``grids.grid_of``): a
+    spacing, optionally with the smallest time above 0, as in ``log_snr:0.02``, or the times themselves, as in
+    ``times:1,0.9,0.75,0.5``. ``seed``: of the noise.
     """
 
     solver: str | None = None
@@ -53,6 +56,8 @@ def plan(model: Model, config: SamplingConfig) -> Plan:
     steps = config.steps
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}.")
+    if not math.isfinite(config.guidance):
+        raise UserError(f"guidance must be a finite number, got {config.guidance}.")
     if few_step and few_step.counts and steps is not None and steps not in few_step.counts:
         supported = ", ".join(map(str, few_step.counts))
         raise UserError(f"This student is conditioned on its number of steps and supports {supported}, got {steps}.")
@@ -65,8 +70,9 @@ def plan(model: Model, config: SamplingConfig) -> Plan:
     if steps is None:
         if few_step is not None:
             raise UserError(f"The solver {name!r} needs a number of steps.")
-        steps = TEACHER_STEPS
-    solver = find_solver(name, steps, config.guidance, model.path)
+        steps = given_steps(config.grid) or TEACHER_STEPS
+    request = FitRequest(model.path or Path(), steps, config.guidance, config.grid, model.denoiser)
+    solver = find_solver(name, request)
     if few_step is not None and solver.order > 1:
         raise UserError(
             f"The solver {name!r} extrapolates along a teacher's smooth path, which a distilled student does not have: "
@@ -88,35 +94,30 @@ def _student_plan(config: ModelConfig, steps: int | None, spacing: str) -> Plan:
     return Plan(solver, time_uniform(steps, few_step.shift))
 
 
-def _teacher_times(solver: Solver, steps: int, config: ModelConfig, spacing: str) -> tuple[float, ...]:
-    name, _, smallest = spacing.partition(":")
-    if name not in get_args(Spacing):
-        raise UserError(f"Unknown grid {name!r}{nearest(name, get_args(Spacing))}.")
-    if name == "time" and smallest:
-        raise UserError("The grid 'time' ends at 0 in equal steps, so it takes no smallest time.")
+def _teacher_times(solver: Solver, steps: int, config: ModelConfig, text: str) -> tuple[float, ...]:
     schedule = schedule_from_dict(config.noise_schedule)
-    infinite = not schedule.log_snr(torch.ones((), dtype=torch.float64)).isfinite()
-    t_max = T_MAX if solver.by_log_snr and infinite else 1.0
-    try:
-        t_min = float(smallest) if smallest else T_MIN
-        return grid(schedule, steps, cast(Spacing, name), factor=config.shift, t_max=t_max, t_min=t_min)
-    except ValueError as error:
-        raise UserError(f"The grid {spacing!r} does not work: {error}.") from error
+    pure_noise = not schedule.log_snr(torch.ones((), dtype=torch.float64)).isfinite()
+    x0_undefined = config.prediction in ("noise", "score")  # at alpha = 0
+    t_max = T_MAX if pure_noise and (solver.by_log_snr or x0_undefined) else 1.0
+    return grid_of(schedule, steps, text, factor=config.shift, t_max=t_max)
 
 
 def steps_within(solver: str, nfe: int, guided: bool, config: ModelConfig) -> int:
-    """The largest number of steps of a solver within ``nfe`` network evaluations per sample. Raises ``UserError`` on an
-    unknown solver, or if a single step needs more."""
+    """The largest number of steps of a solver within ``nfe`` network evaluations per sample.
+
+    Raises ``UserError`` on an unknown solver, if a single step needs more, and if only a step of lower order and cost
+    fits (the step to 0 is of first order in solvers that evaluate the model several times per step).
+    """
     budget = nfe // 2 if guided else nfe
     found = STUDENT_SOLVERS["deterministic"] if solver == "student" else REGISTRY.resolve(solver)
     schedule = schedule_from_dict(config.noise_schedule)
 
-    def fits(steps: int) -> bool:
+    def cost(steps: int) -> int:
         if not isinstance(found, Solver) or found.evaluations_per_step == 1:
-            return steps <= budget
-        return found.count_evaluations(schedule, _teacher_times(found, steps, config, "time")) <= budget
+            return steps
+        return found.count_evaluations(schedule, _teacher_times(found, steps, config, "time"))
 
-    fitting = [steps for steps in range(1, budget + 1) if fits(steps)]
-    if not fitting:
+    fitting = [steps for steps in range(1, budget + 1) if cost(steps) <= budget]
+    if not fitting or (fitting == [1] and cost(1) < min(budget, found.evaluations_per_step)):
         raise UserError(f"{nfe} evaluations are too few for one step of {solver!r}{' with guidance' * guided}.")
     return fitting[-1]

@@ -9,13 +9,15 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from fewstep.core.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import OFF, Guidance, guide
 from fewstep.models.prediction import Kind, conversion
 from fewstep.models.schedules import NoiseSchedule
-from fewstep.samplers.grids import Node
+from fewstep.samplers.grids import Node, check_times
 
+HALF = (torch.float16, torch.bfloat16)
 Scalars = tuple[float, float, float, float]  # alpha, sigma and their derivatives at a time
 
 
@@ -45,13 +47,16 @@ class ModelOutput:
         return self.view("velocity")
 
     def view(self, kind: Kind) -> Tensor:
-        """The output as ``kind``; nan where that is undefined."""
+        """The output as ``kind``. Raises ``UserError`` where that is undefined."""
         if kind == self.kind:
             return self.raw
         try:
             p, q = conversion(self.kind, kind, *self.scalars)
-        except ZeroDivisionError:  # for example x0 from a noise prediction at alpha = 0
-            return torch.full_like(self.raw, torch.nan)
+        except ZeroDivisionError as error:
+            raise UserError(
+                f"A prediction of {self.kind} does not determine {kind} where alpha = {self.scalars[0]:g} and sigma = "
+                f"{self.scalars[1]:g}: choose a grid that starts below t = 1 and evaluates the model above t = 0."
+            ) from error
         return torch.add(p * self.x, self.raw, alpha=q)
 
 
@@ -60,13 +65,15 @@ class Predictor:
     """``predictor(x, t) -> ModelOutput``; ``nfe`` counts network evaluations per sample, two for a guided call.
 
     ``threshold``: the quantile of Imagen's dynamic thresholding (Saharia et al., arXiv 2205.11487), for pixel models:
-    samples whose quantile of abs(x0) exceeds 1 are clipped to it and divided by it.
+    samples whose quantile of abs(x0) exceeds 1 are clipped to it and divided by it. ``input_dtype``: that of the
+    network's input, by default that of the state, which must be float32 or float64.
     """
 
     denoiser: Denoiser
     condition: Condition
     guidance: Guidance = OFF
     threshold: float | None = None
+    input_dtype: torch.dtype | None = None
     nfe: int = field(default=0, init=False)
     _scalars: dict[float, Scalars] = field(default_factory=dict, init=False)
 
@@ -75,11 +82,16 @@ class Predictor:
         return self.denoiser.schedule
 
     def __call__(self, x: Tensor, t: float) -> ModelOutput:
+        if x.dtype in HALF:
+            raise UserError(
+                f"A solver's state must be float32 or float64, not {x.dtype}: call a Solver, or convert it."
+            )
+        seen = x if self.input_dtype is None else x.to(self.input_dtype)
         if self.guidance.scale == 1.0 and not self.denoiser.style.embedded:
-            raw = self.denoiser.raw(x, torch.full(x.shape[:1], t, dtype=torch.float64), self.condition)
+            raw = self.denoiser.raw(seen, torch.full(x.shape[:1], t, dtype=torch.float64), self.condition)
             self.nfe += 1
         else:
-            guided = guide(self.denoiser, x, t, self.condition, self.guidance)
+            guided = guide(self.denoiser, seen, t, self.condition, self.guidance)
             raw = guided.out.raw
             self.nfe += 1 if guided.null is None else 2
         output = ModelOutput(x, raw, self.denoiser.kind, self.scalars(t))
@@ -90,7 +102,10 @@ class Predictor:
         return ModelOutput(x, output.x0.clamp(-limit, limit) / limit, "x0", output.scalars)
 
     def nodes(self, times: Sequence[float]) -> list[Node]:
-        """The nodes of decreasing ``times``; their coefficients are cached for later calls."""
+        """The nodes of decreasing ``times``; their coefficients are cached for later calls. Raises ``ValueError`` on
+        other times."""
+        if len(times) > 1:
+            check_times(times)
         rows = _table(self.schedule, tuple(times))  # type: ignore[arg-type]  # schedules are frozen
         self._scalars |= {row[0]: (row[1], row[2], row[4], row[5]) for row in rows}
         return [Node(*row[:4]) for row in rows]

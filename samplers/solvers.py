@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from fewstep.samplers.dpm_solver_v3 import Statistics, dpm_solver_v3
 from fewstep.samplers.euler import euler
 from fewstep.samplers.exponential import Noise
 from fewstep.samplers.few_step import renoise
+from fewstep.samplers.grids import check_times
 from fewstep.samplers.heun import heun, heun_edm
-from fewstep.samplers.predictor import Predictor
+from fewstep.samplers.predictor import HALF, Predictor
 from fewstep.samplers.unipc import unipc
 
 Rule = Callable[[Predictor, Tensor, Sequence[float]], Tensor]
@@ -36,7 +37,11 @@ class Solver:
     """``run(predict, x, times)``, or ``run(predict, x, times, noise)`` if ``noisy``, maps the state ``x`` [B, ...] at
     ``times[0]`` to the state at ``times[-1]``. The ``order`` of convergence and the network's ``evaluations_per_step``
     disregard the first and last steps. ``by_log_snr``: the rule uses differences in log-SNR, so its grid should not
-    start where that is infinite."""
+    start where that is infinite.
+
+    A call checks that the times decrease. A state in half precision is integrated in float32 and returned as it came;
+    the network receives it in half precision.
+    """
 
     run: Rule | NoisyRule
     order: int
@@ -44,9 +49,14 @@ class Solver:
     paper: str
     by_log_snr: bool = False
     noisy: bool = False
+    name: str = field(default="", compare=False)
 
     def __call__(self, predict: Predictor, x: Tensor, times: Sequence[float], noise: Noise) -> Tensor:
-        return self.run(predict, x, times, *((noise,) if self.noisy else ()))
+        check_times(times)
+        if x.dtype in HALF:
+            predict.input_dtype = x.dtype
+        state = x.float() if x.dtype in HALF else x
+        return self.run(predict, state, times, *((noise,) if self.noisy else ())).to(x.dtype)
 
     def count_evaluations(self, schedule: NoiseSchedule, times: Sequence[float]) -> int:
         """The network evaluations over ``times``, counted with a network that returns zeros."""
@@ -61,12 +71,12 @@ class _Zeros(nn.Module):
 
 
 PP, UNIPC = "arXiv 2211.01095", "arXiv 2302.04867"
-SOLVERS: dict[str, Solver] = {
+_BUILT_IN: dict[str, Solver] = {
     "euler": Solver(euler, 1, 1, "in time; DDIM on a flow"),
     "ddim": Solver(ddim, 1, 1, "arXiv 2010.02502"),
     "ddpm": Solver(partial(ddim, eta=1.0), 1, 1, "arXiv 2006.11239: DDIM with eta 1", noisy=True),
     "heun": Solver(heun, 2, 2, "arXiv 2206.00364, in time"),
-    "heun_edm": Solver(heun_edm, 2, 2, "arXiv 2206.00364, in sigma / alpha", by_log_snr=True),
+    "heun_edm": Solver(heun_edm, 2, 2, "arXiv 2206.00364, in sigma / alpha"),
     "dpm_solver_2": Solver(partial(dpm_solver, order=2), 2, 2, "arXiv 2206.00927", by_log_snr=True),
     "dpm_solver_3": Solver(partial(dpm_solver, order=3), 3, 3, "arXiv 2206.00927", by_log_snr=True),
     "dpmpp_2s": Solver(singlestep_pp, 2, 2, PP, by_log_snr=True),
@@ -80,30 +90,44 @@ SOLVERS: dict[str, Solver] = {
     "unipc_2": Solver(partial(unipc, order=2), 3, 1, UNIPC, by_log_snr=True),
     "unipc_3": Solver(partial(unipc, order=3), 4, 1, UNIPC, by_log_snr=True),
 }
+SOLVERS = {name: replace(solver, name=name) for name, solver in _BUILT_IN.items()}
 STUDENT_SOLVERS: dict[str, Solver] = {
     "deterministic": SOLVERS["ddim"],
-    "renoise": Solver(renoise, 1, 1, "arXiv 2303.01469, Algorithm 1", noisy=True),
+    "renoise": Solver(renoise, 1, 1, "arXiv 2303.01469, Algorithm 1", noisy=True, name="renoise"),
 }
+
+
+class FitRequest(NamedTuple):
+    """What a fitted solver is asked for: the model's folder, number of steps, guidance scale, grid as text, and the
+    model itself, or None to accept the fit of any model."""
+
+    folder: Path
+    steps: int
+    guidance: float = 1.0
+    grid: str = "time"
+    denoiser: Denoiser | None = None
 
 
 @dataclass(frozen=True)
 class FittedSolver:
-    """A multistep solver in log-SNR with coefficients fitted to the model; ``build(folder, steps, guidance)`` reads
-    them from the model's folder and returns the rule."""
+    """A multistep solver in log-SNR with coefficients fitted to the model; ``build(request)`` reads them from the
+    model's folder and returns the rule, or raises ``UserError`` where they do not belong to the request."""
 
-    build: Callable[[Path, int, float], Rule]
+    build: Callable[[FitRequest], Rule]
     order: int
     paper: str
     evaluations_per_step: ClassVar[int] = 1
 
 
-def _build_v3(folder: Path, steps: int, guidance: float, order: int) -> Rule:
-    statistics = Statistics.read(folder / "statistics.safetensors")
+def _build_v3(request: FitRequest, order: int) -> Rule:
+    statistics = Statistics.read(request.folder / "statistics.safetensors", request.guidance, request.denoiser)
     return partial(dpm_solver_v3, statistics=statistics, order=order, pseudo=True)
 
 
-def _build_dc(folder: Path, steps: int, guidance: float) -> Rule:
-    return partial(dc_solver, ratios=read_ratios(folder / "dc_solver.json", steps, guidance))
+def _build_dc(request: FitRequest) -> Rule:
+    file = request.folder / "dc_solver.json"
+    ratios = read_ratios(file, request.steps, request.guidance, grid=request.grid, denoiser=request.denoiser)
+    return partial(dc_solver, ratios=ratios)
 
 
 V3, DC = "arXiv 2310.13268; needs fewstep solver fit-v3", "arXiv 2409.03755; needs fewstep solver fit-dc"
@@ -118,13 +142,13 @@ REGISTRY: Registry[Solver | FittedSolver] = Registry(
 )  # fmt: skip
 
 
-def find_solver(name: str, steps: int, guidance: float = 1.0, folder: Path | None = None) -> Solver:
-    """A solver by short or dotted name; a ``FittedSolver`` is built from the model's ``folder``. Raises ``UserError``
-    on an unknown name (with the nearest known one) and on a missing file."""
+def find_solver(name: str, request: FitRequest) -> Solver:
+    """A solver by short or dotted name; a ``FittedSolver`` is built for the ``request``. Raises ``UserError`` on an
+    unknown name (with the nearest known one), and on a missing file or one that does not fit the request."""
     found = REGISTRY.resolve(name)
     if isinstance(found, FittedSolver):
-        rule = found.build(folder or Path(), steps, guidance)
-        return Solver(rule, found.order, found.evaluations_per_step, found.paper, by_log_snr=True)
+        rule = found.build(request)
+        return Solver(rule, found.order, found.evaluations_per_step, found.paper, by_log_snr=True, name=name)
     return found
 
 

@@ -28,6 +28,7 @@ from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance, guide
 from fewstep.samplers.grids import T_MAX, T_MIN
+from fewstep.samplers.provenance import weights_hash
 
 Progress = Callable[[int, int], None]
 NoiseJvp = Callable[[Tensor, Tensor, Condition, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -47,15 +48,21 @@ def estimate_statistics(
     first, last = denoiser.schedule.log_snr(torch.tensor([T_MAX, T_MIN], dtype=torch.float64)).tolist()
     log_snr = torch.linspace(first, last, intervals + 1, dtype=torch.float64)
     means = _SampleMeans(denoiser, x0, condition, guidance, seed, batch)
+    if intervals < 1 or not len(x0):
+        raise UserError(f"Statistics need at least one interval and one sample, got {intervals} and {len(x0)}.")
     settings = {"intervals": intervals, "n": len(x0), "guidance": guidance.scale, "seed": seed}
-    partial = _PartialFile(file.with_suffix(".partial.safetensors"), {"settings": json.dumps(settings)}, intervals + 1)
+    metadata = {"settings": json.dumps(settings), "model": weights_hash(denoiser)}
+    partial = _PartialFile(file.with_suffix(".partial.safetensors"), metadata, intervals + 1)
     l = partial.rows("l", lambda k: means.slope(log_snr[k]), progress, 0)  # noqa: E741
     l_prime = torch.gradient(l, spacing=(log_snr.float(),), dim=0, edge_order=1)[0]
     m = partial.rows("m", lambda k: means.moments(log_snr[k], l[k], l_prime[k]), progress, intervals + 1)
     f, f_prime, ff, ff_prime = m.unbind(1)
     variance = ff - f * f
     s = torch.where(variance > 1e-12 * ff, (ff_prime - f * f_prime) / variance.clamp(min=1e-30), 0.0)
-    write_tensors({"log_snr": log_snr, "l": l, "s": s, "b": f_prime - s * f}, file, partial.metadata)
+    tensors = {"log_snr": log_snr, "l": l, "s": s, "b": f_prime - s * f}
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError("The model's statistics are not finite: its output or derivative is not, for some log-SNR.")
+    write_tensors(tensors, file, partial.metadata)
     partial.file.unlink()
 
 

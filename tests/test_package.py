@@ -127,7 +127,7 @@ def test_deleting_an_objective_breaks_nothing_else(objective: str, tmp_path: Pat
 import sys
 from pathlib import Path
 import yaml
-from fewstep.distill.config import CONFIGS, load_config
+from fewstep.distill.config_files import CONFIGS, load_config
 
 for file in CONFIGS.rglob("*.yaml"):
     stages = yaml.safe_load(file.read_text()).get("stages", [])

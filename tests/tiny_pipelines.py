@@ -75,7 +75,7 @@ def ddim() -> Any:
     return DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, steps_offset=1)
 
 
-def stable_diffusion(prediction: str = "epsilon", widths: tuple[int, int] = (32, 64)) -> Any:
+def stable_diffusion(prediction: str = "epsilon", widths: tuple[int, int] = (32, 64), cls: Any = None) -> Any:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     unet = UNet2DConditionModel(
@@ -86,7 +86,7 @@ def stable_diffusion(prediction: str = "epsilon", widths: tuple[int, int] = (32,
     tokenizer, encoder = clip()
     scheduler = ddim()
     scheduler.register_to_config(prediction_type=prediction)
-    return StableDiffusionPipeline(
+    return (cls or StableDiffusionPipeline)(
         unet=fill(unet), scheduler=scheduler, vae=image_vae(), text_encoder=encoder, tokenizer=tokenizer,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -183,20 +183,27 @@ def qwen_image() -> Any:
     )
 
 
-def wan() -> Any:
+def wan(vae: dict[str, Any] | None = None, **settings: Any) -> Any:
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
     transformer = WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=WIDTH, freq_dim=32,
         ffn_dim=32, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
-    vae = AutoencoderKLWan(
+    autoencoder = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 1.5, 0.5],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 1.5, 0.5], **(vae or {}),
     )  # fmt: skip
     return WanPipeline(
-        transformer=fill(transformer), scheduler=flow(), vae=fill(vae), text_encoder=None, tokenizer=None
-    )
+        transformer=fill(transformer), scheduler=flow(), vae=fill(autoencoder), text_encoder=None, tokenizer=None,
+        **settings,
+    )  # fmt: skip
+
+
+def wan_5b() -> Any:
+    """Wan 2.2 TI2V-5B: its VAE packs 2 x 2 pixels, so that a latent is 16 pixels wide; a time per token."""
+    packing = {"patch_size": 2, "in_channels": 12, "out_channels": 12, "is_residual": True, "scale_factor_spatial": 16}
+    return wan(packing, expand_timesteps=True)
 
 
 @dataclass(frozen=True)
@@ -240,6 +247,7 @@ TINY: dict[str, Tiny] = {
         scale="true_cfg_scale",
     ),
     "wan": Tiny(wan, (32, 32, 9), {"prompt": (5, WIDTH)}, PROMPT),
+    "wan_5b": Tiny(wan_5b, (64, 96, 5), {"prompt": (5, WIDTH)}, PROMPT),
 }  # fmt: skip
 
 

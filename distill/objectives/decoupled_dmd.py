@@ -4,13 +4,15 @@ The guided direction of DMD2 is a sum, T_w - F = (T_c - F) + (w - 1)(T_c - T_0):
 keeps the student in the teacher's distribution, and CFG augmentation (CA), which makes a few steps enough and does not
 depend on the fake score. The paper evaluates them at different times. Its best variant, the default here, is the hybrid
 
-    t_dm ~ U(0, 1)          t_ca ~ U(0, t_student), no noisier than the step that produced the sample
+    t_dm at all levels      t_ca at cleaner levels than the step that produced the sample, t_ca < t_student
 
     student:  min 1/2 | x - sg(x + DM(x_t_dm) / a + CA(x_t_ca) / b) |^2                       every R-th step
-    fake:     min E | F(x_t) - x |^2 in the network's own prediction type, t ~ U(0, 1)        every step
+    fake:     min E | F(x_t) - x |^2 in the network's own prediction type, t ~ ``critic_times``  every step
 
 There is no official training code, and the paper gives no normaliser. ``joint``: a = b = mean|x - T_w| at t_dm, so
-that equal times and noise give DMD2 exactly. ``separate``: a = mean|x - T_c| at t_dm, b the same at t_ca (as in CDM).
+that equal times and noise give DMD2 exactly. ``separate``: a = mean|x - T_c| at t_dm, b the same at t_ca, as in CDM's
+code but without its floor of 0.1. ``cleaner`` times are uniform on [0.02, t_student]; CDM's code samples them from 0
+and clamps, which is ``ca_times: {within: cleaner, clamp: after}``. The teacher needs both branches of guidance.
 """
 
 from __future__ import annotations
@@ -19,19 +21,17 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from fewstep.distill import health, matching
 from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import backward_simulation
 from fewstep.distill.stage import MatchingConfig, StageContext
-from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
+from fewstep.distill.time_laws import CappedTimes, TimeLaw
+from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
 from fewstep.models.guidance import OFF, Guidance
 from fewstep.models.model_config import FewStep
 from fewstep.samplers.grids import time_uniform
-
-Levels = Literal["all", "cleaner"]
 
 
 class DecoupledDMD(MatchingConfig):
@@ -45,24 +45,20 @@ class DecoupledDMD(MatchingConfig):
     }
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)
-    dm_times: Levels = "all"
-    ca_times: Levels = "cleaner"
+    dm_times: CappedTimes = CappedTimes(within="all")
+    ca_times: CappedTimes = CappedTimes(within="cleaner")
+    critic_times: TimeLaw = TimeLaw()
     normaliser: Literal["joint", "separate"] = "joint"
-    t_range: tuple[float, float] = (0.02, 0.98)
 
     def build(self, roles: Roles, stage: StageContext) -> Objective:
         schedule = roles.denoiser("teacher").schedule
         times = time_uniform(self.steps, self.shift)[:-1]
         guidance = Guidance(self.guidance)
-        low, high = self.t_range
-
-        def renoise_times(micro: MicroBatch, sample: StudentSample, levels: Levels) -> Tensor:
-            top = sample.t_student.clamp(low, high) if levels == "cleaner" else high
-            return low + micro.random.uniform(len(sample.level)) * (top - low)
+        roles.require_both_branches("teacher", "decoupled_dmd")
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t_dm, t_ca = (renoise_times(micro, sample, levels) for levels in (self.dm_times, self.ca_times))
+            t_dm, t_ca = (law.capped(micro.random, sample.t_student) for law in (self.dm_times, self.ca_times))
             x_dm, n = matching.renoise(schedule, sample, t_dm, micro.random)
             x_ca, _ = matching.renoise(schedule, sample, t_ca, micro.random)
             joint = self.normaliser == "joint"
@@ -81,7 +77,7 @@ class DecoupledDMD(MatchingConfig):
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t = micro.random.uniform(len(sample.level))
+            t = self.critic_times.sample(micro.random, len(sample.level))
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
             F = roles.predict("fake", x_t, t, sample.condition).out
             yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))

@@ -9,14 +9,14 @@ policy predicts the winner, compared with how much better it predicts the loser:
 This follows the released code; in the paper the noises are independent, the error is a sum and beta is constant.
 ``error`` is the space of the target: ``noise`` (the paper's), ``v``, or ``velocity`` (Flow-DPO, arXiv 2501.13918);
 they weight t differently. The reference is a frozen role: ``freeze: {reference: teacher}``, or the student of the
-previous stage, to tune a few-step student. Then ``student_times`` are the student's own times, the only ones at which
-it is evaluated in sampling.
+previous stage, to tune a few-step student. Then ``student_times`` lists the student's own times, the only ones at which
+it is evaluated in sampling; otherwise it is a law of times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor
 from fewstep.distill.matching import per_sample_mean
 from fewstep.distill.roles import Roles
 from fewstep.distill.stage import ObjectiveConfig, StageContext
+from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import LossTerm, MicroBatch, Objective, Update
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import expand_like
@@ -41,8 +42,7 @@ class DiffusionDPO(ObjectiveConfig):
     }
     beta: float = Field(100.0, gt=0)
     error: Literal["noise", "v", "velocity"] = "velocity"
-    student_times: tuple[float, ...] | None = None
-    t_range: tuple[float, float] = (0.001, 0.999)
+    student_times: Annotated[tuple[float, ...], Field(min_length=1)] | TimeLaw = TimeLaw(low=0.001, high=0.999)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -57,11 +57,11 @@ class DiffusionDPO(ObjectiveConfig):
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             size, condition = micro.batch.size, Condition.cat(micro.batch.condition, micro.batch.condition)
-            if self.student_times:
+            if isinstance(self.student_times, tuple):
                 times = torch.tensor(self.student_times, dtype=torch.float64)
                 t = times[micro.random.integers(size, len(times))]
             else:
-                t = micro.random.uniform(size, *self.t_range)
+                t = self.student_times.sample(micro.random, size)
             x0 = torch.cat([micro.batch["winner"], micro.batch["loser"]])
             t, noise = t.repeat(2), torch.cat([micro.random.normal(micro.batch["winner"].shape)] * 2)
             c = Coefficients.at(schedule, expand_like(t, x0))

@@ -1,10 +1,10 @@
 """DMD: one-step distribution matching with a regression on the teacher's own samples (Yin et al., arXiv 2311.18828).
 
-The student maps noise to x0 in one step. Its x0 is noised to t ~ U(.02, .98) and moved along the difference of the
-guided teacher and the fake score. On known pairs, it must also map the noise to the end y of the teacher's ODE:
+The student maps noise to x0 in one step. Its x0 is noised to t ~ ``renoise_times`` and moved along the difference of
+the guided teacher and the fake score. On known pairs, it must also map the noise to the end y of the teacher's ODE:
 
     student:  min 1/2 | x - sg(x + k (T_w(x_t) - F(x_t))) |^2 + regression |x(noise) - y|^2,  k = 1 / mean|x - T_w(x_t)|
-    fake:     min E | F(x_t) - x |^2 in the network's own prediction type, t ~ U(0, 1)
+    fake:     min E | F(x_t) - x |^2 in the network's own prediction type, t ~ ``critic_times``
 
 ``fewstep data ode-pairs`` creates the pairs (``data.kind: tensors``); ``regression: 0`` needs none. Two differences
 from the paper: the distance is the mean square instead of LPIPS, whose weights are not available here, and, as in every
@@ -23,6 +23,7 @@ from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import backward_simulation
 from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.time_laws import RenoiseTimes, TimeLaw
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
 from fewstep.models.guidance import Guidance
 from fewstep.models.model_config import FewStep
@@ -38,7 +39,8 @@ class DMD(MatchingConfig):
     }
     regression: float = Field(0.25, ge=0)
     critic_updates: int = Field(1, ge=1)
-    t_range: tuple[float, float] = (0.02, 0.98)
+    renoise_times: RenoiseTimes = RenoiseTimes()
+    critic_times: TimeLaw = TimeLaw()
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -50,7 +52,7 @@ class DMD(MatchingConfig):
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t = micro.random.uniform(len(sample.level), *self.t_range)
+            t = self.renoise_times.sample(micro.random, len(sample.level))
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
             T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
@@ -63,7 +65,7 @@ class DMD(MatchingConfig):
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t = micro.random.uniform(len(sample.level))
+            t = self.critic_times.sample(micro.random, len(sample.level))
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
             F = roles.predict("fake", x_t, t, sample.condition).out
             yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))

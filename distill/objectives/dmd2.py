@@ -1,18 +1,20 @@
 """DMD2: improved distribution matching distillation (Yin et al., arXiv 2405.14867).
 
 The student's x0 after a random number of its own steps (backward simulation, re-noised in between) is noised to
-t ~ U(.02, .98) and moved along the difference of the guided teacher and the fake score:
+t ~ ``renoise_times`` and moved along the difference of the guided teacher and the fake score:
 
     student:  min 1/2 | x - sg(x + k (T_w(x_t) - F(x_t))) |^2,   k = 1 / mean|x - T_w(x_t)|     every R-th step
-    fake:     min E | F(x_t) - x |^2 in the network's own prediction type, t ~ U(0, 1)           every step
+    fake:     min E | F(x_t) - x |^2 in the network's own prediction type, t ~ ``critic_times``  every step
 
-With ``gan``, which needs real images, there are GAN terms at noised inputs and t ~ U(0, 1):
+With ``gan``, which needs real images, there are GAN terms at noised inputs and t ~ ``gan.renoise_times``:
 
     student:  + weight softplus(-D(x_t))        fake and D:  + critic_weight (softplus(D(x_t)) + softplus(-D(real_t)))
 
-In a step that trains both, the student is updated first and the fake gets the same sample, as in the published code.
-The published code drops the factor alpha_t of the paper's weight, and so does this one. With ``steps: 1`` and
-``critic_updates: 1`` the matching part is that of DMD (arXiv 2311.18828).
+As in the released code, a step that trains both updates the student first, the fake gets the same sample, and the
+factor alpha_t of the paper's weight is dropped. FastGen instead trains either the student or the fake in each step, 1:4
+where this is 1:5. Two differences from the release: its EDM fake (ImageNet-64) has an x0 loss with the weight
+1 / sigma^2 + 4 of EDM, here it is unweighted; its discriminator convolves the features to 1 x 1, here a head is applied
+at each position. With ``steps: 1`` and ``critic_updates: 1`` the matching part is that of DMD (arXiv 2311.18828).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import add_noise, backward_simulation
 from fewstep.distill.stage import BaseConfig, MatchingConfig, StageContext
+from fewstep.distill.time_laws import RenoiseTimes, TimeLaw
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
@@ -38,7 +41,7 @@ from fewstep.samplers.grids import time_uniform
 
 
 class GanConfig(BaseConfig):
-    """``weight`` of the student's term and ``critic_weight`` of the discriminator's.
+    """``weight`` of the student's term and ``critic_weight`` of the discriminator's, at noise levels ``renoise_times``.
 
     The discriminator's heads use the ``feature_layers`` (``auto``: the network's defaults) of ``features``: the fake
     score, which the discriminator's loss then trains too, or the frozen teacher (FastGen's choice).
@@ -46,6 +49,7 @@ class GanConfig(BaseConfig):
 
     weight: float = 3e-3
     critic_weight: float = 1e-2
+    renoise_times: TimeLaw = TimeLaw()
     features: Literal["fake", "teacher"] = "fake"
     feature_layers: tuple[str, ...] = Field(("auto",), min_length=1)
 
@@ -61,7 +65,8 @@ class DMD2(MatchingConfig):
     }
     steps: int = Field(4, ge=1)
     shift: float = Field(1.0, gt=0)
-    t_range: tuple[float, float] = (0.02, 0.98)
+    renoise_times: RenoiseTimes = RenoiseTimes()
+    critic_times: TimeLaw = TimeLaw()
     gan: GanConfig | None = None
 
     @property
@@ -92,7 +97,7 @@ class DMD2(MatchingConfig):
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t = micro.random.uniform(len(sample.level), *self.t_range)
+            t = self.renoise_times.sample(micro.random, len(sample.level))
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
             T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
@@ -100,19 +105,20 @@ class DMD2(MatchingConfig):
             weight = matching.l1_weight(sample.output, T.out.x0)
             yield LossTerm("match", matching.surrogate_loss(sample.output, T.out.x0 - F, weight))
             if gan:
-                t = micro.random.uniform(len(sample.level), stream="gan")
+                t = gan.renoise_times.sample(micro.random, len(sample.level), "gan")
                 x_t, _ = matching.renoise(schedule, sample, t, micro.random)
                 yield LossTerm("gan", gan.weight * generator_loss(logits(x_t, t, sample.condition, through=True)))
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t = micro.random.uniform(len(sample.level))
+            t = self.critic_times.sample(micro.random, len(sample.level))
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
             F = roles.predict("fake", x_t, t, sample.condition).out
             yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
             if gan:
                 real = micro.batch["x0"]
-                t, t_real = (micro.random.uniform(len(sample.level), stream=stream) for stream in ("generated", "real"))
+                times = gan.renoise_times
+                t, t_real = (times.sample(micro.random, len(real), stream) for stream in ("generated", "real"))
                 x_t, _ = matching.renoise(schedule, sample, t, micro.random)
                 real_t = add_noise(schedule, real, micro.random.normal(real.shape, "real"), t_real)
                 on_generated = logits(x_t, t, sample.condition)

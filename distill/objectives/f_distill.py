@@ -28,6 +28,7 @@ from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import add_noise, backward_simulation
 from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.time_laws import RenoiseTimes, TimeLaw
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, expand_like
@@ -69,7 +70,8 @@ class FDistill(MatchingConfig):
     ] = "jensen_shannon"
     steps: int = Field(1, ge=1)
     shift: float = Field(1.0, gt=0)
-    t_range: tuple[float, float] = (0.02, 0.98)
+    renoise_times: RenoiseTimes = RenoiseTimes()  # of the student and of the discriminator
+    critic_times: TimeLaw = TimeLaw()
     bins: int = Field(10, ge=1)
     gan_weight: float = 1e-3
     feature_layers: tuple[str, ...] = Field(("auto",), min_length=1)
@@ -94,15 +96,16 @@ class FDistill(MatchingConfig):
         times = time_uniform(self.steps, self.shift)[:-1]
         guidance = Guidance(self.guidance)
         heads = roles["discriminator"].module
+        bounds = self.renoise_times.low, self.renoise_times.high
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t = micro.random.uniform(len(sample.level), *self.t_range)
+            t = self.renoise_times.sample(micro.random, len(sample.level))
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
             T = roles.predict("teacher", x_t, t, sample.condition, guidance=guidance, through=True)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
             logits = heads(T.cond.features)
-            h = divergence_weight(self.divergence, density_ratio(logits), t, self.t_range, self.bins)
+            h = divergence_weight(self.divergence, density_ratio(logits), t, bounds, self.bins)
             micro.log("health/h_max", h.max())
             health.observe(micro, schedule, sample, t, n, T, F)
             weight = expand_like(h, sample.output) * matching.l1_weight(sample.output, T.out.x0)
@@ -111,15 +114,15 @@ class FDistill(MatchingConfig):
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t = micro.random.uniform(len(sample.level))
+            t = self.critic_times.sample(micro.random, len(sample.level))
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
             F = roles.predict("fake", x_t, t, sample.condition).out
             yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
 
         def discriminator(micro: MicroBatch) -> Iterator[LossTerm]:
             sample, real = micro.sample, micro.batch["x0"]
-            t = micro.random.uniform(len(sample.level), *self.t_range, "generated")
-            t_real = micro.random.uniform(len(sample.level), *self.t_range, "real")
+            times = self.renoise_times
+            t, t_real = (times.sample(micro.random, len(real), stream) for stream in ("generated", "real"))
             x_t, _ = matching.renoise(schedule, sample, t, micro.random)
             real_t = add_noise(schedule, real, micro.random.normal(real.shape, "real"), t_real)
             on_generated = heads(roles.predict("teacher", x_t, t, sample.condition).cond.features)

@@ -3,21 +3,20 @@
     L = E_{x0, noise, t} | velocity_theta(x_t, t, c) - velocity |^2,   x_t = alpha x0 + sigma noise
 
 or the same in the network's own prediction type (noise, v). The condition is dropped at random so that the network also
-learns the unconditional field that guidance needs. ``t`` is uniform, or logit-normal as in Stable Diffusion 3 (Esser et
-al., arXiv 2403.03206). The spread ``time_std`` may be wider than theirs: distillation also evaluates the teacher near
-``t = 1``, which a spread of 1.0 rarely reaches.
+learns the unconditional field that guidance needs. ``student_times`` is the law of ``t``: uniform, or ``{kind:
+logit_normal}`` as in Stable Diffusion 3 (Esser et al., arXiv 2403.03206), possibly with a larger ``std`` than theirs:
+distillation also evaluates the teacher near ``t = 1``, which a deviation of 1 rarely reaches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
-import torch
 from pydantic import Field
 
 from fewstep.distill.roles import Roles
 from fewstep.distill.stage import ObjectiveConfig, StageContext
+from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import LossTerm, MicroBatch, Objective, Update
 from fewstep.models.denoiser import expand_like
 from fewstep.models.prediction import Coefficients
@@ -25,8 +24,7 @@ from fewstep.models.prediction import Coefficients
 
 class FlowMatching(ObjectiveConfig):
     drop_condition: float = Field(0.1, ge=0, le=1)
-    time: Literal["uniform", "logit_normal"] = "uniform"
-    time_std: float = Field(1.0, gt=0)
+    student_times: TimeLaw = TimeLaw()
 
     @property
     def needs(self) -> frozenset[str]:
@@ -41,9 +39,7 @@ class FlowMatching(ObjectiveConfig):
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             x0 = micro.batch["x0"]
-            t = micro.random.uniform(len(x0))
-            if self.time == "logit_normal":
-                t = torch.sigmoid(self.time_std * torch.special.ndtri(t.clamp(1e-6, 1 - 1e-6)))
+            t = self.student_times.sample(micro.random, len(x0))
             noise = micro.random.normal(x0.shape)
             c = Coefficients.at(schedule, expand_like(t, x0))
             x_t = c.alpha.to(x0) * x0 + c.sigma.to(x0) * noise

@@ -3,6 +3,8 @@
 The K-step grid is split into phases. Phase k trains the expert that takes samples down to the phase's end s; the
 experts of earlier phases are frozen (roles expert1, expert2, ...). The state x_s itself must have the teacher's
 distribution at level s, for any t in (s, 1]: "reverse nested" intervals, so that every phase covers high noise levels.
+``renoise_times`` and ``critic_times`` are laws of t that are restricted to (s, 1]; by default they are uniform with the
+grid's shift.
 
     student:  min 1/2 | x_s - sg(x_s + w (T_w(x_t) - F(x_t))) |^2,    w = alpha_ts alpha_t / sigma_t^2 (x0 differences)
     fake:     min E min(1, c std^2) | F(x_t) - target(x_s) |^2        the unbiased target of the bridge s -> t
@@ -27,11 +29,12 @@ from fewstep.distill.critics import denoising_loss
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import phased_rollout
 from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
 from fewstep.models.denoiser import expand_like
 from fewstep.models.guidance import Guidance
 from fewstep.models.model_config import FewStep
-from fewstep.models.schedules import bridge, shift
+from fewstep.models.schedules import bridge
 from fewstep.samplers.grids import time_uniform
 
 
@@ -51,11 +54,19 @@ class PhasedDMD(MatchingConfig):
     shift: float = Field(1.0, gt=0)
     clamp: float = Field(10.0, gt=0)
     match_on: Literal["x0", "x_s"] = "x0"
+    renoise_times: TimeLaw | None = None  # None: uniform with the grid's shift
+    critic_times: TimeLaw | None = None  # None: those of the student
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.steps % self.phases or self.phase > self.phases:
             raise ValueError(f"steps={self.steps} must divide into phases={self.phases}, and phase must be one of them")
+        s = time_uniform(self.steps, self.shift)[self.phase * self.steps // self.phases]
+        for law in (self.renoise_times, self.critic_times):
+            if law is not None and not law.covers(s, 1.0):
+                raise ValueError(
+                    f"phase {self.phase} ends at noise level {s:.4g}; no times of the law ({law}) are above"
+                )
         return self
 
     @property
@@ -77,13 +88,16 @@ class PhasedDMD(MatchingConfig):
         experts = [role for role in self.experts for _ in range(length)]
         boundaries = [(times[k * length - 1] + times[k * length]) / 2 for k in range(1, self.phases)]
 
-        def renoise(micro: MicroBatch, sample: StudentSample) -> tuple[Tensor, Tensor, Tensor]:
-            t = shift(micro.random.uniform(len(sample.level), 1 - end / self.steps, 1.0), self.shift)
+        renoise_times = self.renoise_times or TimeLaw(shift=self.shift)
+        critic_times = self.critic_times or renoise_times
+
+        def renoise(micro: MicroBatch, sample: StudentSample, law: TimeLaw) -> tuple[Tensor, Tensor, Tensor]:
+            t = law.sample(micro.random, len(sample.level), above=sample.level)
             return t, *matching.renoise(schedule, sample, t, micro.random)
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t, x_t, n = renoise(micro, sample)
+            t, x_t, n = renoise(micro, sample, renoise_times)
             T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
             health.observe(micro, schedule, sample, t, n, T, F)
@@ -96,7 +110,7 @@ class PhasedDMD(MatchingConfig):
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t, x_t, n = renoise(micro, sample)
+            t, x_t, n = renoise(micro, sample, critic_times)
             F = roles.predict("fake", x_t, t, sample.condition).out
             yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n, clamp=self.clamp))
 

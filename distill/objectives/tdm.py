@@ -10,14 +10,17 @@ x_t = bridge(x_s -> t):
 with T_w the guided teacher and F the fake score. As in the released code, the loss is taken on the x0 that the state
 came from (the paper writes x_s).
 
-``renoise_times: segment`` keeps the ranges of t disjoint, as the paper does. ``nested`` (the released code without its
-``use_separate``) is t ~ U(s, 1): at the low t of late segments an error of the mean is hardly visible, since for data
-N(m, S^2) the difference T - F is t^2 / ((1 - t)^2 S^2 + t^2) times that error.
+``renoise_times`` and ``critic_times`` (by default the same) are laws of t that are restricted to a range, ``margin`` or
+a quarter of it away from its ends. ``segment`` keeps the ranges disjoint, as the paper does. ``nested`` (the released
+code without its ``use_separate``) is t ~ U(s, 1): at the low t of late segments an error of the mean is hardly visible,
+since for data N(m, S^2) the difference T - F is t^2 / ((1 - t)^2 S^2 + t^2) times that error. ``renoise_times: nested``
+is short for ``{within: nested}``.
 
 With a small ``huber`` the gradient is the sign of the direction, so that training converges to a median; 0 is the plain
 square. ``critic`` is the fake's target: ``bridge`` is unbiased for the distribution of x_s diffused to t (as in Phased
 DMD, arXiv 2510.27684); ``importance`` is the paper's, a regression to x0 with tempered importance weights, whose
-minimiser is the denoiser of re-noised x0.
+minimiser is the denoiser of re-noised x0. Here the student is updated first and the fake gets the same sample; the
+released code trains the fake first, each on its own sample.
 
 ``unify: [1, 2, 4]`` samples the number of steps and conditions student and fake (both ``init: new``) on it: one student
 for all of these numbers. A fake without this condition would learn a mixture.
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -39,6 +43,7 @@ from fewstep.distill.critics import denoising_loss, importance_weight, weighted_
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import segment_rollout
 from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
 from fewstep.models.backbone import Backbone
 from fewstep.models.condition import Condition
@@ -46,6 +51,18 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
 from fewstep.models.model_config import FewStep
 from fewstep.samplers.grids import time_uniform
+
+SHORTEST = 1e-3  # a segment: one step of a network with 1,000 training times
+
+
+class SegmentTimes(TimeLaw):
+    """A law between the student's state x_s and the time of its step (``segment``) or all noise (``nested``)."""
+
+    short: ClassVar[str] = "within"
+    within: Literal["segment", "nested"] = "segment"
+
+    def __str__(self) -> str:
+        return f"{self.within}, {super().__str__()}"
 
 
 class TDM(MatchingConfig):
@@ -63,7 +80,8 @@ class TDM(MatchingConfig):
     shift: float = Field(1.0, gt=0)
     critic: Literal["bridge", "importance"] = "bridge"
     critic_updates: int = Field(1, ge=1)
-    renoise_times: Literal["segment", "nested"] = "segment"
+    renoise_times: SegmentTimes = SegmentTimes()
+    critic_times: SegmentTimes | None = None  # None: those of the student
     huber: float = Field(1e-3, ge=0)
     margin: float = Field(0.02, ge=0, lt=0.2)
     unify: tuple[int, ...] = ()
@@ -73,6 +91,27 @@ class TDM(MatchingConfig):
         if self.unify and self.steps not in self.unify:
             raise ValueError(f"unify={list(self.unify)} must contain steps={self.steps}, the default number")
         return self
+
+    @model_validator(mode="after")
+    def _has_times(self) -> Self:
+        for steps in self.unify or (self.steps,):
+            for t_student, s in pairwise(time_uniform(steps, self.shift)):
+                where = f"steps={steps} with shift={self.shift:g} has the segment {s:.6g} to {t_student:.6g}"
+                if t_student - s < SHORTEST:
+                    raise ValueError(f"{where}, shorter than {SHORTEST:g}: take fewer steps or less shift")
+                for law in (self.renoise_times, self.critic_times):
+                    ends = (
+                        [float(end) for end in self.range(law, torch.tensor(s), torch.tensor(t_student))] if law else ()
+                    )
+                    if law and not law.covers(*ends):
+                        raise ValueError(f"{where}, in which the law of times ({law}) has none: widen low and high")
+        return self
+
+    def range(self, law: SegmentTimes, level: Tensor, t_student: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest time at which a state of noise ``level`` [B] is re-noised."""
+        top = t_student if law.within == "segment" else torch.ones_like(t_student)
+        margin = ((top - level) / 4).clamp(max=self.margin)
+        return level + margin, top - margin
 
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
         if not self.unify:
@@ -99,16 +138,16 @@ class TDM(MatchingConfig):
                 micro = replace(micro, batches={**micro.batches, "data": batch})
             return segment_rollout(micro, roles, time_uniform(steps, self.shift)[:-1])
 
-        def renoise(micro: MicroBatch, sample: StudentSample) -> tuple[Tensor, Tensor, Tensor]:
-            u = micro.random.uniform(len(sample.level))
-            top = sample.t_student if self.renoise_times == "segment" else torch.ones_like(sample.t_student)
-            low, high = sample.level + self.margin, top - self.margin
-            t = low + u * (high - low)
+        critic_times = self.critic_times or self.renoise_times
+
+        def renoise(micro: MicroBatch, sample: StudentSample, law: SegmentTimes) -> tuple[Tensor, Tensor, Tensor]:
+            low, high = self.range(law, sample.level, sample.t_student)
+            t = law.sample(micro.random, len(sample.level), above=low, below=high)
             return t, *matching.renoise(schedule, sample, t, micro.random)
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t, x_t, n = renoise(micro, sample)
+            t, x_t, n = renoise(micro, sample, self.renoise_times)
             T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
             health.observe(micro, schedule, sample, t, n, T, F)
@@ -120,7 +159,7 @@ class TDM(MatchingConfig):
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t, x_t, n = renoise(micro, sample)
+            t, x_t, n = renoise(micro, sample, critic_times)
             F = roles.predict("fake", x_t, t, sample.condition).out
             if self.critic == "bridge":
                 yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))

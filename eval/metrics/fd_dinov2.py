@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fewstep.eval.metrics.frechet import bias_note, frechet_to_reference
+from fewstep.eval.metrics.frechet import frechet_to_reference, small_sample_bias
 from fewstep.eval.metrics.metric import Metric
 
 FD_DINOV2 = Metric(
     name="fd_dinov2", network="dinov2", direction="lower", minimum_n=2, compute=frechet_to_reference,
-    needs_reference=True, note=bias_note,
+    needs_reference=True, bias=small_sample_bias,
 )  # fmt: skip

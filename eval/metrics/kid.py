@@ -8,14 +8,22 @@ from torch import Tensor
 from fewstep.eval.metrics.metric import Metric, MetricInput
 from fewstep.eval.networks.features import as_matrices
 
+SUBSETS = 100
 
-def kid(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> float:
+
+def kid(x: Tensor, y: Tensor, subsets: int = SUBSETS, size: int = 1000, seed: int = 0) -> float:
     """Unbiased squared MMD of features [N, D] and [M, D] under ``k(u, v) = (u.v / D + 1)^3``, in float64.
 
     The mean over ``subsets`` pairs of random subsets of min(``size``, N, M) rows, chosen without replacement by
     ``seed``. Its expectation is zero for equal laws, so values may be negative. Raises ``UserError`` on NaN, infinite
     or mismatched features.
     """
+    return float(subset_values(x, y, subsets, size, seed).mean())
+
+
+def subset_values(x: Tensor, y: Tensor, subsets: int = SUBSETS, size: int = 1000, seed: int = 0) -> Tensor:
+    """The values [``subsets``] whose mean is ``kid``. Their standard deviation, which papers report, is that of one
+    subset, not of the mean."""
     x, y = as_matrices(x, y)
     m = min(size, len(x), len(y))
     generator = torch.Generator().manual_seed(seed)
@@ -23,7 +31,7 @@ def kid(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000, seed: int = 
     def subset(features: Tensor) -> Tensor:
         return features[torch.randperm(len(features), generator=generator)[:m]]
 
-    return sum(_mmd(subset(x), subset(y)) for _ in range(subsets)) / subsets
+    return torch.tensor([_mmd(subset(x), subset(y)) for _ in range(subsets)], dtype=torch.float64)
 
 
 def _mmd(x: Tensor, y: Tensor) -> float:
@@ -34,11 +42,12 @@ def _mmd(x: Tensor, y: Tensor) -> float:
     return float(within / (m * (m - 1)) - 2 * xy.mean())
 
 
-def _compute(inputs: MetricInput) -> float:
-    return kid(*inputs.both)
+def _values(inputs: MetricInput) -> Tensor:
+    return subset_values(*inputs.both)
 
 
 KID = Metric(
-    name="kid", network="inception", direction="lower", minimum_n=2, compute=_compute, needs_features=True,
-    needs_reference=True,
+    name="kid", network="inception", direction="lower", minimum_n=2, needs_features=True, needs_reference=True,
+    compute=lambda inputs: float(inputs.shared(_values).mean()),
+    error=lambda inputs: float(inputs.shared(_values).std()), error_of=f"standard deviation over {SUBSETS} subsets",
 )  # fmt: skip

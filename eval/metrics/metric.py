@@ -6,9 +6,10 @@ register a short name with ``fewstep.register("metric", NAME)``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +19,17 @@ from fewstep.eval.metrics.frechet import Statistics
 
 Direction = Literal["lower", "higher"]
 T = TypeVar("T")
+NOTED_BIAS = 0.05  # of the value
+
+
+class Measurement(NamedTuple):
+    """A value; its error bar and what that is; and the value that as many real images would have because they are so
+    few, if that is more than ``NOTED_BIAS`` of it."""
+
+    value: float
+    error: float | None = None
+    error_of: str | None = None
+    bias: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +90,9 @@ class Metric:
         caption_prefix: needs captions, with this text before each (the network must be ``clip``); None: needs none.
         per_condition: ``minimum_n`` counts the images of each class or caption.
         videos: is computed from videos, not from images.
-        note: ``note(name, value, n, statistics of the reference)`` returns a remark on a value, or None.
+        error: the size of an error bar of the value, computed from the same input.
+        error_of: what the error bar is, for example "standard deviation over 10 splits".
+        bias: ``bias(statistics of the reference, n)``, the value that n real images would have.
 
     Raises ``ValueError`` if these contradict each other.
     """
@@ -93,13 +107,22 @@ class Metric:
     caption_prefix: str | None = None
     per_condition: bool = False
     videos: bool = False
-    note: Callable[[str, float, int, Statistics], str | None] | None = None
+    error: Callable[[MetricInput], float] | None = None
+    error_of: str | None = None
+    bias: Callable[[Statistics, int], float] | None = None
 
     def __post_init__(self) -> None:
-        if self.note is not None and not self.needs_reference:
-            raise ValueError(f"{self.name}: a note needs a reference")
+        if self.bias is not None and not self.needs_reference:
+            raise ValueError(f"{self.name}: a bias needs a reference")
+        if (self.error is None) != (self.error_of is None):
+            raise ValueError(f"{self.name}: an error bar needs both error and error_of")
         if self.caption_prefix is not None and self.network != "clip":
             raise ValueError(f"{self.name}: only the network 'clip' embeds captions, not {self.network!r}")
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether its value depends on which caption an image belongs to."""
+        return self.caption_prefix is not None or self.per_condition
 
     def check_count(self, n: int, conditions: int) -> None:
         """Raises ``UserError`` if it cannot be computed from ``n`` images of ``conditions`` classes or captions (0:
@@ -111,3 +134,15 @@ class Metric:
             minimum, each = self.minimum_n * conditions, f", {self.minimum_n} of each class or caption"
         if n < minimum:
             raise UserError(f"{self.name} needs at least {minimum} images{each}, got {n}.")
+
+    def measure(self, inputs: MetricInput) -> Measurement:
+        """The value with its error bar and bias. Raises ``UserError`` if they are not finite."""
+        value = self.compute(inputs)
+        error = self.error(inputs) if self.error else None
+        if not all(map(math.isfinite, (value, error or 0.0))):
+            raise UserError(
+                f"{self.name} is {value} with error bar {error} for these images; no score is written. Check the "
+                "images and the reference."
+            )
+        bias = self.bias(inputs.real.statistics, inputs.images.statistics.count) if self.bias else None
+        return Measurement(value, error, self.error_of, bias if bias and bias > NOTED_BIAS * value else None)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.torchvision_compat import import_torchvision
+from fewstep.eval.images import centre_square
 from fewstep.eval.networks.weights import LoadedWeights, WeightsLocator, reading_weights
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -28,19 +29,20 @@ END = 49407  # CLIP's end-of-text token, whose output is the text's embedding
 class Clip(LoadedWeights):
     """Embeddings of images and of captions.
 
-    Images are resized and cropped by the model's evaluation transform or, with ``stretch``, stretched to its square
-    (for CMMD). Without ``normalize`` the embeddings of images keep their length (for CLIP-FID).
+    Images are resized and cropped by the model's evaluation transform or, with ``square``, cropped to their centred
+    square and then resized (for CMMD, as in its paper's code). Without ``normalize`` the embeddings of images keep
+    their length (for CLIP-FID).
     """
 
     name: str
     tokenizer: Any
     transform: Any
-    stretch: bool = False
+    square: bool = False
     normalize: bool = True
 
     @classmethod
     def load(
-        cls, name: str, locator: WeightsLocator, device: torch.device | str = "cpu", *, stretch: bool = False,
+        cls, name: str, locator: WeightsLocator, device: torch.device | str = "cpu", *, square: bool = False,
         normalize: bool = True,
     ) -> Clip:  # fmt: skip
         """Raises ``UserError`` on an unknown model or tag, and on weights that are missing or do not fit."""
@@ -48,16 +50,18 @@ class Clip(LoadedWeights):
         import open_clip
 
         model, _, tag = name.partition(":")
+        variant = f"{'_square' * square}{'_raw' * (not normalize)}"
         if model not in open_clip.list_models():
             raise UserError(f"Unknown CLIP model {model!r}{nearest(model, open_clip.list_models())}.")
-        file = Path(tag) if Path(tag).is_file() else _find_weights(model, tag, locator)
+        is_file = Path(tag).is_file()  # the hash of the weights, not their path, is part of a score's identity
+        file = Path(tag) if is_file else _find_weights(model, tag, locator)
         with reading_weights(file, model):
             network, transform = open_clip.create_model_from_pretrained(
                 model, str(file), device=device, force_quick_gelu=tag == "openai"
             )
         return cls.from_file(
-            file, network, device, name=f"clip_{name}{'_squashed' * stretch}{'_raw' * (not normalize)}",
-            tokenizer=open_clip.get_tokenizer(model), transform=transform, stretch=stretch, normalize=normalize,
+            file, network, device, name=f"clip_{model if is_file else name}{variant}",
+            tokenizer=open_clip.get_tokenizer(model), transform=transform, square=square, normalize=normalize,
         )  # fmt: skip
 
     @property
@@ -71,8 +75,8 @@ class Clip(LoadedWeights):
 
     def prepare(self, image: Tensor) -> Tensor:
         pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
-        if self.stretch:
-            pixels = pixels.resize((self.side, self.side), Image.Resampling.BICUBIC)
+        if self.square:
+            pixels = centre_square(pixels).resize((self.side, self.side), Image.Resampling.BICUBIC)
         prepared: Tensor = self.transform(pixels)
         return prepared
 

@@ -24,7 +24,7 @@ NETWORKS: dict[str, Loader] = {
     ),
     "clip": lambda protocol, locator, device: Clip.load(protocol.clip, locator, device),
     "clip_fid": lambda protocol, locator, device: Clip.load("ViT-B-32:openai", locator, device, normalize=False),
-    "cmmd": lambda protocol, locator, device: Clip.load("ViT-L-14-336:openai", locator, device, stretch=True),
+    "cmmd": lambda protocol, locator, device: Clip.load("ViT-L-14-336:openai", locator, device, square=True),
     "dinov2": lambda protocol, locator, device: DinoV2.load(locator, device),
     "efficientnet": lambda protocol, locator, device: EfficientNet.load(device),
     "i3d": lambda protocol, locator, device: I3d.load(locator, device),

@@ -24,11 +24,13 @@ CHART_STYLE: dict[str, Any] = {
 
 
 class Line(NamedTuple):
-    """A line of a chart; ``style`` is matplotlib's format (``"-"``, ``"o-"``, ``"D"``)."""
+    """A line of a chart; ``style`` is matplotlib's format (``"-"``, ``"o-"``, ``"D"``). One with ``emphasis`` is drawn
+    over the others, in the first colour."""
 
     name: str
     points: Sequence[tuple[float, float]]
     style: str = "-"
+    emphasis: bool = False
 
 
 class Chart(NamedTuple):
@@ -38,8 +40,10 @@ class Chart(NamedTuple):
     svg: Markup
 
 
-def chart(caption: str, axis: str, lines: Sequence[Line], marks: Sequence[float] = (), log_x: bool = False) -> Chart:
-    """Lines over ``axis`` as an inline SVG in the colours of the page, with dotted vertical lines at ``marks``.
+def chart(
+    caption: str, axis: str, lines: Sequence[Line], marks: Sequence[float] = (), *, y_axis: str, log_x: bool = False
+) -> Chart:  # fmt: skip
+    """Lines of ``y_axis`` over ``axis`` as an inline SVG in the page's colours, with dotted vertical ``marks``.
 
     A line of more than ``MAXIMUM_POINTS`` points becomes the mean and the range over intervals of equal length. y is
     logarithmic if it is positive and spans a factor of 8. Equal arguments give equal text.
@@ -52,14 +56,17 @@ def chart(caption: str, axis: str, lines: Sequence[Line], marks: Sequence[float]
     style: Any = CHART_STYLE | {"svg.hashsalt": caption + axis}  # so that ids are unique within a page
     with matplotlib.rc_context(style):
         figure = Figure((4.2, 2.6), layout="constrained")
-        axes = figure.add_subplot(xlabel=axis)
-        for line, colour in zip(lines, cycle(COLOURS), strict=False):
+        axes = figure.add_subplot(xlabel=axis, ylabel=y_axis)
+        others = cycle(COLOURS[1:] if any(line.emphasis for line in lines) else COLOURS)
+        for line in lines:
+            colour = COLOURS[0] if line.emphasis else next(others)
             length = math.ceil(len(line.points) / MAXIMUM_POINTS)
             intervals = [np.array(line.points[i : i + length]) for i in range(0, len(line.points), length)]
             x, y = np.array([part.mean(0) for part in intervals]).T
             low, high = [part[:, 1].min() for part in intervals], [part[:, 1].max() for part in intervals]
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-            axes.plot(x, y, line.style, color=colour, label=line.name, linewidth=1.4, markersize=4)
+            axes.plot(x, y, line.style, color=colour, label=line.name, linewidth=1.4,
+                      markersize=6 if line.emphasis else 3.5, zorder=3 if line.emphasis else 2)  # fmt: skip
         for mark in marks:
             axes.axvline(mark, color=INK, alpha=0.8, linewidth=1, linestyle=":")
         if log_x:

@@ -98,5 +98,5 @@ def _draw_students(axes: Axes, scores: Sequence[Score], style: _Style) -> None:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         axes.errorbar(
             nfe, statistics.fmean(values), spread, fmt="D", markersize=5, color=style.colour, capsize=2,
-            fillstyle=style.fill,
+            fillstyle=style.fill, zorder=3,
         )  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
 import json
 from collections.abc import Sequence
 from itertools import groupby
@@ -12,11 +15,12 @@ import yaml
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import write_text
-from fewstep.eval.report.curves import quality_curves, training_curves, validation_curves
-from fewstep.eval.report.diagnosis import diagnose
+from fewstep.eval.report.curves import MINIMUM_POINTS, incomparable, quality_curves, training_curves, validation_curves
+from fewstep.eval.report.diagnosis import MINIMUM_VALUES, diagnose
 from fewstep.eval.report.embedded_images import embed_image, embed_samples, embed_video
 from fewstep.eval.report.run_files import Entry, Result, read_metrics, read_results, read_text
-from fewstep.eval.report.score_table import columns, number, origins, table, verdict
+from fewstep.eval.report.score_table import columns, explanations, number, origins, table, verdict
+from fewstep.eval.score_files import Score
 
 
 def write_report(run: str | Path) -> Path:
@@ -43,10 +47,13 @@ def write_report(run: str | Path) -> Path:
         comparison=comparison,
         diversity=diversity,
         video=embed_video(samples / "comparison.mp4"),
-        metrics=columns(results),
+        columns=[f"{metric} {arrow}".strip() for metric, arrow in columns(results).items()],
         origins=origins(results),
         table=table(results),
+        explanations=explanations(results),
+        downloads=downloads(read_text(run / "eval.json")) if results else [],
         quality=quality_curves(results),
+        incomparable=incomparable(results),
         validation=validation_curves(validations),
         training=training_curves(logged),
         health=health(logged),
@@ -84,18 +91,41 @@ def training_summary(logged: Sequence[Entry], validations: Sequence[Entry]) -> l
         evaluations = logged[-1].get("evaluations")  # missing in older runs
         cost = f" and {evaluations:,.0f} network evaluations" if evaluations else ""
         sentences.append(f"Trained for {logged[-1]['step']:,.0f} steps{cost} in {minutes} min {seconds:02} s.")
-    if scored := [entry for entry in validations if "validation" in entry]:
-        lowest = min(scored, key=lambda entry: entry["validation"])
-        points = [f"{number(e['validation'])} at step {e['step']:,.0f}" for e in (scored[0], lowest, scored[-1])]
-        sentences.append("Validation started at {}, was best with {} and ended at {}.".format(*points))
+    scored = [entry for entry in validations if "validation" in entry]
+    points = [f"{number(entry['validation'])} at step {entry['step']:,.0f}" for entry in scored]
+    if len(scored) >= MINIMUM_POINTS:
+        lowest = points[min(range(len(scored)), key=lambda k: scored[k]["validation"])]
+        sentences.append(f"Validation started at {points[0]}, was best with {lowest} and ended at {points[-1]}.")
+    elif points:
+        sentences.append(f"Validation was {', then '.join(points)}.")
     return sentences
 
 
 def health(logged: Sequence[Entry]) -> list[str]:
-    """The findings of the diagnosis at the end of training; empty if no health numbers were recorded."""
-    if not any(name.startswith("health/") for entry in logged for name in entry):
-        return []
-    return [finding.text for finding in diagnose(logged)] or ["no problems found in the recorded diagnostics."]
+    """The findings of the diagnosis at the end of training, or that there are none, or too few records; empty if no
+    health numbers were recorded."""
+    records = sum(any(name.startswith("health/") for name in entry) for entry in logged)
+    found = [finding.text for finding in diagnose(logged)]
+    if records and not found:
+        enough = records >= MINIMUM_VALUES
+        found = ["no problems found in the recorded diagnostics."] if enough else [
+            f"{records} record{'s'[: records - 1]}, too few for a diagnosis (at least {MINIMUM_VALUES})."
+        ]  # fmt: skip
+    return found
+
+
+def downloads(scores: str) -> list[tuple[str, str]]:
+    """The run's scores as JSON and as CSV without the manifests: names of files, and their contents as addresses."""
+    rows = json.loads(scores)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [name for name in Score.model_fields if name != "manifest"], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    files = {"scores.json": ("application/json", scores), "scores.csv": ("text/csv", table.getvalue())}
+    return [
+        (name, f"data:{kind};base64,{base64.b64encode(content.encode()).decode()}")
+        for name, (kind, content) in files.items()
+    ]
 
 
 def manifest(results: Sequence[Result]) -> str:

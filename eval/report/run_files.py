@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fewstep.eval.metrics.metric import Direction
 from fewstep.eval.report.ranking import direction_of
+from fewstep.eval.report.tables import label_of
 from fewstep.eval.score_files import SCORES, Score
 
 Entry = dict[str, float]
@@ -20,8 +21,8 @@ Setting = tuple[str, str, str, int, int, int, float]
 
 
 class Result(Score):
-    """A score, or the mean of several that differ only in their seed. ``column`` is its column in the report's table:
-    the metric, or the metric with its origin if there are several."""
+    """A score, or the mean of several that differ only in their seed. ``model`` tells models of one name apart.
+    ``column`` is its column in the report's table: the metric, or the metric with its origin if there are several."""
 
     column: str
     direction: Direction | None
@@ -80,6 +81,7 @@ def read_results(file: Path, remarks: list[str]) -> list[Result]:
     if not_finite := sum(not math.isfinite(score.value) for score in scores):
         remarks.append(f"eval.json: {not_finite} value{'s'[: not_finite - 1]} not finite, omitted.")
     scores = [score for score in scores if math.isfinite(score.value)]
+    scores = [score.model_copy(update={"model": label_of(score, scores)}) for score in scores]
     if not scores:
         remarks.append("There are no scores; fewstep eval writes them to eval.json.")
     origins = Counter(metric for metric, _ in {(score.metric, _origin(score)) for score in scores})
@@ -101,7 +103,8 @@ def setting_of(score: Score) -> Setting:
 
 
 def _origin(score: Score) -> str:
-    return f"{score.reference}, features {score.features_sha256[:12]}"
+    contents = f" {score.reference_sha256[:12]}" if score.reference_sha256 else ""
+    return f"{score.reference}{contents}, features {score.features_sha256[:12]}"
 
 
 def _mean(group: Sequence[Score], column: str, direction: Direction | None) -> Result:
@@ -109,6 +112,7 @@ def _mean(group: Sequence[Score], column: str, direction: Direction | None) -> R
     changes = {
         "value": statistics.fmean(values),
         "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "error": group[0].error if len(values) == 1 else None,
         "seconds": statistics.fmean(score.seconds for score in group),
         "seeds": tuple(sorted(score.seed for score in group)),
     }

@@ -13,10 +13,11 @@ ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 
 
 class Cell(NamedTuple):
-    """A cell; ``best`` marks the best value of its column for its number of samples."""
+    """A cell; ``best`` marks the best value of its column for its number of samples, ``notes`` stand beside it."""
 
     text: str
     best: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def number(value: float) -> str:
@@ -32,6 +33,18 @@ def columns(results: Sequence[Result]) -> dict[str, str]:
 def origins(results: Sequence[Result]) -> dict[str, str]:
     """The reference and features of each column."""
     return {result.column: result.origin for result in results}
+
+
+def explanations(results: Sequence[Result]) -> list[str]:
+    """What the notes beside the numbers mean."""
+    errors = {result.column: result.error_of for result in results if result.error is not None and result.error_of}
+    found = [f"{column}: ± within is the {what}." for column, what in errors.items()]
+    if any(result.bias is not None for result in results):
+        found.append(
+            "Real images ≈: what as many real images would score, because they are so few; differences below that "
+            "mean little."
+        )
+    return found
 
 
 def table(results: Sequence[Result]) -> list[tuple[str, list[list[Cell]]]]:
@@ -53,7 +66,9 @@ def table(results: Sequence[Result]) -> list[tuple[str, list[list[Cell]]]]:
             text = number(result.value)
             decimals = len(text.partition(".")[2])
             spread = "" if result.spread is None else f" ± {result.spread:.{decimals}f}"
-            cells.append(Cell(text + spread, result.value == best.get((column, result.n))))
+            notes: tuple[str, ...] = () if result.error is None else (f"± {result.error:.{decimals}f} within",)
+            notes += () if result.bias is None else (f"real images ≈ {number(result.bias)}",)
+            cells.append(Cell(text + spread, result.value == best.get((column, result.n)), notes))
         seeds, seconds = ", ".join(map(str, first.seeds)), max(result.seconds for result in group)
         return [*cells, Cell(f"{first.n:,}"), Cell(seeds), Cell(f"{seconds:.1f}")]
 

@@ -11,17 +11,16 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
+from fewstep.core.registry import Registry
 from fewstep.models import hub
 from fewstep.models.backbone import Backbone
 from fewstep.models.condition import Condition
-from fewstep.models.prediction import Kind
-from fewstep.models.schedules import NoiseSchedule, RectifiedFlow, VPDiscrete
 
 Settings = Mapping[str, Any]
 JOINT_ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")  # of joint attention, on image tokens
@@ -32,8 +31,12 @@ class Family(ABC):
     """A family, configured with the ``config.json`` of a pipeline's denoiser (``network``) and VAE.
 
     ``pipelines`` are the supported classes, ``part`` is the denoiser's name in them, ``lora_targets`` are the linear
-    layers that LoRA adapts, named as in PEFT. ``passes_sigmas``: the pipeline's call passes its scheduler the sigmas 1,
-    1 - 1/n, ... instead of letting it choose. ``loads_lora``: the pipeline has ``load_lora_weights``.
+    layers that LoRA adapts, named as in PEFT. ``classes`` are the pipeline and network classes that diffusers does not
+    have, by name. The others describe the pipeline for exports. ``passes_sigmas``: its call passes its scheduler the
+    sigmas 1, 1 - 1/n, ... instead of letting it choose. ``loads_lora``: it has ``load_lora_weights``.
+    ``guidance_argument`` and ``step_callback``: the arguments of its call for the guidance scale and for a function to
+    call after each step. ``two_experts``: the setting in its index for the boundary between two denoisers, empty if it
+    supports only one. ``comfyui_shift``: the node that sets the shift of a flow in ComfyUI.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -41,6 +44,11 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     passes_sigmas: ClassVar[bool] = False
     loads_lora: ClassVar[bool] = True
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    classes: ClassVar[Mapping[str, type]] = {}
+    two_experts: ClassVar[str] = ""
+    step_callback: ClassVar[str] = "callback_on_step_end"
+    comfyui_shift: ClassVar[str] = "ModelSamplingAuraFlow"
 
     def __init__(self, network: Settings, vae: Settings) -> None:
         self.network = network
@@ -63,7 +71,9 @@ class Family(ABC):
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         """The latent shape [C, h, w] or [C, F, h, w] of an image or video in pixels. Raises ``UserError`` if the model
         does not support the size."""
-        return self.network["in_channels"], *latent_size(height, width, self.factor)
+        patch = int(self.network.get("patch_size", 1))
+        rows, columns = latent_size(height, width, patch * self.factor)
+        return self.network["in_channels"], patch * rows, patch * columns
 
     @property
     @abstractmethod
@@ -147,76 +157,49 @@ class HubBackbone(Backbone):
         self.network.enable_gradient_checkpointing(function)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        dtype = next(self.network.parameters()).dtype
+        dtype = self.network.dtype  # diffusers': that of the parameters that may be other than float32
         cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
         return self.family.predict(self.network, x_t.to(dtype), t, Condition(cast))
 
 
+@cache
 def families() -> dict[str, type[Family]]:
-    """The families by file name."""
+    """fewstep's own families by file name."""
     found: dict[str, type[Family]] = {}
     for file in pkgutil.iter_modules(hub.__path__):
         module = importlib.import_module(f"fewstep.models.hub.{file.name}")
         for content in vars(module).values():
-            if isinstance(content, type) and issubclass(content, Family) and "pipelines" in vars(content):
+            own = isinstance(content, type) and content.__module__ == module.__name__
+            if own and issubclass(content, Family) and "pipelines" in vars(content):
                 found[file.name] = content
     return found
 
 
-@cache
-def _by_pipeline() -> dict[str, type[Family]]:
-    return {pipeline: family for family in families().values() for pipeline in family.pipelines}
+FAMILIES: Registry[type[Family]] = Registry(
+    "family", families, lambda value: isinstance(value, type) and issubclass(value, Family), "a subclass of Family"
+)
 
 
 def family_of(pipeline: str) -> type[Family]:
-    """The family of a pipeline class by name. Raises ``UserError`` that lists the supported classes."""
-    if pipeline not in _by_pipeline():
-        known = ", ".join(sorted(_by_pipeline()))
-        raise UserError(f"Pipelines of class {pipeline!r} are not supported; supported: {known}.")
-    return _by_pipeline()[pipeline]
+    """The family of a pipeline class by name: fewstep's own, registered and installed ones.
 
-
-class NoiseProcess(NamedTuple):
-    """The noise schedule of a pipeline, what its network predicts, and the shift of its time grid."""
-
-    schedule: NoiseSchedule
-    kind: Kind
-    shift: float
-
-
-def noise_process(scheduler: Settings) -> NoiseProcess:
-    """The noise process that the network was trained with, from a scheduler's config; its sampling rule is ignored.
-
-    Raises ``UserError`` on settings that are not supported.
+    Raises ``UserError`` that lists the supported classes, and if two families support one.
     """
-    name = str(scheduler.get("_class_name", ""))
-    if name.startswith("FlowMatch") or scheduler.get("use_flow_sigmas"):
-        static = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
-        shift = 1.0 if scheduler.get("use_dynamic_shifting") else float(static)
-        return NoiseProcess(RectifiedFlow(), "velocity", shift)
-    kinds: dict[str, Kind] = {"epsilon": "noise", "v_prediction": "v", "sample": "x0"}
-    kind = kinds.get(str(scheduler.get("prediction_type", "epsilon")))
-    if kind is None:
-        given = scheduler["prediction_type"]
-        raise UserError(f"prediction_type {given!r} of the {name} is not supported; supported: {', '.join(kinds)}.")
-    return NoiseProcess(VPDiscrete(tuple(_betas(scheduler).tolist())), kind, 1.0)
-
-
-def _betas(scheduler: Settings) -> Tensor:
-    steps = int(scheduler.get("num_train_timesteps", 1000))
-    start, end = float(scheduler.get("beta_start", 1e-4)), float(scheduler.get("beta_end", 0.02))
-    kind = scheduler.get("beta_schedule", "linear")
-    if scheduler.get("trained_betas") is not None:
-        betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
-    elif kind == "linear":
-        betas = torch.linspace(start, end, steps, dtype=torch.float64)
-    elif kind == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    else:
-        raise UserError(f"The scheduler's beta_schedule {kind!r} is not supported; supported: linear, scaled_linear.")
-    if scheduler.get("rescale_betas_zero_snr"):
-        raise UserError("rescale_betas_zero_snr in a scheduler is not supported: x0 is undefined at pure noise.")
-    return betas
+    found: dict[str, tuple[str, type[Family]]] = {}
+    for name in FAMILIES.names():
+        family = FAMILIES.resolve(name)
+        for supported in family.pipelines:
+            other, owner = found.setdefault(supported, (name, family))
+            if owner is not family:
+                raise UserError(
+                    f"The families {other!r} and {name!r} both support the pipeline class {supported!r}; remove one."
+                )
+    if pipeline not in found:
+        raise UserError(
+            f"Pipelines of class {pipeline!r} are not supported; supported: {', '.join(sorted(found))}. "
+            "A family of your own can be registered: see docs/own_modules.md."
+        )
+    return found[pipeline][1]
 
 
 def discrete_timestep(t: Tensor, x: Tensor, steps: int = 1000) -> Tensor:

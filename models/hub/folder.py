@@ -18,7 +18,9 @@ from fewstep.core.image_files import to_bytes
 from fewstep.core.torchvision_compat import prepare_torchvision
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import AUTO, Denoiser, GuidanceStyle
-from fewstep.models.hub.family import Family, HubBackbone, NoiseProcess, family_of, noise_process
+from fewstep.models.hub.family import Family, HubBackbone, family_of
+from fewstep.models.hub.noise_process import NoiseProcess, noise_process
+from fewstep.models.hub.weights import refuse_pickles, weight_files, weights_sha256
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,13 @@ class PipelineFolder:
         _ = folder.family
         return folder
 
+    @property
+    def name(self) -> str:
+        """The hub id of a folder in the hub's cache (``models--owner--name/snapshots/HASH``), or the folder's name."""
+        path = self.path.resolve()
+        kind, _, name = path.parents[1].name.partition("--") if path.parent.name == "snapshots" else ("", "", "")
+        return name.replace("--", "/") if kind == "models" else path.name
+
     @cached_property
     def index(self) -> dict[str, Any]:
         """``model_index.json``."""
@@ -55,21 +64,54 @@ class PipelineFolder:
 
     @cached_property
     def noise_process(self) -> NoiseProcess:
-        return noise_process(_read(self.path / "scheduler" / "scheduler_config.json"))
+        scheduler = self.scheduler_config
+        if (steps := scheduler.get("num_train_timesteps", 1000)) != 1000:
+            raise UserError(f"{self.path} has {steps} training timesteps (num_train_timesteps); supported: 1000.")
+        try:
+            return noise_process(scheduler)
+        except UserError as error:
+            raise UserError(f"{self.path / 'scheduler'}: {error}") from error
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """``scheduler_config.json``."""
+        return _read(self.path / "scheduler" / "scheduler_config.json")
 
     def has_component(self, component: str) -> bool:
         """Whether the folder has a component; components that it was saved without are null in the index."""
-        return (self.index.get(component) or [None])[0] is not None
+        entry = self.index.get(component)
+        return isinstance(entry, list) and bool(entry) and entry[0] is not None
 
-    def denoiser(self, dtype: torch.dtype = torch.float32, feature_layers: Sequence[str] = ()) -> Denoiser:
-        """The pipeline's denoiser with its weights, in eval mode on the CPU."""
-        diffusers = require_diffusers()
-        module = getattr(diffusers, self.index[self.family.part][1])
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the weights of the pipeline's denoiser. Raises ``UserError`` if they are missing."""
+        return weights_sha256(weight_files(self.path / self.family.part))
+
+    @property
+    def network_class(self) -> Any:
+        """The class of the pipeline's denoiser."""
+        return self._class(self.index[self.family.part][1])
+
+    def _class(self, name: str) -> Any:
+        found = self.family.classes.get(name) or getattr(require_diffusers(), name, None)
+        if found is None:
+            raise UserError(f"{self.path} needs the class {name!r}, which this version of diffusers does not have.")
+        return found
+
+    def denoiser(
+        self, dtype: torch.dtype = torch.float32, feature_layers: Sequence[str] = (), weights: Path | None = None
+    ) -> Denoiser:
+        """The pipeline's denoiser with its weights, or those in the folder ``weights``, in eval mode on the CPU.
+
+        Raises ``UserError`` if the weights are damaged or stored in pickle files.
+        """
+        folder, module = weights or self.path / self.family.part, self.network_class
+        refuse_pickles(folder)
         try:
             with _without_progress_bars():
-                network = module.from_pretrained(self.path, subfolder=self.family.part, dtype=dtype)
+                network = module.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"The {self.family.part} in {self.path} cannot be loaded: {_first_line(error)}") from error
+            raise UserError(f"The network in {folder} cannot be loaded: {_first_line(error)}") from error
         finish = None if type(self.family).finish_guidance is Family.finish_guidance else self.family.finish_guidance
         style = GuidanceStyle(self.family.embeds_guidance, finish)
         backbone = HubBackbone(self.family, network)
@@ -78,13 +120,15 @@ class PipelineFolder:
 
     def pipeline(self, denoiser: Any = None, dtype: torch.dtype = torch.float32) -> Any:
         """The full diffusers pipeline, with ``denoiser`` (None: without, which is enough to encode and decode)."""
-        diffusers = require_diffusers()
+        for name in self.index:
+            if self.has_component(name) and not (name == self.family.part and denoiser is None):
+                refuse_pickles(self.path / name)
         absent = {name: None for name, entry in self.index.items() if isinstance(entry, list) and entry[0] is None}
         parts = absent | {self.family.part: denoiser}
-        cls = getattr(diffusers, self.index["_class_name"])
+        cls = self._class(self.index["_class_name"])
         try:
             with _without_progress_bars():
-                return cls.from_pretrained(self.path, dtype=dtype, **parts)
+                return cls.from_pretrained(self.path, dtype=dtype, use_safetensors=True, **parts)
         except (OSError, RuntimeError, ValueError, ImportError) as error:
             raise UserError(f"The pipeline in {self.path} cannot be loaded: {_first_line(error)}") from error
 
@@ -134,7 +178,7 @@ def _download(name: str) -> Path:
         raise UserError(f"{name} is not a diffusers pipeline: model_index.json is missing.")
     diffusers = require_diffusers()
     try:
-        return Path(diffusers.DiffusionPipeline.download(name))
+        return Path(diffusers.DiffusionPipeline.download(name, use_safetensors=True))
     except Exception as error:  # many types: offline, model does not exist, access denied
         raise UserError(
             f"{name!r} is neither a folder nor a pipeline in the hub's cache, and the download failed: "

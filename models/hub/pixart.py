@@ -15,6 +15,7 @@ from fewstep.models.hub.family import Family, discrete_timestep, layers_at_depth
 class PixArt(Family):
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     loads_lora = False
+    step_callback = "callback"
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
@@ -31,6 +32,9 @@ class PixArt(Family):
             encoder_attention_mask=condition["mask"], return_dict=False,
         )[0]  # fmt: skip
         return out[:, : x_t.shape[1]]  # the other channels are a learned variance
+
+    def comfyui(self, path: str) -> str:
+        return f"transformer.{path}"
 
     @property
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:

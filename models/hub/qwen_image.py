@@ -15,6 +15,7 @@ from fewstep.models.hub.wan import decode_normalized, encode_normalized
 
 class QwenImage(PackedLatents):
     pipelines = ("QwenImagePipeline",)
+    guidance_argument = "true_cfg_scale"
     tokens = 512  # prompts are padded to this length; the mask marks the actual tokens
 
     @property

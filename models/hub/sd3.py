@@ -15,6 +15,7 @@ from fewstep.models.hub.family import ADDED_ATTENTION, JOINT_ATTENTION, Family, 
 class StableDiffusion3(Family):
     pipelines = ("StableDiffusion3Pipeline",)
     lora_targets = (*JOINT_ATTENTION, *ADDED_ATTENTION)
+    comfyui_shift = "ModelSamplingSD3"
 
     @property
     def feature_layers(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Wan 2.1 text to video (Wan team, arXiv 2503.20314): a rectified flow on video latents, prompts from UMT5."""
+"""Wan 2.1 and 2.2 TI2V-5B, text to video (Wan team, arXiv 2503.20314): a rectified flow, prompts from UMT5."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ ORIGINAL = (  # diffusers' names of layers, and those of Wan's own code
 class Wan(Family):
     pipelines = ("WanPipeline",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    two_experts = "boundary_ratio"
+    comfyui_shift = "ModelSamplingSD3"
 
     @property
     def factor(self) -> int:
-        return int(2 ** len(self.vae.get("temperal_downsample", (0,) * 3)))
+        return int(self.vae.get("scale_factor_spatial", 8))
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
@@ -36,14 +38,15 @@ class Wan(Family):
 
     @property
     def default_size(self) -> tuple[int, int, int]:
-        return 480, 832, 81
+        return (704, 1280, 121) if self.factor == 16 else (480, 832, 81)  # 16: Wan 2.2 TI2V-5B
 
     def shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
-        every = 2 ** sum(self.vae.get("temperal_downsample", (False, True, True)))
+        every = int(self.vae.get("scale_factor_temporal", 4))
         if (frames - 1) % every:
             raise UserError(f"{frames} frames: this model needs a multiple of {every} plus 1.")
-        rows, columns = latent_size(height, width, 2 * self.factor)
-        return self.network["in_channels"], (frames - 1) // every + 1, 2 * rows, 2 * columns
+        patch = int(self.network.get("patch_size", (1, 2, 2))[-1])
+        rows, columns = latent_size(height, width, patch * self.factor)
+        return self.network["in_channels"], (frames - 1) // every + 1, patch * rows, patch * columns
 
     @property
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:

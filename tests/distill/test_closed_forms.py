@@ -38,12 +38,13 @@ class Case:
     factor: float = 1.0  # of the loss, for squares without 1/2
 
 
+ONE_STEP = {"steps": 1, "guidance": 1.0, "critic_updates": 1}
 CASES = [
-    Case("dmd2", {"steps": 1, "guidance": 1.0, "critic_updates": 1, "t_range": (0.02, 0.98)}, 0.02, 0.98),
-    Case("dmd2", {"steps": 1, "guidance": 1.0, "critic_updates": 1, "t_range": (0.5, 0.5)}, 0.5, 0.5),
+    Case("dmd2", {**ONE_STEP, "renoise_times": {"low": 0.02, "high": 0.98}}, 0.02, 0.98),
+    Case("dmd2", {**ONE_STEP, "renoise_times": {"low": 0.5, "high": 0.5}}, 0.5, 0.5),
     Case("dmd", {"guidance": 1.0, "regression": 0.0}, 0.02, 0.98),
-    Case("decoupled_dmd", {"steps": 1, "guidance": 1.0, "critic_updates": 1}, 0.02, 0.98),
-    Case("decoupled_dmd", {"steps": 1, "guidance": 1.0, "critic_updates": 1, "normaliser": "separate"}, 0.02, 0.98),
+    Case("decoupled_dmd", ONE_STEP, 0.02, 0.98),
+    Case("decoupled_dmd", {**ONE_STEP, "normaliser": "separate"}, 0.02, 0.98),
     Case("cdm", {"max_steps": 1, "guidance": 1.0, "off_trajectory": 0.0, "floor": 1e-6}, 0.02, 0.98, factor=2.0),
     Case("tdm", {"steps": 1, "guidance": 1.0, "huber": 0.0, "margin": 0.02}, 0.02, 0.98),
 ]

@@ -57,7 +57,7 @@ def test_settings_that_are_published_or_changed_are_listed() -> None:
     assert rows["shift"] == ["2.0", "1.0", ""]
     assert rows["batch"][0] == "32"
     assert rows["student.lr"][0] == "1e-05"
-    assert not {"name", "t_range"} & set(rows)
+    assert not {"name", "renoise_times", "critic_times"} & set(rows)
 
 
 def test_a_pretraining_config_and_several_stages_are_explained() -> None:

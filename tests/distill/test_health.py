@@ -38,7 +38,8 @@ def test_the_slope_shows_how_far_the_fake_has_followed(share: float) -> None:
 def test_the_gap_is_logged_for_the_ranges_of_times_that_have_samples() -> None:
     """The metric is a ratio of sums, so a range without samples in a shard has no weight."""
     roles = roles_with_fake(1.0, 4)
-    objective = build_objective("dmd2", roles, steps=1, guidance=1.0, critic_updates=1, t_range=(0.3, 0.7))
+    times = {"low": 0.3, "high": 0.7}
+    objective = build_objective("dmd2", roles, steps=1, guidance=1.0, critic_updates=1, renoise_times=times)
     metrics = Loop(roles, objective, {"data": Points(4)}, 64).update(objective.updates[0], 0, {0: {}})
     ranges = {name for name in to_numbers(metrics) if name.startswith("health/gap at")}
     assert ranges == {"health/gap at t 0.25 to 0.5", "health/gap at t 0.5 to 0.75"}
@@ -54,3 +55,14 @@ def test_profiles_compare_mean_deviation_and_seeds() -> None:
     assert other["health/diversity_ratio"] == pytest.approx(2.0, rel=1e-5)
     same_for_all_seeds = Profile.of(centers.expand(50, -1, -1)).relative_to(Profile.of(teacher))
     assert same_for_all_seeds["health/diversity_ratio"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_fake_that_still_is_the_teacher_has_no_slope() -> None:
+    """Both directions are zero, or rounding: 0 / 0 and noise are not logged."""
+    for rounding in (0.0, 1e-7):
+        roles = roles_with_fake(rounding, 16)
+        objective = build_objective("dmd2", roles, steps=1, guidance=1.0, critic_updates=1)
+        metrics = Loop(roles, objective, {"data": Points(16)}, 64).update(objective.updates[0], 0, {0: {}})
+        numbers = to_numbers(metrics)
+        assert "health/critic_slope" not in numbers
+        assert {"loss/match", "health/gap"} <= set(numbers)

@@ -11,6 +11,7 @@ from worlds import Points, build_objective, mlp, mlp_roles, trained
 
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill.data.batch import Batch
 from fewstep.distill.loop import PATIENCE, Loop
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
@@ -109,10 +110,14 @@ def test_accumulated_shards_are_averaged() -> None:
     assert torch.allclose(gradient([0, 1]), (gradient([0]) + gradient([1])) / 2, atol=1e-7)
 
 
-def broken(every: int) -> Loop:
+def broken(every: int, how: str = "loss") -> Loop:
+    """A loop whose update has, at every ``every``-th step, a loss that is NaN, or one with an infinite gradient."""
+
     def terms(micro: MicroBatch) -> Iterator[LossTerm]:
-        out = roles.predict("student", micro.random.normal((4, 2)), 0.5, micro.batch.condition).out.raw
-        yield LossTerm("loss", out.mean() * (float("nan") if micro.step % every == 0 else 1.0))
+        out = roles.predict("student", micro.random.normal((4, 2)), 0.5, micro.batch.condition).out.raw.mean()
+        if micro.step % every == 0:
+            out = out * float("nan") if how == "loss" else (out - out.detach()).abs().sqrt()
+        yield LossTerm("match", out)
 
     roles = Roles({"student": trained(mlp(2, 0))})
     return Loop(roles, Objective((Update("student", ("student",), terms),)), {"data": Points(2)}, batch=4)
@@ -125,14 +130,41 @@ def test_an_update_without_a_finite_gradient_is_skipped() -> None:
     assert all(torch.equal(before[k], v) for k, v in loop.roles["student"].module.state_dict().items())
     loop.step(1)
     assert loop.roles["student"].updates == 1
+    assert not loop.lost
 
 
-def test_many_skipped_updates_in_a_row_end_training_with_the_roles_name() -> None:
+@pytest.mark.parametrize(
+    ("how", "cause"), [("loss", "loss/match is nan"), ("gradient", "not the gradient of student.")]
+)
+def test_a_lost_update_is_reported_at_once_with_its_cause(how: str, cause: str) -> None:
+    loop = broken(every=2, how=how)
+    loop.step(2)
+    (lost,) = loop.lost
+    assert (lost.update, lost.step) == ("student", 3)
+    assert cause in lost.cause
+    assert "update 'student' of step 3 was not applied" in str(lost)
+
+
+def test_many_lost_updates_in_a_row_end_training_with_the_cause() -> None:
     loop = broken(every=1)
     for step in range(PATIENCE - 1):
         loop.step(step)
-    with pytest.raises(UserError, match=r"'student'.*no finite gradient"):
+    with pytest.raises(UserError, match=r"'student' of step 20.*loss/match is nan.*no finite gradient for 20 steps"):
         loop.step(PATIENCE - 1)
+
+
+def test_the_updates_of_a_step_read_their_data_once() -> None:
+    reads: list[tuple[object, ...]] = []
+
+    def source(random: KeyedRandom, size: int) -> Batch:
+        reads.append(random.key)
+        return Points(2)(random, size)
+
+    loop = loop_of("dmd2", critic_updates=1)
+    loop.sources, loop.accumulate = {"data": source}, 2
+    for step in range(3):
+        loop.step(step)
+    assert reads == [(0, step, "data/data", shard) for step in range(3) for shard in range(2)]
 
 
 def test_the_average_ramps_up_and_is_used_only_inside_its_context() -> None:
@@ -155,3 +187,13 @@ def test_an_unknown_role_and_a_role_without_denoiser_are_named() -> None:
         roles["teacher"]
     with pytest.raises(TypeError, match="'head' is a Linear"):
         roles.denoiser("head")
+
+
+def test_the_gradient_is_clipped_to_the_norm_and_logged_before() -> None:
+    loop = loop_of("dmd2", guidance=1.0)
+    loop.clip = 1e-3
+    metrics = loop.step(0)
+    for name in ("student", "fake"):
+        norm = torch.cat([p.grad.flatten() for p in loop.roles[name].parameters]).norm().item()
+        assert norm == pytest.approx(1e-3, rel=1e-2)
+        assert metrics[f"grad_norm/{name}"].item() > 2e-3

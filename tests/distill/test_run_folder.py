@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -15,8 +16,10 @@ from torch import Tensor
 from worlds import state_of, tiny_config
 
 from fewstep.core.errors import UserError
+from fewstep.distill import matching
 from fewstep.distill.checkpoint import checkpoints, read_checkpoint
 from fewstep.distill.config_files import parse_config
+from fewstep.distill.loop import LostUpdate
 from fewstep.distill.run_folder import RunFolder, replay_step
 from fewstep.distill.trainer import Callback, Interrupted, Trainer
 from fewstep.models.loading import load_model
@@ -100,6 +103,28 @@ def test_the_log_contains_updates_that_are_never_due_at_a_logged_step(tmp_path: 
     recorded, computed = replay_step(tmp_path / "run", 6, CPU)
     assert recorded == computed
     assert "loss/match" not in computed, "the student was updated one step earlier"
+
+
+def test_a_lost_update_is_reported_and_recorded_with_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callbacks receive it in its step, the run folder keeps it, and the log has finite numbers only."""
+    weight, seen = matching.l1_weight, []
+
+    class Reports(Callback):
+        def on_lost_update(self, trainer: Trainer, lost: LostUpdate) -> None:
+            seen.append((trainer.step, lost))
+
+    def broken(x: Tensor, reference: Tensor, *floor: float) -> Tensor:
+        third = run.trainer.step == 2 and len(seen) == 0
+        return weight(x, reference, *floor) * (float("nan") if third else 1.0)
+
+    monkeypatch.setattr(matching, "l1_weight", broken)
+    run = make(tmp_path)
+    run.train(callbacks=[Reports()])
+    assert seen == [(3, LostUpdate("student", 3, "loss/match is nan"))]
+    (record,) = map(json.loads, (tmp_path / "run" / "lost_updates.jsonl").read_text().splitlines())
+    assert record == {"update": "student", "step": 3, "cause": "loss/match is nan"}
+    assert run.trainer.roles["student"].updates == 11
+    assert all(math.isfinite(value) for line in metrics(tmp_path / "run") for value in line.values())
 
 
 def test_checkpoints_are_complete_and_only_the_last_few_are_kept(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def test_real_images_have_high_scores() -> None:
     rows = in_turn(600)
     values = conditional_metrics(REFERENCE, IMAGES[rows], LABELS[rows], 10)
     assert set(values) == {"fd_fashion", "kid", "precision", "recall", "accuracy", "diversity"}
-    assert values["accuracy"] > 0.85
-    assert values["precision"] > 0.7
+    assert values["accuracy"].value > 0.85
+    assert values["precision"].value > 0.7
 
 
 def test_every_score_has_a_direction_in_which_damage_is_worse() -> None:
@@ -43,7 +43,7 @@ def test_every_score_has_a_direction_in_which_damage_is_worse() -> None:
     captions = CaptionSet.sample(LABELS[rows], torch.Generator().manual_seed(0))
     other = CaptionSet.sample(LABELS[rows].flip(0), torch.Generator().manual_seed(1))
     good, bad = (
-        conditional_metrics(REFERENCE, images, LABELS[rows], 10)
+        {name: each.value for name, each in conditional_metrics(REFERENCE, images, LABELS[rows], 10).items()}
         | prompt_following(REFERENCE.network, tint(images, shown), captions)
         for images, shown in ((IMAGES[rows], captions), (damaged, other))
     )
@@ -57,10 +57,20 @@ def test_every_score_has_a_direction_in_which_damage_is_worse() -> None:
 def test_images_of_the_bundled_reference_are_scored_by_its_protocol(tmp_path: Path) -> None:
     for k, image in enumerate(IMAGES[:200]):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"{k}.png")
-    scores = evaluate_images(tmp_path, load_protocol("fashion"), device="cpu")
+    with pytest.raises(UserError, match="200 scorable images, 10,000 are required"):
+        evaluate_images(tmp_path, load_protocol("fashion"), device="cpu")
+    seen: list[tuple[str, int]] = []
+    scores = evaluate_images(
+        tmp_path, load_protocol("fashion", n=200), device="cpu", progress=lambda what, done: seen.append((what, done))
+    )
     values = {score.metric: score.value for score in scores}
     assert set(values) == {"fd_fashion", "kid", "precision", "recall"}
     assert values["precision"] > 0.7
+    assert seen[-1] == ("images", 200)
+    assert {score.reference_sha256 for score in scores} == {REFERENCE.sha256}
+    errors = {score.metric: score.error_of for score in scores if score.error is not None}
+    assert errors == {"kid": "standard deviation over 100 subsets"}
+    assert {score.metric for score in scores if score.bias is not None} == {"fd_fashion"}
 
 
 def test_a_model_of_another_size_and_too_few_samples_are_refused(tmp_path: Path) -> None:

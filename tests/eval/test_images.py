@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError
 from fewstep.core.image_grid import save_sample
-from fewstep.eval.images import Crop, ImageSet, InMemoryImages, is_image_set
+from fewstep.eval.image_sources import is_image_set, natural_key
+from fewstep.eval.images import Crop, ImageSet, InMemoryImages
 
 
 def pixels(n: int = 5, height: int = 12, width: int = 12, seed: int = 0) -> np.ndarray:
@@ -72,9 +73,9 @@ def test_images_are_read_in_order_of_names(store: Callable[[Path, np.ndarray], P
     opened = ImageSet.open(source)
     order = [int(Path(name).stem) for name in opened.names]
     assert sorted(order) == list(range(5))
-    assert opened.names == sorted(opened.names)
+    assert opened.names == sorted(opened.names, key=natural_key)
     torch.testing.assert_close(read(opened), torch.from_numpy(images[order]).permute(0, 3, 1, 2))
-    assert len(read(ImageSet.open(source, limit=3))) == 3
+    assert len(read(ImageSet.open(source, count=3))) == 3
 
 
 def test_videos_are_read_frame_by_frame(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_a_bad_image_is_refused_with_its_name_or_left_out(name: str, tmp_path: P
         read(ImageSet.open(tmp_path), size=8)
     images = ImageSet.open(tmp_path, skip_bad=True)
     assert len(read(images)) == 3
-    assert set(images.skipped) == {"5.png", "6.png"}
+    assert set(images.done.skipped) == {"5.png", "6.png"}
     assert images.scored_count == 3
 
 
@@ -144,7 +145,7 @@ def test_sources_without_images_are_refused(tmp_path: Path) -> None:
         ("empty", "contains no images"),
         ("a.zip", "cannot be read"),
         ("a.npz", r"must contain uint8 images \[N, H, W, 3\]"),
-        ("missing", "neither a folder of images nor an archive"),
+        ("missing", "does not exist"),
     ):
         with pytest.raises(UserError, match=message):
             ImageSet.open(tmp_path / name)

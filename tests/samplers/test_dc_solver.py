@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from worlds import NOISE, VP, by_log_snr, mixture
+from worlds import NOISE, VP, by_log_snr, mixture, tiny_teacher
 
+from fewstep.api import solvers
 from fewstep.core.errors import UserError
+from fewstep.models.loading import load_model
 from fewstep.samplers.dc_solver import (
     RatioPolynomial,
     dc_solver,
@@ -23,13 +26,15 @@ from fewstep.samplers.dc_solver import (
 from fewstep.samplers.exponential import HistoryEntry
 from fewstep.samplers.grids import grid
 from fewstep.samplers.multistep import states
+from fewstep.samplers.plan import SamplingConfig, plan
 from fewstep.samplers.predictor import ModelOutput
+from fewstep.samplers.provenance import weights_hash
 from fewstep.samplers.unipc import unipc, unipc_steps
 
 
 def test_a_shifted_output_is_the_polynomial_at_the_shifted_time() -> None:
     times = (0.5, 0.7, 0.8)
-    nodes = mixture().nodes(times)
+    nodes = [mixture().nodes([t])[0] for t in times]
     values = [torch.tensor([[2.0 - t + 3 * t * t]], dtype=torch.float64) for t in times]
     outputs = [ModelOutput(value, value, "x0", (1.0, 1.0, 0.0, 0.0)) for value in values]
     history = [HistoryEntry(node, output) for node, output in zip(nodes, outputs, strict=True)]
@@ -68,6 +73,44 @@ def test_reference_states_are_those_of_a_finer_run_at_the_same_times() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_ratios_are_used_with_the_grid_and_the_weights_that_they_were_searched_on(tmp_path: Path) -> None:
+    teacher, other = (load_model(tiny_teacher(tmp_path / name, seed)) for name, seed in (("a", 0), ("b", 1)))
+    assert teacher.path is not None
+    file = teacher.path / "dc_solver.json"
+    solvers.fit_dc(teacher.path, file, steps=[3], guidance=[2.0], n=2, grid="karras:0.02", device="cpu")
+    assert {(each["grid"], each["model"]) for each in json.loads(file.read_text())} == {
+        ("karras:0.02", weights_hash(teacher.denoiser))
+    }
+    plan(teacher, SamplingConfig("dc_solver_2", 3, 2.0, grid="karras:0.02"))
+    with pytest.raises(UserError, match="do not fit the grid 'time'"):
+        plan(teacher, SamplingConfig("dc_solver_2", 3, 2.0))
+    with pytest.raises(UserError, match="no ratios near 3 steps at guidance 1"):
+        plan(teacher, SamplingConfig("dc_solver_2", 3, grid="karras:0.02"))
+    assert other.path is not None
+    (other.path / "dc_solver.json").write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="fitted to other weights than this model's: run fewstep solver fit-dc"):
+        plan(other, SamplingConfig("dc_solver_2", 3, 2.0, grid="karras:0.02"))
+
+
+def test_the_bundled_ratios_belong_to_the_bundled_model() -> None:
+    model = load_model("fashion")
+    plan(model, SamplingConfig("dc_solver_2", 5))
+    with pytest.raises(UserError, match=r"do not fit the grid 'karras:0\.02'"):
+        plan(model, SamplingConfig("dc_solver_2", 5, grid="karras:0.02"))
+
+
+def test_a_rule_of_order_one_also_shifts_by_three_outputs() -> None:
+    times = by_log_snr(VP, 4)
+    seen: list[int] = []
+
+    def compensate(i: int, history: Sequence[HistoryEntry]) -> HistoryEntry:
+        seen.append(len(history))
+        return history[0]
+
+    unipc(mixture(), NOISE, times, order=1, compensate=compensate)
+    assert seen == [1, 2, 3, 3]
+
+
 def test_golden_section_finds_the_minimum() -> None:
     assert golden_section(lambda r: (r - 0.73) ** 2, 0, 2, 30) == pytest.approx(0.73, abs=1e-4)
 
@@ -90,6 +133,8 @@ def test_ratios_are_read_or_interpolated_within_the_searched_range(tmp_path: Pat
     for steps, guidance, order in ((9, 1.0, 2), (6, 2.0, 2), (6, 1.0, 3)):
         with pytest.raises(UserError, match=f"has no ratios near {steps} steps at guidance {guidance:g}"):
             read_ratios(file, steps, guidance, order)
+    with pytest.raises(UserError, match=r"searched on the grid time and do not fit the grid 'karras:0\.02'"):
+        read_ratios(file, 6, 1.0, grid="karras:0.02")
     file.write_text("[{}]")
     with pytest.raises(UserError, match=r"needs the model's ratios in .*dc_solver\.json: run fewstep solver fit-dc"):
         read_ratios(file, 6, 1.0)

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from worlds import HIGH, LOW, NOISE, VP, by_log_snr, mixture
+from worlds import HIGH, LOW, NOISE, VP, by_log_snr, mixture, tiny_teacher
 
+from fewstep.api import solvers
 from fewstep.core.errors import UserError
 from fewstep.core.files import write_tensors
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
+from fewstep.models.loading import load_model
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
 from fewstep.models.schedules import VE, NoiseSchedule, RectifiedFlow
+from fewstep.samplers import dpm_solver_v3 as dpm_solver_v3_module
 from fewstep.samplers.dpm_solver_pp import multistep_pp
 from fewstep.samplers.dpm_solver_v3 import Statistics, derivatives, dpm_solver_v3, nested_derivatives
+from fewstep.samplers.grids import End, grid
+from fewstep.samplers.plan import SamplingConfig, plan
 from fewstep.samplers.predictor import Predictor
 from fewstep.samplers.statistics import Progress, estimate_statistics
 from fewstep.samplers.unipc import unipc
@@ -164,6 +172,73 @@ def test_the_error_falls_with_the_order(order: int, pseudo: bool) -> None:
     rule = partial(dpm_solver_v3, statistics=stats, order=order, correct=order > 1, pseudo=pseudo)
     errors = [(rule(mixture(), NOISE, by_log_snr(VP, n)) - truth).square().mean().sqrt().item() for n in (20, 40, 80)]
     assert math.log2(errors[0] / errors[-1]) / 2 == pytest.approx(order, abs=0.16)
+
+
+@pytest.mark.parametrize("steps", [20, 50, 100])
+def test_it_takes_the_steps_that_are_asked_for_whatever_the_number_of_statistics(
+    estimated: Statistics, steps: int
+) -> None:
+    few = Statistics(*(values[::25] for values in (estimated.log_snr, estimated.l, estimated.s, estimated.b)))
+    predict = mixture()
+    x = dpm_solver_v3(predict, NOISE, by_log_snr(VP, steps), few, order=2, pseudo=True)
+    assert predict.nfe == steps
+    truth = unipc(mixture(), NOISE, by_log_snr(VP, 400), order=3)
+    assert (x - truth).square().mean().sqrt() < 0.02
+
+
+@pytest.mark.parametrize("end", ["zero", "minimum"])
+def test_only_the_last_step_is_of_first_order(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[int] = []
+    original = dpm_solver_v3_module.take_step
+
+    def recorded(*arguments: object) -> Tensor:
+        orders.append(len(arguments[4]))  # type: ignore[arg-type]
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dpm_solver_v3_module, "take_step", recorded)
+    stats = constant_statistics(200, 0.5, -0.2)
+    dpm_solver_v3(mixture(), NOISE, grid(VP, 6, end=end), stats, order=3, correct=False)
+    assert orders == ([1, 2, 3, 3, 2] if end == "zero" else [1, 2, 3, 3, 2, 1])  # x0 itself at sigma = 0
+
+
+def test_statistics_are_used_at_the_guidance_and_with_the_weights_that_they_were_measured_at(tmp_path: Path) -> None:
+    teacher, other = (load_model(tiny_teacher(tmp_path / name, seed)) for name, seed in (("a", 0), ("b", 1)))
+    assert teacher.path is not None
+    assert other.path is not None
+    file = teacher.path / "statistics.safetensors"
+    solvers.fit_v3(teacher.path, file, n=2, intervals=4, guidance=2.0, device="cpu")
+    plan(teacher, SamplingConfig("dpm_solver_v3_2", 3, 2.0))
+    with pytest.raises(UserError, match="measured at guidance 2 and do not fit guidance 1: run fewstep solver fit-v3"):
+        plan(teacher, SamplingConfig("dpm_solver_v3_2", 3))
+    (other.path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="fitted to other weights than this model's"):
+        plan(other, SamplingConfig("dpm_solver_v3_2", 3, 2.0))
+
+
+def test_a_step_costs_at_most_three_times_one_of_unipc(estimated: Statistics) -> None:
+    """Beside the network, as the median over paired rounds; the exponentials of the statistics are computed once."""
+
+    class Identity(torch.nn.Module):
+        def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return x_t
+
+    shape, times = (1, 28, 28), grid(RectifiedFlow(), 10, t_max=0.999)
+    image = Statistics(
+        estimated.log_snr, *(v[:, :1, None, None].repeat(1, *shape) for v in (estimated.l, estimated.s, estimated.b))
+    )
+    predict = Predictor(Denoiser(Identity(), RectifiedFlow(), "velocity"), Condition())
+    x = torch.randn(8, *shape)
+
+    def seconds(rule: Callable[[Predictor, Tensor, Sequence[float]], Tensor]) -> float:
+        start = time.perf_counter()
+        rule(predict, x, times)
+        return time.perf_counter() - start
+
+    v3 = partial(dpm_solver_v3, statistics=image, order=2, pseudo=True)
+    with torch.inference_mode():
+        seconds(v3)
+        ratios = [seconds(v3) / seconds(unipc) for _ in range(31)]
+    assert statistics.median(ratios) <= 3
 
 
 def test_missing_or_foreign_statistics_are_refused_with_the_command_that_creates_them(tmp_path: Path) -> None:

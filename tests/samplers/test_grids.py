@@ -9,8 +9,9 @@ import pytest
 import torch
 from worlds import FLOW
 
+from fewstep.core.errors import UserError
 from fewstep.models.schedules import VE, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
-from fewstep.samplers.grids import End, Spacing, check_times, grid, time_uniform
+from fewstep.samplers.grids import End, Spacing, check_times, given_steps, grid, grid_of, time_uniform
 
 SCHEDULES: dict[str, NoiseSchedule] = {
     "vp": VPLinear(), "flow": RectifiedFlow(), "edm": VE(), "discrete": VPDiscrete.scaled_linear()
@@ -48,6 +49,54 @@ def test_uniform_times_are_shifted_towards_noise() -> None:
     assert time_uniform(4) == (1.0, 0.75, 0.5, 0.25, 0.0)
     assert time_uniform(4, 3.0) == pytest.approx((1.0, 0.9, 0.75, 0.5, 0.0))
     assert grid(FLOW, 4, "time", factor=3.0) == pytest.approx((1.0, 0.9, 0.75, 0.5, 0.0))
+
+
+def test_beta_quantiles_are_over_the_time_of_a_flow_before_its_shift() -> None:
+    """The quantiles of Beta(0.6, 0.6) at k / 8, as the paper and ComfyUI's scheduler take them."""
+    published = [1.0, 0.942844, 0.824320, 0.670618, 0.5, 0.329382, 0.175680, 0.057156, 0.0]
+    assert grid(FLOW, 8, "beta") == pytest.approx(published, abs=1e-6)
+    shifted = [3 * t / (1 + 2 * t) for t in published]
+    assert grid(FLOW, 8, "beta", factor=3.0) == pytest.approx(shifted, abs=1e-6)
+    bounded = [0.05 + 0.9 * t for t in published]
+    assert grid(FLOW, 8, "beta", t_max=0.95, t_min=0.05, end="minimum") == pytest.approx(bounded, abs=1e-6)
+
+
+def test_beta_quantiles_are_over_sigma_by_alpha_on_other_schedules() -> None:
+    """diffusers' ``_convert_to_beta``: sigma_min + q (sigma_max - sigma_min)."""
+    schedule = VPDiscrete.scaled_linear()
+    times = torch.tensor(grid(schedule, 4, "beta", end="minimum"), dtype=torch.float64)
+    rho = (-schedule.log_snr(times)).exp()
+    fractions = (rho - rho[-1]) / (rho[0] - rho[-1])
+    assert fractions.tolist() == pytest.approx([1.0, 0.824320, 0.5, 0.175680, 0.0], abs=1e-5)
+
+
+@pytest.mark.parametrize(("spacing", "near"), [("karass", "karras"), ("log_snr:0.05", "log_snr"), ("Beta", "beta")])
+def test_an_unknown_spacing_is_refused_with_the_nearest_name(spacing: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"Unknown grid '{spacing}'; did you mean '{near}'"):
+        grid(FLOW, 5, spacing)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spacing", ["quadratic", "karras", "log_snr"])
+@pytest.mark.parametrize("smallest", [-0.1, 1.0, math.nan])
+def test_a_smallest_time_out_of_range_is_refused(spacing: Spacing, smallest: float) -> None:
+    with pytest.raises(ValueError, match="smallest time must lie between 0 and 1, got"):
+        grid(FLOW, 5, spacing, t_min=smallest)
+
+
+def test_a_grid_can_be_given_as_its_times() -> None:
+    assert grid_of(FLOW, 4, "times:1,0.9,0.75,0.5") == (1.0, 0.9, 0.75, 0.5, 0.0)
+    assert grid_of(FLOW, 4, "times:1,0.9,0.75,0.5,0", factor=3.0) == (1.0, 0.9, 0.75, 0.5, 0.0), "after the shift"
+    assert grid_of(FLOW, 2, "times:1,0.5", t_max=0.999) == (0.999, 0.5, 0.0)
+    assert (given_steps("times:1,0.5"), given_steps("times:1,0.5,0.0"), given_steps("karras")) == (2, 2, None)
+    for text, steps, message in (
+        ("times:0.5,1", 2, "decreasing"),
+        ("times:1,nan", 2, "decreasing"),
+        ("times:1,x", 2, "could not convert"),
+        ("times:1,0.5", 3, "has 2 steps, but 3 were requested"),
+        ("tims:1", 1, "did you mean 'times'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            grid_of(FLOW, steps, text)
 
 
 def test_invalid_grids_are_refused() -> None:

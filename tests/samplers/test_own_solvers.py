@@ -24,7 +24,7 @@ from fewstep.samplers.exponential import Noise
 from fewstep.samplers.generate import generate
 from fewstep.samplers.plan import plan, steps_within
 from fewstep.samplers.predictor import Predictor
-from fewstep.samplers.solvers import SOLVERS, FittedSolver, Rule, Solver, describe_solvers, find_solver
+from fewstep.samplers.solvers import SOLVERS, FitRequest, FittedSolver, Rule, Solver, describe_solvers, find_solver
 
 MODULE = """
 from itertools import pairwise
@@ -110,8 +110,8 @@ def test_a_fitted_solver_of_your_own_reads_the_models_folder(tmp_path: Path) -> 
     folder = tiny_teacher(tmp_path / "teacher")
     (folder / "rule.txt").write_text("unipc_2")
 
-    def build(folder: Path, steps: int, guidance: float) -> Rule:
-        return SOLVERS[(folder / "rule.txt").read_text()].run
+    def build(request: FitRequest) -> Rule:
+        return SOLVERS[(request.folder / "rule.txt").read_text()].run
 
     fewstep.register("solver", "fitted")(FittedSolver(build, 2, "none"))
     assert torch.equal(images(folder, "fitted"), images(folder, "unipc_2"))
@@ -165,5 +165,5 @@ def test_an_own_solver_that_adds_noise_is_not_compared_with_a_long_run(teacher: 
 
 
 def test_evaluations_are_counted_without_a_model(installed: str) -> None:
-    assert find_solver(installed, 3).count_evaluations(FLOW, (1.0, 0.5, 0.2, 0.0)) == 6
+    assert find_solver(installed, FitRequest(Path(), 3)).count_evaluations(FLOW, (1.0, 0.5, 0.2, 0.0)) == 6
     assert SOLVERS["heun"].count_evaluations(FLOW, (1.0, 0.5, 0.2, 0.0)) == 5

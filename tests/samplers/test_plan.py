@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from worlds import FLOW, MIXTURE
 
 from fewstep.core.errors import UserError
@@ -53,6 +54,39 @@ def test_a_grid_takes_its_smallest_time_after_a_colon() -> None:
     assert times != plan(TEACHER, SamplingConfig("dpmpp_2m", 5, grid="log_snr")).times
 
 
+def test_times_on_the_command_line_also_give_the_number_of_steps() -> None:
+    assert plan(TEACHER, SamplingConfig("euler", grid="times:1,0.9,0.5")).times == (1.0, 0.9, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "unipc_2", "heun_edm"])
+def test_a_flow_that_predicts_noise_starts_below_pure_noise(solver: str) -> None:
+    """At t = 1, where alpha = 0, its prediction does not determine x0."""
+    config = CONFIG.model_copy(update={"prediction": "noise"})
+
+    class Noise(MixtureBackbone):
+        def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return (x_t - (1 - t)[:, None] * super().forward(x_t, t, condition)) / t[:, None]
+
+    model = Model(denoiser=Denoiser(Noise(MIXTURE, FLOW), FLOW, "noise"), config=config)
+    request = plan(model, SamplingConfig(solver, 40))
+    x = integrate(model.denoiser, Condition(), (2,), plan=request, numbers=range(50)).x0
+    truth = integrate(
+        TEACHER.denoiser, Condition(), (2,), plan=plan(TEACHER, SamplingConfig(solver, 40)), numbers=range(50)
+    ).x0
+    assert (x - truth).square().mean().sqrt() < 0.05
+
+
+def test_heun_edm_does_not_diverge_on_its_default_grid() -> None:
+    """A grid that starts just below t = 1 would give it one step over most of the range of sigma / alpha."""
+    truth = integrate(
+        TEACHER.denoiser, Condition(), (2,), plan=plan(TEACHER, SamplingConfig("unipc_3", 200)), numbers=range(50)
+    ).x0
+    for steps in (4, 8):
+        request = plan(TEACHER, SamplingConfig("heun_edm", steps))
+        x = integrate(TEACHER.denoiser, Condition(), (2,), plan=request, numbers=range(50)).x0
+        assert (x - truth).square().mean().sqrt() < 0.3
+
+
 def test_the_schedule_shift_of_a_teacher_applies_to_its_grid() -> None:
     shifted = Model(denoiser=TEACHER.denoiser, config=CONFIG.model_copy(update={"shift": 3.0}))
     assert plan(shifted, SamplingConfig("euler", 4)).times == time_uniform(4, 3.0)
@@ -69,6 +103,11 @@ def test_the_schedule_shift_of_a_teacher_applies_to_its_grid() -> None:
         (TEACHER, SamplingConfig("euler", 4, grid="karras:2"), "grid 'karras:2' does not work"),
         (TEACHER, SamplingConfig("euler", 4, grid="karras:x"), "grid 'karras:x' does not work"),
         (TEACHER, SamplingConfig("euler", 4, grid="time:0.02"), "takes no smallest time"),
+        (TEACHER, SamplingConfig("euler", 4, grid="beta:0.02"), "takes no smallest time"),
+        (TEACHER, SamplingConfig("euler", 4, grid="quadratic:-0.1"), "smallest time must lie between 0 and 1"),
+        (TEACHER, SamplingConfig("euler", 4, grid="times:1,0.5"), "it has 2 steps, but 4 were requested"),
+        (TEACHER, SamplingConfig("euler", 4, guidance=float("nan")), "guidance must be a finite number, got nan"),
+        (TEACHER, SamplingConfig("euler", 4, guidance=float("inf")), "guidance must be a finite number, got inf"),
         (TEACHER, SamplingConfig("dpm_solver_v3_2", 4), "run fewstep solver fit-v3"),
         (TEACHER, SamplingConfig("dc_solver_2", 4), "run fewstep solver fit-dc"),
         (STUDENT, SamplingConfig("student", guidance=2.0), "has its guidance in its weights"),
@@ -100,6 +139,11 @@ def test_steps_within_is_the_largest_number_of_steps_that_fits(solver: str, scal
         denoiser, guidance = TEACHER.denoiser, Guidance(scale)
         return integrate(denoiser, condition, (2,), plan=request, numbers=range(1), guidance=guidance).nfe
 
+    budget = nfe if scale == 1 else nfe // 2
+    if cost(2) > nfe and cost(1) < budget * scale and SOLVERS[solver].evaluations_per_step > 1:
+        with pytest.raises(UserError, match="too few for one step of"):  # only Euler's step to 0 would fit
+            steps_within(solver, nfe, scale != 1, CONFIG)
+        return
     steps = steps_within(solver, nfe, scale != 1, CONFIG)
     assert cost(steps) <= nfe < cost(steps + 1)
 

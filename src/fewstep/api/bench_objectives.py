@@ -137,6 +137,7 @@ def bench_objectives(
 
     runs = run_all(settings, train)
     entries = []
+    several_models = {"source": None, "source_sha256": None}  # one per seed, whose mean the tables show
     curves: dict[str, list[list[tuple[float, float]]]] = {method: [] for method in settings.methods}
     for method, seed, folder in runs:
         curves[method].append(curve(settings, method, folder))
@@ -150,7 +151,8 @@ def bench_objectives(
         last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         training = {"training_seconds": last["seconds"], "training_evaluations": settings.evaluations}
         entries += [
-            score.model_copy(update={"model": method, "seed": seed}).model_dump(exclude_none=True) | training
+            score.model_copy(update=several_models | {"model": method, "seed": seed}).model_dump(exclude_none=True)
+            | training
             for score in own
             if score.steps in wanted and score.n == settings.n
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from fewstep.core.image_files import to_bytes
 from fewstep.distill.run_folder import teacher_of
 from fewstep.eval.evaluate_protocol import ProtocolEvaluator
 from fewstep.eval.evaluate_reference import ReferenceEvaluator
+from fewstep.eval.hashes import model_sha256
 from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import Protocol
 from fewstep.eval.references import load_reference
@@ -75,10 +77,12 @@ def evaluate(
     if file is not None:
         check_writable(file)
     scores: list[Score] = []
+    identity = {"source": str(source), "source_sha256": model_sha256(model)}
     for request, own in product(dict.fromkeys(requests), evaluator.seeds):
         label = f"{request.solver} {request.steps} steps, guidance {request.guidance:g}"
         report = partial(progress, label) if progress else None
-        scores += evaluator(model, name or Path(source).name, replace(request, seed=own), report)
+        found = evaluator(model, name or Path(source).name, replace(request, seed=own), report)
+        scores += [score.model_copy(update=identity) for score in found]
         if file is not None:
             write_scores(merge(known, scores), file)
     return scores
@@ -87,26 +91,36 @@ def evaluate(
 def evaluate_images(
     source: Source, protocol: Protocol, locator: WeightsLocator | None = None, *, skip_bad: bool = False,
     device: str = "auto", json_file: Source | None = None, name: str | None = None,
+    progress: Callable[[str, int], None] | None = None,
 ) -> list[Score]:  # fmt: skip
-    """Scores the images of a folder or an archive. Raises ``UserError`` on images that cannot be scored."""
-    evaluator = _evaluator(protocol, locator, pick_device(device), skip_bad)
+    """Scores the images of a folder or an archive. With ``json_file``, features of an unfinished evaluation are kept in
+    ``JSON_FILE.features`` beside it, and the same call continues it. ``progress(what, done)`` counts images. Raises
+    ``UserError`` on images that cannot be scored."""
     known: list[Score] = []
+    work = None
     if json_file is not None:
-        check_writable(json_file)
-        known = read_scores(Path(json_file)) if Path(json_file).is_file() else []
+        file = Path(json_file)
+        check_writable(file)
+        known = read_scores(file) if file.is_file() else []
+        work = file.with_name(f"{file.name}.features")
+    evaluator = _evaluator(protocol, locator, pick_device(device), skip_bad, work, progress)
     scores = evaluator.of_images(Path(source), name or Path(source).name)
     if json_file is not None:
         write_scores(merge(known, scores), Path(json_file))
+    if work is not None:
+        shutil.rmtree(work, ignore_errors=True)
     return scores
 
 
 def _evaluator(
-    protocol: Protocol, locator: WeightsLocator | None, device: torch.device, skip_bad: bool = False
-) -> ReferenceEvaluator | ProtocolEvaluator:
+    protocol: Protocol, locator: WeightsLocator | None, device: torch.device, skip_bad: bool = False,
+    work: Path | None = None, progress: Callable[[str, int], None] | None = None,
+) -> ReferenceEvaluator | ProtocolEvaluator:  # fmt: skip
     if protocol.uses_bundled_reference:
         real = load_reference(str(protocol.reference), "test", device)
-        return ReferenceEvaluator(real, protocol.n, protocol.seeds, protocol.name, skip_bad)
-    return ProtocolEvaluator(protocol, locator or WeightsLocator.from_environment(), device, skip_bad)
+        return ReferenceEvaluator(real, protocol.n, protocol.seeds, protocol.name, skip_bad, progress)
+    found = locator or WeightsLocator.from_environment()
+    return ProtocolEvaluator(protocol, found, device, skip_bad, work=work, progress=progress)
 
 
 def known_teacher_scores(run: Path, hashes: set[str]) -> list[Score]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
 
 from fewstep.api.models import Source, load
+from fewstep.distill.config_files import read_settings
 from fewstep.eval.report.tables import markdown
 from fewstep.eval.score_files import read_scores
 from fewstep.models.hub.export import export as export_model
@@ -14,10 +18,23 @@ from fewstep.models.hub.export_format import ExportFormat
 def export(run: Source, form: ExportFormat, out: Source, device: str = "cpu") -> Path:
     """Writes a student as a diffusers pipeline, its denoiser alone (``merged``), a LoRA file, or one for ComfyUI, and
     compares what was written with the student before it gets its name. A run's config and scores go into the model
-    card. Raises ``UserError`` if the model cannot be exported so."""
+    card, without absolute paths. Raises ``UserError`` if the model cannot be exported so."""
     folder, card = Path(run), ""
     if (folder / "config.yaml").is_file():
-        card = f"## Config\n\n```yaml\n{(folder / 'config.yaml').read_text(encoding='utf-8')}```\n"
+        config = yaml.safe_dump(_without_folders(read_settings(folder / "config.yaml")[0]), sort_keys=False)
+        card = f"## Config\n\n```yaml\n{config}```\n"
         if (folder / "eval.json").is_file():
             card += f"\n## Scores\n\n{markdown(read_scores(folder / 'eval.json'))}"
     return export_model(load(run, device), form, Path(out), card)
+
+
+def _without_folders(value: Any) -> Any:
+    """``value`` with each absolute path in it replaced by its last part; they may contain spaces."""
+    if isinstance(value, dict):
+        return {key: _without_folders(content) for key, content in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(content) for content in value]
+    if not isinstance(value, str):
+        return value
+    local = value.startswith("~") or PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
+    return PureWindowsPath(value).name if local else value

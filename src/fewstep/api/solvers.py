@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fewstep.api.models import Source, load
+from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable, write_text
 from fewstep.eval.references import load_reference
 from fewstep.eval.report.solver_figure import write_solver_comparison
@@ -18,6 +20,7 @@ from fewstep.samplers.dc_solver import SearchedRatios, reference_states, search_
 from fewstep.samplers.generate import SampleNoise, generate
 from fewstep.samplers.plan import SamplingConfig, plan
 from fewstep.samplers.predictor import Predictor
+from fewstep.samplers.provenance import weights_hash
 from fewstep.samplers.statistics import estimate_statistics
 
 SEARCH_SEED = 12345  # of the samples that solvers are tuned on: far from the seeds that people compare
@@ -32,9 +35,17 @@ def compare_solvers(
     UniPC-3 from the same noise (and scores them, with ``reference``). Writes ``solvers.json``, ``solvers.md`` and
     ``solvers.png``; existing results in ``folder`` are kept, so that a comparison can be continued or extended.
 
-    Raises ``UserError`` before sampling: on an unknown solver or grid, a solver that adds noise, and a budget too small
-    for one step.
+    Raises ``UserError`` before sampling: on an unknown solver or grid, a solver that adds noise, a budget too small for
+    one step, numbers out of range, and a comparison of the long run with itself.
     """
+    check_at_least(1, n=n, long=long, **{"a number of evaluations": min(nfe, default=0)})
+    check_finite(guidance)
+    if (
+        "unipc_3" in solvers
+        and {"log_snr", "exponential"} & set(grids)
+        and long in (count // (1 if guidance == 1 else 2) for count in nfe)
+    ):
+        raise UserError(f"unipc_3 with {long} steps on log_snr is the long run itself: choose fewer evaluations.")
     model = load(source, device)
     labels = model.labels(n)
     real = load_reference(reference, "test", model.device) if reference else None
@@ -52,6 +63,8 @@ def fit_v3(
 ) -> None:  # fmt: skip
     """Writes the statistics that DPM-Solver-v3 needs of a class-conditional model, over ``n`` of its own samples. The
     solver looks for them in ``statistics.safetensors`` beside the model's weights. Continues an interrupted call."""
+    check_at_least(1, n=n, intervals=intervals)
+    check_finite(guidance)
     check_writable(file)
     model = load(source, device)
     labels = model.labels(n)
@@ -65,23 +78,40 @@ def fit_v3(
 
 def fit_dc(
     source: Source, file: Source, *, steps: Sequence[int], guidance: Sequence[float], order: int = 2, n: int = 32,
-    seed: int = 0, device: str = "auto", progress: Callable[[int, int], None] | None = None,
+    grid: str = "time", seed: int = 0, device: str = "auto", progress: Callable[[int, int], None] | None = None,
 ) -> None:  # fmt: skip
-    """Searches DC-Solver's ratios for every number of steps and guidance scale, against runs with twenty times the
-    steps. The solver looks for them in ``dc_solver.json`` beside the model's weights."""
+    """Searches DC-Solver's ratios for every number of steps and guidance scale on a grid, against runs with twenty
+    times the steps. The solver looks for them in ``dc_solver.json`` beside the model's weights."""
+    check_at_least(1, n=n, order=order, **{"a number of steps": min(steps, default=0)})
+    check_finite(*guidance)
     check_writable(file)
     model = load(source, device)
+    weights = weights_hash(model.denoiser)
     labels = model.labels(n)
     condition = Condition.of_labels(labels, model.config.classes).to(model.device)
     noise = SampleNoise(SEARCH_SEED + seed, range(n), model.config.shape, model.device)()
     found: list[SearchedRatios] = []
     wanted = [(count, scale) for scale in guidance for count in steps]
     for done, (count, scale) in enumerate(wanted, start=1):
-        times = plan(model, SamplingConfig("unipc_2", count)).times
+        times = plan(model, SamplingConfig("unipc_2", count, grid=grid)).times
         predict = Predictor(model.denoiser, condition, Guidance(scale))
         x = predict.nodes(times)[0].sigma * noise
         ratios = search_ratios(predict, x, times, reference_states(predict, x, times), order=order)
-        found.append(SearchedRatios(steps=count, guidance=scale, order=order, ratios=ratios))
+        found.append(SearchedRatios(steps=count, guidance=scale, order=order, ratios=ratios, grid=grid, model=weights))
         if progress is not None:
             progress(done, len(wanted))
     write_text(json.dumps([one.model_dump() for one in found], indent=1) + "\n", Path(file))
+
+
+def check_at_least(smallest: int, **values: int) -> None:
+    """Raises ``UserError`` that names the first of ``values`` below ``smallest``."""
+    for name, value in values.items():
+        if value < smallest:
+            raise UserError(f"{name} must be at least {smallest}, got {value}.")
+
+
+def check_finite(*guidance: float) -> None:
+    """Raises ``UserError`` on a guidance scale that is not a finite number."""
+    for scale in guidance:
+        if not math.isfinite(scale):
+            raise UserError(f"guidance must be a finite number, got {scale}.")

@@ -21,7 +21,7 @@ from fewstep.cli.options import (
 )  # fmt: skip
 
 app = typer.Typer(no_args_is_help=True, help="Compare methods at one budget, and measure what a step costs.")
-Rounds = Annotated[int, typer.Option(help="Paired rounds; medians are reported.")]
+Rounds = Annotated[int, typer.Option(min=2, help="Paired rounds; medians are reported.")]
 
 
 @app.command(epilog="Example: fewstep bench objectives configs/fashion/objectives.yaml seeds=[0]")
@@ -58,7 +58,7 @@ def sampler(
     model_name: ModelName,
     solver: Annotated[str, typer.Option(help="One of fewstep solver list.")] = "dpmpp_2m",
     steps: Annotated[int, typer.Option(help="Steps.")] = 10,
-    batch: Annotated[int, typer.Option(help="Samples per batch.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 64,
     file: JsonFile = None,
     rounds: Rounds = 15,
     device: Device = "auto",

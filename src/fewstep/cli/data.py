@@ -35,7 +35,7 @@ def encode(
         str | None, typer.Option(help="For images: HEIGHTxWIDTH,...; each is encoded at the nearest.")
     ] = None,
     frames: Annotated[int, typer.Option(help="For videos (.mp4, .gif): number of frames.")] = 1,
-    batch: Annotated[int, typer.Option(help="Prompts per batch.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
     rows: Annotated[int, typer.Option(help="Prompts per file.")] = 512,
     device: Device = "auto",
 ) -> None:

@@ -9,7 +9,6 @@ import typer
 
 from fewstep.cli.options import (
     Device,
-    Grid,
     GuidanceScale,
     JsonFile,
     ModelName,
@@ -17,6 +16,7 @@ from fewstep.cli.options import (
     Solver,
     Steps,
     check_json,
+    counting,
     out,
     parse_numbers,
     print_scores,
@@ -43,8 +43,8 @@ def evaluate(
     steps: Annotated[str | None, typer.Option(help="One or several. Default: 1,2,4.")] = None,
     nfe: Annotated[str | None, typer.Option(help="Instead of --steps: as many as fit into these evaluations.")] = None,
     solver: Annotated[str | None, typer.Option(help="One or several: student, or any of fewstep solver list.")] = None,
-    guidance: Annotated[str, typer.Option(help="One or several scales, for example 1,2.")] = "1",
-    grid: Grid = "time",
+    guidance: Annotated[str | None, typer.Option(help="One or several scales. Default: 1.")] = None,
+    grid: Annotated[str | None, typer.Option(help="Spacing of a teacher's times, as in fewstep sample.")] = None,
     n: Annotated[
         int | None, typer.Option("--n", help="Samples per combination. Default: 10,000, or the protocol's.")
     ] = None,
@@ -66,13 +66,19 @@ def evaluate(
     from fewstep.api.evaluate import evaluate_images
     from fewstep.core.devices import pick_device
     from fewstep.eval.evaluate_protocol import write_reference
-    from fewstep.eval.images import is_image_set
+    from fewstep.eval.image_sources import is_image_set
     from fewstep.eval.networks.weights import WeightsLocator
     from fewstep.eval.protocol import load_protocol
 
     if steps and nfe:
         raise UserError("Give --steps or --nfe, not both.")
+    _check_exists(source)
     images = is_image_set(Path(source))
+    sampling = {
+        "--steps": steps, "--nfe": nfe, "--solver": solver, "--guidance": guidance, "--grid": grid, "--seed": seed
+    }  # fmt: skip
+    if (images or stats) and (given := [option for option, value in sampling.items() if value is not None]):
+        raise UserError(f"{', '.join(given)}: images on disk are scored as they are, without sampling; remove it.")
     if protocol is None and (images or stats):
         raise UserError("Images are scored by a protocol: give --protocol.")
     if protocol is None and (captions or weights or download or skip_bad):
@@ -80,21 +86,42 @@ def evaluate(
     settings = load_protocol(protocol, reference=reference, captions=captions, n=n, seed=seed) if protocol else None
     locator = WeightsLocator.from_environment(weights, download)
     if settings is not None and stats is not None:
-        for written in write_reference(Path(source), settings, str(stats), locator, pick_device(device), skip_bad):
-            out.print(f"The statistics are in {written}.")
+        with counting("reading images") as count:
+            files, remarks = write_reference(
+                Path(source), settings, str(stats), locator, pick_device(device), skip_bad, count
+            )
+        for text in (*(f"The statistics are in {written}." for written in files), *remarks):
+            out.print(text, markup=False, highlight=False)
         return
     if settings is not None and images:
-        scores = evaluate_images(source, settings, locator, skip_bad=skip_bad, device=device, json_file=file, name=name)
+        with sampling_bar(settings.n) as progress:
+            scores = evaluate_images(
+                source, settings, locator, skip_bad=skip_bad, device=device, json_file=file, name=name,
+                progress=progress,
+            )  # fmt: skip
     else:
         with sampling_bar(settings.n if settings else n or 10_000) as progress:
             scores = evaluate_model(
                 source, protocol=settings, locator=locator, reference=reference or "fashion",
                 steps=parse_numbers(steps or "1,2,4", int, "--steps"),
                 nfe=parse_numbers(nfe, int, "--nfe") if nfe else [], solver=solver.split(",") if solver else [],
-                guidance=parse_numbers(guidance, float, "--guidance"), grid=grid, n=n or 10_000, seed=seed or 0,
-                device=device, json_file=file, name=name, progress=progress,
+                guidance=parse_numbers(guidance or "1", float, "--guidance"), grid=grid or "time",
+                n=n or 10_000, seed=seed or 0, device=device, json_file=file, name=name, progress=progress,
             )  # fmt: skip
     print_scores(scores)
+
+
+def _check_exists(source: str) -> None:
+    """Raises ``UserError`` if ``source`` is certainly a path, of nothing."""
+    from fewstep.core.registry import is_dotted
+    from fewstep.models.loading import bundled_models, is_hub_id
+
+    if not Path(source).exists() and not is_dotted(source) and not is_hub_id(source) and source not in bundled_models():
+        known = ", ".join(bundled_models())
+        raise UserError(
+            f"{source} does not exist: give a run, a model or pipeline folder, a bundled model ({known}), or images (a "
+            "folder, .zip, .tar or .npz)."
+        )
 
 
 @app.command(epilog="Example: fewstep compare runs/a/eval.json runs/b/eval.json")

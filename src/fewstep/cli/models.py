@@ -45,7 +45,7 @@ def sample(
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one per line.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds for each prompt: 0-3 or 0,5,7. Default: --seed.")] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for a pipeline.")] = None,
-    batch: Annotated[int, typer.Option(help="Prompts per batch.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
     labels: Annotated[str | None, typer.Option(help="Class labels, for example 0,1,2. Default: all in turn.")] = None,
     solver: Solver = None,
     guidance: GuidanceScale = 1.0,

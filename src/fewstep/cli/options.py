@@ -119,7 +119,7 @@ def print_scores(scores: list[Score]) -> None:
     from fewstep.eval.report.tables import rows
 
     print_table(rows(scores))
-    for note in dict.fromkeys(note for score in scores for note in (score.manifest or {}).get("notes", [])):
+    for note in dict.fromkeys(note for score in scores for note in score.notes()):
         out.print(note, style="yellow", markup=False, highlight=False)
 
 

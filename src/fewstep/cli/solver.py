@@ -93,6 +93,7 @@ def fit_dc(
     steps: Annotated[str, typer.Option(help="Numbers of steps.")] = "5,6,8,10",
     guidance: Annotated[str, typer.Option(help="Guidance scales.")] = "2",
     order: Annotated[int, typer.Option(help="Order of the UniPC that is compensated.")] = 2,
+    grid: Annotated[str, typer.Option(help="The grid that the ratios are for.")] = "time",
     n: Annotated[int, typer.Option("--n", help="Samples that the search uses.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     device: Device = "auto",
@@ -103,6 +104,7 @@ def fit_dc(
     with counting("searching") as progress:
         solvers.fit_dc(
             model_name, file, steps=parse_numbers(steps, int, "--steps"), order=order,
-            guidance=parse_numbers(guidance, float, "--guidance"), n=n, seed=seed, device=device, progress=progress,
+            guidance=parse_numbers(guidance, float, "--guidance"), n=n, grid=grid, seed=seed, device=device,
+            progress=progress,
         )  # fmt: skip
     out.print(f"The ratios are in {file}.")

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from fewstep.cli.options import out, progress_bar
+from fewstep.distill.loop import LostUpdate
 from fewstep.distill.trainer import Callback, Trainer
 from fewstep.eval.report.diagnosis import diagnose
 
@@ -31,6 +32,9 @@ class TrainingProgress(Callback):
 
     def on_step(self, trainer: Trainer) -> None:
         self._bar.update(self._task, completed=trainer.step)
+
+    def on_lost_update(self, trainer: Trainer, lost: LostUpdate) -> None:
+        out.print(str(lost), style="yellow", markup=False, highlight=False)
 
     def on_log(self, trainer: Trainer, values: dict[str, float]) -> None:
         losses = "  ".join(

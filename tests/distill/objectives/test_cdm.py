@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from worlds import FLOW, Affine, Points, build_objective, gaussian, mlp_roles, trained
+from worlds import FLOW, Affine, Points, build_objective, gaussian, mlp, mlp_roles, trained
 
+from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.rollouts import add_noise, random_time_rollout
+from fewstep.distill.stage import RoleConfig, enter_stage
+from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import MicroBatch, StudentSample
+from fewstep.models.adapters import share_network
 from fewstep.models.denoiser import Denoiser
 
 
@@ -18,7 +22,7 @@ def rollout_sample(roles: Roles, step: int, batch: int = 16, max_steps: int = 6)
     random = KeyedRandom(0, step, "rollout", 0)
     micro = MicroBatch({"data": Points(2)(random, batch)}, random, step, roles)
     with torch.no_grad():
-        return random_time_rollout(micro, roles, max_steps, (0.25, 0.95))
+        return random_time_rollout(micro, roles, max_steps, TimeLaw(low=0.25, high=0.95))
 
 
 def test_the_student_starts_from_pure_noise_with_the_expected_frequency() -> None:
@@ -48,7 +52,7 @@ def test_the_implied_noise_and_x0_reproduce_the_state() -> None:
     roles = mlp_roles()
     random = KeyedRandom(0, 0, "rollout", 0)
     micro = MicroBatch({"data": Points(2)(random, 50)}, random, 0, roles)
-    sample = random_time_rollout(micro, roles, 1, (0.25, 0.95))  # one step: the state is the initial noise
+    sample = random_time_rollout(micro, roles, 1, TimeLaw())  # one step: the state is the initial noise
     assert sample.noise is not None
     assert (sample.t_student == 1).all()
     torch.testing.assert_close(
@@ -77,8 +81,23 @@ def test_all_three_terms_reach_the_student_and_only_it() -> None:
 
 
 def test_the_student_is_sampled_at_shifted_times() -> None:
-    """Stable Diffusion 3's shift of 3 moves 1, .75, .5, .25 to 1, .9, .75, .5: the middle of the published range."""
+    """Stable Diffusion 3's shift of 3 moves 1, .75, .5, .25 to 1, .9, .75, .5."""
     few = build_objective("cdm", mlp_roles(), steps=4, shift=3.0).few_step
     assert few is not None
     assert few.times == pytest.approx((1.0, 0.9, 0.75, 0.5))
     assert (few.rule, few.shift) == ("deterministic", 3.0)
+
+
+def test_interpolation_is_for_copies() -> None:
+    """Two adapters share the teacher's network: their factors could be averaged, but not the networks."""
+    pytest.importorskip("peft")
+    teacher = mlp(2, 0)
+    share_network(teacher, rank=2, alpha=None, targets=["layers.0"])
+    rates = {role: RoleConfig(lr=1e-3) for role in ("student", "fake")}
+    roles = Roles(enter_stage({"teacher": Role(teacher)}, rates, {}))
+    with pytest.raises(UserError, match=r"these train adapters: fake and student.*Set blend: 0"):
+        build_objective("cdm", roles)
+    objective = build_objective("cdm", roles, blend=0.0, guidance=1.0, max_steps=2)
+    before = [p.detach().clone() for p in roles["student"].parameters]
+    Loop(roles, objective, {"data": Points(2)}, 8).step(1)
+    assert all(torch.equal(a, b) for a, b in zip(before, roles["student"].parameters, strict=True))

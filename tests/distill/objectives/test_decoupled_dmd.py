@@ -19,6 +19,8 @@ from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 
 CONDITIONAL, UNCONDITIONAL = 1.0, 0.0
+ALL = {"within": "all", "low": 0.0, "high": 1.0}
+HALF = {name: {"within": "all", "low": 0.5, "high": 0.5} for name in ("dm_times", "ca_times")}
 
 
 class Conditional(nn.Module):
@@ -60,7 +62,8 @@ def test_at_equal_times_and_noise_the_two_parts_add_up_to_guided_dmd2(monkeypatc
     gradients = []
     for name in ("decoupled_dmd", "dmd2"):
         roles = world(-0.5, 0.7)
-        settings = {"steps": 1, "guidance": 5.0, "critic_updates": 1, "t_range": (0.5, 0.5)}
+        half = {"renoise_times": {"low": 0.5, "high": 0.5}} if name == "dmd2" else HALF
+        settings = {"steps": 1, "guidance": 5.0, "critic_updates": 1, **half}
         gradients.append(gradient(roles, build_objective(name, roles, **settings), 500))
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-6)
 
@@ -79,7 +82,8 @@ def test_the_equilibrium_without_normaliser(t_student: float, mean: float, monke
             return StudentSample(x0, zero, x0, zero + t_student, micro.batch.condition)
 
         roles = world(mu)
-        objective = build_objective("decoupled_dmd", roles, guidance=5.0, critic_updates=1, t_range=(0.0, 1.0))
+        times = {"dm_times": ALL, "ca_times": {**ALL, "within": "cleaner"}}
+        objective = build_objective("decoupled_dmd", roles, guidance=5.0, critic_updates=1, **times)
         return gradient(roles, dataclasses.replace(objective, rollout=sample), 200_000)
 
     low, high = at(0.0), at(6.0)  # the expected gradient is linear in mu
@@ -102,7 +106,7 @@ def mean_after(fake: Role, steps: int, monkeypatch: pytest.MonkeyPatch, rate: fl
     student.optimizer = torch.optim.SGD(student.parameters, rate)
     student.optimizer.param_groups[0]["initial_lr"] = rate
     roles = Roles({**roles, "fake": fake})
-    settings = {"steps": 1, "guidance": 5.0, "critic_updates": 1, "t_range": (0.5, 0.5)}
+    settings = {"steps": 1, "guidance": 5.0, "critic_updates": 1, **HALF}
     objective = build_objective("decoupled_dmd", roles, **settings)
     matching_only = dataclasses.replace(objective, updates=objective.updates[:1])
     loop = Loop(roles, matching_only, {"data": labelled}, 8)

@@ -1,4 +1,4 @@
-"""TDM-unify: one student that is conditioned on its number of steps."""
+"""TDM: the times of its segments; TDM-unify, one student that is conditioned on its number of steps."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from worlds import tiny_config, tiny_teacher
+from worlds import Points, build_objective, mlp_roles, tiny_config, tiny_teacher
 
 import fewstep
 from fewstep.core.errors import UserError
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill import matching
 from fewstep.distill.config_files import parse_config
+from fewstep.distill.loop import Loop
+from fewstep.distill.update import StudentSample
 from fewstep.models.condition import Condition
 from fewstep.models.loading import load_model
+from fewstep.models.schedules import NoiseSchedule
 from fewstep.models.unet import UNet
 
 
@@ -65,4 +70,69 @@ def test_unify_needs_its_own_networks(tmp_path: Path) -> None:
         fewstep.train(parse_config(raw, "test"))
     raw["stages"][0]["objective"]["unify"] = [1, 2]
     with pytest.raises(UserError, match="must contain steps=4"):
+        parse_config(raw, "test")
+
+
+# --- times ------------------------------------------------------------------------------------------------------------
+
+
+def renoised(monkeypatch: pytest.MonkeyPatch, **settings: object) -> tuple[dict[str, list[Tensor]], Loop]:
+    """(level, t, t_student) of all re-noised samples, by update, in 30 steps; and the loop."""
+    seen: dict[str, list[Tensor]] = {"student": [], "fake": []}
+    original = matching.renoise
+
+    def record(schedule: NoiseSchedule, sample: StudentSample, t: Tensor, random: KeyedRandom) -> tuple[Tensor, Tensor]:
+        seen[random.key[2]].append(torch.stack([sample.level, t, sample.t_student], 1))
+        return original(schedule, sample, t, random)
+
+    monkeypatch.setattr(matching, "renoise", record)
+    roles = mlp_roles()
+    loop = Loop(roles, build_objective("tdm", roles, **settings), {"data": Points(2)}, batch=16, clip=1.0)
+    for step in range(30):
+        loop.step(step)
+        assert not loop.lost
+    return seen, loop
+
+
+@pytest.mark.parametrize(("steps", "factor"), [(4, 1.0), (4, 17.0), (16, 5.0)])
+@pytest.mark.parametrize("within", ["segment", "nested"])
+def test_no_update_is_lost_and_every_time_lies_in_its_range(
+    steps: int, factor: float, within: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With shift 17 the first of four segments is .019 wide, less than twice the margin of .02."""
+    seen, loop = renoised(monkeypatch, steps=steps, shift=factor, renoise_times=within)
+    for update, rows in seen.items():
+        level, t, t_student = torch.cat(rows).unbind(1)
+        top = t_student if within == "segment" else torch.ones_like(t)
+        margin = ((top - level) / 4).clamp(max=0.02)
+        assert (t >= level + margin).all(), update
+        assert (t <= top - margin).all(), update
+        assert (t > t_student).any() == (within == "nested")
+    assert loop.roles["student"].updates == loop.roles["fake"].updates == 30
+
+
+def test_the_critic_can_have_its_own_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    nested = {"within": "nested", "shift": 3.0, "low": 0.3}
+    seen, _ = renoised(monkeypatch, steps=4, renoise_times="segment", critic_times=nested)
+    student, fake = (torch.cat(seen[update]) for update in ("student", "fake"))
+    assert (student[:, 1] <= student[:, 2]).all()
+    assert (fake[:, 1] > fake[:, 2]).any()
+    assert fake[:, 1].min() >= 0.3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 8, "shift": 400.0}, r"steps=8 with shift=400 has the segment .*, shorter than 0.001"),
+        ({"renoise_times": {"high": 0.7}}, r"segment 0.75 to 1, in which the law .*on 0 to 0.7\) has none"),
+        ({"critic_times": {"kind": "grid", "steps": 2}}, "segment 0.75 to 1, in which the law"),
+        ({"steps": 2, "unify": [2, 100], "shift": 20.0}, r"steps=100 with shift=20 has the segment"),
+    ],
+)
+def test_a_grid_that_cannot_be_trained_is_refused_at_load(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    raw = tiny_config(tmp_path)
+    raw["stages"][0]["objective"] = {"name": "tdm", **settings}  # type: ignore[index]
+    with pytest.raises(UserError, match=message):
         parse_config(raw, "test")

@@ -14,7 +14,8 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.eval.metrics.frechet import Moments, Statistics, bias, bias_note, frechet_distance
+from fewstep.eval.metrics.frechet import Moments, Statistics, frechet_distance, small_sample_bias
+from fewstep.eval.references import load_reference
 
 
 def fd(x: Tensor, y: Tensor) -> float:
@@ -138,17 +139,44 @@ def test_the_measured_bias_is_that_of_the_closed_form() -> None:
     assert sum(repeats) / 4 == pytest.approx(2.208, abs=0.05)
 
 
-def test_the_bias_of_identity_covariance_has_the_closed_form() -> None:
-    """``2d/n + d(d+1)/(2n)`` for two sets; half of it if one of them counts as infinite."""
-    zero, identity = torch.zeros(64).double(), torch.eye(64).double()
-    finite, infinite = Statistics(zero, identity, 1000), Statistics(zero, identity, 0)
-    assert bias(finite, finite) == pytest.approx(2.208)
-    assert bias(finite, infinite) == pytest.approx(1.104)
+@pytest.mark.parametrize(("d", "n"), [(64, 1000), (64, 65), (64, 25), (300, 5), (8, 2)])
+@pytest.mark.parametrize("decay", [0.0, 1.0], ids=["identity", "decaying spectrum"])
+def test_the_bias_is_the_distance_of_so_few_samples_of_the_same_law(d: int, n: int, decay: float) -> None:
+    """For n above and far below D: the first order in 1/n is 3 times too large for D = 512, n = 25."""
+    variances = torch.arange(1, d + 1).double() ** -decay
+    reference = Statistics(torch.zeros(d).double(), variances.diag(), 0)
+    repeats = 40 if n > 2 else 400
+    measured = [
+        frechet_distance(Statistics.of(normal(n, d, seed=k) * variances.sqrt()), reference) for k in range(repeats)
+    ]
+    assert small_sample_bias(reference, n) == pytest.approx(sum(measured) / repeats, rel=0.06)
 
 
-def test_a_bias_is_noted_if_it_is_more_than_a_twentieth_of_the_distance() -> None:
-    reference = Statistics(torch.zeros(64).double(), torch.eye(64).double(), 50_000)
-    assert bias_note("fid", 22.1, 1000, reference) is None
-    note = bias_note("fid", 22.0, 1000, reference)
-    assert note is not None
-    assert "1,000 real images would score about 1.104" in note
+def test_the_bias_of_many_samples_is_the_first_order_in_their_number() -> None:
+    """``d/n + d(d+1)/(4n)`` for unit covariance against an exact reference: 1.104 for d = 64 and n = 1000."""
+    reference = Statistics(torch.zeros(64).double(), torch.eye(64).double(), 0)
+    assert small_sample_bias(reference, 1000) == pytest.approx(1.104, rel=0.03)
+
+
+def test_real_images_of_the_bundled_reference_score_their_bias() -> None:
+    """Its features are not Gaussian, but nearly."""
+    law = load_reference("fashion", "train")
+    rows = [torch.randperm(len(law.features), generator=torch.Generator().manual_seed(k))[:25] for k in range(20)]
+    measured = sum(frechet_distance(Statistics.of(law.features[r]), law.statistics) for r in rows) / 20
+    assert small_sample_bias(law.statistics, 25) == pytest.approx(measured, rel=0.15)
+
+
+def test_a_sigma_that_is_no_covariance_is_refused() -> None:
+    """Its distance would be clamped to 0, which looks perfect."""
+    zero, identity = torch.zeros(3).double(), torch.eye(3).double()
+    with pytest.raises(UserError, match="variance below 0"):
+        Statistics(zero, -identity, 10)
+    indefinite = identity.clone()
+    indefinite[0, 1] = indefinite[1, 0] = 2
+    skewed = identity.clone()
+    skewed[0, 1] = 0.5
+    for sigma in (indefinite, skewed):
+        with pytest.raises(UserError, match=r"a\.npz: sigma is not a covariance"):
+            Statistics(zero, sigma, 10).check_semidefinite("a.npz")
+    rounded = Statistics.of(normal(5, 40)).covariance.float().double()
+    Statistics(torch.zeros(40).double(), rounded, 5).check_semidefinite("singular, in single precision")

@@ -7,20 +7,32 @@ import torch
 from random_sets import normal
 
 from fewstep.core.errors import UserError
-from fewstep.eval.metrics.inception_score import inception_score
+from fewstep.eval.metrics.inception_score import inception_score, split_scores
 
 
-def test_inception_scores_of_uniform_one_and_all_classes() -> None:
+def test_inception_scores_of_uniform_and_one_class() -> None:
     assert inception_score(torch.full((20, 5), 0.2), 2) == pytest.approx(1)
-    assert inception_score(torch.eye(5).repeat(4, 1), 2) == pytest.approx(5)
     assert inception_score(torch.eye(5)[:1].repeat(20, 1), 2) == pytest.approx(1)
     with pytest.raises(UserError, match="rows of probabilities"):
         inception_score(torch.ones(20, 5))
 
 
+def test_the_order_of_images_does_not_change_the_inception_score() -> None:
+    """Without shuffling, images ordered by class would have splits of a single class, whose score is 1."""
+    ordered = torch.eye(5).repeat_interleave(400, dim=0)
+    assert inception_score(ordered) == pytest.approx(5, rel=0.02)
+    assert inception_score(ordered) == inception_score(ordered)
+
+
 def test_the_inception_score_equals_torch_fidelitys() -> None:
+    """In one split, because the two shuffle by different generators."""
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     logits = 2 * normal(57, 9)
-    theirs = isc_features_to_metric(logits, splits=5, shuffle=False)["inception_score_mean"]
-    assert inception_score(logits.softmax(1), splits=5) == pytest.approx(theirs, rel=1e-9)
+    theirs = isc_features_to_metric(logits, splits=1, shuffle=True)["inception_score_mean"]
+    assert inception_score(logits.softmax(1), splits=1) == pytest.approx(theirs, rel=1e-9)
+    shuffled = logits[torch.randperm(57, generator=torch.Generator().manual_seed(3))]
+    theirs = isc_features_to_metric(shuffled, splits=5, shuffle=False)
+    scores = split_scores(logits.softmax(1), splits=5, seed=3)
+    assert float(scores.mean()) == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+    assert float(scores.std(correction=0)) == pytest.approx(theirs["inception_score_std"], rel=1e-9)

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError
 from fewstep.eval.feature_statistics import FeatureStatistics
+from fewstep.eval.metrics.clip_score import cosines
 from fewstep.eval.metrics.cmmd import cmmd
 from fewstep.eval.metrics.diversity import cross_seed_diversity
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
-from fewstep.eval.metrics.kid import kid
+from fewstep.eval.metrics.inception_score import split_scores
+from fewstep.eval.metrics.kid import kid, subset_values
 from fewstep.eval.metrics.metric import Metric, MetricInput
 from fewstep.eval.metrics.precision_recall import precision_recall
 from fewstep.eval.metrics.registry import METRICS
@@ -55,7 +57,9 @@ def test_a_metric_is_finite_at_its_smallest_number_of_images_and_refuses_fewer(n
     metric = METRICS.resolve(name)
     n = images_needed(metric)
     metric.check_count(n, CONDITIONS)
-    assert math.isfinite(metric.compute(inputs(metric, n)))
+    measured = metric.measure(inputs(metric, n))
+    assert math.isfinite(measured.value)
+    assert (measured.error is None) == (measured.error_of is None)
     with pytest.raises(UserError, match=f"{name} needs at least {n} images.*, got {n - 1}"):
         metric.check_count(n - 1, CONDITIONS)
     with pytest.raises(UserError):
@@ -131,12 +135,44 @@ def test_features_of_different_networks_are_refused(metric: Callable[[Tensor, Te
         metric(normal(10, 3), normal(10, 4))
 
 
+def test_a_value_that_is_not_finite_is_an_error_and_not_a_score() -> None:
+    fid = METRICS.resolve("fid")
+    for wrong in (replace(fid, compute=lambda _: math.nan), replace(fid, error=lambda _: math.inf, error_of="error")):
+        with pytest.raises(UserError, match=r"fid is .* no score is written"):
+            wrong.measure(inputs(fid, 10))
+
+
+def test_error_bars_are_the_deviations_that_their_names_say() -> None:
+    """KID: its subsets. Inception Score: its splits. CLIP score: its mean. FID-infinity: its fit."""
+    measured = {}
+    for name in ("kid", "inception_score", "clip_score", "fid_infinity"):
+        metric = METRICS.resolve(name)
+        own = inputs(metric, 90)
+        measured[name] = metric.measure(own)
+        if name == "kid":
+            values = subset_values(*own.both)
+            assert measured[name].error == pytest.approx(float(values.std()))
+            assert measured[name].value == pytest.approx(kid(*own.both))
+        if name == "inception_score":
+            assert measured[name].error == pytest.approx(float(split_scores(own.images.features()).std(correction=0)))
+        if name == "clip_score":
+            assert measured[name].error == pytest.approx(float(cosines(own, "").std()) / 90**0.5)
+    assert {name: each.error_of for name, each in measured.items()} == {
+        "kid": "standard deviation over 100 subsets",
+        "inception_score": "standard deviation over 10 splits, shuffled by a fixed seed",
+        "clip_score": "standard error of the mean over images",
+        "fid_infinity": "standard error of the fit",
+    }
+
+
 def test_contradictory_declarations_are_refused() -> None:
     fid = METRICS.resolve("fid")
-    with pytest.raises(ValueError, match="a note needs a reference"):
+    with pytest.raises(ValueError, match="a bias needs a reference"):
         replace(fid, needs_reference=False)
     with pytest.raises(ValueError, match="only the network 'clip' embeds captions"):
         replace(fid, caption_prefix="")
+    with pytest.raises(ValueError, match="needs both error and error_of"):
+        replace(fid, error=lambda _: 1.0)
 
 
 def test_a_metric_of_the_users_own_is_found_by_its_dotted_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

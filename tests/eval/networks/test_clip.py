@@ -22,6 +22,7 @@ from fewstep.eval.protocol import Protocol
 import_torchvision()
 open_clip = pytest.importorskip("open_clip")
 SMALL = "ViT-S-32-alt"
+BICUBIC = Image.Resampling.BICUBIC
 CAPTIONS = ["a red sneaker on blue", "two dogs and a very long street " * 20, "nothing"]
 
 
@@ -51,8 +52,10 @@ def test_embeddings_equal_open_clips(clip_name: str) -> None:
     torch.testing.assert_close(embed(network, images), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(network.embed_texts(CAPTIONS), expected_texts, rtol=0, atol=1e-6)
     assert network.dimension == expected.shape[1]
-    stretched = Clip.load(clip_name, WeightsLocator(), stretch=True)
-    assert not torch.allclose(embed(stretched, images), expected, atol=1e-3), "a wide image is stretched, not cropped"
+    square = Clip.load(clip_name, WeightsLocator(), square=True)
+    for image in images:
+        cropped = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((10, 0, 50, 40)).resize((224, 224), BICUBIC)
+        assert torch.equal(square.prepare(image), transform(cropped)), "the centred square is cropped, then resized"
     raw = embed(Clip.load(clip_name, WeightsLocator(), normalize=False), images)
     torch.testing.assert_close(F.normalize(raw, dim=1), expected, rtol=0, atol=1e-5)
     assert not torch.allclose(raw, expected, atol=1e-3)
@@ -101,5 +104,15 @@ def test_a_protocol_scores_captions_and_the_images_of_one_caption(clip_name: str
         ProtocolEvaluator(protocol, WeightsLocator(), skip_bad=True)
     for image in sorted(folder.iterdir())[5:]:
         image.unlink()
-    with pytest.raises(UserError, match="similarity needs at least 6 images, 2 of each class or caption, got 5"):
+    with pytest.raises(UserError, match="5 scorable images, 6 are required"):
         evaluator.of_images(folder, "images")
+    five = protocol.model_copy(update={"n": 5, "metrics": ("clip_score",)})
+    with pytest.raises(UserError, match="5 images and 3 captions"):
+        ProtocolEvaluator(five, WeightsLocator()).of_images(folder, "images")
+    table = tmp_path / "captions.csv"
+    table.write_text("file,caption\n" + "".join(f"{k:03d}.png,{captions[(4 - k) % 3]}\n" for k in reversed(range(5))))
+    paired = five.model_copy(update={"captions": str(table)})
+    (score,) = ProtocolEvaluator(paired, WeightsLocator()).of_images(folder, "images")
+    texts = network.embed_texts([captions[(4 - k) % 3] for k in range(5)])
+    assert score.value == pytest.approx((features[:5] * texts).sum(1).mean().item(), abs=1e-5)
+    assert score.captions_sha256

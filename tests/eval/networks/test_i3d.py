@@ -48,9 +48,9 @@ def test_fvd_of_videos_from_files_and_in_memory(locator: WeightsLocator, tmp_pat
         save_sample(video, tmp_path / "real" / f"{k}.gif")
     protocol = Protocol(name="own", metrics=("fvd",), reference=str(tmp_path / "real"), n=5, frames=12)
     evaluator = ProtocolEvaluator(protocol, locator)
-    assert evaluator.values(protocol.open_images(tmp_path / "real"))["fvd"] == pytest.approx(0, abs=1e-3)
-    assert evaluator.values(InMemoryImages([frames[:2], frames[2:]]))["fvd"] == pytest.approx(0, abs=1e-3)
+    assert evaluator.measure(protocol.open_images(tmp_path / "real"))["fvd"].value == pytest.approx(0, abs=1e-3)
+    assert evaluator.measure(InMemoryImages([frames[:2], frames[2:]]))["fvd"].value == pytest.approx(0, abs=1e-3)
     brighter = 400 * (51 / 127.5) ** 2  # by 51 of 255, in each of 400 features
-    assert evaluator.values(InMemoryImages([frames + 51]))["fvd"] == pytest.approx(brighter, rel=1e-3)
+    assert evaluator.measure(InMemoryImages([frames + 51]))["fvd"].value == pytest.approx(brighter, rel=1e-3)
     with pytest.raises(UserError, match="scores videos; this model generates images"):
         evaluator.check(load(tiny_teacher(tmp_path / "teacher"), "cpu"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
 import json
 import re
 import shutil
@@ -119,7 +122,7 @@ def test_the_page_loads_nothing(full_run: Path) -> None:
 
 
 def test_text_from_files_is_escaped(full_run: Path) -> None:
-    log(full_run, {"step": 1, "seconds": 1.0, "loss/<b>": 1.0})
+    log(full_run, *({"step": step, "seconds": 1.0, "loss/<b>": 1.0} for step in (1, 2, 3)))
     page = report(full_run)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "loss/&lt;b&gt;" in page
@@ -152,14 +155,20 @@ def test_curves_are_grouped_by_the_name_before_the_slash_with_losses_first(full_
     page = report(full_run)
     assert re.findall(r"<h3>(.*?)</h3>", page) == ["Validation", "loss", "grad_norm", "health"]
     captions = re.findall(r"<figcaption>(.*?)</figcaption><svg", page)
-    assert captions == ["fd_fashion", *["validation"] * 3, "loss/match", "grad_norm/student", "health/std"]
-    for axis in ("step", "seconds", "evaluations"):
+    assert captions == [
+        "fd_fashion ↓, 10,000 samples",
+        *["validation"] * 3,
+        "loss/match",
+        "grad_norm/student",
+        "health/std",
+    ]
+    for axis in ("training step", "seconds of training", "network evaluations in training"):
         assert f"validation against {axis}: validation from 9.5 to 7" in page
-    assert "student from 4 to 4; teacher euler from 10 to 3.2; teacher heun from 8 to 8" in page
+    assert "teacher euler from 10 to 3.2; teacher heun from 8 to 8; student from 4 to 4" in page
 
 
 def rows(page: str) -> list[list[str]]:
-    return [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", page)]
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(<td.*?)</tr>", page)]
 
 
 def test_the_table_shows_the_direction_and_the_reference_of_a_metric_and_its_best_value(full_run: Path) -> None:
@@ -188,8 +197,8 @@ def test_the_page_of_an_empty_run_lists_what_is_missing(tmp_path: Path) -> None:
 
 def test_damaged_entries_are_skipped_and_counted(full_run: Path) -> None:
     """An incomplete line, a line that is not an object, and a value that is not finite."""
-    good = {"step": 20, "seconds": 5.0, "loss/match": 0.5}
-    log(full_run, '{"step": 10, "sec', "[1, 2]", good, {**good, "step": 30, "loss/match": float("nan")}, "")
+    good = [{"step": step, "seconds": 5.0, "loss/match": 0.5} for step in (20, 21, 22)]
+    log(full_run, '{"step": 10, "sec', "[1, 2]", *good, {**good[0], "step": 30, "loss/match": float("nan")}, "")
     (full_run / "eval.json").write_text("[{")
     (full_run / "samples" / "comparison.png").write_bytes(b"\x89PNG")
     page = report(full_run)
@@ -197,12 +206,12 @@ def test_damaged_entries_are_skipped_and_counted(full_run: Path) -> None:
     assert "metrics.jsonl: 1 value not finite, omitted from the curves." in page
     assert "eval.json is damaged" in page
     assert "no readable image samples/comparison.png" in page
-    assert "loss/match against step: loss/match from 0.5 to 0.5" in page
+    assert "loss/match against training step: loss/match from 0.5 to 0.5" in page
 
 
 def test_a_step_that_a_resumed_run_repeats_counts_once(tmp_path: Path) -> None:
     run = empty_run(tmp_path / "run")
-    log(run, *({"step": s, "seconds": s / 1, "loss/match": v} for s, v in ((10, 3.0), (20, 9.0), (20, 2.0))))
+    log(run, *({"step": s, "seconds": s / 1, "loss/match": v} for s, v in ((10, 3.0), (15, 4.0), (20, 9.0), (20, 2.0))))
     assert "loss/match from 3 to 2" in report(run)
 
 
@@ -244,11 +253,54 @@ def test_every_image_is_enlarged_by_one_link_and_closed_by_another(full_run: Pat
     assert set(re.findall(r'<a class="close" href="#([\w-]+)"', page)) == {"same-noise", "samples"}
 
 
+def test_a_sentence_and_a_chart_need_enough_data(tmp_path: Path) -> None:
+    """Two points are no curve, and four records no diagnosis."""
+    run = empty_run(tmp_path / "run")
+
+    def logged(count: int) -> str:
+        steps = range(10, 10 * count + 1, 10)
+        entries = [{"step": s, "seconds": s / 1, "evaluations": s, "loss/match": 1.0, "health/std": 0.9} for s in steps]
+        log(run, *entries, *({"step": s, "seconds": s / 1, "evaluations": s, "validation": 100 / s} for s in steps))
+        return report(run)
+
+    page = logged(2)
+    assert "<svg" not in page
+    assert "Validation was 10.00 at step 10, then 5.000 at step 20." in text(page)
+    assert "2 records, too few for a diagnosis (at least 5)" in text(page)
+    assert "no problems found" not in page
+    assert logged(3).count("<svg") == 5
+    assert "no problems found in the recorded diagnostics" in text(logged(5))
+
+
+def test_scores_can_be_downloaded_as_json_and_as_csv(full_run: Path) -> None:
+    page = report(full_run)
+    files = dict(re.findall(r'<a download="([\w.]+)" href="data:[a-z/]+;base64,([^"]*)"', page))
+    assert json.loads(base64.b64decode(files["scores.json"])) == SCORES
+    lines = list(csv.DictReader(io.StringIO(base64.b64decode(files["scores.csv"]).decode())))
+    assert [float(line["value"]) for line in lines] == [score["value"] for score in SCORES]
+    assert lines[0]["metric"] == "fd_fashion"
+
+
+def test_bias_and_error_stand_in_the_cell_of_their_value(full_run: Path) -> None:
+    scores = [score("student", "student", 4, 4.0, bias=1.25), *SCORES[1:]]
+    (full_run / "eval.json").write_text(json.dumps(scores))
+    page = report(full_run)
+    assert rows(page)[0][3] == "4.000<small>real images ≈ 1.250</small>"
+    assert "because they are so few" in text(page)
+
+
+def test_scores_without_a_common_number_of_samples_are_named_and_not_charted(full_run: Path) -> None:
+    (full_run / "eval.json").write_text(json.dumps([score("student", "student", 4, 4.0, n=500), *SCORES[1:]]))
+    shown = text(report(full_run))
+    assert "so there is no chart of fd_fashion" in shown
+    assert "fd_fashion ↓, 10,000 samples" not in shown
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize(("width", "target"), [(1200, ""), (390, ""), (390, "#image-comparison")])
+@pytest.mark.parametrize(("width", "target"), [(1900, ""), (1300, ""), (390, ""), (390, "#image-comparison")])
 def test_a_browser_shows_the_page_on_wide_and_narrow_screens(
     full_run: Path, tmp_path: Path, width: int, target: str
 ) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from fewstep.eval.report.curves import quality_curves
+from fewstep.eval.report.charts import COLOURS
+from fewstep.eval.report.curves import NFE, incomparable, quality_curves
 from fewstep.eval.report.run_files import Result, read_results
-from fewstep.eval.report.score_table import Cell, columns, table, verdict
+from fewstep.eval.report.score_table import Cell, columns, explanations, table, verdict
 
 
 def score(role: str, solver: str, nfe: int, value: float, **other: Any) -> dict[str, Any]:
@@ -115,13 +116,53 @@ def test_a_chart_shows_the_best_guidance_for_each_nfe_or_all_if_the_direction_is
     def label(metric: str) -> str:
         scores = [
             score("teacher", "euler", nfe, value / nfe, metric=metric, guidance=value)
-            for nfe in (4, 8)
+            for nfe in (2, 4, 8)
             for value in (1.0, 2.0)
         ]
         (chart,) = quality_curves(results(tmp_path, *scores))
         return chart.svg
 
-    assert "fid against NFE: teacher euler from 0.25 to 0.125" in label("fid")
-    assert "clip_score against NFE: teacher euler from 0.5 to 0.25" in label("clip_score")
-    both = "teacher euler guidance 1 from 0.25 to 0.125; teacher euler guidance 2 from 0.5 to 0.25"
-    assert f"sharpness against NFE: {both}" in label("sharpness")
+    assert f"fid ↓, 10,000 samples against {NFE}: teacher euler from 0.5 to 0.125" in label("fid")
+    assert f"clip_score ↑, 10,000 samples against {NFE}: teacher euler from 1 to 0.25" in label("clip_score")
+    both = "teacher euler guidance 1 from 0.5 to 0.125; teacher euler guidance 2 from 1 to 0.25"
+    assert f"sharpness, 10,000 samples against {NFE}: {both}" in label("sharpness")
+
+
+def test_teacher_and_student_are_charted_at_the_largest_number_of_samples_they_share(tmp_path: Path) -> None:
+    def run(*student: int) -> list[Result]:
+        teachers = [score("teacher", "euler", nfe, 8 / nfe, n=n) for nfe in (2, 4, 8) for n in (500, 10_000)]
+        return results(tmp_path, *teachers, *(score("student", "student", 4, 1.0, n=n) for n in student))
+
+    for counts, shown in (((500,), "500"), ((500, 10_000), "10,000")):
+        (chart,) = quality_curves(run(*counts))
+        assert chart.caption == f"fd_fashion ↓, {shown} samples"
+        assert "teacher euler from 4 to 1; student from 1 to 1" in chart.svg
+        assert incomparable(run(*counts)) == []
+    assert quality_curves(run(2_000)) == []
+    assert incomparable(run(2_000)) == ["fd_fashion"]
+
+
+def test_a_chart_needs_three_points_and_shows_many_solvers_as_the_best(tmp_path: Path) -> None:
+    def charts(solvers: int, points: int) -> list[str]:
+        teachers = [score("teacher", f"s{k}", nfe, 8 / nfe + k) for k in range(solvers) for nfe in range(2, 2 + points)]
+        return [
+            chart.svg for chart in quality_curves(results(tmp_path, *teachers, score("student", "student", 4, 1.0)))
+        ]
+
+    assert charts(1, 2) == []
+    (few,) = charts(3, 3)
+    assert "teacher s0 from 4 to 2; teacher s1 from 5 to 3; teacher s2 from 6 to 4; student from 1 to 1" in few
+    (many,) = charts(4, 3)
+    assert "teacher best solver from 4 to 2; student from 1 to 1" in many
+    assert few.index(COLOURS[1]) < few.index(COLOURS[0]), "the student is drawn over the others, in the first colour"
+
+
+def test_error_bars_and_biases_stand_beside_their_numbers(tmp_path: Path) -> None:
+    found = results(
+        tmp_path, score("student", "student", 4, 4.0, bias=1.25),
+        score("student", "student", 4, 0.5, metric="kid", error=0.125, error_of="standard deviation over 100 subsets"),
+    )  # fmt: skip
+    ((_, (row,)),) = table(found)
+    assert [cell.notes for cell in row[3:5]] == [("real images ≈ 1.250",), ("± 0.1250 within",)]
+    assert explanations(found)[0] == "kid: ± within is the standard deviation over 100 subsets."
+    assert len(explanations(found)) == 2

@@ -9,13 +9,14 @@ import pytest
 from fewstep.core.errors import UserError
 from fewstep.eval.report.ranking import direction_of
 from fewstep.eval.report.tables import best_teacher, rows, side_by_side
-from fewstep.eval.score_files import Score, merge, read_scores
+from fewstep.eval.score_files import Score, merge, read_scores, write_scores
 
 
 def score(value: float, **changes: object) -> Score:
     known: dict[str, object] = {
         "model": "fashion", "role": "teacher", "solver": "euler", "nfe": 4, "steps": 4, "guidance": 1.0, "n": 100,
         "metric": "fd_fashion", "seed": 0, "seconds": 2.0, "reference": "fashion/test", "features_sha256": "ab",
+        "reference_sha256": "12",
     }  # fmt: skip
     return Score.model_validate(known | changes | {"value": value})
 
@@ -85,8 +86,38 @@ def test_the_differences_that_make_two_scores_incomparable_are_listed() -> None:
         return side_by_side([score(1.0)], [score(2.0, **changes)])[1][-1]
 
     assert comparable(seed=1, protocol="fashion") == "yes", "a protocol of the same settings"
-    assert comparable(n=50, features_sha256="cd") == "no: different n, features_sha256"
+    assert comparable(n=50, features_sha256="cd") == "no: different n, network weights"
     assert comparable(manifest={"protocol": {"name": "own", "n": 100, "size": 256}}) == "no: different size"
+    assert comparable(reference="./fashion/test") == "yes", "contents decide, not paths"
+    assert comparable(reference_sha256="34") == "no: different reference"
+    assert comparable(reference_sha256=None) == "unknown: contents of reference are not recorded"
+    assert comparable(reference_sha256=None, reference="other") == "no: different reference"
+
+
+def test_the_columns_of_a_comparison_have_different_names() -> None:
+    (head,) = side_by_side([], [])
+    assert len(set(head)) == len(head)
+
+
+def test_models_of_one_name_have_rows_of_their_own() -> None:
+    a, b = (score(value, source=f"{place}/samples", source_sha256=place) for value, place in ((1.0, "d1"), (2.0, "d2")))
+    assert [row[0] for row in rows([a, b])[1:]] == ["fashion (d1/samples)", "fashion (d2/samples)"]
+    retrained = b.model_copy(update={"source": a.source})
+    assert [row[0] for row in rows([a, retrained])[1:]] == ["fashion (d1)", "fashion (d2)"]
+    assert [row[0] for row in rows([a, a.model_copy(update={"seed": 1})])[1:]] == ["fashion"]
+
+
+def test_an_error_within_a_score_is_in_brackets_and_the_deviation_over_seeds_is_not() -> None:
+    a = score(1.0, error=0.25, error_of="standard deviation over 100 subsets", metric="kid")
+    assert rows([a])[1][4] == "1.000 (± 0.250)"
+    assert a.notes() == ["kid: in brackets, standard deviation over 100 subsets."]
+    assert rows([a, a.model_copy(update={"seed": 1, "value": 2.0})])[1][4] == "1.500 ± 0.707"
+
+
+def test_a_value_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="fd_fashion of fashion is nan"):
+        write_scores([score(float("nan"))], tmp_path / "eval.json")
+    assert not (tmp_path / "eval.json").exists()
 
 
 def test_teachers_are_compared_only_if_a_file_contains_nothing_else() -> None:

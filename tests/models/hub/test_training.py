@@ -207,7 +207,7 @@ DATA_FREE = {
     "dmd2": {"steps": 2},
     "decoupled_dmd": {"steps": 2},
     "phased_dmd": {"steps": 2},
-    "cdm": {"max_steps": 2},
+    "cdm": {"max_steps": 2, "blend": 0.0},  # which adapters refuse
     "tdm": {"steps": 2, "critic": "importance"},
 }
 

@@ -1,0 +1,135 @@
+"""The README of an export: the code that samples it in diffusers, and the settings for ComfyUI."""
+
+from __future__ import annotations
+
+import re
+
+from fewstep.models.hub.export_format import ExportFormat
+from fewstep.models.hub.family import Family
+from fewstep.models.hub.few_step_scheduler import step_changes
+from fewstep.models.hub.manifest import Manifest, expert_name
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ADAPTERS = (ExportFormat.lora, ExportFormat.comfyui)
+
+
+def model_card(manifest: Manifest, family: Family, text: str) -> str:
+    """The README. ``text`` (the run's config and scores) is added without absolute paths."""
+    lines = [f"# {manifest.base}, fine-tuned", "", "Sample it like its base model."]
+    if manifest.times:
+        steps, times = manifest.num_inference_steps, ", ".join(f"{t:.4g}" for t in manifest.times)
+        lines = [
+            f"# A {steps}-step student of {manifest.base}",
+            "",
+            f"Sample with `num_inference_steps={steps}` and guidance off (`{family.guidance_argument}=1.0`).",
+            f"The times are {times} (1 is noise); the rule between them is `{manifest.rule}`.",
+        ]
+    if manifest.form in ADAPTERS:
+        lines.append("This is an adapter: use it with a scale of 1 on the base model whose hash is in `fewstep.json`.")
+    if manifest.form is not ExportFormat.comfyui or family.loads_lora:
+        lines += ["", "In this folder, with diffusers:", "", "```python", *code(manifest, family), "```"]
+    if manifest.form in ADAPTERS and manifest.times:
+        lines += ["", *_comfyui(manifest, family)]
+    return "\n".join([*lines, "", without_paths(text)]).rstrip() + "\n"
+
+
+def without_paths(text: str) -> str:
+    """``text`` with each absolute path replaced by its last part."""
+    path = r"(?:~|[A-Za-z]:)?[/\\](?:[^\s'\"`,;:|<>()\[\]{}]*[/\\])?([^\s'\"`,;:|<>()\[\]{}/\\]+)[/\\]?"
+    return re.sub(rf"(?<![\w.:/\\-]){path}", r"\1", text)
+
+
+def code(manifest: Manifest, family: Family) -> list[str]:
+    """Python that loads the export and samples it; the last statement is the call of the pipeline."""
+    whole = manifest.form is ExportFormat.diffusers
+    folder = "." if whole else manifest.base
+    own = [family.classes[name].__module__ for name in (manifest.pipeline, manifest.network) if name in family.classes]
+    pipeline = _class(family, manifest.pipeline if manifest.pipeline in family.classes else "DiffusionPipeline")
+    lines = ["import diffusers", *(f"import {module}" for module in dict.fromkeys(own)), ""]
+    lines.append(f'pipe = {pipeline}.from_pretrained("{folder}")')
+    count = max(1, len(manifest.boundaries))
+    call = ['"a photo"']
+    if count > 1 and not manifest.second_denoiser(family):
+        loading, switch = _experts(manifest, family, count)
+        lines += loading
+    else:
+        switch = ""
+        if manifest.form in ADAPTERS:
+            lines += _adapter(family)
+        elif not whole:
+            lines.append(f'pipe.{family.part} = {_class(family, manifest.network)}.from_pretrained(".")')
+    if manifest.scheduler and not whole:
+        lines.append(f'pipe.scheduler = diffusers.{manifest.scheduler}.from_pretrained(".", subfolder="scheduler")')
+    if switch:
+        native = family.step_callback == "callback_on_step_end"
+        lines += [
+            f"changes = {step_changes(manifest.times, manifest.experts)}  # after a step, counted from 0",
+            "",
+            "",
+            f"def change({'pipe, step, t, tensors' if native else 'step, t, latents'}):",
+            "    if step in changes:",
+            f"        {switch}",
+            *["    return tensors"] * native,
+            "",
+            "",
+        ]
+        call.append(f"{family.step_callback}=change")
+    if manifest.times:
+        call[1:1] = [f"num_inference_steps={manifest.num_inference_steps}", f"{family.guidance_argument}=1.0"]
+    output = "frames" if len(manifest.shape) == 4 else "images"
+    return [*lines, f"{output[:-1]} = pipe({', '.join(call)}).{output}[0]"]
+
+
+def _class(family: Family, name: str) -> str:
+    return f"{family.classes[name].__module__ if name in family.classes else 'diffusers'}.{name}"
+
+
+def _adapter(family: Family) -> list[str]:
+    if family.loads_lora:
+        return ['pipe.load_lora_weights(".")']
+    return [
+        "from peft import PeftModel",
+        "",
+        f'pipe.{family.part} = PeftModel.from_pretrained(pipe.{family.part}, ".")',
+    ]
+
+
+def _experts(manifest: Manifest, family: Family, count: int) -> tuple[list[str], str]:
+    """The lines that load several experts and activate the first, and the statement that activates that of a step."""
+    names = [expert_name(k) for k in range(count)]
+    part = f"pipe.{family.part}"
+    if manifest.form in (ExportFormat.diffusers, ExportFormat.merged):
+        load = f"{_class(family, manifest.network)}.from_pretrained"
+        first = part if manifest.form is ExportFormat.diffusers else f'{load}("{names[0]}")'
+        others = [f'{load}("{name}")' for name in names[1:]]
+        lines = [f"experts = [{', '.join([first, *others])}]", f"{part} = experts[0]"]
+        return lines, f"{part} = experts[changes[step]]"
+    if family.loads_lora:
+        lines = [
+            f'pipe.load_lora_weights(".", weight_name="{name}.safetensors", adapter_name="{name}")' for name in names
+        ]
+        return [*lines, f'pipe.set_adapters("{names[0]}")'], 'pipe.set_adapters(f"expert_{changes[step] + 1}")'
+    lines = [
+        "from peft import PeftModel",
+        "",
+        f'{part} = PeftModel.from_pretrained({part}, "{names[0]}", adapter_name="{names[0]}")',
+        *(f'{part}.load_adapter("{name}", adapter_name="{name}")' for name in names[1:]),
+    ]
+    return lines, f'{part}.set_adapter(f"expert_{{changes[step] + 1}}")'
+
+
+def _comfyui(manifest: Manifest, family: Family) -> list[str]:
+    sampler = "lcm" if manifest.rule == "renoise" else "euler"
+    steps = manifest.num_inference_steps
+    settings = f"sampler `{sampler}`, scheduler `simple`, steps {steps}, cfg 1.0"
+    if (manifest.scheduler or "").startswith("FlowMatch"):  # a discrete schedule has no shift
+        settings = f"the node `{family.comfyui_shift}` with shift {manifest.shift:g}, then {settings}"
+    lines = [f"In ComfyUI: load the adapter with strength 1, then {settings}."]
+    if len(manifest.boundaries) > 1:
+        starts = [manifest.experts.index(k) for k in range(len(manifest.boundaries))]
+        parts = ", ".join(
+            f"`{expert_name(k)}` from step {low} to {high}"
+            for k, (low, high) in enumerate(zip(starts, [*starts[1:], steps], strict=True))
+        )
+        lines.append(f"Each expert has its own loader and `KSampler (Advanced)`: {parts}.")
+    return lines

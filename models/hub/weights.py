@@ -1,0 +1,53 @@
+"""The weight files of a diffusers network: which are loaded, their hash, and none of them a pickle."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from fewstep.core.errors import UserError
+from fewstep.core.files import sha256
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises ``UserError`` if a component's folder has weights in pickle files only."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    pickles = [file for file in files if file.suffix in PICKLES]
+    if pickles and not any(file.suffix == ".safetensors" for file in files):
+        raise UserError(
+            f"The weights in {folder} are a pickle ({pickles[0].name}), which can run code when it is loaded, so it is "
+            "never opened. If you trust it, convert the pipeline to safetensors with diffusers: "
+            "DiffusionPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that diffusers loads from a network's folder: the shards that its index names, or one file.
+
+    Raises ``UserError`` if they are missing or the index is damaged.
+    """
+    refuse_pickles(folder)
+    index = folder / f"{WEIGHTS}.index.json"
+    files = [folder / WEIGHTS]
+    if index.is_file():
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged: {error!r}.") from error
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"{missing[0]} is missing, so {folder} has no weights that can be loaded.")
+    return files
+
+
+def weights_sha256(files: list[Path]) -> str:
+    """SHA-256 of the contents of the files, in order; computed once per process while they do not change."""
+    return _hash(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=16)
+def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
+    return sha256(*(file for file, _, _ in files))
