@@ -104,7 +104,10 @@ def _with_objective(
     settings = stage.get("objective")
     if isinstance(settings, str):
         settings = {"name": settings}
-    if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
+    if isinstance(settings, dict) and not isinstance(settings.get("name"), str):
+        problems.append(f"{file}: {where}.name: give the name of an objective{nearest('', OBJECTIVES.names())}.")
+        return {**stage, "objective": ObjectiveConfig(name="")}
+    if not isinstance(settings, dict):
         return stage
     try:
         cls = OBJECTIVES.resolve(settings["name"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.devices import pick_device
-from fewstep.core.errors import UserError
+from fewstep.core.errors import UserError, nearest
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.build import DTYPES, Parts, build_parts
 from fewstep.distill.checkpoint import restore_role, role_tensors
@@ -154,7 +154,13 @@ class Trainer:
         if self.config.offload:
             frozen = roles.keys() - stage.roles.keys() - dict(self.objective.experts).keys()
             self.roles.offload(frozen, self.device)
-        if unknown := {role for update in self.objective.updates for role in update.roles} - set(stage.roles):
+        trained = {role for update in self.objective.updates for role in update.roles}
+        if unused := sorted(set(stage.roles) - trained):
+            raise UserError(
+                f"stages.{number}.roles.{unused[0]}: the objective {settings.name!r} does not train this role"
+                f"{nearest(unused[0], sorted(trained))}."
+            )
+        if unknown := trained - set(stage.roles):
             raise UserError(
                 f"stages.{number}.roles: the objective trains {sorted(unknown)}, so add it with a learning rate."
             )

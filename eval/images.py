@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -238,10 +237,10 @@ def _decode(content: bytes | np.ndarray, crop: Crop | None) -> tuple[np.ndarray,
 
 
 def _reason(error: Exception) -> str:
-    """An error's message without addresses of objects in memory."""
+    """An error's message; Pillow's for an unknown format shows the address of a buffer."""
     if isinstance(error, UnidentifiedImageError):
         return "its format is unknown"
-    return re.sub(r"<[\w.]+ object at 0x\w+>", "the file", str(error)) or type(error).__name__
+    return str(error) or type(error).__name__
 
 
 @dataclass(frozen=True)

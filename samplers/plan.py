@@ -62,15 +62,11 @@ def plan(model: Model, config: SamplingConfig) -> Plan:
         supported = ", ".join(map(str, few_step.counts))
         raise UserError(f"This student is conditioned on its number of steps and supports {supported}, got {steps}.")
     if few_step is not None and config.guidance != 1:
-        raise UserError(
-            f"A distilled student has its guidance in its weights, so guidance must be 1, got {config.guidance:g}."
-        )
+        raise UserError(f"A student was distilled with its guidance, so guidance must be 1, got {config.guidance:g}.")
     if name == "student":
         return _student_plan(model.config, steps, config.grid)
     if steps is None:
-        if few_step is not None:
-            raise UserError(f"The solver {name!r} needs a number of steps.")
-        steps = given_steps(config.grid) or TEACHER_STEPS
+        steps = given_steps(config.grid) or (len(few_step.times) if few_step else TEACHER_STEPS)
     request = FitRequest(model.path or Path(), steps, config.guidance, config.grid, model.denoiser)
     solver = find_solver(name, request)
     if few_step is not None and solver.order > 1:

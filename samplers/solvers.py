@@ -87,6 +87,10 @@ _BUILT_IN: dict[str, Solver] = {
     ),
     "sde_dpmpp_1": Solver(partial(multistep_sde, order=1), 1, 1, PP, by_log_snr=True, noisy=True),
     "sde_dpmpp_2m": Solver(multistep_sde, 2, 1, PP, by_log_snr=True, noisy=True),
+    "res_multistep": Solver(
+        partial(multistep_pp, relaxation="none"), 2, 1, "arXiv 2308.02157; DPM-Solver++ 2M, exact", by_log_snr=True
+    ),
+    "unipc_2_bh1": Solver(partial(unipc, order=2, variant="bh1"), 3, 1, f"{UNIPC}, B(h) = h", by_log_snr=True),
     "unipc_2": Solver(partial(unipc, order=2), 3, 1, UNIPC, by_log_snr=True),
     "unipc_3": Solver(partial(unipc, order=3), 4, 1, UNIPC, by_log_snr=True),
 }
@@ -120,7 +124,9 @@ class FittedSolver:
 
 
 def _build_v3(request: FitRequest, order: int) -> Rule:
-    statistics = Statistics.read(request.folder / "statistics.safetensors", request.guidance, request.denoiser)
+    of_guidance = request.folder / f"statistics-{request.guidance:g}.safetensors"
+    file = of_guidance if of_guidance.is_file() else request.folder / "statistics.safetensors"
+    statistics = Statistics.read(file, request.guidance, request.denoiser)
     return partial(dpm_solver_v3, statistics=statistics, order=order, pseudo=True)
 
 

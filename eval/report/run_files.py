@@ -22,9 +22,11 @@ Setting = tuple[str, str, str, int, int, int, float]
 
 class Result(Score):
     """A score, or the mean of several that differ only in their seed. ``model`` tells models of one name apart.
-    ``column`` is its column in the report's table: the metric, or the metric with its origin if there are several."""
+    ``column`` is its column in the report's table: the metric, with the number of its ``origin`` if there are several:
+    the reference, the features and the protocol that its values depend on."""
 
     column: str
+    origin: str
     direction: Direction | None
     seeds: tuple[int, ...]
     spread: float | None
@@ -33,11 +35,6 @@ class Result(Score):
     def setting(self) -> Setting:
         """Its row of the table; rows are sorted by it."""
         return setting_of(self)
-
-    @property
-    def origin(self) -> str:
-        """The reference and the features that the score was computed with."""
-        return _origin(self)
 
 
 def read_text(file: Path) -> str:
@@ -84,16 +81,22 @@ def read_results(file: Path, remarks: list[str]) -> list[Result]:
     scores = [score.model_copy(update={"model": label_of(score, scores)}) for score in scores]
     if not scores:
         remarks.append("There are no scores; fewstep eval writes them to eval.json.")
-    origins = Counter(metric for metric, _ in {(score.metric, _origin(score)) for score in scores})
+    origins = _origins(scores)
+    numbers = {origin: number for number, origin in enumerate(dict.fromkeys(origins), start=1)}
+    several = Counter(metric for metric, _ in {(s.metric, o) for s, o in zip(scores, origins, strict=True)})
     groups: dict[tuple[Setting, str], list[Score]] = {}
-    for score in scores:  # a metric with two references has two columns
-        column = f"{score.metric} ({_origin(score)})" if origins[score.metric] > 1 else score.metric
+    origin_of: dict[str, str] = {}
+    for score, origin in zip(scores, origins, strict=True):  # a metric with two references has two columns
+        column = f"{score.metric} [{numbers[origin]}]" if several[score.metric] > 1 else score.metric
+        origin_of[column] = origin
         groups.setdefault((setting_of(score), column), []).append(score)
     directions: dict[str, Direction | None] = {}
     for score in scores:
         if score.metric not in directions:
             directions[score.metric] = direction_of(score)
-    results = [_mean(group, column, directions[group[0].metric]) for (_, column), group in groups.items()]
+    results = [
+        _mean(group, column, origin_of[column], directions[group[0].metric]) for (_, column), group in groups.items()
+    ]
     return sorted(results, key=setting_of)
 
 
@@ -102,12 +105,26 @@ def setting_of(score: Score) -> Setting:
     return score.role, score.model, score.solver, score.n, score.nfe, score.steps, score.guidance
 
 
-def _origin(score: Score) -> str:
-    contents = f" {score.reference_sha256[:12]}" if score.reference_sha256 else ""
-    return f"{score.reference}{contents}, features {score.features_sha256[:12]}"
+def _origins(scores: Sequence[Score]) -> list[str]:
+    """What the values depend on, of each score. Hashes are named only where two are known for one name, so that scores
+    of earlier versions, which have none, share a column with new ones."""
+    names = [(score.reference, score.features_sha256) for score in scores]
+    hashes = [(score.reference_sha256, score.protocol_sha256, score.captions_sha256) for score in scores]
+    known: dict[tuple[str, ...], set[tuple[str | None, ...]]] = {}
+    for score, name, contents in zip(scores, names, hashes, strict=True):
+        if any(contents):
+            known.setdefault((score.metric, *name), set()).add(contents)
+    origins = []
+    for score, name, contents in zip(scores, names, hashes, strict=True):
+        of_contents = ""
+        if len(known.get((score.metric, *name), ())) > 1:
+            of_contents = f", contents {', '.join(digest[:12] for digest in contents if digest) or 'not recorded'}"
+        origins.append(f"{score.reference}, features {score.features_sha256[:12]}{of_contents}")
+    return origins
 
 
-def _mean(group: Sequence[Score], column: str, direction: Direction | None) -> Result:
+def _mean(group: Sequence[Score], column: str, origin: str, direction: Direction | None) -> Result:
+    group = list({score.seed: score for score in group}.values())  # of several equal evaluations, the last counts
     values = [score.value for score in group]
     changes = {
         "value": statistics.fmean(values),
@@ -116,4 +133,4 @@ def _mean(group: Sequence[Score], column: str, direction: Direction | None) -> R
         "seconds": statistics.fmean(score.seconds for score in group),
         "seeds": tuple(sorted(score.seed for score in group)),
     }
-    return Result(**(group[0].model_dump() | changes), column=column, direction=direction)
+    return Result(**(group[0].model_dump() | changes), column=column, origin=origin, direction=direction)

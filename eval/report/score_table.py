@@ -41,8 +41,8 @@ def explanations(results: Sequence[Result]) -> list[str]:
     found = [f"{column}: ± within is the {what}." for column, what in errors.items()]
     if any(result.bias is not None for result in results):
         found.append(
-            "Real images ≈: what as many real images would score, because they are so few; differences below that "
-            "mean little."
+            "Real images ≈: what as many random real images would score, because they are so few; differences below "
+            "that mean little."
         )
     return found
 
@@ -110,4 +110,5 @@ def verdict(results: Sequence[Result]) -> list[str]:
 
 def _describe(result: Result) -> str:
     sampling = f"{result.solver}, {result.nfe} NFE, guidance {result.guidance:g}, {result.n:,} samples"
-    return f"{number(result.value)} ({sampling})"
+    bias = "" if result.bias is None else f"; as many random real images score about {number(result.bias)}"
+    return f"{number(result.value)} ({sampling}{bias})"

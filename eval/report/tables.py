@@ -127,8 +127,8 @@ def label_of(score: Score, scores: Sequence[Score]) -> str:
     return f"{score.model} ({(score.source_sha256 or '')[:12] or 'contents not recorded'})"
 
 
-def _setting(score: Score) -> tuple[str, str, str, int, float, int, int, tuple[str | None, str | None]]:
-    source = (score.source, score.source_sha256)
+def _setting(score: Score) -> tuple[str, str, str, int, float, int, int, tuple[str | None, ...]]:
+    source = (score.source, score.source_sha256, score.protocol, score.protocol_sha256)
     return score.role, score.model, score.solver, score.n, score.guidance, score.steps, score.nfe, source
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import typer
@@ -113,3 +114,21 @@ def test_json_on_standard_output_is_json_alone() -> None:
     (stage,) = json.loads(succeeds("explain", "configs/fashion/tdm.yaml", "--json", "-"))
     assert stage["evaluations_per_step"] == 5
     assert [update["due"] for update in stage["updates"]] == [2, 1]
+
+
+def test_an_imported_module_may_be_called_like_an_old_command(tmp_path: Path) -> None:
+    (tmp_path / "pairs.py").write_text("")
+    assert "unipc_2" in succeeds("--import", "pairs", "solver", "list", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--batch"])
+def test_counts_below_their_minimum_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "should be greater than or equal to" in refused(capsys, "bench", "sampler", "fashion", option, "0")
+
+
+def test_file_names_are_not_taken_for_markup(tmp_path: Path) -> None:
+    assert "[/b].png" in succeeds("sample", "fashion", "--n", 1, "--steps", 1, "--out", "[/b].png", cwd=tmp_path)
+
+
+def test_a_prompt_for_a_class_conditional_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "takes class labels, not prompts" in refused(capsys, "sample", "fashion", "--prompt", "a shoe")

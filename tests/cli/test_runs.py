@@ -31,7 +31,7 @@ def test_explain_counts_evaluations_without_weights(tmp_path: Path) -> None:
     assert "student: min 1/2 | x - sg(" in text
     # the student once with gradient, the guided teacher twice, the fake once; then the fake on the same kind of sample
     assert "student 0 + 1, teacher 2 + 0, fake 1 + 0" in text
-    assert "one step in 2" in text
+    assert "every 2 steps" in text
     assert "over all roles: 3.5." in text
     assert "critic_updates │ 2 │ 5 │ 5, 10 (SD1.5)" in text, "here, by default, published"
     assert "student.lr │ 0.001 │ │ 2e-6 (ImageNet-64), 1e-5 (SD1.5), 5e-7 (SDXL)" in text
@@ -144,3 +144,24 @@ def test_missing_images_of_a_pretraining_config(tmp_path: Path, capsys: pytest.C
     message = refused(capsys, "train", "configs/fashion/teacher.yaml", f"data.path={tmp_path}", f"out={tmp_path}/run")
     assert "No train-images-idx3-ubyte.gz" in message
     assert "data.path" in message
+
+
+def test_a_role_that_the_objective_does_not_train_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, "train", write_config(tmp_path), "stages.0.roles.studnet.lr=1e-3")
+    assert "stages.0.roles.studnet: the objective 'tdm' does not train this role; did you mean 'student'?" in message
+
+
+def test_an_objective_needs_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "objective.name: give the name" in refused(
+        capsys, "explain", write_config(tmp_path), "stages.0.objective={}"
+    )
+
+
+def test_an_own_run_is_not_resumed_as_a_demo(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "mine")
+    (tmp_path / "mine" / "report.html").unlink(missing_ok=True)
+    assert "contains another run than the demo" in refused(capsys, "demo", "--out", tmp_path / "mine")

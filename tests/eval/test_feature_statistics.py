@@ -94,6 +94,16 @@ def test_files_that_are_not_statistics_of_the_network_are_refused(tmp_path: Path
             read(tmp_path / "edm.npz")
 
 
+def test_a_file_whose_sigma_is_no_covariance_is_refused(tmp_path: Path) -> None:
+    """The distance from it would be clamped to 0, the best score there is."""
+    indefinite = np.eye(48)
+    indefinite[0, 1] = indefinite[1, 0] = 2
+    for sigma, message in ((-np.eye(48), "variance below 0"), (indefinite, "sigma is not a covariance")):
+        np.savez(tmp_path / "bad.npz", mu=np.zeros(48), sigma=sigma)
+        with pytest.raises(UserError, match=message):
+            read_statistics(tmp_path / "bad.npz", Pixels())
+
+
 def test_features_without_statistics_are_enough(tmp_path: Path) -> None:
     features = normal(9, 48).numpy()
     np.savez(tmp_path / "kid.npz", feats=features)

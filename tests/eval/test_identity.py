@@ -19,7 +19,7 @@ from fewstep.eval.networks.efficientnet import EfficientNet
 from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import Protocol
 from fewstep.eval.report.tables import side_by_side
-from fewstep.eval.score_files import Score, read_scores
+from fewstep.eval.score_files import Score, read_scores, write_scores
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
@@ -136,3 +136,15 @@ def test_a_path_of_nothing_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     for name in ("no", "no.ZIP", "no.tar.gz"):
         message = refused(capsys, "eval", tmp_path / "deep" / "er" / name, "--protocol", "fashion")
         assert f"{name} does not exist: give a run, " in message
+
+
+def test_files_without_a_common_setting_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, real = write_images(tmp_path / "images", 4, 1), write_images(tmp_path / "real", 6, 0)
+    a = scored(images, real)
+    student = a.model_copy(update={"role": "student", "solver": "student", "n": 7})
+    for name, several in (
+        ("a", [a, a.model_copy(update={"n": 3})]),
+        ("b", [student, student.model_copy(update={"n": 9})]),
+    ):
+        write_scores(several, tmp_path / f"{name}.json")
+    assert "no metric in common" in refused(capsys, "compare", tmp_path / "a.json", tmp_path / "b.json")

@@ -210,6 +210,9 @@ def test_statistics_are_used_at_the_guidance_and_with_the_weights_that_they_were
     plan(teacher, SamplingConfig("dpm_solver_v3_2", 3, 2.0))
     with pytest.raises(UserError, match="measured at guidance 2 and do not fit guidance 1: run fewstep solver fit-v3"):
         plan(teacher, SamplingConfig("dpm_solver_v3_2", 3))
+    solvers.fit_v3(teacher.path, teacher.path / "statistics-1.safetensors", n=2, intervals=4, device="cpu")
+    plan(teacher, SamplingConfig("dpm_solver_v3_2", 3))
+    plan(teacher, SamplingConfig("dpm_solver_v3_2", 3, 2.0))
     (other.path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(UserError, match="fitted to other weights than this model's"):
         plan(other, SamplingConfig("dpm_solver_v3_2", 3, 2.0))

@@ -212,6 +212,16 @@ def test_all_rules_of_first_order_agree() -> None:
     torch.testing.assert_close(euler(mixture(flow), NOISE, times), ddim(mixture(flow), NOISE, times))
 
 
+def test_known_names_give_their_rules() -> None:
+    times, noise = by_log_snr(VP, 6), lambda: NOISE
+    for name, rule in (
+        ("res_multistep", partial(multistep_pp, relaxation="none")),
+        ("unipc_2_bh1", partial(unipc, variant="bh1")),
+    ):
+        assert torch.equal(SOLVERS[name](mixture(), NOISE, times, noise), rule(mixture(), NOISE, times))
+    assert not torch.equal(unipc(mixture(), NOISE, times, variant="bh1"), unipc(mixture(), NOISE, times))
+
+
 def test_unip_2_equals_2m() -> None:
     times = by_log_snr(VP, 8)
     torch.testing.assert_close(

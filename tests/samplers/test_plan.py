@@ -97,7 +97,7 @@ def test_the_schedule_shift_of_a_teacher_applies_to_its_grid() -> None:
     [
         (TEACHER, SamplingConfig("student", 4), "not a distilled student .* choose a solver: .*ddim.*unipc_2"),
         (TEACHER, SamplingConfig("eular", 4), "Unknown solver 'eular'; did you mean 'euler'"),
-        (STUDENT, SamplingConfig("euler"), "needs a number of steps"),
+        (STUDENT, SamplingConfig("eular"), "Unknown solver 'eular'; did you mean 'euler'"),
         (TEACHER, SamplingConfig("euler", 0), "at least 1, got 0"),
         (TEACHER, SamplingConfig("euler", 4, grid="karas"), "did you mean 'karras'"),
         (TEACHER, SamplingConfig("euler", 4, grid="karras:2"), "grid 'karras:2' does not work"),
@@ -110,7 +110,7 @@ def test_the_schedule_shift_of_a_teacher_applies_to_its_grid() -> None:
         (TEACHER, SamplingConfig("euler", 4, guidance=float("inf")), "guidance must be a finite number, got inf"),
         (TEACHER, SamplingConfig("dpm_solver_v3_2", 4), "run fewstep solver fit-v3"),
         (TEACHER, SamplingConfig("dc_solver_2", 4), "run fewstep solver fit-dc"),
-        (STUDENT, SamplingConfig("student", guidance=2.0), "has its guidance in its weights"),
+        (STUDENT, SamplingConfig("student", guidance=2.0), "was distilled with its guidance"),
         (STUDENT, SamplingConfig("student", 4, grid="karras"), "sampled at its own times"),
         (STUDENT, SamplingConfig("unipc_2", 4), "choose student, euler or ddim"),
         (student(times=(1.0, 0.5), counts=(1, 2)), SamplingConfig(steps=3), "supports 1, 2, got 3"),

@@ -62,7 +62,8 @@ def fit_v3(
     device: str = "auto", progress: Callable[[int, int], None] | None = None,
 ) -> None:  # fmt: skip
     """Writes the statistics that DPM-Solver-v3 needs of a class-conditional model, over ``n`` of its own samples. The
-    solver looks for them in ``statistics.safetensors`` beside the model's weights. Continues an interrupted call."""
+    solver looks for them in ``statistics.safetensors``, or ``statistics-2.safetensors`` for guidance 2, beside the
+    model's weights, and uses them at this guidance alone. Continues an interrupted call."""
     check_at_least(1, n=n, intervals=intervals)
     check_finite(guidance)
     check_writable(file)

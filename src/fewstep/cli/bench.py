@@ -57,7 +57,7 @@ def step(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None,
 def sampler(
     model_name: ModelName,
     solver: Annotated[str, typer.Option(help="One of fewstep solver list.")] = "dpmpp_2m",
-    steps: Annotated[int, typer.Option(help="Steps.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Steps.")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 64,
     file: JsonFile = None,
     rounds: Rounds = 15,

@@ -34,9 +34,9 @@ def encode(
     sizes: Annotated[
         str | None, typer.Option(help="For images: HEIGHTxWIDTH,...; each is encoded at the nearest.")
     ] = None,
-    frames: Annotated[int, typer.Option(help="For videos (.mp4, .gif): number of frames.")] = 1,
+    frames: Annotated[int, typer.Option(min=1, help="For videos (.mp4, .gif): number of frames.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
-    rows: Annotated[int, typer.Option(help="Prompts per file.")] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Prompts per file.")] = 512,
     device: Device = "auto",
 ) -> None:
     """Encode prompts (and images) once, so that training needs no encoder. Continues an interrupted call."""
@@ -55,7 +55,7 @@ def encode(
 def reference(
     data_folder: Annotated[Path, typer.Argument(metavar="DATA", help="A folder with the four idx files.")],
     folder: Annotated[Path, typer.Option("--out", help="A new folder for the reference.")],
-    epochs: Annotated[int, typer.Option(help="Epochs of the classifier's training.")] = 6,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the classifier's training.")] = 6,
     seed: Annotated[int, typer.Option(help="Seed of the classifier's training.")] = 0,
 ) -> None:
     """Train a classifier on images and write a reference: its features of real images, and some of the images."""

@@ -10,6 +10,7 @@ import typer
 
 from fewstep.cli.options import counting, out, print_scores, sampling_bar
 from fewstep.cli.train import run_training
+from fewstep.core.errors import UserError
 
 app = typer.Typer()
 
@@ -27,7 +28,8 @@ def demo(
     from fewstep.api.data import encode
     from fewstep.api.evaluate import evaluate
     from fewstep.api.report import compare_images, report
-    from fewstep.distill.config_files import find_config
+    from fewstep.distill.config_files import find_config, load_config
+    from fewstep.distill.run_folder import run_config
     from fewstep.eval.report.tables import best_teacher
     from fewstep.eval.score_files import read_scores
 
@@ -41,6 +43,8 @@ def demo(
     names = (folder if k == 1 else folder.with_name(f"{folder.name}-{k}") for k in count(1))
     folder = next(name for name in names if not (name / "report.html").exists())
     if (folder / "config.yaml").is_file():
+        if run_config(folder) != load_config(config, [f"out={folder}", *overrides]):
+            raise UserError(f"{folder} contains another run than the demo; choose another folder with --out.")
         out.print(f"{folder} contains an unfinished demo: resuming it.")
         run_training(None, [], folder)
     else:

@@ -135,6 +135,10 @@ def compare(
     from fewstep.eval.score_files import read_scores
 
     head, *body = rows = side_by_side(read_scores(ours), read_scores(theirs))
+    if not body:
+        raise UserError(
+            f"{ours} and {theirs} have no metric in common at one setting (solver, guidance, steps, number of samples)."
+        )
     if file is not None:
         write_json([dict(zip(head, row, strict=True)) for row in body], file)
     else:
@@ -154,7 +158,7 @@ def winrate(
     file: JsonFile = None,
     device: Device = "auto",
 ) -> None:
-    """Measure how often a model's samples have more of each reward than another model's, on equal labels and noise."""
+    """Measure how often a model's samples score higher on each reward than another model's, from equal noise."""
     from fewstep.api.evaluate import win_rates
 
     check_json(file)

@@ -82,7 +82,9 @@ def main() -> None:
 
 
 def _refuse_renamed(arguments: list[str]) -> None:
-    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    after_import = {index + 1 for index, argument in enumerate(arguments) if argument == "--import"}
+    words = (word for index, word in enumerate(arguments) if index not in after_import and not word.startswith("-"))
+    command = next(words, "")
     if command in RENAMED:
         raise UserError(f"The command {command!r} is now: fewstep {RENAMED[command]}.")
     if command == "eval" and "--compare" in arguments:

@@ -39,7 +39,7 @@ class Video(StrEnum):
 @app.command(epilog="Example: fewstep sample runs/tdm --steps 4 --n 80 --out grid.png")
 def sample(
     model_name: ModelName,
-    n: Annotated[int, typer.Option("--n", help="Number of images of labels; for prompts see --seeds.")] = 80,
+    n: Annotated[int, typer.Option("--n", help="Number of images of class labels; for prompts see --seeds.")] = 80,
     steps: Steps = None,
     prompt: Annotated[str | None, typer.Option(help="What to show, for a text-conditioned model.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one per line.")] = None,
@@ -52,10 +52,12 @@ def sample(
     grid: Grid = "time",
     seed: Seed = 0,
     video: Annotated[Video, typer.Option(help="The format of a video model's files.")] = Video.gif,
-    file: Annotated[Path, typer.Option("--out", help="A PNG file; for prompts, a folder.")] = Path("grid.png"),
+    file: Annotated[
+        Path | None, typer.Option("--out", help="A PNG file, or a folder for prompts. Default: grid.png, or samples.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Generate images: of labels as one grid, of prompts as one file each (existing files are kept)."""
+    """Generate images. Class labels: one grid. Prompts: one file each; existing files are kept."""
     from fewstep.api.models import load
     from fewstep.api.sample import sample as sample_labels
     from fewstep.api.sample import sample_files
@@ -66,6 +68,9 @@ def sample(
     sampling = sampling_of(solver, steps, guidance, grid, seed)
     model = load(model_name, device, parse_size(size))
     if prompt is not None or prompts is not None:
+        if model.config.classes:
+            raise UserError("This model takes class labels, not prompts: use --labels.")
+        file = file or Path("samples")
         if file.suffix:
             raise UserError(f"--out is a folder for prompts, with one file each; {file} looks like a file.")
         lines = [prompt] if prompt is not None else read_prompts(prompts or Path())
@@ -76,6 +81,7 @@ def sample(
             )  # fmt: skip
         out.print(f"{len(written)} samples are in {file}.")
         return
+    file = file or Path("grid.png")
     check_writable(file)
     images = sample_labels(model, n=n, labels=numbers, sampling=sampling)
     columns = len(numbers) if numbers and len(numbers) > 1 else min(n, model.config.classes or 10)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fewstep.eval.score_files import Score
     from fewstep.samplers.plan import SamplingConfig
 
-out = Console(width=None if Console().is_terminal else 160)
-err = Console(stderr=True)
+out = Console(width=None if Console().is_terminal else 160, markup=False)
+err = Console(stderr=True, markup=False)
 
 Number = TypeVar("Number", int, float)
 
@@ -84,7 +84,7 @@ def parse_size(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.isdigit() and int(part) for part in parts):
+    if len(parts) not in (2, 3) or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
         raise UserError(f"--size is HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for example 512x512, got {text!r}.")
     height, width, frames = (*map(int, parts), 1)[:3]
     return height, width, frames

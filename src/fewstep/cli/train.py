@@ -44,7 +44,11 @@ def run_training(config: str | None, overrides: list[str], resume: Path | None) 
         with TrainingProgress(settings.steps) as progress:
             run = train_run(settings, resume, callbacks=[progress])
     except Interrupted as stop:
-        err.print(f"\nInterrupted: {stop}. Continue with: fewstep train --resume {stop.folder}", style="yellow")
+        err.print(
+            f"\nInterrupted: {stop}. Continue with: fewstep train --resume {stop.folder}",
+            style="yellow",
+            soft_wrap=True,
+        )
         sys.exit(130)
     trained = run.trainer
     out.print(f"Trained {trained.step} steps in {trained.seconds:.0f} s. The student is in {run.folder / 'student'}.")
@@ -71,7 +75,7 @@ def explain(config: ConfigFile, overrides: Overrides = None, file: JsonFile = No
             costs = ", ".join(
                 f"{role} {plain:.3g} + {graph:.3g}" for role, (plain, graph) in update.evaluations.items()
             )
-            due = "every step" if update.due.n == 1 else f"one step in {update.due.n}"
+            due = "every step" if update.due.n == 1 else f"every {update.due.n} steps"
             rows.append((update.name, ", ".join(update.roles), due, costs))
         print_table(rows)
         out.print(f"Forward passes per sample and step, over all roles: {stage.evaluations_per_step:.3g}.")
@@ -98,7 +102,7 @@ def replay(run: RunFolder, step: Annotated[int, typer.Option(help="A logged step
             f"Step {step} did not replay bit for bit: other versions, another machine or another number of threads?"
         )
     if file is None:
-        out.print(f"Step {step} replayed bit for bit.")
+        out.print(f"Step {step} replayed bit for bit ({len(computed)} numbers that are computed in this step).")
 
 
 @app.command(epilog="Example: fewstep report runs/tdm")

@@ -58,4 +58,4 @@ def test_cifar10_has_no_distance_from_the_statistics_that_clean_fid_publishes() 
     if locator.find_local(STATISTICS) is None:
         skip_without(f"{STATISTICS} in $FEWSTEP_WEIGHTS (from clean-fid's server)")
     protocol = Protocol(name="cifar10", metrics=("fid",), reference=STATISTICS, n=50_000)
-    assert ProtocolEvaluator(protocol, locator).values(protocol.open_images(folder))["fid"] < 0.01
+    assert ProtocolEvaluator(protocol, locator).measure(protocol.open_images(folder))["fid"].value < 0.01

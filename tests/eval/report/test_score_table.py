@@ -11,7 +11,7 @@ import pytest
 from fewstep.eval.report.charts import COLOURS
 from fewstep.eval.report.curves import NFE, incomparable, quality_curves
 from fewstep.eval.report.run_files import Result, read_results
-from fewstep.eval.report.score_table import Cell, columns, explanations, table, verdict
+from fewstep.eval.report.score_table import Cell, columns, explanations, origins, table, verdict
 
 
 def score(role: str, solver: str, nfe: int, value: float, **other: Any) -> dict[str, Any]:
@@ -166,3 +166,21 @@ def test_error_bars_and_biases_stand_beside_their_numbers(tmp_path: Path) -> Non
     assert [cell.notes for cell in row[3:5]] == [("real images ≈ 1.250",), ("± 0.1250 within",)]
     assert explanations(found)[0] == "kid: ± within is the standard deviation over 100 subsets."
     assert len(explanations(found)) == 2
+
+
+def test_columns_of_several_origins_have_short_names(tmp_path: Path) -> None:
+    """A score of an earlier version, without hashes, shares the column of a new one; two known contents do not."""
+    old = score("student", "student", 4, 4.0)
+    new, changed = (score("student", "student", k, 5.0, reference_sha256=d * 64) for k, d in ((2, "1"), (1, "2")))
+    assert list(columns(results(tmp_path, old, new))) == ["fd_fashion"]
+    found = results(tmp_path, new, changed)
+    assert set(columns(found)) == {"fd_fashion [1]", "fd_fashion [2]"}
+    assert origins(found)["fd_fashion [1]"] == "fashion/test, features 0123456789ab, contents 111111111111"
+
+
+def test_scores_by_protocols_of_other_settings_are_never_averaged(tmp_path: Path) -> None:
+    a, b = (score("student", "student", 4, v, protocol=h, protocol_sha256=h * 64) for v, h in ((4.0, "a"), (6.0, "b")))
+    ((_, (row,)),) = table(results(tmp_path, a, b))
+    assert [cell.text for cell in row[3:5]] == ["4.000", "6.000"]
+    ((_, (row,)),) = table(results(tmp_path, a, a | {"value": 5.0}))
+    assert row[3].text == "5.000", "of equal evaluations the last counts"
