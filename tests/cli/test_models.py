@@ -91,6 +91,9 @@ def test_scores_are_merged_into_their_file_and_files_are_compared(squares: Path,
     rows = json.loads(succeeds("compare", file, file, "--json", "-"))
     assert {row["comparable"] for row in rows} == {"yes"}
     assert "fd_squares" in succeeds("compare", file, file)
+    two_others = [score | {"n": 200} for score in scores]
+    (tmp_path / "others.json").write_text(json.dumps(two_others))
+    assert "have no metric in common" in fewstep("compare", file, tmp_path / "others.json").stderr
 
 
 def test_eval_refuses_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

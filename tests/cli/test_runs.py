@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import yaml
 from commands import refused, succeeds, write_config
 from worlds import tiny_config
 
+import fewstep
+from fewstep.core.errors import UserError
 from fewstep.distill.config import OBJECTIVES
 
 
@@ -165,3 +168,26 @@ def test_an_own_run_is_not_resumed_as_a_demo(
     shutil.copytree(finished, tmp_path / "mine")
     (tmp_path / "mine" / "report.html").unlink(missing_ok=True)
     assert "contains another run than the demo" in refused(capsys, "demo", "--out", tmp_path / "mine")
+
+
+def test_a_replay_that_differs_is_reported(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    changed = [line | {"loss/critic": line["loss/critic"] + 1e-9} if line["step"] == 7 else line for line in lines]
+    metrics.write_text("".join(f"{json.dumps(line)}\n" for line in changed))
+    assert "did not replay bit for bit" in refused(capsys, "replay", tmp_path / "run", "--step", 7)
+
+
+def test_python_refuses_a_config_beside_a_run_to_resume(finished: Path) -> None:
+    with pytest.raises(UserError, match="neither a config nor key=value"):
+        fewstep.train("configs/fashion/demo.yaml", resume=finished)
+    with pytest.raises(UserError, match="Give a config, or a run folder"):
+        fewstep.train()
+
+
+def test_explain_shows_every_stage() -> None:
+    first, second = json.loads(succeeds("explain", "configs/wan/phased_dmd.yaml", "--json", "-"))
+    student = {update["name"]: update["evaluations"] for update in second["updates"]}["student"]
+    assert "expert1" in student
+    assert "expert1" not in str(first["updates"])
