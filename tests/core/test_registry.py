@@ -85,6 +85,16 @@ def test_a_name_from_a_file_must_be_defined_in_its_module(name: str) -> None:
         anything.resolve(name, from_file=True)
 
 
+def test_a_name_from_a_file_triggers_no_lazy_import() -> None:
+    """``torch._dynamo`` and ``fewstep.train`` are imported when they are first asked for."""
+    anything: Registry[object] = Registry("backbone", dict, lambda value: True, "anything")
+    before = set(sys.modules)
+    for name in ("torch:_dynamo", "fewstep:train", "numpy:f2py"):
+        with pytest.raises(UserError, match="has not been imported"):
+            anything.resolve(name, from_file=True)
+    assert set(sys.modules) == before
+
+
 def test_errors_of_the_users_module_are_reported(module: str) -> None:
     for name, reason in (
         ("broken_module:X", "ZeroDivisionError: division by zero"),

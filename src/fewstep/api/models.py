@@ -12,12 +12,13 @@ from fewstep.models.model_config import Size
 Source = str | Path
 
 
-def load(source: Source, device: str = "auto", size: Size | None = None) -> Model:
+def load(source: Source, device: str = "auto", size: Size | None = None, *, from_file: bool = False) -> Model:
     """The student of a run folder, a model folder, a bundled model by name, a diffusers pipeline by folder or hub id,
     or a model of the user's own by registered or dotted name, on its device.
 
-    ``size`` (height, width, frames in pixels) is for pipelines. Raises ``UserError`` if there is no such model, or if
-    the run has no student yet.
+    ``size`` (height, width, frames in pixels) is for pipelines. ``from_file``: ``source`` was read from a run or a
+    saved model, so that it causes no import. Raises ``UserError`` if there is no such model, or if the run has no
+    student yet.
     """
     folder = Path(source)
     if (folder / "config.yaml").is_file():
@@ -26,6 +27,6 @@ def load(source: Source, device: str = "auto", size: Size | None = None) -> Mode
                 f"The run {folder} has no student yet: it is not finished. Resume it with --resume {folder}."
             )
         source = folder / "student"
-    model = load_model(source, size=size)
+    model = load_model(source, size=size, from_file=from_file)
     model.denoiser.to(pick_device(device))
     return model

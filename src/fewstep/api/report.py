@@ -26,7 +26,7 @@ def compare_images(
     settings = run_settings(folder)
     student = load(folder, device)
     size = tuple(settings["size"]) if settings.get("size") else None
-    teacher = load(settings["teacher"], device, size) if settings.get("teacher") else None
+    teacher = load(settings["teacher"], device, size, from_file=True) if settings.get("teacher") else None
     prompts = [] if student.config.classes else read_prompts(Path(settings["data"]["path"]) / PROMPTS)
     return write_comparison(
         student, teacher, prompts, folder / "samples", columns=columns, seed=seed, guidance=guidance

@@ -116,7 +116,8 @@ def _loaded(point: EntryPoint, kind: str) -> Any:
 
 def _already_imported(name: str, kind: str) -> Any:
     module, _, attribute = name.partition(":")
-    value = getattr(sys.modules.get(module), attribute, None)
+    known = vars(sys.modules[module]) if module in sys.modules else {}  # getattr may import lazily
+    value = known.get(attribute)
     if value is None or (callable(value) and getattr(value, "__module__", None) != module):
         raise UserError(
             f"The saved model uses the {kind} {name!r}, which has not been imported, and a saved model never causes "
