@@ -13,11 +13,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.distill.matching import per_sample_mean
-from fewstep.distill.update import StudentSample
+from fewstep.distill import matching
+from fewstep.distill.roles import Roles
+from fewstep.distill.update import LossTerm, MicroBatch, StudentSample
 from fewstep.models.denoiser import expand_like
 from fewstep.models.prediction import Coefficients, Prediction
 from fewstep.models.schedules import NoiseSchedule, bridge
+
+
+def critic_term(micro: MicroBatch, roles: Roles, t: Tensor, clamp: float | None = None) -> LossTerm:
+    """The critic's term: the role ``fake`` denoises the student's sample, re-noised to times ``t`` [B]."""
+    schedule = roles.denoiser("fake").schedule
+    x_t, n = matching.renoise(schedule, micro.sample, t, micro.random)
+    F = roles.predict("fake", x_t, t, micro.sample.condition).out
+    return LossTerm("critic", denoising_loss(F, schedule, micro.sample, t, n, clamp))
+
+
+def importance_critic_term(micro: MicroBatch, roles: Roles, t: Tensor) -> LossTerm:
+    """TDM's: at the same points, the weighted regression to the x0 that the sample came from."""
+    sample, schedule = micro.sample, roles.denoiser("fake").schedule
+    x_t, n = matching.renoise(schedule, sample, t, micro.random)
+    F = roles.predict("fake", x_t, t, sample.condition).out
+    return LossTerm("critic", weighted_clean_loss(F, sample, importance_weight(schedule, sample, sample.output, t, n)))
 
 
 def denoising_loss(
@@ -63,7 +80,7 @@ def importance_weight(
     sigma = schedule.sigma(times)
     x_t = scale.to(n) * sample.x.detach() + std.to(n) * n
     m = (x_t - schedule.alpha(times).to(n) * x0.detach()) / sigma.to(n)
-    log_ratio = torch.log(std / sigma).to(n) + 0.5 * per_sample_mean(n.square() - m.square())
+    log_ratio = torch.log(std / sigma).to(n) + 0.5 * matching.per_sample_mean(n.square() - m.square())
     return torch.exp(log_ratio if tempered else log_ratio * n[0].numel())
 
 

@@ -19,20 +19,18 @@ class DiffInstruct(ObjectiveConfig):
     def build(self, roles, stage):
         schedule = roles.denoiser("teacher").schedule
 
-        def renoised(micro):
-            t = micro.random.uniform(len(micro.sample.level), 0.02, 0.98)
-            return t, *matching.renoise(schedule, micro.sample, t, micro.random)
+        def times(micro):
+            return micro.random.uniform(len(micro.sample.level), 0.02, 0.98)
 
         def student(micro):
-            t, x_t, _ = renoised(micro)
+            t = times(micro)
+            x_t, _ = matching.renoise(schedule, micro.sample, t, micro.random)
             condition = micro.sample.condition
             T, F = (roles.predict(role, x_t.detach(), t, condition).out.x0 for role in ("teacher", "fake"))
             yield LossTerm("match", matching.surrogate_loss(micro.sample.output, T - F))
 
         def fake(micro):
-            t, x_t, noise = renoised(micro)
-            F = roles.predict("fake", x_t, t, micro.sample.condition).out
-            yield LossTerm("critic", critics.denoising_loss(F, schedule, micro.sample, t, noise))
+            yield critics.critic_term(micro, roles, times(micro))
 
         return Objective(
             updates=(Update("student", ("student",), student), Update("fake", ("fake",), fake)),

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from worlds import FLOW, Points
 
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.critics import denoising_loss
+from fewstep.distill.critics import critic_term
 from fewstep.distill.data.batch import Batch, Source
 from fewstep.distill.loop import Loop
-from fewstep.distill.matching import renoise
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.rollouts import add_noise
 from fewstep.distill.stage import RoleConfig, make_role
@@ -57,11 +56,7 @@ def critic(roles: Roles, low: float = 0.0) -> Update:
     """The fake score's update at times from ``low``, the level of the student's sample, to 1."""
 
     def fake(micro: MicroBatch) -> Iterator[LossTerm]:
-        sample = micro.sample
-        t = micro.random.uniform(len(sample.level), low, 1.0)
-        x_t, n = renoise(FLOW, sample, t, micro.random)
-        out = roles.predict("fake", x_t, t, sample.condition).out
-        yield LossTerm("critic", denoising_loss(out, FLOW, sample, t, n))
+        yield critic_term(micro, roles, micro.random.uniform(len(micro.sample.level), low, 1.0))
 
     return Update("fake", ("fake",), fake)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill import health, matching
-from fewstep.distill.critics import denoising_loss
+from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles, blend, require_blendable
 from fewstep.distill.rollouts import add_noise, random_time_rollout
 from fewstep.distill.stage import MatchingConfig, StageContext
@@ -110,11 +110,8 @@ class CDM(MatchingConfig):
                 blend(roles["fake"], roles["student"], self.blend)
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
-            sample = micro.sample
-            t = self.critic_times.sample(micro.random, len(sample.level))
-            x_t, n = matching.renoise(schedule, sample, t, micro.random)
-            F = roles.predict("fake", x_t, t, sample.condition).out
-            yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
+            t = self.critic_times.sample(micro.random, len(micro.sample.level))
+            yield critic_term(micro, roles, t)
 
         return Objective(
             updates=(

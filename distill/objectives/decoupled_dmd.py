@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from fewstep.distill import health, matching
-from fewstep.distill.critics import denoising_loss
+from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import backward_simulation
 from fewstep.distill.stage import MatchingConfig, StageContext
@@ -76,11 +76,8 @@ class DecoupledDMD(MatchingConfig):
                 yield LossTerm("ca", matching.surrogate_loss(x, ca, matching.l1_weight(x, T_ca.cond.x0)))
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
-            sample = micro.sample
-            t = self.critic_times.sample(micro.random, len(sample.level))
-            x_t, n = matching.renoise(schedule, sample, t, micro.random)
-            F = roles.predict("fake", x_t, t, sample.condition).out
-            yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
+            t = self.critic_times.sample(micro.random, len(micro.sample.level))
+            yield critic_term(micro, roles, t)
 
         return Objective(
             updates=(

@@ -19,7 +19,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from fewstep.distill import health, matching
-from fewstep.distill.critics import denoising_loss
+from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import backward_simulation
 from fewstep.distill.stage import MatchingConfig, StageContext
@@ -64,11 +64,8 @@ class DMD(MatchingConfig):
                 yield LossTerm("regression", self.regression * (x - micro.batch["x0"]).square().mean())
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
-            sample = micro.sample
-            t = self.critic_times.sample(micro.random, len(sample.level))
-            x_t, n = matching.renoise(schedule, sample, t, micro.random)
-            F = roles.predict("fake", x_t, t, sample.condition).out
-            yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
+            t = self.critic_times.sample(micro.random, len(micro.sample.level))
+            yield critic_term(micro, roles, t)
 
         return Objective(
             updates=(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fewstep.distill import health, matching
 from fewstep.distill.adversarial import Heads, discriminator_loss, generator_loss
-from fewstep.distill.critics import denoising_loss
+from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import add_noise, backward_simulation
 from fewstep.distill.stage import BaseConfig, MatchingConfig, StageContext
@@ -110,13 +110,10 @@ class DMD2(MatchingConfig):
                 yield LossTerm("gan", gan.weight * generator_loss(logits(x_t, t, sample.condition, through=True)))
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
-            sample = micro.sample
-            t = self.critic_times.sample(micro.random, len(sample.level))
-            x_t, n = matching.renoise(schedule, sample, t, micro.random)
-            F = roles.predict("fake", x_t, t, sample.condition).out
-            yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
+            t = self.critic_times.sample(micro.random, len(micro.sample.level))
+            yield critic_term(micro, roles, t)
             if gan:
-                real = micro.batch["x0"]
+                sample, real = micro.sample, micro.batch["x0"]
                 times = gan.renoise_times
                 t, t_real = (times.sample(micro.random, len(real), stream) for stream in ("generated", "real"))
                 x_t, _ = matching.renoise(schedule, sample, t, micro.random)

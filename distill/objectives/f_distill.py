@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fewstep.distill import health, matching
 from fewstep.distill.adversarial import Heads, density_ratio, discriminator_loss, generator_loss
-from fewstep.distill.critics import denoising_loss
+from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import add_noise, backward_simulation
 from fewstep.distill.stage import MatchingConfig, StageContext
@@ -113,11 +113,8 @@ class FDistill(MatchingConfig):
             yield LossTerm("match", match + self.gan_weight * generator_loss(logits))
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
-            sample = micro.sample
-            t = self.critic_times.sample(micro.random, len(sample.level))
-            x_t, n = matching.renoise(schedule, sample, t, micro.random)
-            F = roles.predict("fake", x_t, t, sample.condition).out
-            yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
+            t = self.critic_times.sample(micro.random, len(micro.sample.level))
+            yield critic_term(micro, roles, t)
 
         def discriminator(micro: MicroBatch) -> Iterator[LossTerm]:
             sample, real = micro.sample, micro.batch["x0"]

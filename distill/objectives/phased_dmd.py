@@ -22,15 +22,14 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from fewstep.distill import health, matching
-from fewstep.distill.critics import denoising_loss
+from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import phased_rollout
 from fewstep.distill.stage import MatchingConfig, StageContext
 from fewstep.distill.time_laws import TimeLaw
-from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
+from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
 from fewstep.models.denoiser import expand_like
 from fewstep.models.guidance import Guidance
 from fewstep.models.model_config import FewStep
@@ -91,13 +90,10 @@ class PhasedDMD(MatchingConfig):
         renoise_times = self.renoise_times or TimeLaw(shift=self.shift)
         critic_times = self.critic_times or renoise_times
 
-        def renoise(micro: MicroBatch, sample: StudentSample, law: TimeLaw) -> tuple[Tensor, Tensor, Tensor]:
-            t = law.sample(micro.random, len(sample.level), above=sample.level)
-            return t, *matching.renoise(schedule, sample, t, micro.random)
-
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t, x_t, n = renoise(micro, sample, renoise_times)
+            t = renoise_times.sample(micro.random, len(sample.level), above=sample.level)
+            x_t, n = matching.renoise(schedule, sample, t, micro.random)
             T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
             health.observe(micro, schedule, sample, t, n, T, F)
@@ -109,10 +105,8 @@ class PhasedDMD(MatchingConfig):
             yield LossTerm("match", matching.surrogate_loss(x, T.out.x0 - F, weight))
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
-            sample = micro.sample
-            t, x_t, n = renoise(micro, sample, critic_times)
-            F = roles.predict("fake", x_t, t, sample.condition).out
-            yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n, clamp=self.clamp))
+            t = critic_times.sample(micro.random, len(micro.sample.level), above=micro.sample.level)
+            yield critic_term(micro, roles, t, self.clamp)
 
         return Objective(
             updates=(

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
 from fewstep.distill import health, matching
-from fewstep.distill.critics import denoising_loss, importance_weight, weighted_clean_loss
+from fewstep.distill.critics import critic_term, importance_critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import segment_rollout
 from fewstep.distill.stage import MatchingConfig, StageContext
@@ -113,6 +113,12 @@ class TDM(MatchingConfig):
         margin = ((top - level) / 4).clamp(max=self.margin)
         return level + margin, top - margin
 
+    def times(self, law: SegmentTimes, micro: MicroBatch) -> Tensor:
+        """Times [B] of ``law`` for the states of a micro-batch."""
+        sample = micro.sample
+        low, high = self.range(law, sample.level, sample.t_student)
+        return law.sample(micro.random, len(sample.level), above=low, below=high)
+
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
         if not self.unify:
             return {}
@@ -140,14 +146,10 @@ class TDM(MatchingConfig):
 
         critic_times = self.critic_times or self.renoise_times
 
-        def renoise(micro: MicroBatch, sample: StudentSample, law: SegmentTimes) -> tuple[Tensor, Tensor, Tensor]:
-            low, high = self.range(law, sample.level, sample.t_student)
-            t = law.sample(micro.random, len(sample.level), above=low, below=high)
-            return t, *matching.renoise(schedule, sample, t, micro.random)
-
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
-            t, x_t, n = renoise(micro, sample, self.renoise_times)
+            t = self.times(self.renoise_times, micro)
+            x_t, n = matching.renoise(schedule, sample, t, micro.random)
             T = roles.predict("teacher", x_t.detach(), t, sample.condition, guidance=guidance)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
             health.observe(micro, schedule, sample, t, n, T, F)
@@ -158,14 +160,8 @@ class TDM(MatchingConfig):
                 yield LossTerm("match", matching.surrogate_loss(sample.output, direction, weight))
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
-            sample = micro.sample
-            t, x_t, n = renoise(micro, sample, critic_times)
-            F = roles.predict("fake", x_t, t, sample.condition).out
-            if self.critic == "bridge":
-                yield LossTerm("critic", denoising_loss(F, schedule, sample, t, n))
-            else:
-                weight = importance_weight(schedule, sample, sample.output, t, n)
-                yield LossTerm("critic", weighted_clean_loss(F, sample, weight))
+            term = critic_term if self.critic == "bridge" else importance_critic_term
+            yield term(micro, roles, self.times(critic_times, micro))
 
         times = time_uniform(self.steps, self.shift)[:-1]
         return Objective(

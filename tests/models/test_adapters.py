@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.critics import denoising_loss
+from fewstep.distill.critics import critic_term
 from fewstep.distill.loop import Loop
 from fewstep.distill.matching import l1_weight, renoise, surrogate_loss
 from fewstep.distill.roles import Role, Roles
@@ -236,11 +236,7 @@ def two_steps(family: Family, teacher: nn.Module, student: nn.Module, fake: nn.M
         yield LossTerm("match", surrogate_loss(a.output, T - F, l1_weight(a.x, T)))
 
     def critic(m: MicroBatch) -> Iterator[LossTerm]:
-        a, t = m.sample, m.random.uniform(len(m.sample.level))
-        x_t, n = renoise(family.schedule, a, t, m.random)
-        yield LossTerm(
-            "critic", denoising_loss(roles.predict("fake", x_t, t, a.condition).out, family.schedule, a, t, n)
-        )
+        yield critic_term(m, roles, m.random.uniform(len(m.sample.level)))
 
     updates = Update("student", ("student",), match), Update("fake", ("fake",), critic)
     objective = Objective(updates, lambda m: backward_simulation(m, roles, [1.0, 0.5]))
