@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,8 @@ def build_parts(
     if teacher is None and config.model is not None:
         return _pretraining(config, config.model, device, data)
     if teacher is not None:
-        model = _model_of(teacher, data)
+        _check_own_teacher(config)
+        model = _own_model(teacher, data)
         model.denoiser.record_features(features)
     elif config.teacher is not None:
         model = load_model(config.teacher, features, config.size, DTYPES[config.weights])
@@ -73,6 +75,8 @@ def build_parts(
     roles = {"teacher": Role(model.denoiser.to(device))}
     prompts = _prompts(config.data, pipeline) if pipeline is not None else None
     source = data or _source(config.data, model_config, prompts, pipeline)
+    if pipeline is None:
+        _check_shape(source, model_config)
     return Parts(roles, {"data": source}, model_config, prompts, pipeline)
 
 
@@ -80,7 +84,9 @@ def _pretraining(config: Config, model_config: ModelConfig, device: torch.device
     with torch.random.fork_rng():  # torch's initialisers use the global generator
         torch.manual_seed(config.seed)
         roles = {"model": Role(model_config.build().to(device))}
-    return Parts(roles, {"data": data or _source(config.data, model_config, None, None)}, model_config)
+    source = data or _source(config.data, model_config, None, None)
+    _check_shape(source, model_config)
+    return Parts(roles, {"data": source}, model_config)
 
 
 # --- your own objects -------------------------------------------------------------------------------------------------
@@ -95,8 +101,23 @@ def _custom_source(data: DataConfig) -> Source:
     return source
 
 
-def _model_of(teacher: Model | Denoiser, data: Source | None) -> Model:
-    """A teacher with its config; for a bare denoiser, the config is derived from it and from a batch of ``data``."""
+def _check_own_teacher(config: Config) -> None:
+    if config.teacher is not None or config.model is not None:
+        given = "teacher" if config.teacher is not None else "model"
+        raise UserError(f"The config names a {given}, and teacher=... is given as well: give one of them.")
+    if config.adapters is not None:
+        raise UserError(
+            "Adapters are saved without the network they belong to, which must therefore have a name: register your "
+            'teacher with @fewstep.register("teacher", NAME) and set teacher: NAME, or train copies (adapters: null).'
+        )
+
+
+def _own_model(teacher: Model | Denoiser, data: Source | None) -> Model:
+    """A copy of a teacher, in eval mode and trainable, with its config; for a bare denoiser, the config is derived from
+    it and from a batch of ``data``."""
+    teacher = copy.deepcopy(teacher)  # never changes the user's object
+    denoiser = teacher.denoiser if isinstance(teacher, Model) else teacher
+    denoiser.eval().requires_grad_(True)
     if isinstance(teacher, Model):
         return teacher
     if data is None:
@@ -111,6 +132,17 @@ def _model_of(teacher: Model | Denoiser, data: Source | None) -> Model:
         classes=0 if labels is None else int(labels),
     )
     return Model(denoiser=teacher, config=config)
+
+
+def _check_shape(source: Source, model: ModelConfig) -> None:
+    """Raises ``UserError`` unless a batch of ``source`` has the shape of the network's samples."""
+    batch = source(KeyedRandom(0, 0, "probe", 0), 1)
+    shapes = {"its samples": batch.shape, **{name: tuple(t.shape[1:]) for name, t in batch.items() if name == "x0"}}
+    for what, shape in shapes.items():
+        if tuple(shape) != tuple(model.shape):
+            raise UserError(
+                f"The data does not fit the network: {what} are {list(shape)}, the network is for {list(model.shape)}."
+            )
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from fewstep.core.errors import nearest
 from fewstep.core.registry import Registry, is_dotted
@@ -90,6 +90,15 @@ class StageConfig(BaseConfig):
     roles: dict[str, RoleConfig]
     freeze: dict[str, str] = Field(default_factory=dict)
     clip: float | None = Field(1.0, gt=0)
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _of_its_own_class(cls, value: Any) -> Any:
+        """A name, or settings with a ``name``, become the objective of that name."""
+        settings = {"name": value} if isinstance(value, str) else value
+        if not isinstance(settings, dict):
+            return settings
+        return OBJECTIVES.resolve(str(settings.get("name", ""))).model_validate(settings)
 
 
 class AdapterConfig(BaseConfig):

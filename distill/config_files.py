@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -135,7 +136,9 @@ def _override(raw: dict[str, Any], text: str) -> str:
     node: Any = raw
     for depth, part in enumerate(parts[:-1]):
         try:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+            place: Any = int(part) if isinstance(node, list) else part
+            child = node[place] if isinstance(node, list) else node.get(part, {})
+            node[place] = node = copy.copy(child)  # a YAML alias may stand for it in several places
         except (ValueError, IndexError) as error:
             raise UserError(
                 f"Override {text!r}: {'.'.join(parts[:depth])} is a list of {len(node)}; give the number of an item."

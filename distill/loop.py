@@ -16,7 +16,7 @@ from fewstep.distill.roles import Roles
 from fewstep.distill.update import MicroBatch, Objective, StudentSample, Update
 
 CPU = torch.device("cpu")
-PATIENCE = 20  # consecutive non-finite gradients of an update after which training stops
+MAX_LOST = 20  # updates of one kind lost in a row, after which training stops
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class LostUpdate:
 @dataclass
 class Loop:
     """Runs the updates of one stage. ``batch`` is the size of a micro-batch, ``accumulate`` the number of them per
-    process and update. ``lost`` lists the updates of the last step that were not applied."""
+    process and update. ``lost`` lists the updates of the last step that were not applied. Training stops when an update
+    is lost ``max_lost`` times in a row (by default ``MAX_LOST``)."""
 
     roles: Roles
     objective: Objective
@@ -46,6 +47,7 @@ class Loop:
     seed: int = 0
     device: torch.device = CPU
     world: World = SINGLE_PROCESS
+    max_lost: Mapping[str, int] = field(default_factory=dict)
     lost: list[LostUpdate] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -114,17 +116,17 @@ class Loop:
         return MicroBatch(batches, random, step, self.roles, self.objective.rollout, shared)
 
     def _is_finite(self, update: Update, norm: Tensor, step: int, metrics: Mapping[str, Tensor]) -> bool:
-        """Whether the update can be applied; if not, it is added to ``lost``. Raises ``UserError`` after ``PATIENCE``
-        lost updates in a row."""
+        """Whether the update can be applied; if not, it is added to ``lost``. Raises ``UserError`` after too many lost
+        updates in a row."""
         if torch.isfinite(norm):
             self._in_a_row[update.name] = 0
             return True
         self.lost.append(LostUpdate(update.name, step + 1, self._cause(update, metrics)))
         self._in_a_row[update.name] = self._in_a_row.get(update.name, 0) + 1
-        if self._in_a_row[update.name] >= PATIENCE:
+        if self._in_a_row[update.name] >= self.max_lost.get(update.name, MAX_LOST):
             raise UserError(
-                f"{self.lost[-1]} It had no finite gradient for {PATIENCE} steps in a row. Lower the learning rate of "
-                f"{', '.join(update.roles)} or the guidance; the last checkpoint is intact."
+                f"{self.lost[-1]} It had no finite gradient {self._in_a_row[update.name]} times in a row. Lower the "
+                f"learning rate of {', '.join(update.roles)} or the guidance; the last checkpoint is intact."
             )
         return False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from fewstep.core.environment import environment
 from fewstep.core.errors import UserError
 from fewstep.core.files import write_text
+from fewstep.core.registry import Kind, is_dotted, require_imported
 from fewstep.distill.build import Parts, build_parts
 from fewstep.distill.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from fewstep.distill.config import Config
@@ -129,8 +130,31 @@ class RunFolder(Callback):
 
 
 def run_config(folder: str | Path) -> Config:
-    """The resolved config of a run folder. Raises ``UserError`` if it is not one."""
+    """The resolved config of a run folder. Raises ``UserError`` if it is not one, or names a module of the user's own
+    that has not been imported: a folder may come from somebody else, and opening it runs none of their code."""
+    settings = run_settings(folder)
+    for kind, name in _named_modules(settings):
+        if is_dotted(str(name)):
+            require_imported(name, kind)
     return load_config(_config_file(folder))
+
+
+def _named_modules(settings: dict[str, Any]) -> Iterator[tuple[Kind, Any]]:
+    """The settings that may be dotted names."""
+
+    def get(*keys: str) -> Any:
+        node: Any = settings
+        for key in keys:
+            node = node.get(key) if isinstance(node, dict) else None
+        return node
+
+    yield "teacher", get("teacher")
+    yield "backbone", get("model", "backbone", "name")
+    yield "data", get("data", "kind")
+    yield "solver", get("validation", "solver")
+    for stage in settings.get("stages") or []:
+        objective = stage.get("objective") if isinstance(stage, dict) else None
+        yield "objective", objective.get("name") if isinstance(objective, dict) else objective
 
 
 def run_settings(folder: str | Path) -> dict[str, Any]:
@@ -157,16 +181,19 @@ def step_of(checkpoint: Path) -> int:
 
 
 def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
-    """The metrics of a logged step, as recorded and as recomputed from the checkpoint before it.
+    """The losses and gradient norms of the log line of ``step``, as recorded and as recomputed.
+
+    A line has the latest ones since the line before, so these steps are repeated, from a checkpoint before them.
 
     Raises ``UserError`` if the step was not logged.
     """
-    trainer = RunFolder.reopen(folder, device, before=step - 1).trainer
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     logged = {line["step"]: line for line in lines if "validation" not in line}
     if step not in logged:
-        raise UserError(
-            f"Step {step} was not logged; the log has every {trainer.config.log_every} up to {max(logged, default=0)}."
-        )
-    computed = trainer.advance(step)
-    return {name: logged[step][name] for name in computed if name in logged[step]}, computed
+        every = run_config(folder).log_every
+        raise UserError(f"Step {step} was not logged; the log has every {every} up to {max(logged, default=0)}.")
+    before = max((other for other in logged if other < step), default=0)
+    trainer = RunFolder.reopen(folder, device, before=before).trainer
+    trainer.advance(before)
+    computed = {name: value for name, value in trainer.advance(step).items() if name in logged[step]}
+    return {name: logged[step][name] for name in computed}, computed

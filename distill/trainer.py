@@ -22,7 +22,7 @@ from fewstep.distill.checkpoint import restore_role, role_tensors
 from fewstep.distill.config import Config
 from fewstep.distill.data.batch import Source
 from fewstep.distill.health import Probe
-from fewstep.distill.loop import Loop, LostUpdate
+from fewstep.distill.loop import MAX_LOST, Loop, LostUpdate
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import MatchingConfig, StageContext, enter_stage, learning_rate
@@ -170,7 +170,10 @@ class Trainer:
             self.roles[name].lr_factor = learning_rate(role, sum(d.count(first, self.ends[number]) for d in due))
         self.loop = Loop(
             self.roles, self.objective, self.parts.sources, self.config.batch, self.config.accumulate, stage.clip,
-            self.config.seed, self.device, self.world,
+            self.config.seed, self.device, self.world, {
+                update.name: min(MAX_LOST, max(1, update.due.count(first, self.ends[number])))
+                for update in self.objective.updates
+            },
         )  # fmt: skip
 
     @property
@@ -238,10 +241,10 @@ class Trainer:
         self._notify("on_end")
 
     def advance(self, step: int) -> dict[str, float]:
-        """Trains up to ``step`` without callbacks; returns the metrics of the last step."""
+        """Trains up to ``step`` without callbacks; returns the latest metrics of these steps, as a log line has."""
         metrics: dict[str, Tensor] = {}
         while self.step < step:
-            metrics = self.one_step()
+            metrics |= self.one_step()
         return to_numbers(metrics)
 
     def one_step(self) -> dict[str, Tensor]:

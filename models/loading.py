@@ -123,12 +123,24 @@ def pipeline_of(model: Model) -> PipelineFolder:
     """
     from fewstep.models.hub.folder import PipelineFolder  # needs the extra
 
-    config = model.config
-    while config.base is not None and config.base not in TEACHERS:
-        if is_pipeline(config.base):
-            return PipelineFolder.open(resolve_path(config.base))
-        config = _read_config(resolve_path(config.base))
+    bases = _bases(model.config)
+    if bases and is_pipeline(bases[-1]):
+        return PipelineFolder.open(resolve_path(bases[-1]))
     raise UserError("This model takes class labels, not prompts.")
+
+
+def _bases(config: ModelConfig) -> list[str]:
+    """The base of a model, the base of that one, and so on. Raises ``UserError`` if one of them is its own base."""
+    bases: list[str] = []
+    while config.base is not None:
+        if config.base in bases:
+            raise UserError(f"The base {config.base!r} of this model is based on itself.")
+        bases.append(config.base)
+        folder = resolve_path(config.base)
+        if config.base in TEACHERS or is_pipeline(config.base) or not (folder / "config.json").is_file():
+            break
+        config = _read_config(folder)
+    return bases
 
 
 def resolve_path(source: str | Path) -> Path:
@@ -213,6 +225,7 @@ def _network(config: ModelConfig, feature_layers: tuple[str, ...], dtype: torch.
     """The network for the weights of a model folder; ``stored`` are the names of its tensors."""
     if config.base is None:
         return config.build(feature_layers, from_file=True)
+    _bases(config)  # refuses a circle
     denoiser = load_model(config.base, feature_layers, dtype=dtype, from_file=True).denoiser
     if (lora := config.lora) and config.base_sha256 not in (None, base_sha256(config.base)):
         raise UserError(

@@ -116,3 +116,10 @@ def test_the_form_of_dotted_names() -> None:
     for text in ("", "a", "a.b", "a:b:c", "a/b:c", "../a:b", "a:b.c", "C:\\models", "owner/name", " a:b", "a:b\n"):
         assert not is_dotted(text)
     assert dotted_name(Path) == "pathlib:Path"
+
+
+def test_the_name_of_a_built_in_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {("reward", "one"): 7})
+    numbers: Registry[int] = Registry("reward", lambda: {"one": 1}, lambda value: isinstance(value, int), "an integer")
+    with pytest.raises(UserError, match="The reward 'one' is built in: register yours under another name"):
+        numbers.resolve("one")

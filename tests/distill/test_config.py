@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from worlds import tiny_config
 
+import fewstep
 from fewstep.core.errors import UserError
 from fewstep.distill.build import build_parts
+from fewstep.distill.config import Config
 from fewstep.distill.config_files import dump_config, load_config, parse_config
+from fewstep.distill.objectives.dmd2 import DMD2
 from fewstep.distill.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -119,3 +123,29 @@ def test_missing_and_unknown_roles_are_named(tmp_path: Path, change: Any, messag
     config = parse_config(raw, "a.yaml")
     with pytest.raises(UserError, match=message):
         Trainer(config, build_parts(config, CPU), CPU)
+
+
+def test_an_override_changes_its_key_alone_not_what_shares_a_yaml_anchor(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "teacher: fashion\nstages:\n- steps: 1\n  objective: dmd2\n"
+        "  roles: {student: &role {lr: 1.0e-3}, fake: *role}\n"
+    )
+    roles = load_config(file, ["stages.0.roles.student.lr=0.5"]).stages[0].roles
+    assert (roles["student"].lr, roles["fake"].lr) == (0.5, 1e-3)
+
+
+def test_a_config_from_a_mapping_has_objectives_of_their_own_class() -> None:
+    stage = {"steps": 1, "objective": {"name": "dmd2", "steps": 2}, "roles": {}}
+    (made,) = Config.model_validate({"teacher": "fashion", "stages": [stage]}).stages
+    assert made.objective == DMD2(steps=2)
+    with pytest.raises(ValidationError, match="stpes"):
+        Config.model_validate({"stages": [{**stage, "objective": {"name": "dmd2", "stpes": 2}}]})
+    with pytest.raises(UserError, match="Unknown objective 'dmd3'; did you mean 'dmd"):
+        Config.model_validate({"stages": [{**stage, "objective": "dmd3"}]})
+
+
+def test_overrides_beside_a_config_object_are_refused(tmp_path: Path) -> None:
+    config = parse_config(tiny_config(tmp_path), "test")
+    with pytest.raises(UserError, match="'seed=7' are for a config file"):
+        fewstep.train(config, "seed=7")

@@ -12,7 +12,7 @@ from worlds import Points, build_objective, mlp, mlp_roles, trained
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.data.batch import Batch
-from fewstep.distill.loop import PATIENCE, Loop
+from fewstep.distill.loop import MAX_LOST, Loop
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
 
@@ -147,10 +147,10 @@ def test_a_lost_update_is_reported_at_once_with_its_cause(how: str, cause: str) 
 
 def test_many_lost_updates_in_a_row_end_training_with_the_cause() -> None:
     loop = broken(every=1)
-    for step in range(PATIENCE - 1):
+    for step in range(MAX_LOST - 1):
         loop.step(step)
-    with pytest.raises(UserError, match=r"'student' of step 20.*loss/match is nan.*no finite gradient for 20 steps"):
-        loop.step(PATIENCE - 1)
+    with pytest.raises(UserError, match=r"'student' of step 20.*loss/match is nan.*no finite gradient 20 times"):
+        loop.step(MAX_LOST - 1)
 
 
 def test_the_updates_of_a_step_read_their_data_once() -> None:

@@ -120,3 +120,23 @@ def test_an_own_source_that_cannot_be_created_is_named(tmp_path: Path, data: dic
 def test_a_wrong_kind_of_data_is_refused(tmp_path: Path, data: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_config(tiny_config(tmp_path, data=data), "test")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"stages": [{"steps": 1, "objective": {"name": "not_there:X"}, "roles": {}}]}, "objective"),
+        ({"stages": [{"steps": 1, "objective": "not_there:X", "roles": {}}]}, "objective"),
+        ({"data": {"kind": "not_there:X"}}, "data"),
+        ({"teacher": "not_there:X"}, "teacher"),
+        ({"validation": {"solver": "not_there:X"}}, "solver"),
+        ({"teacher": None, "model": {"backbone": {"name": "not_there:X"}, "shape": [1, 8, 8]}}, "backbone"),
+    ],
+)
+def test_a_run_folder_never_causes_an_import(tmp_path: Path, change: dict[str, object], kind: str) -> None:
+    """A config that the user names may import; one that lies in a run folder may come from somebody else."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(json.dumps(own_config(tmp_path) | change))
+    with pytest.raises(UserError, match=f"The saved model or run uses the {kind} 'not_there:X'.*--import not_there"):
+        RunFolder.reopen(run, CPU)

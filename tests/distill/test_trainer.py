@@ -10,10 +10,16 @@ import torch
 from several_processes import one_of_several
 from worlds import Points, mlp, state_of, tiny_config
 
+from fewstep.core.errors import UserError
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill import matching
 from fewstep.distill.build import build_parts
+from fewstep.distill.config import Config
 from fewstep.distill.config_files import parse_config
+from fewstep.distill.data.batch import Batch
 from fewstep.distill.explain import evaluations_of
 from fewstep.distill.trainer import Callback, Trainer
+from fewstep.models.condition import Condition
 
 CPU = torch.device("cpu")
 
@@ -112,3 +118,54 @@ def test_a_trainer_accepts_a_denoiser_and_a_source_without_any_file() -> None:
     assert recorder.events[-1] == ("end", 3)
     assert trainer.student.config.shape == (4,)
     assert trainer.student.config.few_step is not None
+
+
+def own_run(**changes: object) -> Config:
+    """Three steps of a one-step DMD2 whose teacher and data are Python objects."""
+    roles = {"student": {"lr": 1e-3}, "fake": {"lr": 1e-3}}
+    stage = {"steps": 3, "objective": {"name": "dmd2", "guidance": 1.0, "critic_updates": 1}, "roles": roles}
+    return parse_config({"batch": 8, "health": {"every": 0}, "stages": [stage], **changes}, "test")
+
+
+def test_an_own_teacher_is_copied_evaluated_in_eval_mode_and_its_copies_learn() -> None:
+    teacher = mlp(4, seed=0).train().requires_grad_(False)
+    trainer = Trainer.create(own_run(), teacher=teacher, data=Points(4), device="cpu")
+    start = [p.clone() for p in trainer.roles["student"].parameters]
+    trainer.train()
+    assert teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert trainer.roles["teacher"].module is not teacher
+    assert not trainer.roles["teacher"].module.training
+    assert any(not torch.equal(a, b) for a, b in zip(start, trainer.roles["student"].parameters, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "fashion"}, "names a teacher, and teacher=... is given as well"),
+        ({"adapters": {"rank": 2}}, "must therefore have a name: register your teacher"),
+    ],
+)
+def test_an_own_teacher_that_contradicts_the_config_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Trainer.create(own_run(**changes), teacher=mlp(4, seed=0), data=Points(4), device="cpu")
+
+
+@pytest.mark.parametrize("tensors", [{}, {"x0": (8, 6)}])
+def test_own_data_of_another_shape_is_refused(tmp_path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
+    def source(random: KeyedRandom, size: int) -> Batch:
+        shape = (1, 8, 8) if tensors else (3, 8, 8)
+        labels = torch.zeros(size, dtype=torch.long)
+        extra = {name: torch.zeros(size, 1, *shape) for name, shape in tensors.items()}
+        return Batch(size, shape, Condition({"labels": labels}, {"labels": 10}), extra)
+
+    config = parse_config(tiny_config(tmp_path), "test")
+    with pytest.raises(UserError, match=r"does not fit the network: its samples|does not fit the network: x0"):
+        Trainer.create(config, data=source, device="cpu")
+
+
+def test_a_short_run_that_diverges_ends_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "surrogate_loss", lambda x, *rest: (x * torch.nan).mean())
+    trainer = Trainer.create(own_run(), teacher=mlp(4, seed=0), data=Points(4), device="cpu")
+    with pytest.raises(UserError, match=r"'student' of step 3 was not applied: loss/match is nan.*3 times in a row"):
+        trainer.train()

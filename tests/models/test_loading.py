@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,11 @@ def test_a_parent_that_is_not_a_folder_is_reported(tmp_path: Path, write: Callab
     with pytest.raises(UserError, match=r"Cannot .*file/below"):
         write(tmp_path / "file" / "below")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "mine")]
+
+
+def test_a_model_that_is_its_own_base_is_refused(saved: Path) -> None:
+    file = saved / "config.json"
+    config = json.loads(file.read_text()) | {"base": str(saved)}
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is based on itself"):
+        load_model(saved)

@@ -38,6 +38,10 @@ def train(
         settings = run_config(resume)
     elif config is None:
         raise UserError("Give a config, or a run folder to resume.")
+    elif isinstance(config, Config) and overrides:
+        raise UserError(
+            f"Overrides such as {overrides[0]!r} are for a config file; Config.model_copy(update=...) changes a Config."
+        )
     else:
         settings = config if isinstance(config, Config) else load_config(config, overrides)
     return train_run(settings, resume, teacher=teacher, data=data, callbacks=callbacks).folder

@@ -81,9 +81,11 @@ class Registry(Generic[T]):
         return value  # type: ignore[no-any-return]
 
     def _find(self, name: str, from_file: bool) -> Any:
-        if (self.kind, name) in _registered:
-            return _registered[self.kind, name]
         builtins = self._builtins()
+        if (self.kind, name) in _registered:
+            if name in builtins:
+                raise UserError(f"The {self.kind} {name!r} is built in: register yours under another name.")
+            return _registered[self.kind, name]
         if name in builtins:
             value = builtins[name]
             return _imported(value, self.kind) if isinstance(value, str) else value
@@ -91,7 +93,7 @@ class Registry(Generic[T]):
             return _loaded(installed, self.kind)
         if not is_dotted(name):
             raise UserError(f"Unknown {self.kind} {name!r}{nearest(name, self.names())}.")
-        return _already_imported(name, self.kind) if from_file else _imported(name, self.kind)
+        return require_imported(name, self.kind) if from_file else _imported(name, self.kind)
 
     def _installed(self) -> dict[str, EntryPoint]:
         return {point.name: point for point in entry_points(group=f"fewstep.{self.kind}")}
@@ -114,13 +116,14 @@ def _loaded(point: EntryPoint, kind: str) -> Any:
         ) from error
 
 
-def _already_imported(name: str, kind: str) -> Any:
+def require_imported(name: str, kind: str) -> Any:
+    """What a dotted name from a file stands for. Raises ``UserError`` unless its module is already imported."""
     module, _, attribute = name.partition(":")
     known = vars(sys.modules[module]) if module in sys.modules else {}  # getattr may import lazily
     value = known.get(attribute)
     if value is None or (callable(value) and getattr(value, "__module__", None) != module):
         raise UserError(
-            f"The saved model uses the {kind} {name!r}, which has not been imported, and a saved model never causes "
-            f"an import. If you trust it, import {module} first: in Python, or with fewstep --import {module} ...."
+            f"The saved model or run uses the {kind} {name!r}, which has not been imported; neither ever causes an "
+            f"import. If you trust it, import {module} first: in Python, or with fewstep --import {module} ...."
         )
     return value
