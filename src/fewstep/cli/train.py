@@ -102,7 +102,7 @@ def replay(run: RunFolder, step: Annotated[int, typer.Option(help="A logged step
             f"Step {step} did not replay bit for bit: other versions, another machine or another number of threads?"
         )
     if file is None:
-        out.print(f"Step {step} replayed bit for bit ({len(computed)} losses and gradient norms).")
+        out.print(f"Step {step} replayed bit for bit ({len(computed)} numbers).")
 
 
 @app.command(epilog="Example: fewstep report runs/tdm")
