@@ -72,6 +72,7 @@ class Loop:
         for parameter in parameters:
             parameter.grad = None
         sums: dict[str, tuple[Tensor, Tensor]] = {}
+        totals: dict[str, Tensor] = {}
         with self.roles.updating(update.roles):
             for shard, samples in shared.items():
                 micro = self._micro_batch(update, step, shard, samples)
@@ -84,6 +85,8 @@ class Loop:
                 for name, (value, count) in micro.metrics.items():
                     before = sums.get(name, (0, 0))
                     sums[name] = before[0] + value, before[1] + count
+                for name, value in micro.totals.items():
+                    totals[name] = totals[name] + value if name in totals else value
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             raise RuntimeError(
@@ -92,6 +95,7 @@ class Loop:
             )
         self.world.mean_(gradients)
         self.world.mean_([part for pair in sums.values() for part in pair])
+        self.world.sum_(list(totals.values()))
         metrics = {name: value / count for name, (value, count) in sums.items()}
         limit = self.clip if self.clip is not None else float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit)
@@ -100,7 +104,7 @@ class Loop:
             for role in update.roles:
                 self.roles[role].step()
             if update.after is not None:
-                update.after(KeyedRandom(self.seed, step, f"after/{update.name}", 0, self.device))
+                update.after(KeyedRandom(self.seed, step, f"after/{update.name}", 0, self.device), totals)
         return metrics
 
     def _micro_batch(self, update: Update, step: int, shard: int, shared: dict[str, StudentSample]) -> MicroBatch:

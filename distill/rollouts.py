@@ -31,39 +31,48 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> 
     return schedule.alpha(times).to(x0) * x0 + schedule.sigma(times).to(x0) * noise
 
 
+def in_turn(micro: MicroBatch, n: int, stream: str) -> Tensor:
+    """One of 0 .. n - 1 for each sample, [B], in turn over the samples of all micro-batches and processes, from a
+    random start: each occurs equally often, however the batch is divided."""
+    start = micro.random.shared.integers(1, n, stream)
+    return (micro.first_sample + torch.arange(micro.batch.size) + start) % n
+
+
 def backward_simulation(micro: MicroBatch, roles: Roles, times: Sequence[float]) -> StudentSample:
     """Backward simulation of DMD2 (arXiv 2405.14867, section 4.5): predict x0, noise it to the next time, and so on.
 
-    The last step is chosen at random, once per training step for all processes; the sample is the x0 predicted there
-    (level 0). With a single time this is the one-step student.
+    Each sample has its own last step (``in_turn``); it is the x0 predicted there (level 0). With a single time this is
+    the one-step student.
     """
     schedule = roles.denoiser("student").schedule
-    condition, size = micro.batch.condition, micro.batch.size
-    last = int(micro.random.shared.integers(1, len(times), "exit"))
+    condition = micro.batch.condition
+    last = in_turn(micro, len(times), "exit")
     x = initial_noise(micro, schedule, times[0])
     with torch.no_grad():
-        for now, following in pairwise(times[: last + 1]):
-            x0 = roles.predict("student", x, now, condition).out.x0
-            x = add_noise(schedule, x0, micro.random.normal(x.shape, "renoise"), _full(size, following))
-    x0 = roles.predict("student", x, times[last], condition).out.x0
-    return StudentSample(x0, _full(size, 0.0), x0, _full(size, times[last]), condition)
+        for i, (now, following) in enumerate(pairwise(times)):
+            noise = micro.random.normal(x.shape, "renoise")
+            if len(rows := _rows(last > i, x)):
+                x0 = roles.predict("student", x[rows], now, condition.index(rows)).out.x0
+                x[rows] = add_noise(schedule, x0, noise[rows], _full(len(rows), following))
+    t_student = torch.tensor(times, dtype=torch.float64)[last]
+    x0 = roles.predict("student", x, t_student, condition).out.x0
+    return StudentSample(x0, torch.zeros_like(t_student), x0, t_student, condition)
 
 
 def segment_rollout(micro: MicroBatch, roles: Roles, times: Sequence[float]) -> StudentSample:
     """The student's deterministic trajectory, up to the end of one of its steps (TDM, arXiv 2503.06674, section 3).
 
-    Each sample has its own segment. Segments are assigned in turn from a shared random start, so that every shard costs
-    the same. The sample is the state x_s at the segment's end; the gradient goes to the x0 that it came from.
+    Each sample has its own segment (``in_turn``). It is the state x_s at the segment's end; the gradient goes to the x0
+    that it came from.
     """
     schedule = roles.denoiser("student").schedule
     condition = micro.batch.condition
     x = initial_noise(micro, schedule, times[0])
-    segment = (torch.arange(len(x)) + micro.random.shared.integers(1, len(times), "segment")) % len(times)
+    segment = in_turn(micro, len(times), "segment")
     nodes = torch.tensor([*times, 0.0], dtype=torch.float64)
     with torch.no_grad():
         for i in range(len(times) - 1):
-            rows = (segment > i).nonzero()[:, 0].to(x.device)
-            if len(rows):
+            if len(rows := _rows(segment > i, x)):
                 p = roles.predict("student", x[rows], times[i], condition.index(rows)).out
                 x[rows] = add_noise(schedule, p.x0, p.noise, nodes[i + 1].expand(len(rows)))
     t_student, level = nodes[segment], nodes[segment + 1]
@@ -87,11 +96,10 @@ def random_time_rollout(micro: MicroBatch, roles: Roles, max_steps: int, law: Ti
     x = initial_noise(micro, schedule, 1.0)
     with torch.no_grad():
         for i in range(n - 1):
-            rows = (last > i).nonzero()[:, 0]
-            if len(rows):
-                on_device = rows.to(x.device)
-                p = roles.predict("student", x[on_device], times[rows, i], condition.index(on_device)).out
-                x[on_device] = add_noise(schedule, p.x0, p.noise, times[rows, i + 1])
+            if len(rows := _rows(last > i, x)):
+                now, following = times[rows.cpu(), i], times[rows.cpu(), i + 1]
+                p = roles.predict("student", x[rows], now, condition.index(rows)).out
+                x[rows] = add_noise(schedule, p.x0, p.noise, following)
     t_student = times[torch.arange(size), last]
     p = roles.predict("student", x, t_student, condition).out
     return StudentSample(p.x0, torch.zeros_like(t_student), p.x0, t_student, condition, noise=p.noise.detach())
@@ -102,21 +110,26 @@ def phased_rollout(
 ) -> StudentSample:
     """The state at ``times[end]`` of a trajectory that several experts share (Phased DMD, arXiv 2510.27684).
 
-    ``experts[i]`` is the role that takes step i of ``times``. The last step is a random one of ``first`` ..
-    ``end - 1``, the same in all processes: from it the student jumps to the end. The sample is that state, at its own
-    noise level.
+    ``experts[i]`` is the role that takes step i of ``times``. Each sample has its own last step of ``first`` ..
+    ``end - 1`` (``in_turn``): from it the student jumps to the end. The sample is that state, at its own noise level.
     """
     schedule = roles.denoiser("student").schedule
     condition, size = micro.batch.condition, micro.batch.size
-    last = first + int(micro.random.shared.integers(1, end - first, "exit"))
+    last = first + in_turn(micro, end - first, "exit")
     x = initial_noise(micro, schedule, times[0])
     with torch.no_grad():
-        for i in range(last):
-            p = roles.predict(experts[i], x, times[i], condition).out
-            x = add_noise(schedule, p.x0, p.noise, _full(size, times[i + 1]))
-    t_student, level = _full(size, times[last]), _full(size, times[end])
+        for i in range(end - 1):
+            if len(rows := _rows(last > i, x)):
+                p = roles.predict(experts[i], x[rows], times[i], condition.index(rows)).out
+                x[rows] = add_noise(schedule, p.x0, p.noise, _full(len(rows), times[i + 1]))
+    t_student, level = torch.tensor(times, dtype=torch.float64)[last], _full(size, times[end])
     p = roles.predict("student", x, t_student, condition).out
     return StudentSample(add_noise(schedule, p.x0, p.noise, level), level, p.x0, t_student, condition)
+
+
+def _rows(mask: Tensor, x: Tensor) -> Tensor:
+    """The indices where ``mask`` [B] is true, on the device of ``x``."""
+    return mask.nonzero()[:, 0].to(x.device)
 
 
 def _full(size: int, time: float) -> Tensor:

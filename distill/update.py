@@ -80,12 +80,18 @@ class MicroBatch:
     rollout: Rollout | None = None
     shared: dict[str, StudentSample] = field(default_factory=dict)  # shared by all updates of a step
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    totals: dict[str, Tensor] = field(default_factory=dict)
     _with_graph: StudentSample | None = None
 
     @property
     def batch(self) -> Batch:
         """The batch of the main source, ``data``."""
         return self.batches["data"]
+
+    @property
+    def first_sample(self) -> int:
+        """The number of its first sample in the whole batch, over all micro-batches and processes."""
+        return self.random.key[3] * self.batch.size
 
     @property
     def sample(self) -> StudentSample:
@@ -124,17 +130,25 @@ class MicroBatch:
         count = torch.ones_like(value) if count is None else count.detach().to(value)
         self.metrics[name] = value.sum(), count.sum()
 
+    def total(self, name: str, value: Tensor) -> None:
+        """Records a statistic [...]: ``Update.after`` receives its sum over all micro-batches and processes."""
+        self.totals[name] = value.detach()
+
+
+After = Callable[[KeyedRandom, Mapping[str, Tensor]], None]
+
 
 @dataclass(frozen=True)
 class Update:
     """One optimizer step of some roles. ``after`` runs when it is done, with random numbers that all processes share
-    (to move the fake towards the student, or to refill a buffer from the policy)."""
+    and the totals of its micro-batches (to move the fake towards the student, to refill a buffer from the policy, or to
+    update a statistic over many batches)."""
 
     name: str
     roles: tuple[str, ...]
     terms: Callable[[MicroBatch], Iterator[LossTerm]]
     due: Every = Every()
-    after: Callable[[KeyedRandom], None] | None = None
+    after: After | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ is not an interpolation of the networks (the release does it nevertheless): it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from pydantic import Field
@@ -105,7 +105,7 @@ class CDM(MatchingConfig):
                 off_trajectory = StudentSample(x0, sample.level, x0, t, sample.condition)
                 yield LossTerm("cdm", self.off_trajectory * distribution(micro, off_trajectory))
 
-        def mix(_: KeyedRandom) -> None:
+        def mix(_: KeyedRandom, __: Mapping[str, Tensor]) -> None:
             if self.blend:
                 blend(roles["fake"], roles["student"], self.blend)
 

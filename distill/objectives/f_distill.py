@@ -8,20 +8,23 @@ weight to regions that the data cover: less mode seeking.
               with k = 1 / mean|x - T_w(x_t)|
     fake:     min E | F(x_t) - x |^2           discriminator:  min softplus(D(x_t)) + softplus(-D(real_t))
 
-r is divided by its mean over similar times (ten bins; its expectation under q is 1 at every t) and h by its mean over
-the micro-batch, so that the step size does not depend on the divergence. The features are the frozen teacher's, which
-the paper finds the most stable. With an uninformative discriminator this is DMD2. Real images are needed.
+r is divided by its mean over similar times (ten bins; its expectation under q is 1 at every t) and h by its mean, so
+that the step size does not depend on the divergence. Both are running means over the batches of the steps before, of
+all micro-batches and processes: so the size of a micro-batch does not matter. The released code has them of the current
+batch, of 512 and more. The features are the frozen teacher's, which the paper finds the most stable. With an
+uninformative discriminator this is DMD2. Real images are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill import health, matching
 from fewstep.distill.adversarial import Heads, density_ratio, discriminator_loss, generator_loss
 from fewstep.distill.critics import critic_term
@@ -47,13 +50,24 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def divergence_weight(name: str, ratio: Tensor, t: Tensor, t_range: tuple[float, float], bins: int) -> Tensor:
-    """h(r) [B], normalised twice: r by its mean in each of ``bins`` equal ranges of t [B], h by its mean."""
-    low, high = t_range
-    index = ((t - low) / (high - low) * bins).long().clamp(0, bins - 1).to(ratio.device)
-    same = (index[:, None] == index).float()
-    h = WEIGHTS[name](ratio / ((same @ ratio) / same.sum(1)))
-    return h / h.mean()
+class RunningMean:
+    """The mean of a number in each of several groups over all batches so far; a batch counts ``decay`` times as much as
+    the next one. ``sums`` [2, groups] are weighted totals and counts; at the ``start``, that mean counts as one number.
+    """
+
+    def __init__(self, name: str, start: Tensor, decay: float) -> None:
+        self.name = name
+        self.decay = decay
+        self.sums = torch.stack([start, torch.ones_like(start)])
+
+    def normalise(self, micro: MicroBatch, value: Tensor, group: Tensor) -> Tensor:
+        """``value`` [B] divided by the means of its groups [B]; ``update`` will add it to them."""
+        both = torch.stack([value, torch.ones_like(value)])
+        micro.total(self.name, torch.zeros_like(self.sums).index_add_(1, group, both))
+        return value / (self.sums[0] / self.sums[1])[group]
+
+    def update(self, totals: Mapping[str, Tensor]) -> None:
+        self.sums.mul_(self.decay).add_(totals[self.name])
 
 
 class FDistill(MatchingConfig):
@@ -62,6 +76,7 @@ class FDistill(MatchingConfig):
         "guidance": "none (CIFAR-10, ImageNet-64), 1.75 (SD1.5)",
         "critic_updates": "5, 10 (SD1.5)",
         "gan_weight": "1e-3, 3e-3 (ImageNet-64)",
+        "decay": "0, 0.5 (ImageNet-64), with the current batch",
         "batch": "2048 (CIFAR-10), 512 (ImageNet-64)",
         "student.lr": "1e-4 (CIFAR-10), 2e-6 (ImageNet-64), 1e-5 (SD1.5)",
     }
@@ -73,6 +88,7 @@ class FDistill(MatchingConfig):
     renoise_times: RenoiseTimes = RenoiseTimes()  # of the student and of the discriminator
     critic_times: TimeLaw = TimeLaw()
     bins: int = Field(10, ge=1)
+    decay: float = Field(0.9, ge=0, lt=1)  # of the running means, per update of the student
     gan_weight: float = 1e-3
     feature_layers: tuple[str, ...] = Field(("auto",), min_length=1)
 
@@ -96,7 +112,10 @@ class FDistill(MatchingConfig):
         times = time_uniform(self.steps, self.shift)[:-1]
         guidance = Guidance(self.guidance)
         heads = roles["discriminator"].module
-        bounds = self.renoise_times.low, self.renoise_times.high
+        low, high = self.renoise_times.low, self.renoise_times.high
+        equal = torch.ones(self.bins, device=next(heads.parameters()).device)  # the ratio where p = q
+        ratio_mean = RunningMean("ratio", equal, self.decay)
+        weight_mean = RunningMean("weight", WEIGHTS[self.divergence](equal[:1]), self.decay)
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             sample = micro.sample
@@ -105,7 +124,9 @@ class FDistill(MatchingConfig):
             T = roles.predict("teacher", x_t, t, sample.condition, guidance=guidance, through=True)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
             logits = heads(T.cond.features)
-            h = divergence_weight(self.divergence, density_ratio(logits), t, bounds, self.bins)
+            bins = ((t - low) / (high - low) * self.bins).long().clamp(0, self.bins - 1).to(equal.device)
+            r = ratio_mean.normalise(micro, density_ratio(logits), bins)
+            h = weight_mean.normalise(micro, WEIGHTS[self.divergence](r), torch.zeros_like(bins))
             micro.log("health/h_max", h.max())
             health.observe(micro, schedule, sample, t, n, T, F)
             weight = expand_like(h, sample.output) * matching.l1_weight(sample.output, T.out.x0)
@@ -126,12 +147,17 @@ class FDistill(MatchingConfig):
             on_real = heads(roles.predict("teacher", real_t, t_real, micro.batch.condition).cond.features)
             yield LossTerm("discriminator", discriminator_loss(on_generated, on_real))
 
+        def update_means(_: KeyedRandom, totals: Mapping[str, Tensor]) -> None:
+            ratio_mean.update(totals)
+            weight_mean.update(totals)
+
         return Objective(
             updates=(
-                Update("student", ("student",), student, Every(self.critic_updates)),
+                Update("student", ("student",), student, Every(self.critic_updates), after=update_means),
                 Update("fake", ("fake",), fake),
                 Update("discriminator", ("discriminator",), discriminator),
             ),
             rollout=lambda micro: backward_simulation(micro, roles, times),
+            state={mean.name: mean.sums for mean in (ratio_mean, weight_mean)},
             few_step=FewStep(times=times, rule="renoise", shift=self.shift),
         )

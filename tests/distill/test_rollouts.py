@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 from worlds import FLOW, Points, gaussian, mlp_roles
 
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.rollouts import backward_simulation, segment_rollout
-from fewstep.distill.update import MicroBatch
+from fewstep.distill.rollouts import backward_simulation, phased_rollout, segment_rollout
+from fewstep.distill.update import MicroBatch, StudentSample
 from fewstep.samplers.grids import time_uniform
 
 TIMES = time_uniform(4)[:-1]
 
 
-def micro_batch(roles: Roles, size: int, dimensions: int, step: int = 0) -> MicroBatch:
-    random = KeyedRandom(0, step, "rollout", 0)
+def micro_batch(roles: Roles, size: int, dimensions: int, step: int = 0, shard: int = 0) -> MicroBatch:
+    random = KeyedRandom(0, step, "rollout", shard)
     return MicroBatch({"data": Points(dimensions)(random, size)}, random, step, roles)
 
 
@@ -30,16 +32,13 @@ def exact() -> Roles:
 
 def test_backward_simulation_has_the_variance_of_its_recursion(exact: Roles) -> None:
     """Var x0 after steps 1..4 is 0, .09, .2725, .310725 and the mean is always 1; an ODE would end at .5184."""
-    expected = {1.0: 0.0, 0.75: 0.09, 0.5: 0.2725, 0.25: 0.310725}
-    seen = set()
-    for step in range(12):
-        sample = backward_simulation(micro_batch(exact, 200_000, 1, step), exact, TIMES)
-        t_student = sample.t_student[0].item()
-        seen.add(t_student)
-        assert sample.x.var().item() == pytest.approx(expected[t_student], abs=3e-3)
-        assert sample.x.mean().item() == pytest.approx(1.0, abs=5e-3)
-        assert not sample.level.any()
-    assert seen == set(expected)
+    sample = backward_simulation(micro_batch(exact, 400_000, 1), exact, TIMES)
+    assert not sample.level.any()
+    for t_student, variance in {1.0: 0.0, 0.75: 0.09, 0.5: 0.2725, 0.25: 0.310725}.items():
+        x = sample.x[sample.t_student == t_student]
+        assert len(x) == 100_000, "every step is the last one of as many samples"
+        assert x.var().item() == pytest.approx(variance, abs=4e-3)
+        assert x.mean().item() == pytest.approx(1.0, abs=6e-3)
 
 
 def test_the_segment_rollout_follows_euler_and_stops_each_sample_at_its_own_level(exact: Roles) -> None:
@@ -71,15 +70,36 @@ def test_only_the_last_evaluation_has_a_graph() -> None:
                 assert not any(graphs[:-1])
 
 
-def test_shards_share_the_exit_step_but_not_the_noise(exact: Roles) -> None:
-    def roll(shard: int) -> tuple[float, torch.Tensor]:
-        random = KeyedRandom(0, 5, "rollout", shard)
-        sample = backward_simulation(MicroBatch({"data": Points(1)(random, 4)}, random, 5, exact), exact, TIMES)
-        return sample.t_student[0].item(), sample.x
+def phased(micro: MicroBatch, roles: Roles, times: Sequence[float]) -> StudentSample:
+    return phased_rollout(micro, roles, ("student",) * 4, [*times, 0.0], 1, 4)
 
-    (first, x), (second, y) = roll(0), roll(1)
-    assert first == second
-    assert first == 1.0 or not torch.equal(x, y)
+
+@pytest.mark.parametrize("rollout", [backward_simulation, segment_rollout, phased])
+@pytest.mark.parametrize("step", range(3))
+def test_each_step_has_as_many_samples_however_the_batch_is_divided(
+    exact: Roles, rollout: Callable[..., StudentSample], step: int
+) -> None:
+    """32 x 1, 4 x 8 and 1 x 32 micro-batches x samples, in one process or several."""
+
+    def t_student(micro_batches: int) -> Tensor:
+        samples = [
+            rollout(micro_batch(exact, 32 // micro_batches, 1, step, shard), exact, TIMES)
+            for shard in range(micro_batches)
+        ]
+        return torch.cat([sample.t_student for sample in samples])
+
+    whole = t_student(1)
+    _, counts = whole.unique(return_counts=True)
+    assert counts.max() - counts.min() <= 1
+    assert torch.equal(t_student(4), whole)
+    assert torch.equal(t_student(32), whole)
+
+
+def test_the_turns_start_anew_in_each_step_and_the_noise_in_each_micro_batch(exact: Roles) -> None:
+    first = {float(backward_simulation(micro_batch(exact, 1, 1, step), exact, TIMES).t_student) for step in range(32)}
+    assert first == set(TIMES)
+    a, b = (backward_simulation(micro_batch(exact, 4, 1, 0, shard), exact, TIMES).x for shard in (0, 1))
+    assert not torch.equal(a, b)
 
 
 def test_from_pure_noise_the_exact_student_predicts_the_mean(exact: Roles) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from plane import NO_CONDITION, flow_matching, is_unchanged, loop_of, snapshot, trained
+from torch import Tensor
 
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.checkpoint import restore_role, role_tensors
@@ -27,7 +28,7 @@ def online(base: Denoiser) -> Loop:
         return Batch(size, (2,), NO_CONDITION, {"x0": buffer[random.integers(size, len(buffer))]})
 
     @torch.no_grad()
-    def refill(random: KeyedRandom) -> None:
+    def refill(random: KeyedRandom, _: Mapping[str, Tensor]) -> None:
         if random.key[1] % 20 == 0:
             noise = random.normal(buffer.shape)
             predict = Predictor(roles.denoiser("student"), NO_CONDITION)
@@ -38,7 +39,7 @@ def online(base: Denoiser) -> Loop:
         micro.log("reward", x0[:, 0])
         yield LossTerm("policy", (x0[:, 0].softmax(0) * flow_matching(micro, x0)).sum())
 
-    refill(KeyedRandom(0, 0, "refill", 0))
+    refill(KeyedRandom(0, 0, "refill", 0), {})
     update = Update("student", ("student",), student, after=refill)
     return loop_of(roles, Objective((update,), state={"buffer": buffer}), data=source)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.adversarial import Heads, density_ratio, discriminator_loss, generator_loss
 from fewstep.distill.data.batch import Batch
 from fewstep.distill.loop import Loop
-from fewstep.distill.objectives.f_distill import WEIGHTS, divergence_weight
+from fewstep.distill.objectives.f_distill import WEIGHTS, RunningMean
 from fewstep.distill.roles import Role, Roles
+from fewstep.distill.update import MicroBatch, StudentSample
 from fewstep.models.denoiser import Denoiser
 
 X = torch.linspace(-30, 30, 600_001, dtype=torch.float64)
@@ -77,23 +77,41 @@ def test_the_weighted_gradient_is_that_of_the_divergence(name: str) -> None:
     assert -integral(log_q.exp() * WEIGHTS[name](ratio) * scores) == pytest.approx(measured, rel=1e-4)
 
 
-def test_the_weight_is_normalised_by_time_and_over_the_batch() -> None:
-    """The ratio's mean is 1 in every range of times, the weight's over the batch; a constant factor changes nothing."""
+def micro_batch() -> MicroBatch:
+    return MicroBatch({}, KeyedRandom(0, 0, "student", 0), 0, Roles({}))
+
+
+def normalised(mean: RunningMean, value: Tensor, group: Tensor) -> Tensor:
+    """``value`` divided by the running mean, which is updated afterwards."""
+    micro = micro_batch()
+    divided = mean.normalise(micro, value, group)
+    mean.update(micro.totals)
+    return divided
+
+
+def test_a_running_mean_is_that_of_earlier_batches_with_falling_weights() -> None:
+    mean = RunningMean("r", torch.ones(2), 0.5)
+    group = torch.tensor([0, 0, 1])
+    assert normalised(mean, torch.tensor([2.0, 4.0, 8.0]), group).tolist() == [2, 4, 8], "1 before the first batch"
+    # group 0: (1/2 + 2 + 4) / (1/2 + 2) = 2.6; group 1: (1/2 + 8) / (1/2 + 1) = 17/3
+    assert normalised(mean, torch.tensor([2.6, 5.2, 17 / 3]), group).tolist() == pytest.approx([1, 2, 1])
+    # group 0: (6.5 / 2 + 7.8) / (2.5 / 2 + 2)
+    assert normalised(mean, torch.tensor([3.4, 3.4, 1.0]), group)[0].item() == pytest.approx(1.0)
+    empty = mean.sums[:, 1].clone()
+    normalised(mean, torch.tensor([1.0]), torch.tensor([0]))
+    assert torch.equal(mean.sums[:, 1], empty / 2), "a group without numbers keeps its mean"
+
+
+def test_a_constant_factor_of_the_ratio_disappears() -> None:
     generator = torch.Generator().manual_seed(0)
-    t = torch.rand(4000, generator=generator, dtype=torch.float64)
-    ratio = torch.rand(4000, generator=generator) * (1 + 5 * t).float()
-    weight = divergence_weight("forward_kl", ratio, t, (0.0, 1.0), 10)
-    assert weight.mean().item() == pytest.approx(1, abs=1e-5)
-    for low, high in pairwise(torch.linspace(0, 1, 11).tolist()):
-        assert weight[(t >= low) & (t < high)].mean().item() == pytest.approx(1, abs=1e-3)
-    torch.testing.assert_close(divergence_weight("forward_kl", 3 * ratio, t, (0.0, 1.0), 10), weight)
-
-
-@pytest.mark.parametrize("name", sorted(WEIGHTS))
-def test_an_uninformative_discriminator_gives_equal_weights(name: str) -> None:
-    t = torch.linspace(0, 1, 64, dtype=torch.float64)
-    ratio = density_ratio(torch.full((64, 2), 0.3))
-    torch.testing.assert_close(divergence_weight(name, ratio, t, (0.0, 1.0), 10), torch.ones(64))
+    group = torch.randint(10, (1000,), generator=generator)
+    ratio = torch.rand(1000, generator=generator) * (1 + group)
+    once, thrice = (RunningMean("r", torch.ones(10), 0.9) for _ in range(2))
+    for _ in range(60):
+        a, b = normalised(once, ratio, group), normalised(thrice, 3 * ratio, group)
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
+    for k in range(10):
+        assert a[group == k].mean().item() == pytest.approx(1, abs=1e-3)
 
 
 def test_the_ratio_is_bounded_and_detached() -> None:
@@ -115,28 +133,54 @@ def images(random: KeyedRandom, size: int) -> Batch:
     return Batch(size, points.shape, points.condition, {"x0": random.normal((size, 16), "data")})
 
 
-def student_gradient(name: str) -> float:
-    """d / d mu of the student's loss, with heads that give every sample the same logit."""
-    teacher = Denoiser(gaussian(1.0, 0.8, 16).backbone, FLOW, "x0", feature_layers=("",))
-    student = trained(Denoiser(Affine(-0.5, 0.5), FLOW, "x0"))
-    heads = Heads({"": 16})
-    for parameter in heads.parameters():
-        torch.nn.init.zeros_(parameter)
+def loop_of(name: str, heads: Heads, batch: int = 64, accumulate: int = 1, **settings: object) -> Loop:
+    """One-step training in which only the student's mean would learn; all learning rates are 0."""
     roles = Roles(
         {
-            "teacher": Role(teacher),
-            "student": student,
+            "teacher": Role(Denoiser(gaussian(1.0, 0.8, 16).backbone, FLOW, "x0", feature_layers=("",))),
+            "student": trained(Denoiser(Affine(-0.5, 0.5), FLOW, "x0"), lr=0.0),
             "fake": Role(gaussian(-0.5, 0.5, 16)),
-            "discriminator": trained(heads),
+            "discriminator": trained(heads, lr=0.0),
         }
     )
-    settings = {"gan_weight": 0.0} if name == "f_distill" else {}
     built = build_objective(name, roles, steps=1, guidance=1.0, critic_updates=1, **settings)
-    Loop(roles, built, {"data": images}, 64).update(built.updates[0], 0, {0: {}})
-    grad = roles.denoiser("student").backbone.mu.grad
+    return Loop(roles, built, {"data": images}, batch, accumulate)
+
+
+def update_student(loop: Loop, step: int = 0) -> tuple[float, float]:
+    """d / d mu of the student's loss, and the metric h_max, of f-distill only."""
+    shared: dict[int, dict[str, StudentSample]] = {shard: {} for shard in range(loop.accumulate)}
+    metrics = loop.update(loop.objective.updates[0], step, shared)
+    grad = loop.roles.denoiser("student").backbone.mu.grad
     assert isinstance(grad, Tensor)
-    return grad.item()
+    return grad.item(), float(metrics.get("health/h_max", 0.0))
 
 
 def test_with_constant_logits_it_equals_dmd2() -> None:
-    assert student_gradient("f_distill") == student_gradient("dmd2")
+    heads = Heads({"": 16})
+    for parameter in heads.parameters():
+        torch.nn.init.zeros_(parameter)
+    f_distill, dmd2 = loop_of("f_distill", heads, gan_weight=0.0), loop_of("dmd2", heads)
+    assert update_student(f_distill)[0] == update_student(dmd2)[0]
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "neyman"])
+def test_one_sample_per_micro_batch_does_not_turn_it_into_dmd2(divergence: str) -> None:
+    """A mean over such a micro-batch would make every weight 1. The means that divide are those of all samples."""
+    torch.manual_seed(0)
+    heads = Heads({"": 16})
+    for parameter in heads.parameters():
+        parameter.data *= 4
+    settings = {"divergence": divergence, "gan_weight": 0.0}
+    small = loop_of("f_distill", heads, 1, 64, **settings)
+    plain = loop_of("dmd2", heads, 1, 64)
+    weights = []
+    for step in range(60):
+        gradient, weight_of_one = update_student(small, step)
+        weights.append(weight_of_one)
+    assert abs(gradient / update_student(plain, 59)[0] - 1) > 0.002
+    assert sum(weights[30:]) / 30 == pytest.approx(1, abs=0.03), "the weights average 1"
+    ratio, weight = small.objective.state["ratio"], small.objective.state["weight"]
+    assert ratio[1].sum().item() == pytest.approx(64 * 10, rel=0.06), "64 samples a step, each step .9 times as much"
+    assert (ratio[0] / ratio[1] - 1).abs().max() > 0.02, "the discriminator is informative"
+    assert abs((weight[0] / weight[1]).item() - 1) > 1e-3
