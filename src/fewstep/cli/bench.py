@@ -43,7 +43,7 @@ def objectives(config: ConfigFile, overrides: Overrides = None, device: Device =
     print_scores(scores)
 
 
-@app.command(epilog="Example: fewstep bench step configs/fashion/tdm.yaml")
+@app.command(epilog="Example: fewstep bench step configs/fashion/demo.yaml")
 def step(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None, rounds: Rounds = 15) -> None:
     """Time a full update against its bare network evaluations, paired in one process."""
     from fewstep.api.bench_cost import bench_step
@@ -72,7 +72,7 @@ def sampler(
     _print(bench_sampler(load(model_name, device), SamplingConfig(solver, steps), batch, rounds), file)
 
 
-@app.command(epilog="Example: fewstep bench memory configs/fashion/tdm.yaml")
+@app.command(epilog="Example: fewstep bench memory configs/fashion/demo.yaml")
 def memory(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None) -> None:
     """Measure bytes of weights and the peak of training, with adapters (where the config has them) and with copies."""
     from fewstep.api.bench_cost import bench_memory

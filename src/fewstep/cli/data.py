@@ -93,7 +93,7 @@ def ode_pairs(
     out.print(f"{n} pairs are in {file}.")
 
 
-@app.command(epilog="Example: fewstep data preferences runs/tdm --reward symmetry --out runs/preferences.safetensors")
+@app.command(epilog="Example: fewstep data preferences runs/demo --reward symmetry --out runs/preferences.safetensors")
 def preferences(
     model_name: ModelName,
     file: Annotated[Path, typer.Option("--out", help="A safetensors file, for data.path with data.kind=tensors.")],

@@ -30,7 +30,7 @@ from fewstep.core.errors import UserError
 app = typer.Typer()
 
 
-@app.command("eval", epilog="Example: fewstep eval runs/tdm --reference fashion --steps 1,2,4")
+@app.command("eval", epilog="Example: fewstep eval runs/demo --reference fashion --steps 1,2,4")
 def evaluate(
     source: Annotated[
         str, typer.Argument(metavar="MODEL_OR_IMAGES", help="A run or model, or images: a folder, .zip, .tar or .npz.")
@@ -145,7 +145,7 @@ def compare(
         print_table(rows)
 
 
-@app.command(epilog="Example: fewstep winrate runs/dpo runs/tdm --n 1000")
+@app.command(epilog="Example: fewstep winrate runs/tuned runs/demo --n 1000")
 def winrate(
     ours: ModelName,
     theirs: Annotated[str, typer.Argument(metavar="OTHER", help="The model to compare with.")],

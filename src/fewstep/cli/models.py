@@ -36,7 +36,7 @@ class Video(StrEnum):
     mp4 = "mp4"
 
 
-@app.command(epilog="Example: fewstep sample runs/tdm --steps 4 --n 80 --out grid.png")
+@app.command(epilog="Example: fewstep sample runs/demo --steps 4 --n 80 --out grid.png")
 def sample(
     model_name: ModelName,
     n: Annotated[int, typer.Option("--n", help="Number of images of class labels; for prompts see --seeds.")] = 80,
@@ -89,7 +89,7 @@ def sample(
     out.print(f"{n} images are in {file}.")
 
 
-@app.command(epilog="Example: fewstep export runs/sd15_tdm --to lora --out my_lora")
+@app.command(epilog="Example: fewstep export runs/mine --to lora --out my_lora")
 def export(
     model_name: ModelName,
     folder: Annotated[Path, typer.Option("--out", help="A new folder.")],

@@ -15,7 +15,7 @@ app = typer.Typer()
 Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this run with its own config.")]
 
 
-@app.command(epilog="Example: fewstep train configs/fashion/tdm.yaml seed=1 out=runs/tdm-1")
+@app.command(epilog="Example: fewstep train configs/fashion/demo.yaml seed=1 out=runs/demo-1")
 def train(
     config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="Not needed with --resume.")] = None,
     overrides: Overrides = None,
@@ -55,7 +55,7 @@ def run_training(config: str | None, overrides: list[str], resume: Path | None) 
     return run.folder
 
 
-@app.command(epilog="Example: fewstep explain configs/fashion/tdm.yaml")
+@app.command(epilog="Example: fewstep explain configs/fashion/demo.yaml")
 def explain(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None) -> None:
     """Explain a config: the method's equations, its updates and what they cost, where it departs from the paper.
 
@@ -85,7 +85,7 @@ def explain(config: ConfigFile, overrides: Overrides = None, file: JsonFile = No
             out.print("All settings of the objective are its defaults.")
 
 
-@app.command(epilog="Example: fewstep replay runs/tdm --step 500")
+@app.command(epilog="Example: fewstep replay runs/demo --step 200")
 def replay(run: RunFolder, step: Annotated[int, typer.Option(help="A logged step.")], file: JsonFile = None) -> None:
     """Recompute a logged step from the checkpoint before it and compare every number."""
     from fewstep.core.devices import pick_device
@@ -105,7 +105,7 @@ def replay(run: RunFolder, step: Annotated[int, typer.Option(help="A logged step
         out.print(f"Step {step} replayed bit for bit ({len(computed)} numbers).")
 
 
-@app.command(epilog="Example: fewstep report runs/tdm")
+@app.command(epilog="Example: fewstep report runs/demo")
 def report(run: RunFolder) -> None:
     """Write report.html into a run folder: scores, curves, images, diagnostics, config."""
     from fewstep.api.report import report as write_report
