@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import typer
-from commands import fewstep, refused, succeeds
+from commands import fewstep, refused, succeeds, write_config
 
+from fewstep.cli import main as cli_main
 from fewstep.cli.main import RENAMED, app
 
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "matplotlib", "PIL", "yaml")
@@ -132,3 +133,42 @@ def test_file_names_are_not_taken_for_markup(tmp_path: Path) -> None:
 
 def test_a_prompt_for_a_class_conditional_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "takes class labels, not prompts" in refused(capsys, "sample", "fashion", "--prompt", "a shoe")
+
+
+def test_ctrl_c_in_any_command_ends_with_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_main, "app", interrupted)
+    monkeypatch.setattr(sys, "argv", ["fewstep", "solver", "list"])
+    with pytest.raises(SystemExit) as exit_:
+        cli_main.main()
+    assert exit_.value.code == 130
+    assert "Interrupted" in capsys.readouterr().err
+
+
+def test_modules_in_the_current_folder_can_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "in_this_folder.py").write_text(
+        "import fewstep\nfrom fewstep.samplers.solvers import Solver\n"
+        "fewstep.register('solver', 'mine')(Solver(lambda predict, x, times: x, 1, 0, 'none'))\n"
+    )
+    script = "import sys; sys.path.remove(''); from fewstep.cli.main import main; main()"  # as the console script is
+    command = [sys.executable, "-c", script, "--import", "in_this_folder", "solver", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "mine" in done.stdout
+
+
+def test_long_work_is_refused_if_its_result_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    config = write_config(tmp_path)
+    for command in (["bench", "memory", config], ["eval", "fashion", "--n", 20]):
+        assert str(tmp_path / "file") in refused(capsys, *command, "--json", tmp_path / "file" / "scores.json")
+
+
+def test_steps_and_nfe_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--steps or --nfe, not both" in refused(capsys, "eval", "fashion", "--steps", 2, "--nfe", 4)

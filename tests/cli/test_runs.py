@@ -16,8 +16,12 @@ from commands import refused, succeeds, write_config
 from worlds import tiny_config
 
 import fewstep
+from fewstep.cli.demo import unfinished
+from fewstep.cli.training_progress import TrainingProgress
 from fewstep.core.errors import UserError
 from fewstep.distill.config import OBJECTIVES
+from fewstep.distill.config_files import parse_config
+from fewstep.distill.trainer import Trainer
 
 
 def test_replay_and_report_of_a_run(finished: Path) -> None:
@@ -191,3 +195,25 @@ def test_explain_shows_every_stage() -> None:
     student = {update["name"]: update["evaluations"] for update in second["updates"]}["student"]
     assert "expert1" in student
     assert "expert1" not in str(first["updates"])
+
+
+def test_a_finished_run_is_not_trained_again(finished: Path) -> None:
+    assert "All 12 steps of this run were done already" in succeeds("train", "--resume", finished)
+
+
+def test_each_finding_of_the_diagnosis_is_printed_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trainer = Trainer.create(parse_config(tiny_config(tmp_path), "test"), device="cpu")
+    with TrainingProgress(12) as progress:
+        for _ in range(3):
+            progress.on_log(trainer, {"health/diversity_ratio": 0.1})
+    assert capsys.readouterr().out.count("the student collapses") == 1
+
+
+def test_a_demo_takes_the_next_folder_once_one_is_finished(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    assert unfinished(folder) == folder
+    for name in ("demo", "demo-2"):
+        (tmp_path / name).mkdir()
+        assert unfinished(folder) == tmp_path / name, "begun, but without a report"
+        (tmp_path / name / "report.html").touch()
+    assert unfinished(folder) == tmp_path / "demo-3"

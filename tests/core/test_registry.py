@@ -123,3 +123,10 @@ def test_the_name_of_a_built_in_is_not_replaced(monkeypatch: pytest.MonkeyPatch)
     numbers: Registry[int] = Registry("reward", lambda: {"one": 1}, lambda value: isinstance(value, int), "an integer")
     with pytest.raises(UserError, match="The reward 'one' is built in: register yours under another name"):
         numbers.resolve("one")
+
+
+def test_a_name_from_a_file_must_be_the_modules_own_function() -> None:
+    """Otherwise a saved model could call any function that some imported module imports."""
+    anything: Registry[object] = Registry("backbone", dict, lambda value: True, "anything")
+    with pytest.raises(UserError, match="has not been imported"):
+        anything.resolve("os:getcwd", from_file=True)

@@ -8,18 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from several_processes import one_of_several
-from worlds import Points, mlp, state_of, tiny_config
+from tiny_runs import settings
+from worlds import Points, mlp, state_of, tiny_config, write_idx
 
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill import matching
+from fewstep.distill import build, matching
 from fewstep.distill.build import build_parts
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.data.batch import Batch
 from fewstep.distill.explain import evaluations_of
+from fewstep.distill.processes import World
 from fewstep.distill.trainer import Callback, Trainer
 from fewstep.models.condition import Condition
+from fewstep.models.loading import load_model
 
 CPU = torch.device("cpu")
 
@@ -169,3 +172,51 @@ def test_a_short_run_that_diverges_ends_with_the_reason(monkeypatch: pytest.Monk
     trainer = Trainer.create(own_run(), teacher=mlp(4, seed=0), data=Points(4), device="cpu")
     with pytest.raises(UserError, match=r"'student' of step 3 was not applied: loss/match is nan.*3 times in a row"):
         trainer.train()
+
+
+def test_the_best_validation_is_that_of_the_current_stage(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path, validation={"every": 1})
+    raw["stages"] = [raw["stages"][0] | {"steps": 2}] * 2  # type: ignore[index]
+    trainer = trainer_of(raw)
+    trainer.validate = lambda student, config, step: float(step)
+    trainer.train()
+    assert trainer.best == {"value": 3.0, "step": 3}, "step 1 was better, but belongs to the first stage"
+
+
+def test_evaluations_are_those_of_all_processes(tmp_path: Path) -> None:
+    one, two = trainer_of(tiny_config(tmp_path)), trainer_of(tiny_config(tmp_path))
+    two.world = World(0, 2)
+    one.advance(2)
+    two.advance(2)
+    assert two.evaluations == 2 * one.evaluations > 0
+
+
+def test_new_networks_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    def heads(seed: int, before: int) -> list[torch.Tensor]:
+        torch.manual_seed(before)
+        raw = settings("f_distill", tmp_path, "cpu", "float32") | {"seed": seed}
+        return trainer_of(raw).roles["discriminator"].parameters
+
+    first = heads(1, before=1)
+    assert all(torch.equal(a, b) for a, b in zip(first, heads(1, before=2), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, heads(2, before=1), strict=True))
+
+
+def test_the_features_of_an_own_teacher_are_recorded(tmp_path: Path) -> None:
+    raw = settings("f_distill", tmp_path, "cpu", "float32")
+    teacher = load_model(str(raw["teacher"]))
+    Trainer.create(parse_config(raw | {"teacher": None}, "test"), teacher=teacher, device="cpu").advance(1)
+
+
+def test_labels_beyond_the_classes_of_the_model_are_refused(tmp_path: Path) -> None:
+    raw = settings("f_distill", tmp_path, "cpu", "float32")
+    write_idx(tmp_path, torch.zeros(10, 8, 8, dtype=torch.uint8), torch.full((10,), 10, dtype=torch.uint8), "train")
+    with pytest.raises(UserError, match=r"labels up to 10; the model is for \[1, 8, 8\] and 10 classes"):
+        trainer_of(raw)
+
+
+def test_the_attention_of_the_config_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[object] = []
+    monkeypatch.setattr(build, "set_attention", lambda backbone, name, device: chosen.append((backbone, name)))
+    trainer = trainer_of(tiny_config(tmp_path, attention="math"))
+    assert chosen == [(trainer.roles.denoiser("teacher").backbone, "math")]

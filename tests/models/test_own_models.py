@@ -249,3 +249,9 @@ def test_a_saved_model_cannot_call_anything_as_its_base_but_a_teacher(
     with pytest.raises(UserError, match=r"is not a fewstep.Model or a function|has not been imported"):
         load_model(based(acme, base, folder))
     assert acme.calls == []
+
+
+def test_an_own_model_is_loaded_in_eval_mode(acme: ModuleType) -> None:
+    acme.TEACHER.denoiser.train()
+    assert not load_model("acme_networks:TEACHER").denoiser.training
+    assert acme.TEACHER.denoiser.training, "a copy was loaded"

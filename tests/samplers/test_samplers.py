@@ -12,13 +12,16 @@ from worlds import FLOW, MIXTURE, NOISE, VP, gaussian
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
+from fewstep.models.loading import load_model
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
+from fewstep.models.schedules import VE
+from fewstep.samplers import generate
 from fewstep.samplers.ddim import ddim
 from fewstep.samplers.euler import euler
-from fewstep.samplers.generate import SampleNoise, integrate
+from fewstep.samplers.generate import GeneratedSet, SampleNoise, integrate
 from fewstep.samplers.grids import time_uniform
 from fewstep.samplers.heun import heun
-from fewstep.samplers.plan import Plan
+from fewstep.samplers.plan import Plan, SamplingConfig
 from fewstep.samplers.predictor import Predictor
 from fewstep.samplers.solvers import SOLVERS, STUDENT_SOLVERS, Rule
 
@@ -125,3 +128,21 @@ def test_noise_is_a_function_of_seed_and_number() -> None:
     assert not torch.equal(a, b), "every call returns fresh noise"
     assert torch.equal(SampleNoise(0, [2], (4,), torch.device("cpu"))()[0], a[2])
     assert not torch.equal(SampleNoise(1, [2], (4,), torch.device("cpu"))()[0], a[2])
+
+
+def test_generation_starts_at_the_noise_level_of_its_first_time() -> None:
+    """A variance-exploding model starts from noise of its largest sigma, not of 1."""
+    denoiser = Denoiser(nn.Identity(), VE(sigma_max=20.0), "x0")
+    inputs: list[Tensor] = []
+    denoiser.backbone.forward = lambda x_t, t, condition: inputs.append(x_t) or x_t  # type: ignore[func-returns-value]
+    plan = Plan(SOLVERS["euler"], (1.0, 0.5))
+    integrate(denoiser, Condition(), (2,), plan=plan, numbers=range(2000), batch=2000)
+    assert inputs[0].std().item() == pytest.approx(20, rel=0.05)
+
+
+def test_progress_counts_images_over_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "PART", 4)
+    done: list[int] = []
+    images = GeneratedSet(load_model("fashion"), SamplingConfig("euler", 1), 10, progress=done.append)
+    assert sum(len(part) for part in images.parts()) == 10
+    assert done == [4, 8, 10]

@@ -40,8 +40,7 @@ def demo(
         config, n, overrides = "configs/fashion_text/demo.yaml", 1_440, [f"data.path={captions}"]
         with counting("encoding captions") as encoding:
             encode("fashion-text", find_config(config).with_name("captions.txt"), captions, progress=encoding)
-    names = (folder if k == 1 else folder.with_name(f"{folder.name}-{k}") for k in count(1))
-    folder = next(name for name in names if not (name / "report.html").exists())
+    folder = unfinished(folder)
     if (folder / "config.yaml").is_file():
         if run_config(folder) != load_config(config, [f"out={folder}", *overrides]):
             raise UserError(f"{folder} contains another run than the demo; choose another folder with --out.")
@@ -55,3 +54,9 @@ def demo(
     out.print("Teacher (its best setting within each number of evaluations) and student:")
     print_scores(best_teacher(read_scores(folder / "eval.json")))
     out.print(f"Teacher and student side by side: {images}\nThe report: {report(folder)}")
+
+
+def unfinished(folder: Path) -> Path:
+    """``folder``, or the first of ``folder-2``, ``folder-3``, ... that has no finished demo."""
+    names = (folder if k == 1 else folder.with_name(f"{folder.name}-{k}") for k in count(1))
+    return next(name for name in names if not (name / "report.html").exists())

@@ -50,8 +50,11 @@ def run_training(config: str | None, overrides: list[str], resume: Path | None) 
             soft_wrap=True,
         )
         sys.exit(130)
-    trained = run.trainer
-    out.print(f"Trained {trained.step} steps in {trained.seconds:.0f} s. The student is in {run.folder / 'student'}.")
+    trained, student = run.trainer, run.folder / "student"
+    if progress.steps_done:
+        out.print(f"Trained {trained.step} steps in {trained.seconds:.0f} s. The student is in {student}.")
+    else:
+        out.print(f"All {trained.step} steps of this run were done already. The student is in {student}.")
     return run.folder
 
 

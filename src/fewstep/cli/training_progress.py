@@ -16,6 +16,7 @@ class TrainingProgress(Callback):
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
+        self.steps_done = 0
         self._logged: list[dict[str, float]] = []
         self._warned: set[str] = set()
         self._context = progress_bar()
@@ -31,6 +32,7 @@ class TrainingProgress(Callback):
         self._context.__exit__(kind, error, trace)
 
     def on_step(self, trainer: Trainer) -> None:
+        self.steps_done += 1
         self._bar.update(self._task, completed=trainer.step)
 
     def on_lost_update(self, trainer: Trainer, lost: LostUpdate) -> None:
