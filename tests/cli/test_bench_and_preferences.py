@@ -12,9 +12,11 @@ from PIL import Image
 from worlds import tiny_config, tiny_teacher
 
 from fewstep.api.bench_objectives import load_benchmark, run_config_of
+from fewstep.api.evaluate import known_teacher_scores
 from fewstep.core.files import read_tensors
 from fewstep.distill.config_files import load_config
 from fewstep.distill.explain import explain
+from fewstep.eval.score_files import Score, write_scores
 
 
 def test_bench_step_reports_a_paired_ratio(tmp_path: Path) -> None:
@@ -67,6 +69,9 @@ def test_objectives_get_the_same_evaluations_and_finished_runs_are_kept(
         own = load_benchmark(file, ["evaluations=60000", f"seeds=[{seed}]"])
         lengths.add(tuple(stage.steps for stage in run_config_of(own, "phased").stages))
     assert len(lengths) == 1
+    half, whole = (load_benchmark(file, ["evaluations=60000", f"methods.tdm.spent={n}"]) for n in (30_000, 0))
+    steps, all_steps = (run_config_of(benchmark, "tdm").stages[0].steps for benchmark in (half, whole))
+    assert steps == pytest.approx(all_steps / 2, rel=0.01), "evaluations spent on data are missing in training"
     assert "a run of other settings" in refused(capsys, "bench", "objectives", file, "evaluations=900")
     message = refused(capsys, "bench", "objectives", file, "methods.tdm.spend=3")
     assert "the override 'methods.tdm.spend=3': unknown key 'methods.tdm.spend'; did you mean 'spent'?" in message
@@ -101,3 +106,15 @@ def test_preferences_are_created_learned_and_measured(
     assert "brightness" in refused(capsys, *bad, "--reward", "brightnes")
     assert "two candidates" in refused(capsys, *bad, "--reward", "brightness", "--candidates", 1)
     assert not (tmp_path / "x").exists()
+
+
+def test_only_scores_with_the_same_features_are_taken_from_the_teacher(tmp_path: Path) -> None:
+    run, teacher = tmp_path / "run", tiny_teacher(tmp_path / "teacher")
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path)))
+    common = {"role": "teacher", "solver": "heun", "nfe": 4, "steps": 2, "guidance": 1.0, "metric": "fd", "n": 9}
+    common |= {"seed": 0, "seconds": 1.0, "reference": "x/test"}
+    scores = [Score(model=name, value=1.0, features_sha256=name, **common) for name in ("ours", "another")]
+    write_scores(scores, teacher / "eval.json")
+    assert known_teacher_scores(run, {"ours"}) == scores[:1]
+    assert known_teacher_scores(tmp_path, {"ours"}) == [], "not a run"
