@@ -5,7 +5,7 @@ PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; d
 BIN = .venv/bin
 
 .NOTPARALLEL:
-.PHONY: help demo demo-text test lint types docs teacher-scores text-scores preference-scores clean
+.PHONY: help demo demo-text test lint types docs mutants teacher-scores text-scores preference-scores clean
 
 help:
 	@echo 'make demo        distil the bundled teacher, score the student, write runs/demo/report.html'
@@ -14,6 +14,7 @@ help:
 	@echo 'make lint        ruff (rules and formatting) and import-linter'
 	@echo 'make types       mypy'
 	@echo 'make docs        build the documentation as a site (site/); fails on broken links'
+	@echo 'make mutants FILES="distill/loop.py" TESTS="tests/distill"   break files on purpose and count what tests notice'
 	@echo 'make teacher-scores   score the bundled teacher again (over an hour on two cores)'
 	@echo 'make text-scores, make preference-scores   train and score the models in docs/results.md again'
 	@echo 'make clean       remove .venv, caches and build leftovers (never runs/)'
@@ -44,6 +45,11 @@ types: .venv/installed-dev
 docs: .venv/installed-dev
 	@echo '== documentation'
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+TESTS = tests/distill tests/models tests/samplers
+mutants: .venv/installed-dev
+	@$(BIN)/python -c 'import mutmut' 2>.venv/pip.log || $(INSTALL) '.[dev,mutants]' $(QUIETLY)
+	@$(BIN)/python benchmarks/mutants.py $(FILES) --tests $(TESTS) --json results/mutants.json
 
 # The teacher's scores that students are compared with. They are merged into the file, so this can be repeated in parts.
 SCORE = $(BIN)/fewstep eval fashion --json models/bundled/fashion/eval.json

@@ -15,13 +15,10 @@ from fewstep.models.denoiser import expand_like
 from fewstep.models.schedules import NoiseSchedule, bridge
 
 
-def renoise(
-    schedule: NoiseSchedule, sample: StudentSample, t: Tensor, random: KeyedRandom, noise: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``x_t = scale x_s + std n`` at times ``t`` [B], and ``n`` (``noise``, or new noise); both shaped like x_s."""
+def renoise(schedule: NoiseSchedule, sample: StudentSample, t: Tensor, random: KeyedRandom) -> tuple[Tensor, Tensor]:
+    """``x_t = scale x_s + std n`` at times ``t`` [B], and the noise ``n``; both shaped like x_s."""
     scale, std = bridge(schedule, sample.level, t)
-    n = random.normal(sample.x.shape, "bridge") if noise is None else noise
-    x = sample.x
+    x, n = sample.x, random.normal(sample.x.shape, "bridge")
     return expand_like(scale, x).to(x) * x + expand_like(std, x).to(x) * n, n
 
 
