@@ -14,6 +14,14 @@ from fewstep.core.files import write_tensors
 from fewstep.distill.config import OBJECTIVES
 
 MODEL = {"backbone": {"name": "unet", "widths": [8], "blocks": [1], "embedding": 8}, "shape": [1, 8, 8], "classes": 10}
+CASES: list[tuple[str, dict[str, Any]]] = [  # every objective, and the options that change what it computes
+    *((name, {}) for name in OBJECTIVES.names()),
+    ("dmd2", {"gan": {"weight": 1.0, "critic_weight": 1.0}, "critic_updates": 1}),
+    ("tdm", {"critic": "importance", "huber": 0.0}),
+    ("decoupled_dmd", {"normaliser": "separate"}),
+    ("f_distill", {"divergence": "neyman", "gan_weight": 0.1, "critic_updates": 1, "steps": 3}),
+    ("f_distill", {"divergence": "jensen_shannon", "critic_updates": 1, "decay": 0.5}),
+]
 
 
 def settings(objective: str, folder: Path, device: str, precision: str, **changes: object) -> dict[str, Any]:
@@ -27,7 +35,7 @@ def settings(objective: str, folder: Path, device: str, precision: str, **change
     if "reference" in needed.needs:
         raw["stages"][0]["freeze"] = {"reference": "teacher"}
         roles.pop("reference")
-        tensors = {name: torch.randn(40, 1, 8, 8) for name in needed.tensors}
+        tensors = {name: torch.randn(40, 1, 8, 8) for name in sorted(needed.tensors)}
         write_tensors(tensors | {"labels": torch.arange(40) % 10}, folder / "samples.safetensors")
         raw["data"] = {"kind": "tensors", "path": str(folder / "samples.safetensors")}
     elif "noise" in needed.tensors:

@@ -13,25 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import settings
+from tiny_runs import CASES, settings
 from torch import Tensor
 
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.build import build_parts
-from fewstep.distill.config import OBJECTIVES
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.trainer import Trainer
 
 WHOLE = 32
 STEPS = 3
-CASES = [
-    *((name, {}) for name in OBJECTIVES.names()),
-    ("dmd2", {"gan": {"weight": 1.0, "critic_weight": 1.0}, "critic_updates": 1}),
-    ("tdm", {"critic": "importance", "huber": 0.0}),
-    ("decoupled_dmd", {"normaliser": "separate"}),
-    ("f_distill", {"divergence": "neyman", "gan_weight": 0.1, "critic_updates": 1, "steps": 3}),
-    ("f_distill", {"divergence": "jensen_shannon", "critic_updates": 1, "decay": 0.5}),
-]
 
 
 def keyed_by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
