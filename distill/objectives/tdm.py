@@ -10,20 +10,23 @@ x_t = bridge(x_s -> t):
 with T_w the guided teacher and F the fake score. As in the released code, the loss is taken on the x0 that the state
 came from (the paper writes x_s).
 
-``renoise_times`` and ``critic_times`` (by default the same) are laws of t that are restricted to a range, ``margin`` or
-a quarter of it away from its ends. ``segment`` keeps the ranges disjoint, as the paper does. ``nested`` (the released
-code without its ``use_separate``) is t ~ U(s, 1): at the low t of late segments an error of the mean is hardly visible,
-since for data N(m, S^2) the difference T - F is t^2 / ((1 - t)^2 S^2 + t^2) times that error. ``renoise_times: nested``
-is short for ``{within: nested}``.
+The range of ``renoise_times`` and ``critic_times`` (by default the same):
+    segment    t between s and t_student, as in the paper
+    nested     t between s and 1, as in the released code without ``use_separate``. At the low t of late segments an error
+               of the mean is hardly visible: for data N(m, S^2), T - F is t^2 / ((1 - t)^2 S^2 + t^2) times that error.
+Times keep ``margin``, at most a quarter of the range, away from both of its ends.
+
+The fake's target, ``critic``:
+    bridge        that of denoising score matching for the distribution of x_s diffused to t, as in Phased DMD
+                  (arXiv 2510.27684)
+    importance    the paper's: x0, with tempered importance weights; its minimiser is the denoiser of re-noised x0
 
 With a small ``huber`` the gradient is the sign of the direction, so that training converges to a median; 0 is the plain
-square. ``critic`` is the fake's target: ``bridge`` is unbiased for the distribution of x_s diffused to t (as in Phased
-DMD, arXiv 2510.27684); ``importance`` is the paper's, a regression to x0 with tempered importance weights, whose
-minimiser is the denoiser of re-noised x0. Here the student is updated first and the fake gets the same sample; the
-released code trains the fake first, each on its own sample.
+square. The student is updated first and the fake receives the same sample; the released code trains the fake first, each
+on its own sample.
 
-``unify: [1, 2, 4]`` samples the number of steps and conditions student and fake (both ``init: new``) on it: one student
-for all of these numbers. A fake without this condition would learn a mixture.
+``unify: [1, 2, 4]`` trains one student for several numbers of steps. Each batch has one of them, on which student and
+fake (both ``init: new``) are conditioned; a fake without this condition would learn a mixture.
 """
 
 from __future__ import annotations
