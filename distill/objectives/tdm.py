@@ -12,8 +12,8 @@ came from (the paper writes x_s).
 
 The range of ``renoise_times`` and ``critic_times`` (by default the same):
     segment    t between s and t_student, as in the paper
-    nested     t between s and 1, as in the released code without ``use_separate``. At the low t of late segments an error
-               of the mean is hardly visible: for data N(m, S^2), T - F is t^2 / ((1 - t)^2 S^2 + t^2) times that error.
+    nested     t between s and 1, as in the released code without ``use_separate``. At the low t of late segments an
+               error of the mean is hardly visible: for data N(m, S^2), T - F is t^2 / ((1 - t)^2 S^2 + t^2) times it.
 Times keep ``margin``, at most a quarter of the range, away from both of its ends.
 
 The fake's target, ``critic``:
@@ -22,8 +22,8 @@ The fake's target, ``critic``:
     importance    the paper's: x0, with tempered importance weights; its minimiser is the denoiser of re-noised x0
 
 With a small ``huber`` the gradient is the sign of the direction, so that training converges to a median; 0 is the plain
-square. The student is updated first and the fake receives the same sample; the released code trains the fake first, each
-on its own sample.
+square. The student is updated first and the fake receives the same sample; the released code trains the fake first,
+each on its own sample.
 
 ``unify: [1, 2, 4]`` trains one student for several numbers of steps. Each batch has one of them, on which student and
 fake (both ``init: new``) are conditioned; a fake without this condition would learn a mixture.
