@@ -2,14 +2,13 @@
 
     python benchmarks/mutants.py --json results/mutants.json --tests tests/distill -- distill/matching.py
 
-runs in a copy of the checkout in build/mutants. The entry of each file in the JSON file is replaced: how many changes
-were killed (a test failed, or ran into the time limit), and the ``survivors``, each as the lines removed and added.
+runs in a copy of the checkout in build/mutants. The JSON file keeps the counts of other files; of these it has how many
+changes were noticed (a test failed, or ran into the time limit), and the ``survivors``, as the lines removed and added.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -65,19 +64,15 @@ def change(name: str) -> str:
     return "\n".join(line for line in lines if line.startswith(("+", "-")) and not line.startswith(("+++", "---")))
 
 
-def results(file: str) -> dict[str, object]:
-    """Counts and survivors of one file."""
+def results(file: str) -> tuple[dict[str, float], list[str]]:
+    """The counts of one file, and its survivors."""
     module = "fewstep." + file.removesuffix(".py").replace("/", ".")
     found = [line.strip().rsplit(": ", 1) for line in mutmut("results", "--all", "true").splitlines() if ": " in line]
     own = {name: status for name, status in found if name.rsplit(".", 1)[0] == module}
     survivors = [name for name, status in own.items() if status not in ("killed", "timeout")]
-    return {
-        "mutants": len(own),
-        "killed": len(own) - len(survivors),
-        "score": round(1 - len(survivors) / max(1, len(own)), 4),
-        "sha256": hashlib.sha256((ROOT / "src" / "fewstep" / file).read_bytes()).hexdigest(),
-        "survivors": [change(name) for name in survivors],
-    }
+    noticed = len(own) - len(survivors)
+    counts = {"changes": len(own), "noticed": noticed, "share": round(noticed / max(1, len(own)), 3)}
+    return counts, [change(name) for name in survivors]
 
 
 def main() -> None:
@@ -92,11 +87,11 @@ def main() -> None:
             sys.exit(f"There is no file src/fewstep/{file}.")
     prepare(arguments.files, arguments.tests)
     mutmut("run", "--max-children", arguments.processes)
-    known = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {}
+    known = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {"files": {}, "survivors": {}}
     for file in arguments.files:
-        known[file] = results(file)
-        print(f"{file}: {known[file]['killed']} of {known[file]['mutants']} changes noticed")
-    arguments.json.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+        known["files"][file], known["survivors"][file] = results(file)
+        print(f"{file}: {known['files'][file]['noticed']} of {known['files'][file]['changes']} changes noticed")
+    arguments.json.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
