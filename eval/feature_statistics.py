@@ -20,6 +20,7 @@ from fewstep.eval.networks.features import FeatureNetwork
 from fewstep.eval.saved_features import SavedFeatures
 
 MERGE_ROWS = 1000
+SPATIAL = "inception_spatial"  # ADM's files contain its statistics as mu_s and sigma_s
 RECORDED = ("network", "sha256", "images_sha256", "preparation")
 
 
@@ -161,7 +162,9 @@ def read_statistics(file: Path, network: FeatureNetwork) -> FeatureStatistics:
     known = ("mu", "sigma", "feats", "n", *RECORDED)
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in known if name in arrays.files}
+            of_adm = network.name == SPATIAL and "mu_s" in arrays.files  # mu and sigma are those of the pool features
+            stored = {name: f"{name}_s" if of_adm and name in ("mu", "sigma") else name for name in known}
+            found = {name: arrays[key] for name, key in stored.items() if key in arrays.files}
     except (OSError, ValueError, BadZipFile) as error:
         raise _unreadable(file, error) from error
     if "feats" not in found and not {"mu", "sigma"} <= set(found):

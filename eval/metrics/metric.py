@@ -90,6 +90,7 @@ class Metric:
         caption_prefix: needs captions, with this text before each (the network must be ``clip``); None: needs none.
         per_condition: ``minimum_n`` counts the images of each class or caption.
         videos: is computed from videos, not from images.
+        minimum_side: the smallest height and width of its images, in pixels.
         error: the size of an error bar of the value, computed from the same input.
         error_of: what the error bar is, for example "standard deviation over 10 splits".
         bias: ``bias(statistics of the reference, n)``, the value that n real images would have.
@@ -107,6 +108,7 @@ class Metric:
     caption_prefix: str | None = None
     per_condition: bool = False
     videos: bool = False
+    minimum_side: int = 1
     error: Callable[[MetricInput], float] | None = None
     error_of: str | None = None
     bias: Callable[[Statistics, int], float] | None = None

@@ -12,7 +12,8 @@ from fewstep.eval.networks.dinov2 import DinoV2
 from fewstep.eval.networks.efficientnet import EfficientNet
 from fewstep.eval.networks.features import FeatureNetwork
 from fewstep.eval.networks.i3d import I3d
-from fewstep.eval.networks.inception import Inception, InceptionClasses
+from fewstep.eval.networks.inception import Inception, InceptionClasses, InceptionPatch
+from fewstep.eval.networks.inception_spatial import InceptionSpatial
 from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import Protocol
 
@@ -21,6 +22,10 @@ NETWORKS: dict[str, Loader] = {
     "inception": lambda protocol, locator, device: Inception.load(protocol.inception, locator, device),
     "inception_classes": lambda protocol, locator, device: InceptionClasses(
         Inception.load("legacy_tensorflow", locator, device)
+    ),
+    "inception_spatial": lambda protocol, locator, device: InceptionSpatial.load(locator, device),
+    "inception_patch": lambda protocol, locator, device: InceptionPatch(
+        Inception.load(protocol.inception, locator, device)
     ),
     "clip": lambda protocol, locator, device: Clip.load(protocol.clip, locator, device),
     "clip_fid": lambda protocol, locator, device: Clip.load("ViT-B-32:openai", locator, device, normalize=False),

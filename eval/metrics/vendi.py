@@ -1,0 +1,51 @@
+"""The Vendi score (Friedman & Dieng, arXiv 2210.02410): the effective number of different images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewstep.core.errors import UserError
+from fewstep.eval.metrics.metric import Metric, MetricInput
+from fewstep.eval.networks.features import as_matrices
+
+
+def vendi_score(features: Tensor) -> float:
+    """``exp(-sum_i l_i log l_i)``, with l the eigenvalues of K / N and K the cosines of features [N, D]; between 1 (all
+    equal) and min(N, D) (all orthogonal).
+
+    It grows with N until N is far above the number of different images: compare at equal N. Raises ``UserError`` on
+    NaN, infinite or zero features.
+    """
+    (x,) = as_matrices(features)
+    if empty := int((x == 0).all(dim=1).sum()):
+        raise UserError(f"The features of {empty} of {len(x)} images are zero, so they have no cosine.")
+    unit = F.normalize(x, dim=1)
+    products = unit @ unit.T if len(x) < x.shape[1] else unit.T @ unit  # both have the same eigenvalues above 0
+    shares = torch.linalg.eigvalsh(products / len(x)).clamp(min=0)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def mean_vendi_score(features: Tensor) -> float:
+    """The mean over conditions of the Vendi score of each, of features [S, N, D]: S >= 2 seeds of N conditions."""
+    return sum(map(vendi_score, features.unbind(1))) / features.shape[1]
+
+
+def _compute(inputs: MetricInput) -> float:
+    return vendi_score(inputs.images.features())
+
+
+def _compute_per_condition(inputs: MetricInput) -> float:
+    return mean_vendi_score(inputs.features_by_seed())
+
+
+VENDI = Metric(
+    name="vendi", network="inception", direction="higher", minimum_n=2, compute=_compute, needs_features=True
+)
+VENDI_DINOV2 = replace(VENDI, name="vendi_dinov2", network="dinov2")
+VENDI_PER_CONDITION_DINOV2 = replace(
+    VENDI_DINOV2, name="vendi_per_condition_dinov2", compute=_compute_per_condition, per_condition=True
+)
