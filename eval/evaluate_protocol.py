@@ -100,9 +100,11 @@ class ProtocolEvaluator:
         self, images: Images, texts: tuple[str, ...] = (), conditions: int = 0, saved: SavedFeatures | None = None
     ) -> dict[str, Measurement]:
         """The value of every metric. Image k shows text or class ``k % conditions``. Raises ``UserError``."""
+        groups = frozenset(metric.network for metric in self._metrics.values() if metric.needs_groups)
         collected = collect_statistics(
-            self._networks, images, _keep_rows(self.protocol), saved=saved, progress=self._counting("images")
-        )
+            self._networks, images, _keep_rows(self.protocol), keep_groups=groups, saved=saved,
+            progress=self._counting("images"),
+        )  # fmt: skip
         embedded = self._embed(texts)
         inputs = {
             key: MetricInput(statistics, self._reference.get(key), embedded, conditions)

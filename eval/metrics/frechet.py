@@ -5,6 +5,7 @@ On Inception features it is the FID (Heusel et al., 1706.08500); on any other fe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.eval.metrics.jackknife import MINIMUM_N, groups_of, jackknife_error
 from fewstep.eval.networks.features import as_finite, as_matrices
 
 if TYPE_CHECKING:
@@ -88,6 +90,14 @@ class Moments:
         mean = self.mean + difference * (other.count / count)
         return Moments(count, mean, self.products + other.products + between)
 
+    def __sub__(self, part: Moments) -> Moments:
+        """The rest of a set without a smaller part of it."""
+        count = self.count - part.count
+        mean = self.mean + (self.mean - part.mean) * (part.count / count)
+        difference = part.mean - mean
+        between = torch.outer(difference, difference) * (count * part.count / self.count)
+        return Moments(count, mean, self.products - part.products - between)
+
     @property
     def statistics(self) -> Statistics:
         """Raises ``UserError`` on fewer than two samples."""
@@ -120,6 +130,26 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 def frechet_to_reference(inputs: MetricInput) -> float:
     """The ``compute`` of every metric that is a Fréchet distance to the reference."""
     return frechet_distance(inputs.images.statistics, inputs.real.statistics)
+
+
+def frechet_error_to_reference(inputs: MetricInput) -> float | None:
+    """The error bar of every such metric; None if there are too few images."""
+    return frechet_error(inputs.images.groups, inputs.real.statistics)
+
+
+def grouped_moments(features: Tensor) -> tuple[Moments, ...]:
+    """The moments of each of the jackknife's groups of features [N, D]; fewer than ten groups if N is below 10."""
+    groups = groups_of(torch.arange(len(features)))
+    return tuple(Moments.of(features[groups == group]) for group in groups.unique())
+
+
+def frechet_error(groups: Sequence[Moments], reference: Statistics) -> float | None:
+    """The standard error of the Fréchet distance of a set from a fixed reference, by the jackknife over its groups;
+    None if there are none, or if they are too small."""
+    if not groups or sum(group.count for group in groups) < MINIMUM_N:
+        return None
+    total = sum(groups[1:], groups[0])
+    return jackknife_error([frechet_distance((total - group).statistics, reference) for group in groups])
 
 
 @lru_cache(maxsize=16)

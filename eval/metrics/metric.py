@@ -91,9 +91,10 @@ class Metric:
         per_condition: ``minimum_n`` counts the images of each class or caption.
         videos: is computed from videos, not from images.
         minimum_side: the smallest height and width of its images, in pixels.
-        error: the size of an error bar of the value, computed from the same input.
+        error: the size of an error bar of the value, computed from the same input; None if there are too few images.
         error_of: what the error bar is, for example "standard deviation over 10 splits".
         bias: ``bias(statistics of the reference, n)``, the value that n real images would have.
+        needs_groups: the error bar needs the moments of each group of the images (``metrics/jackknife.py``).
 
     Raises ``ValueError`` if these contradict each other.
     """
@@ -109,9 +110,10 @@ class Metric:
     per_condition: bool = False
     videos: bool = False
     minimum_side: int = 1
-    error: Callable[[MetricInput], float] | None = None
+    error: Callable[[MetricInput], float | None] | None = None
     error_of: str | None = None
     bias: Callable[[Statistics, int], float] | None = None
+    needs_groups: bool = False
 
     def __post_init__(self) -> None:
         if self.bias is not None and not self.needs_reference:
@@ -147,4 +149,5 @@ class Metric:
                 "images and the reference."
             )
         bias = self.bias(inputs.real.statistics, inputs.images.statistics.count) if self.bias else None
-        return Measurement(value, error, self.error_of, bias if bias and bias > NOTED_BIAS * value else None)
+        error_of = self.error_of if error is not None else None
+        return Measurement(value, error, error_of, bias if bias and bias > NOTED_BIAS * value else None)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.eval.metrics.jackknife import ERROR_OF, GROUPS, MINIMUM_N, groups_of, jackknife_error
 from fewstep.eval.metrics.metric import Metric, MetricInput
 from fewstep.eval.networks.features import as_matrices
 
@@ -20,12 +21,31 @@ def vendi_score(features: Tensor) -> float:
     It grows with N until N is far above the number of different images: compare at equal N. Raises ``UserError`` on
     NaN, infinite or zero features.
     """
+    unit = _unit_vectors(features)
+    n, d = unit.shape
+    return _effective_number(unit @ unit.T if n < d else unit.T @ unit)  # both have the same eigenvalues above 0
+
+
+def vendi_error(features: Tensor) -> float | None:
+    """The standard error of the Vendi score by the jackknife; None if there are too few images."""
+    if len(features) < MINIMUM_N:
+        return None
+    unit, groups = _unit_vectors(features), groups_of(torch.arange(len(features)))
+    products = [part.T @ part for part in (unit[groups == group] for group in range(GROUPS))]
+    total = torch.stack(products).sum(0)
+    return jackknife_error([_effective_number(total - part) for part in products])
+
+
+def _unit_vectors(features: Tensor) -> Tensor:
     (x,) = as_matrices(features)
     if empty := int((x == 0).all(dim=1).sum()):
         raise UserError(f"The features of {empty} of {len(x)} images are zero, so they have no cosine.")
-    unit = F.normalize(x, dim=1)
-    products = unit @ unit.T if len(x) < x.shape[1] else unit.T @ unit  # both have the same eigenvalues above 0
-    shares = torch.linalg.eigvalsh(products / len(x)).clamp(min=0)
+    return F.normalize(x, dim=1)
+
+
+def _effective_number(products: Tensor) -> float:
+    """Of a matrix of products of unit vectors, whose trace is their number."""
+    shares = torch.linalg.eigvalsh(products / products.trace()).clamp(min=0)
     return float(torch.special.entr(shares).sum().exp())
 
 
@@ -43,9 +63,21 @@ def _compute_per_condition(inputs: MetricInput) -> float:
 
 
 VENDI = Metric(
-    name="vendi", network="inception", direction="higher", minimum_n=2, compute=_compute, needs_features=True
+    name="vendi",
+    network="inception",
+    direction="higher",
+    minimum_n=2,
+    compute=_compute,
+    needs_features=True,
+    error=lambda inputs: vendi_error(inputs.images.features()),
+    error_of=ERROR_OF,
 )
 VENDI_DINOV2 = replace(VENDI, name="vendi_dinov2", network="dinov2")
 VENDI_PER_CONDITION_DINOV2 = replace(
-    VENDI_DINOV2, name="vendi_per_condition_dinov2", compute=_compute_per_condition, per_condition=True
+    VENDI_DINOV2,
+    name="vendi_per_condition_dinov2",
+    compute=_compute_per_condition,
+    per_condition=True,
+    error=None,
+    error_of=None,
 )

@@ -32,7 +32,8 @@ class InceptionSpatial(LoadedWeights):
         with reading_weights(file, "Inception-V3"):
             port = load_port(file)
         before = [layer for _, layer in takewhile(lambda item: item[0] != "Mixed_6d", port.named_children())]
-        return cls.from_file(file, nn.Sequential(*before, port.Mixed_6d.branch1x1), device)
+        last = port.get_submodule("Mixed_6d.branch1x1")
+        return cls.from_file(file, nn.Sequential(*before, last), device)
 
     def prepare(self, image: Tensor) -> Tensor:
         return image
