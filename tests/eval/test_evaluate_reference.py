@@ -69,7 +69,11 @@ def test_images_of_the_bundled_reference_are_scored_by_its_protocol(tmp_path: Pa
     assert seen[-1] == ("images", 200)
     assert {score.reference_sha256 for score in scores} == {REFERENCE.sha256}
     errors = {score.metric: score.error_of for score in scores if score.error is not None}
-    assert errors == {"kid": "standard deviation over 100 subsets"}
+    assert errors == {
+        "kid": "standard deviation over 100 subsets",
+        "fd_fashion": "standard error over images (jackknife over 10 random groups of them)",
+        "precision": "standard error of a share of the images",
+    }
     assert {score.metric for score in scores if score.bias is not None} == {"fd_fashion"}
 
 

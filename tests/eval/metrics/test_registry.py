@@ -18,7 +18,7 @@ from fewstep.eval.feature_statistics import FeatureStatistics
 from fewstep.eval.metrics.clip_score import cosines
 from fewstep.eval.metrics.cmmd import cmmd
 from fewstep.eval.metrics.diversity import cross_seed_diversity
-from fewstep.eval.metrics.frechet import Statistics, frechet_distance
+from fewstep.eval.metrics.frechet import Statistics, frechet_distance, frechet_error, grouped_moments
 from fewstep.eval.metrics.inception_score import split_scores
 from fewstep.eval.metrics.kid import kid, subset_values
 from fewstep.eval.metrics.metric import Metric, MetricInput
@@ -31,7 +31,8 @@ CONDITIONS = 3
 
 
 def statistics(features: Tensor, keep_rows: bool = True) -> FeatureStatistics:
-    return FeatureStatistics(Statistics.of(features), features if keep_rows else None, None, None)
+    groups = grouped_moments(features)
+    return FeatureStatistics(Statistics.of(features), features if keep_rows else None, None, None, groups=groups)
 
 
 def inputs(
@@ -143,9 +144,9 @@ def test_a_value_that_is_not_finite_is_an_error_and_not_a_score() -> None:
 
 
 def test_error_bars_are_the_deviations_that_their_names_say() -> None:
-    """KID: its subsets. Inception Score: its splits. CLIP score: its mean. FID-infinity: its fit."""
+    """KID: its subsets. Inception Score: its splits. CLIP score: its mean. FID-infinity: its fit. Others: images."""
     measured = {}
-    for name in ("kid", "inception_score", "clip_score", "fid_infinity"):
+    for name in ("kid", "inception_score", "clip_score", "fid_infinity", "fid", "vendi", "cmmd", "precision"):
         metric = METRICS.resolve(name)
         own = inputs(metric, 90)
         measured[name] = metric.measure(own)
@@ -157,12 +158,28 @@ def test_error_bars_are_the_deviations_that_their_names_say() -> None:
             assert measured[name].error == pytest.approx(float(split_scores(own.images.features()).std(correction=0)))
         if name == "clip_score":
             assert measured[name].error == pytest.approx(float(cosines(own, "").std()) / 90**0.5)
+        if name == "fid":
+            assert measured[name].error == frechet_error(own.images.groups, own.real.statistics)
     assert {name: each.error_of for name, each in measured.items()} == {
         "kid": "standard deviation over 100 subsets",
         "inception_score": "standard deviation over 10 splits, shuffled by a fixed seed",
         "clip_score": "standard error of the mean over images",
         "fid_infinity": "standard error of the fit",
+        "fid": "standard error over images (jackknife over 10 random groups of them)",
+        "vendi": "standard error over images (jackknife over 10 random groups of them)",
+        "cmmd": "standard error over images, to first order",
+        "precision": "standard error of a share of the images",
     }
+
+
+def test_every_frechet_distance_has_an_error_bar_and_asks_for_the_groups_it_needs() -> None:
+    for name in ("fid", "sfid", "patch_fid", "fd_dinov2", "fd_efficientnet", "clip_fid", "fvd"):
+        metric = METRICS.resolve(name)
+        assert metric.needs_groups, name
+        assert (metric.measure(inputs(metric, 60)).error or 0) > 0, name
+        few = metric.measure(inputs(metric, 19))
+        assert few.error is few.error_of is None, name
+    assert not METRICS.resolve("kid").needs_groups
 
 
 def test_contradictory_declarations_are_refused() -> None:
@@ -172,7 +189,7 @@ def test_contradictory_declarations_are_refused() -> None:
     with pytest.raises(ValueError, match="only the network 'clip' embeds captions"):
         replace(fid, caption_prefix="")
     with pytest.raises(ValueError, match="needs both error and error_of"):
-        replace(fid, error=lambda _: 1.0)
+        replace(METRICS.resolve("recall"), error=lambda _: 1.0)
 
 
 def test_a_metric_of_the_users_own_is_found_by_its_dotted_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
