@@ -81,7 +81,7 @@ class Metric:
 
     Args:
         name: its name in protocols and files of scores.
-        network: the network whose features it compares, by its name in ``eval/networks/registry.py``.
+        network: the network whose features it compares, by its name in ``eval/networks/registry.py`` or a dotted one.
         direction: whether lower or higher values are better.
         minimum_n: the smallest number of images it can be computed from.
         compute: the computation.

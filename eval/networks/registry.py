@@ -1,4 +1,8 @@
-"""The networks of metrics by name."""
+"""The networks of metrics by name.
+
+A network of your own is a function ``(protocol, locator, device) -> FeatureNetwork`` in your module: give its dotted
+name (``package.module:load``) in a ``Metric``, or register a short name with ``fewstep.register("network", NAME)``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from fewstep.core.errors import UserError, nearest
+from fewstep.core.registry import Registry
 from fewstep.eval.networks.clip import Clip
 from fewstep.eval.networks.dinov2 import DinoV2
 from fewstep.eval.networks.efficientnet import EfficientNet
@@ -18,7 +22,7 @@ from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import Protocol
 
 Loader = Callable[[Protocol, WeightsLocator, torch.device | str], FeatureNetwork]
-NETWORKS: dict[str, Loader] = {
+BUILTIN: dict[str, Loader] = {
     "inception": lambda protocol, locator, device: Inception.load(protocol.inception, locator, device),
     "inception_classes": lambda protocol, locator, device: InceptionClasses(
         Inception.load("legacy_tensorflow", locator, device)
@@ -34,6 +38,9 @@ NETWORKS: dict[str, Loader] = {
     "efficientnet": lambda protocol, locator, device: EfficientNet.load(device),
     "i3d": lambda protocol, locator, device: I3d.load(locator, device),
 }
+NETWORKS: Registry[Loader] = Registry(
+    "network", lambda: BUILTIN, callable, "a function of (protocol, locator, device) that returns a FeatureNetwork"
+)
 
 
 def build_networks(
@@ -41,9 +48,4 @@ def build_networks(
 ) -> dict[str, FeatureNetwork]:
     """The networks of these names with the settings of a protocol. Raises ``UserError`` on an unknown name and on
     missing or damaged weights."""
-    networks = {}
-    for name in sorted(set(names)):
-        if name not in NETWORKS:
-            raise UserError(f"Unknown network {name!r}{nearest(name, NETWORKS)}.")
-        networks[name] = NETWORKS[name](protocol, locator, device)
-    return networks
+    return {name: NETWORKS.resolve(name)(protocol, locator, device) for name in sorted(set(names))}
