@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.core.files import check_writable
 from fewstep.eval.feature_statistics import (
     FeatureStatistics,
     collect_statistics,
@@ -198,8 +199,7 @@ def write_reference(
     """Writes the statistics of images as an .npz file for each network whose metrics need a reference.
 
     ``{network}`` in ``file`` is replaced by the network's name. Returns the files, and remarks on images that were left
-    out. Raises ``UserError`` if several
-    networks would write the same file.
+    out. Raises ``UserError`` if several networks would write the same file, or if a file is the source.
     """
     names = {metric.network for metric in protocol.resolved_metrics.values() if metric.needs_reference}
     networks = build_networks(names, protocol, locator, device)
@@ -208,16 +208,17 @@ def write_reference(
     if len(networks) > 1 and "{network}" not in file:
         listed = ", ".join(network.name for network in networks.values())
         raise UserError(f"The protocol has several networks ({listed}); give a file name that contains {{network}}.")
-    files = []
+    files = {key: Path(_insert_network(file, network)) for key, network in networks.items()}
+    for each in files.values():
+        check_writable(each, source)
     images = protocol.open_images(source, skip_bad)
     count = (lambda done: progress(done, len(images.names))) if progress is not None else None
     collected = collect_statistics(
         networks, images, _keep_rows(protocol), preparation=protocol.preparation, progress=count
     )
     for key, statistics in collected.items():
-        files.append(Path(_insert_network(file, networks[key])))
-        write_statistics(statistics, files[-1])
-    return files, images.remarks()
+        write_statistics(statistics, files[key])
+    return list(files.values()), images.remarks()
 
 
 def _keep_rows(protocol: Protocol) -> frozenset[str]:

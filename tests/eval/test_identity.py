@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -100,6 +101,20 @@ def test_statistics_are_used_only_with_the_preparation_they_were_written_with(tm
     for settings in ({"size": 24}, {"size": 32, "filter": "box"}, {}):
         with pytest.raises(UserError, match=r"prepared as 'centred square, 32 pixels, lanczos', but the protocol"):
             scored(images, file, **settings)
+
+
+def test_statistics_do_not_overwrite_their_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "real-means.npz"
+    np.savez(source, np.zeros((4, 8, 8, 3), np.uint8))
+    before = source.read_bytes()
+    with pytest.raises(UserError, match="is an input, which the result would overwrite"):
+        write_reference(source, protocol("x"), str(tmp_path / "real-{network}.npz"), WeightsLocator())
+    assert source.read_bytes() == before
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(protocol("x").model_dump(mode="json", exclude={"name"})))
+    for option in ("--json", "--name"):
+        message = refused(capsys, "eval", source, "--protocol", file, "--write-stats", tmp_path / "a.npz", option, "x")
+        assert "--write-stats writes statistics and no scores" in message
 
 
 def test_scores_of_images_in_folders_of_one_name_are_all_kept(tmp_path: Path) -> None:
