@@ -108,7 +108,7 @@ class Moments:
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """``|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2})``, >= 0; about ``2D/n + D(D+1)/(2n)`` too large for two
-    sets of n samples of one law with unit covariance, so compare values only at equal n.
+    sets of n samples of one distribution with unit covariance, so compare values only at equal n.
 
     The trace of the root is the sum of the roots of the eigenvalues of ``L^T S_b L`` with ``S_a = L L^T``: symmetric,
     so real and stable. L is the Cholesky factor or, where S_a is singular, comes from its eigenvalues. Raises
@@ -154,7 +154,8 @@ def frechet_error(groups: Sequence[Moments], reference: Statistics) -> float | N
 
 @lru_cache(maxsize=16)
 def small_sample_bias(reference: Statistics, n: int) -> float:
-    """The Fréchet distance that ``n`` samples of the reference's own law have from it, on average, for a Gaussian law.
+    """The Fréchet distance that ``n`` samples of the reference's own distribution have from it, on average, if it is
+    Gaussian.
 
     With l the eigenvalues of its covariance, it is ``sum l / n`` from the mean, plus what the covariance of n samples
     adds. The first order of the latter, ``sum_ij (1 + [i = j]) l_i l_j / (l_i + l_j) / (2n)``, is right only for n far
@@ -174,7 +175,7 @@ def small_sample_bias(reference: Statistics, n: int) -> float:
             factor = np.triu(random.standard_normal((d, d)), 1)
             np.fill_diagonal(factor, np.sqrt(random.chisquare(freedom - np.arange(d))))
         trace = (np.square(factor).sum(0) * l).sum() / freedom
-        scaled = torch.from_numpy(factor * l)  # in coordinates in which the law's covariance is diagonal
+        scaled = torch.from_numpy(factor * l)  # in coordinates in which the covariance is diagonal
         gram = (scaled @ scaled.T if freedom < d else scaled.T @ scaled) / freedom
         biases.append(trace + l.sum() - 2 * float(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()))
     return float(np.mean(biases) + l.sum() / n)

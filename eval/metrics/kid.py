@@ -15,8 +15,8 @@ def kid(x: Tensor, y: Tensor, subsets: int = SUBSETS, size: int = 1000, seed: in
     """Unbiased squared MMD of features [N, D] and [M, D] under ``k(u, v) = (u.v / D + 1)^3``, in float64.
 
     The mean over ``subsets`` pairs of random subsets of min(``size``, N, M) rows, chosen without replacement by
-    ``seed``. Its expectation is zero for equal laws, so values may be negative. Raises ``UserError`` on NaN, infinite
-    or mismatched features.
+    ``seed``. Its expectation is zero for equal distributions, so values may be negative. Raises ``UserError`` on
+    NaN, infinite or mismatched features.
     """
     return float(subset_values(x, y, subsets, size, seed).mean())
 

@@ -38,7 +38,7 @@ def statistics(features: Tensor, keep_rows: bool = True) -> FeatureStatistics:
 def inputs(
     metric: Metric, n: int, *, collapsed: bool = False, keep_rows: bool = True, real: bool = True
 ) -> MetricInput:
-    """``n`` images of ``CONDITIONS`` captions: of the law of the real ones, or collapsed to a distant point."""
+    """``n`` images of ``CONDITIONS`` captions: distributed as the real ones, or collapsed to a distant point."""
     features = normal(n, 4, seed=1).float() + 2
     if collapsed:
         features = 0.05 * features + 10
@@ -85,7 +85,7 @@ def test_a_metric_declares_whether_it_needs_every_image_and_a_reference(name: st
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_direction_of_a_metric_is_that_in_which_it_changes_for_better_images(name: str) -> None:
-    """Images of the real law are better than collapsed ones, and captioned images than those of opposite meaning."""
+    """Real images are better than collapsed ones, and captioned images than those of opposite meaning."""
     metric = METRICS.resolve(name)
     good, bad = inputs(metric, 60), inputs(metric, 60, collapsed=True)
     if metric.caption_prefix is not None:
