@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from random_sets import normal, smooth_images, write_images
 from torch import Tensor
 
 from fewstep.core.errors import UserError
 from fewstep.eval.evaluate_protocol import ProtocolEvaluator
-from fewstep.eval.feature_statistics import read_statistics
+from fewstep.eval.feature_statistics import collect_statistics, read_statistics
 from fewstep.eval.images import ImageSet
 from fewstep.eval.metrics.frechet import Statistics
 from fewstep.eval.networks.inception import PORT, Inception, InceptionPatch
@@ -91,6 +92,18 @@ def test_a_patch_is_the_centre_without_resizing(mode: str, inception_weights: Pa
     assert (patch.name, patch.sha256) == (f"inception_{mode}_patch", whole.sha256)
     with pytest.raises(UserError, match=r"A patch of 299 x 299 pixels does not fit into an image of 298 x 401"):
         patch.prepare(image[:, :, :298])
+
+
+def test_images_without_room_for_a_patch_are_named_or_left_out(inception_weights: Path, tmp_path: Path) -> None:
+    """Some photos of COCO are too small."""
+    folder = write_images(tmp_path / "images", 3, 0, 310)
+    Image.new("RGB", (640, 200)).save(folder / "001.png")
+    network = InceptionPatch(Inception.load("clean", WeightsLocator((inception_weights,))))
+    with pytest.raises(UserError, match=r"001\.png cannot be scored: A patch of 299 x 299 .* image of 640 x 200"):
+        collect_statistics({"x": network}, ImageSet.open(folder))
+    images = ImageSet.open(folder, skip_bad=True)
+    assert collect_statistics({"x": network}, images)["x"].statistics.count == 2
+    assert set(images.done.skipped) == {"001.png"}
 
 
 def test_a_protocol_that_resizes_images_below_a_patch_is_refused() -> None:
