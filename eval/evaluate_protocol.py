@@ -21,6 +21,7 @@ from fewstep.eval.feature_statistics import (
     write_statistics,
 )
 from fewstep.eval.images import Images, InMemoryImages
+from fewstep.eval.metrics.jackknife import strata
 from fewstep.eval.metrics.metric import Measurement, MetricInput
 from fewstep.eval.networks.clip import Clip
 from fewstep.eval.networks.features import FeatureNetwork
@@ -103,8 +104,8 @@ class ProtocolEvaluator:
         """The value of every metric. Image k shows text or class ``k % conditions``. Raises ``UserError``."""
         groups = frozenset(metric.network for metric in self._metrics.values() if metric.needs_groups)
         collected = collect_statistics(
-            self._networks, images, _keep_rows(self.protocol), keep_groups=groups, saved=saved,
-            progress=self._counting("images"),
+            self._networks, images, _keep_rows(self.protocol), keep_groups=groups,
+            strata=strata(self.protocol.n, conditions), saved=saved, progress=self._counting("images"),
         )  # fmt: skip
         embedded = self._embed(texts)
         inputs = {

@@ -38,12 +38,12 @@ def reference_direction(metric: str) -> Direction | None:
     return "lower" if metric.startswith(DISTANCE_PREFIX) else DIRECTIONS.get(metric)
 
 
-def metrics(reference: Reference, features: Tensor) -> dict[str, Measurement]:
-    """The metrics of images by their features [N, D]."""
+def metrics(reference: Reference, features: Tensor, conditions: int = 0) -> dict[str, Measurement]:
+    """The metrics of images by their features [N, D]; image k shows class or caption ``k % conditions``, 0: unknown."""
     precision, recall = precision_recall(reference.features, features)
     distance = frechet_distance(Statistics.of(features), reference.statistics)
     bias = small_sample_bias(reference.statistics, len(features))
-    error = frechet_error(grouped_moments(features), reference.statistics)
+    error = frechet_error(grouped_moments(features, conditions), reference.statistics)
     subsets = subset_values(reference.features, features)
     return {
         reference.metric: Measurement(
@@ -64,7 +64,7 @@ def conditional_metrics(
     correct = reference.network.classes(features) == labels
     seeds = min(len(images) // conditions, DIVERSITY_SEEDS)
     by_seed = features[: conditions * seeds].reshape(seeds, conditions, -1)
-    return metrics(reference, features) | {
+    return metrics(reference, features, conditions) | {
         "accuracy": Measurement(correct.float().mean().item()),
         "diversity": Measurement(cross_seed_diversity(by_seed)),
     }

@@ -54,17 +54,18 @@ class FeatureStatistics:
 
 def collect_statistics(
     networks: Mapping[str, FeatureNetwork], images: Images, keep_rows: frozenset[str] = frozenset(), *,
-    keep_groups: frozenset[str] = frozenset(), preparation: str | None = None, saved: SavedFeatures | None = None,
-    progress: Callable[[int], None] | None = None,
+    keep_groups: frozenset[str] = frozenset(), strata: int = 1, preparation: str | None = None,
+    saved: SavedFeatures | None = None, progress: Callable[[int], None] | None = None,
 ) -> dict[str, FeatureStatistics]:  # fmt: skip
     """Statistics of the features of several networks in one pass over the images.
 
     Memory grows with the number of images only for the networks in ``keep_rows``; those in ``keep_groups`` need ten
-    times the memory of a covariance (0.3 GB for 2,048 features). ``saved`` keeps the features of a set on disk, so that
-    an interrupted pass can be continued; ``progress`` receives the number of finished images. Raises ``UserError`` on
-    fewer than two images, and on images of several sizes if a network cannot take them.
+    times the memory of a covariance (0.3 GB for 2,048 features), for groups of images of ``strata`` conditions in turn.
+    ``saved`` keeps the features of a set on disk, so that an interrupted pass can be continued; ``progress`` receives
+    the number of finished images. Raises ``UserError`` on fewer than two images, and on images of several sizes if a
+    network cannot take them.
     """
-    accumulators = {name: _Accumulator(name in keep_rows, name in keep_groups) for name in networks}
+    accumulators = {name: _Accumulator(name in keep_rows, strata if name in keep_groups else 0) for name in networks}
     stacks = {name: np.empty(0) for name in networks}  # reused: allocating is slower than the copy
 
     def prepare(image: Tensor) -> dict[str, Tensor]:
@@ -108,10 +109,10 @@ class _Accumulator:
     """Accumulates features, as one group or as those of the jackknife. Batches are concatenated to ``MERGE_ROWS`` rows
     of a group before its [D, D] products are updated."""
 
-    def __init__(self, keep_rows: bool, keep_groups: bool) -> None:
+    def __init__(self, keep_rows: bool, strata: int) -> None:
         self._keep_rows, self._rows = keep_rows, list[Tensor]()
-        self._keep_groups, self._count = keep_groups, 0
-        self._pending: list[list[Tensor]] = [[] for _ in range(GROUPS if keep_groups else 1)]
+        self._strata, self._count = strata, 0  # 0: a single group
+        self._pending: list[list[Tensor]] = [[] for _ in range(GROUPS if strata else 1)]
         self._moments: dict[int, Moments] = {}
 
     def add(self, features: Tensor) -> None:
@@ -119,7 +120,7 @@ class _Accumulator:
             self._rows.append(features.float())
         numbers = torch.arange(self._count, self._count + len(features))
         self._count += len(features)
-        groups = groups_of(numbers) if self._keep_groups else torch.zeros_like(numbers)
+        groups = groups_of(numbers, self._strata) if self._strata else torch.zeros_like(numbers)
         for group in groups.unique().tolist():
             self._pending[group].append(features[groups == group])
             if sum(map(len, self._pending[group])) >= MERGE_ROWS:
@@ -133,7 +134,7 @@ class _Accumulator:
             raise UserError("There are no images to score.")
         first, *others = groups = tuple(self._moments[group] for group in sorted(self._moments))
         rows = torch.cat(self._rows) if self._keep_rows else None
-        return sum(others, first).statistics, rows, groups if self._keep_groups else ()
+        return sum(others, first).statistics, rows, groups if self._strata else ()
 
     def _merge(self, group: int) -> None:
         part = Moments.of(torch.cat(self._pending[group]))

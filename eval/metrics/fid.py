@@ -9,5 +9,5 @@ from fewstep.eval.metrics.metric import Metric
 FID = Metric(
     name="fid", network="inception", direction="lower", minimum_n=2, compute=frechet_to_reference,
     needs_reference=True, needs_groups=True, error=frechet_error_to_reference, error_of=ERROR_OF,
-    bias=small_sample_bias,
+    bias=small_sample_bias, computation="Fréchet distance of Gaussian fits",
 )  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.eval.metrics.jackknife import MINIMUM_N, groups_of, jackknife_error
+from fewstep.eval.metrics.jackknife import MINIMUM_N, groups_of, jackknife_error, strata
 from fewstep.eval.networks.features import as_finite, as_matrices
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ class Moments:
         mean = self.mean + (self.mean - part.mean) * (part.count / count)
         difference = part.mean - mean
         between = torch.outer(difference, difference) * (count * part.count / self.count)
-        return Moments(count, mean, self.products - part.products - between)
+        rest = self.products - part.products - between
+        rest.diagonal().clamp_(min=0)  # of a feature that is constant in the rest, rounding leaves about -1e-16
+        return Moments(count, mean, rest)
 
     @property
     def statistics(self) -> Statistics:
@@ -137,9 +139,10 @@ def frechet_error_to_reference(inputs: MetricInput) -> float | None:
     return frechet_error(inputs.images.groups, inputs.real.statistics)
 
 
-def grouped_moments(features: Tensor) -> tuple[Moments, ...]:
-    """The moments of each of the jackknife's groups of features [N, D]; fewer than ten groups if N is below 10."""
-    groups = groups_of(torch.arange(len(features)))
+def grouped_moments(features: Tensor, conditions: int = 0) -> tuple[Moments, ...]:
+    """The moments of each of the jackknife's groups of features [N, D]; fewer than ten groups if N is below 10. Row k
+    belongs to class or caption ``k % conditions``; 0: unknown."""
+    groups = groups_of(torch.arange(len(features)), strata(len(features), conditions))
     return tuple(Moments.of(features[groups == group]) for group in groups.unique())
 
 

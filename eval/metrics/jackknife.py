@@ -14,7 +14,7 @@ from torch import Tensor
 
 GROUPS = 10
 MINIMUM_N = 2 * GROUPS  # below, a value has no error bar
-ERROR_OF = f"standard error over images (jackknife over {GROUPS} random groups of them)"
+ERROR_OF = f"standard error over samples (jackknife, {GROUPS} groups)"
 
 
 def jackknife_error(left_out: Sequence[float]) -> float:
@@ -26,11 +26,23 @@ def jackknife_error(left_out: Sequence[float]) -> float:
     return float(((len(values) - 1) * values.var(correction=0)).sqrt())
 
 
-def groups_of(numbers: Tensor) -> Tensor:
-    """The groups, int64 in 0..9, of images by their numbers [N], counted from 0. Always the same random ones, so that
-    neither classes in turn nor images that are sorted by class share a group; sizes differ by at most one."""
+def groups_of(numbers: Tensor, conditions: int = 1) -> Tensor:
+    """The groups, int64 in 0..9, of images by their numbers [N], counted from 0; image k shows class or caption
+    ``k % conditions``.
+
+    They are always the same random ones. Ten images of one condition are in ten groups, so that the error is that of
+    sets with equally many images of each condition; with one condition, sizes differ by at most one.
+    """
     order = _random_order()
-    return order[numbers % len(order)]
+    turns, condition = numbers // conditions, numbers % conditions
+    permutation = turns // GROUPS * conditions + condition
+    return order[(permutation * GROUPS + turns % GROUPS) % len(order)]
+
+
+def strata(n: int, conditions: int) -> int:
+    """The ``conditions`` of ``groups_of`` for ``n`` images: 1, a plain random sample, if they are unknown (0) or have
+    fewer than ten images each."""
+    return conditions if conditions and n >= GROUPS * conditions else 1
 
 
 @lru_cache(maxsize=1)

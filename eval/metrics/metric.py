@@ -94,6 +94,7 @@ class Metric:
         error: the size of an error bar of the value, computed from the same input; None if there are too few images.
         error_of: what the error bar is, for example "standard deviation over 10 splits".
         bias: ``bias(statistics of the reference, n)``, the value that n real images would have.
+        computation: how it is computed, in a few words for tables.
         needs_groups: the error bar needs the moments of each group of the images (``metrics/jackknife.py``).
 
     Raises ``ValueError`` if these contradict each other.
@@ -114,6 +115,7 @@ class Metric:
     error_of: str | None = None
     bias: Callable[[Statistics, int], float] | None = None
     needs_groups: bool = False
+    computation: str = ""
 
     def __post_init__(self) -> None:
         if self.bias is not None and not self.needs_reference:

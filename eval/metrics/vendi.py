@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.eval.metrics.jackknife import ERROR_OF, GROUPS, MINIMUM_N, groups_of, jackknife_error
+from fewstep.eval.metrics.jackknife import ERROR_OF, GROUPS, MINIMUM_N, groups_of, jackknife_error, strata
 from fewstep.eval.metrics.metric import Metric, MetricInput
 from fewstep.eval.networks.features import as_matrices
 
@@ -26,11 +26,13 @@ def vendi_score(features: Tensor) -> float:
     return _effective_number(unit @ unit.T if n < d else unit.T @ unit)  # both have the same eigenvalues above 0
 
 
-def vendi_error(features: Tensor) -> float | None:
-    """The standard error of the Vendi score by the jackknife; None if there are too few images."""
+def vendi_error(features: Tensor, conditions: int = 0) -> float | None:
+    """The standard error of the Vendi score by the jackknife; None if there are too few images. Row k belongs to class
+    or caption ``k % conditions``; 0: unknown."""
     if len(features) < MINIMUM_N:
         return None
-    unit, groups = _unit_vectors(features), groups_of(torch.arange(len(features)))
+    unit = _unit_vectors(features)
+    groups = groups_of(torch.arange(len(unit)), strata(len(unit), conditions))
     products = [part.T @ part for part in (unit[groups == group] for group in range(GROUPS))]
     total = torch.stack(products).sum(0)
     return jackknife_error([_effective_number(total - part) for part in products])
@@ -63,21 +65,12 @@ def _compute_per_condition(inputs: MetricInput) -> float:
 
 
 VENDI = Metric(
-    name="vendi",
-    network="inception",
-    direction="higher",
-    minimum_n=2,
-    compute=_compute,
-    needs_features=True,
-    error=lambda inputs: vendi_error(inputs.images.features()),
-    error_of=ERROR_OF,
-)
+    name="vendi", network="inception", direction="higher", minimum_n=2, compute=_compute, needs_features=True,
+    error=lambda inputs: vendi_error(inputs.images.features(), inputs.conditions), error_of=ERROR_OF,
+    computation="effective number of different images: exp of the entropy of the eigenvalues of their cosines",
+)  # fmt: skip
 VENDI_DINOV2 = replace(VENDI, name="vendi_dinov2", network="dinov2")
 VENDI_PER_CONDITION_DINOV2 = replace(
-    VENDI_DINOV2,
-    name="vendi_per_condition_dinov2",
-    compute=_compute_per_condition,
-    per_condition=True,
-    error=None,
-    error_of=None,
-)
+    VENDI_DINOV2, name="vendi_per_condition_dinov2", compute=_compute_per_condition, per_condition=True, error=None,
+    error_of=None, computation="`vendi_dinov2` of the images of each class or caption, mean over these",
+)  # fmt: skip

@@ -56,9 +56,9 @@ def test_the_groups_of_the_jackknife_do_not_depend_on_batches(monkeypatch: pytes
     monkeypatch.setattr("fewstep.eval.feature_statistics.MERGE_ROWS", 5)
     images = torch.randint(0, 256, (150, 3, 4, 4), dtype=torch.uint8)
     found = collect_statistics(
-        {"x": Pixels(), "y": Pixels()}, InMemoryImages(images.split(70)), keep_groups=frozenset({"x"})
+        {"x": Pixels(), "y": Pixels()}, InMemoryImages(images.split(70)), keep_groups=frozenset({"x"}), strata=5
     )
-    expected = grouped_moments(images.flatten(1).float())
+    expected = grouped_moments(images.flatten(1).float(), 5)
     assert [group.count for group in found["x"].groups] == [15] * 10
     for ours, theirs in zip(found["x"].groups, expected, strict=True):
         torch.testing.assert_close(ours.mean, theirs.mean)

@@ -20,7 +20,7 @@ from fewstep.eval.metrics.frechet import (
     frechet_error,
     grouped_moments,
 )
-from fewstep.eval.metrics.jackknife import GROUPS, groups_of, jackknife_error
+from fewstep.eval.metrics.jackknife import GROUPS, groups_of, jackknife_error, strata
 from fewstep.eval.metrics.precision_recall import precision_error, precision_recall
 from fewstep.eval.metrics.vendi import vendi_error, vendi_score
 
@@ -121,6 +121,44 @@ def test_the_images_of_a_class_are_in_all_groups(classes: int, order: str) -> No
     assert (counts > 0).sum(1).min() >= 6
 
 
+@pytest.mark.parametrize(("n", "conditions"), [(400, 10), (1000, 100), (5000, 100)])
+def test_groups_of_known_conditions_have_equally_many_images_of_each(n: int, conditions: int) -> None:
+    numbers = torch.arange(n)
+    groups = groups_of(numbers, strata(n, conditions))
+    counts = (numbers % conditions * GROUPS + groups).bincount(minlength=conditions * GROUPS)
+    assert counts.tolist() == [n // conditions // GROUPS] * (conditions * GROUPS)
+    first = groups[:conditions].bincount(minlength=GROUPS)
+    assert first.max() < 0.7 * conditions, "conditions do not share their permutation"
+
+
+def test_conditions_that_are_unknown_or_have_too_few_images_are_ignored() -> None:
+    assert strata(99, 0) == strata(99, 10) == 1
+    assert strata(100, 10) == 10
+
+
+@pytest.mark.parametrize(("measure", "factor"), [("fd", 2.0), ("vendi", 1.1)])
+def test_the_error_bar_of_images_of_classes_in_turn_is_not_that_of_random_numbers_of_each(
+    measure: str, factor: float
+) -> None:
+    """With distant classes, random numbers of each would increase the deviation by more than this factor."""
+    means = 2 * normal(10, 32, seed=-2)
+    values, errors, unknown = [], [], []
+    for seed in range(60):
+        x = means.repeat(40, 1) + 0.8 * normal(400, 32, seed=seed)
+        if measure == "fd":
+            unit = reference(32)
+            values.append(frechet_distance(Statistics.of(x), unit))
+            errors += [frechet_error(grouped_moments(x, 10), unit)]
+            unknown += [frechet_error(grouped_moments(x), unit)]
+        else:
+            values.append(vendi_score(x))
+            errors += [vendi_error(x, 10)]
+            unknown += [vendi_error(x)]
+    deviation = statistics.stdev(values)
+    assert 0.8 * deviation < statistics.fmean(errors) < 1.5 * deviation
+    assert statistics.fmean(unknown) > factor * deviation
+
+
 def test_moments_without_a_part_are_those_of_the_rest() -> None:
     x = 100 + normal(60, 5)
     rest = (Moments.of(x) - Moments.of(x[:7])).statistics
@@ -128,6 +166,15 @@ def test_moments_without_a_part_are_those_of_the_rest() -> None:
     assert rest.count == 53
     torch.testing.assert_close(rest.mean, expected.mean, rtol=1e-12, atol=0)
     torch.testing.assert_close(rest.covariance, expected.covariance, rtol=1e-9, atol=1e-9)
+
+
+def test_features_that_only_one_group_has_leave_no_negative_variance() -> None:
+    """Many features of images are zero for most of them."""
+    sparse = (normal(60, 300) - 2).clamp(min=0)
+    rest = (Moments.of(sparse) - Moments.of(sparse[:6])).statistics
+    assert (sparse[6:].std(0) == 0).sum() > 50
+    torch.testing.assert_close(rest.covariance, Statistics.of(sparse[6:]).covariance, rtol=0, atol=1e-15)
+    assert (fd(sparse)[1] or 0) > 0
 
 
 def test_so_few_images_that_a_group_has_no_spread_have_no_error_bar() -> None:

@@ -165,8 +165,8 @@ def test_error_bars_are_the_deviations_that_their_names_say() -> None:
         "inception_score": "standard deviation over 10 splits, shuffled by a fixed seed",
         "clip_score": "standard error of the mean over images",
         "fid_infinity": "standard error of the fit",
-        "fid": "standard error over images (jackknife over 10 random groups of them)",
-        "vendi": "standard error over images (jackknife over 10 random groups of them)",
+        "fid": "standard error over samples (jackknife, 10 groups)",
+        "vendi": "standard error over samples (jackknife, 10 groups)",
         "cmmd": "standard error over images, to first order",
         "precision": "standard error of a share of the images",
     }
