@@ -165,6 +165,11 @@ class ProtocolEvaluator:
             "manifest": manifest,
         }  # fmt: skip
 
+    def _needing_real_features(self, network: str) -> str | None:
+        """The first metric of a network that needs the features of every real image."""
+        metrics = (metric for metric in self._metrics.values() if metric.network == network)
+        return next((metric.name for metric in metrics if metric.needs_real_features), None)
+
     def _read_reference(self, locator: WeightsLocator) -> dict[str, FeatureStatistics]:
         """The reference of each network: statistics from its file; or from images, in one pass for all networks."""
         found: dict[str, FeatureStatistics] = {}
@@ -174,6 +179,11 @@ class ProtocolEvaluator:
             file = _find_reference(_insert_network(str(self.protocol.reference), network), locator)
             if contains_statistics(file):
                 found[key] = read_statistics(file, network)
+                if found[key].rows is None and (wanting := self._needing_real_features(key)):
+                    raise UserError(
+                        f"{file} contains only a mean and a covariance; {wanting} needs the features of every "
+                        "real image: give the images as the reference, or a file that --write-stats wrote for it."
+                    )
                 if found[key].preparation not in (None, self.protocol.preparation):
                     raise UserError(
                         f"{file} holds statistics of images prepared as {found[key].preparation!r}, but the protocol "

@@ -43,6 +43,7 @@ def _both(inputs: MetricInput) -> tuple[float, float]:
 
 CMMD = Metric(
     name="cmmd", network="cmmd", direction="lower", minimum_n=2, needs_features=True, needs_reference=True,
+    needs_real_features=True,
     compute=lambda inputs: inputs.shared(_both)[0], error=lambda inputs: inputs.shared(_both)[1],
     error_of="standard error over images, to first order", computation="MMD with a Gaussian kernel, times 1,000",
 )  # fmt: skip

@@ -36,10 +36,12 @@ def _both(inputs: MetricInput) -> tuple[float, float]:
 DENSITY = Metric(
     name="density", network="inception", direction="higher", minimum_n=NEIGHBOURS + 1,
     compute=lambda inputs: inputs.shared(_both)[0], needs_features=True, needs_reference=True,
+    needs_real_features=True,
     computation=f"mean number of balls to the {NEIGHBOURS}th neighbour of real images around an image, / {NEIGHBOURS}",
 )  # fmt: skip
 COVERAGE = Metric(
     name="coverage", network="inception", direction="higher", minimum_n=NEIGHBOURS + 1,
     compute=lambda inputs: inputs.shared(_both)[1], needs_features=True, needs_reference=True,
+    needs_real_features=True,
     computation=f"share of balls to the {NEIGHBOURS}th neighbour of real images that contain an image",
 )  # fmt: skip

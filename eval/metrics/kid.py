@@ -48,6 +48,7 @@ def _values(inputs: MetricInput) -> Tensor:
 
 KID = Metric(
     name="kid", network="inception", direction="lower", minimum_n=2, needs_features=True, needs_reference=True,
+    needs_real_features=True,
     compute=lambda inputs: float(inputs.shared(_values).mean()),
     error=lambda inputs: float(inputs.shared(_values).std()), error_of=f"standard deviation over {SUBSETS} subsets",
     computation=f"unbiased MMD with a cubic kernel, mean over {SUBSETS} subsets of up to 1,000",

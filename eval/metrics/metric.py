@@ -94,6 +94,7 @@ class Metric:
         error: the size of an error bar of the value, computed from the same input; None if there are too few images.
         error_of: what the error bar is, for example "standard deviation over 10 splits".
         bias: ``bias(statistics of the reference, n)``, the value that n real images would have.
+        needs_real_features: needs the features of every real image, not only their mean and covariance.
         computation: how it is computed, in a few words for tables.
         needs_groups: the error bar needs the moments of each group of the images (``metrics/jackknife.py``).
 
@@ -115,11 +116,14 @@ class Metric:
     error_of: str | None = None
     bias: Callable[[Statistics, int], float] | None = None
     needs_groups: bool = False
+    needs_real_features: bool = False
     computation: str = ""
 
     def __post_init__(self) -> None:
         if self.bias is not None and not self.needs_reference:
             raise ValueError(f"{self.name}: a bias needs a reference")
+        if self.needs_real_features and not self.needs_reference:
+            raise ValueError(f"{self.name}: features of real images need a reference")
         if (self.error is None) != (self.error_of is None):
             raise ValueError(f"{self.name}: an error bar needs both error and error_of")
         if self.caption_prefix is not None and self.network != "clip":

@@ -47,6 +47,7 @@ def precision_error(precision: float, n: int) -> float:
 PRECISION = Metric(
     name="precision", network="inception", direction="higher", minimum_n=NEIGHBOURS + 1,
     compute=lambda inputs: inputs.shared(_both)[0], needs_features=True, needs_reference=True,
+    needs_real_features=True,
     error=lambda inputs: precision_error(inputs.shared(_both)[0], inputs.images.statistics.count),
     error_of=PRECISION_ERROR_OF,
     computation=f"share of images within balls to the {NEIGHBOURS}rd neighbour of real ones",
@@ -54,5 +55,6 @@ PRECISION = Metric(
 RECALL = Metric(
     name="recall", network="inception", direction="higher", minimum_n=NEIGHBOURS + 1,
     compute=lambda inputs: inputs.shared(_both)[1], needs_features=True, needs_reference=True,
+    needs_real_features=True,
     computation=f"share of real images within balls to the {NEIGHBOURS}rd neighbour of images",
 )  # fmt: skip

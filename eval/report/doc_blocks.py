@@ -207,7 +207,8 @@ def _metrics(_: Sequence[str], folder: Path) -> list[list[str]]:
     for metric in BUILTIN:
         least = f"{metric.minimum_n} per class or caption" if metric.per_condition else str(metric.minimum_n)
         needs = {
-            "reference": metric.needs_reference,
+            "reference": metric.needs_reference and not metric.needs_real_features,
+            "features of every real image": metric.needs_real_features,
             "captions": metric.caption_prefix is not None,
             "classes or captions": metric.per_condition,
             "videos": metric.videos,

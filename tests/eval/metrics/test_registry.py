@@ -76,6 +76,12 @@ def test_a_metric_declares_whether_it_needs_every_image_and_a_reference(name: st
             metric.compute(without_rows)
     else:
         metric.compute(without_rows)
+    without_real_rows = replace(inputs(metric, 30), reference=statistics(normal(40, 4).float() + 2, keep_rows=False))
+    if metric.needs_real_features:
+        with pytest.raises(UserError, match="every image's features"):
+            metric.compute(without_real_rows)
+    else:
+        metric.compute(without_real_rows)
     if metric.needs_reference:
         with pytest.raises(AssertionError):
             metric.compute(without_reference)
@@ -186,6 +192,8 @@ def test_contradictory_declarations_are_refused() -> None:
     fid = METRICS.resolve("fid")
     with pytest.raises(ValueError, match="a bias needs a reference"):
         replace(fid, needs_reference=False)
+    with pytest.raises(ValueError, match="features of real images need a reference"):
+        replace(METRICS.resolve("vendi"), needs_real_features=True)
     with pytest.raises(ValueError, match="only the network 'clip' embeds captions"):
         replace(fid, caption_prefix="")
     with pytest.raises(ValueError, match="needs both error and error_of"):
