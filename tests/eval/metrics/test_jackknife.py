@@ -157,6 +157,7 @@ def test_the_error_bar_of_images_of_classes_in_turn_is_not_that_of_random_number
     deviation = statistics.stdev(values)
     assert 0.8 * deviation < statistics.fmean(errors) < 1.5 * deviation
     assert statistics.fmean(unknown) > factor * deviation
+    assert errors != unknown
 
 
 def test_moments_without_a_part_are_those_of_the_rest() -> None:
