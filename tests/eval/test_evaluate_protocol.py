@@ -91,10 +91,12 @@ def test_the_error_bar_of_a_models_images_is_that_of_its_classes_in_turn(
     teacher = tiny_teacher(tmp_path / "teacher")
     classes = load_model(str(teacher)).config.classes
     found: list[FeatureStatistics] = []
+    strata: list[int] = []
 
     def collect(*arguments: Any, **settings: Any) -> dict[str, FeatureStatistics]:
         collected = collect_statistics(*arguments, **settings)
         found.extend(collected.values())
+        strata.append(settings.get("strata", 0))
         return collected
 
     n = 10 * classes
@@ -103,6 +105,7 @@ def test_the_error_bar_of_a_models_images_is_that_of_its_classes_in_turn(
     monkeypatch.setattr("fewstep.eval.evaluate_protocol.collect_statistics", collect)
     (score,) = evaluate(teacher, protocol=protocol, steps=[1], device="cpu", json_file=tmp_path / "a.json")
     of_images = found[-1]
+    assert strata[-1] == classes
     assert [group.count for group in of_images.groups] == [classes] * 10, "one image of each class"
     assert score.error == pytest.approx(frechet_error(of_images.groups, reference))
     assert score.error_of == "standard error over samples (jackknife, 10 groups)"
