@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.core.files import check_writable
 from fewstep.eval.feature_statistics import (
     FeatureStatistics,
     collect_statistics,
@@ -20,6 +21,7 @@ from fewstep.eval.feature_statistics import (
     write_statistics,
 )
 from fewstep.eval.images import Images, InMemoryImages
+from fewstep.eval.metrics.jackknife import strata
 from fewstep.eval.metrics.metric import Measurement, MetricInput
 from fewstep.eval.networks.clip import Clip
 from fewstep.eval.networks.features import FeatureNetwork
@@ -100,9 +102,11 @@ class ProtocolEvaluator:
         self, images: Images, texts: tuple[str, ...] = (), conditions: int = 0, saved: SavedFeatures | None = None
     ) -> dict[str, Measurement]:
         """The value of every metric. Image k shows text or class ``k % conditions``. Raises ``UserError``."""
+        groups = frozenset(metric.network for metric in self._metrics.values() if metric.needs_groups)
         collected = collect_statistics(
-            self._networks, images, _keep_rows(self.protocol), saved=saved, progress=self._counting("images")
-        )
+            self._networks, images, _keep_rows(self.protocol), keep_groups=groups,
+            strata=strata(self.protocol.n, conditions), saved=saved, progress=self._counting("images"),
+        )  # fmt: skip
         embedded = self._embed(texts)
         inputs = {
             key: MetricInput(statistics, self._reference.get(key), embedded, conditions)
@@ -161,6 +165,11 @@ class ProtocolEvaluator:
             "manifest": manifest,
         }  # fmt: skip
 
+    def _needing_real_features(self, network: str) -> str | None:
+        """The first metric of a network that needs the features of every real image."""
+        metrics = (metric for metric in self._metrics.values() if metric.network == network)
+        return next((metric.name for metric in metrics if metric.needs_real_features), None)
+
     def _read_reference(self, locator: WeightsLocator) -> dict[str, FeatureStatistics]:
         """The reference of each network: statistics from its file; or from images, in one pass for all networks."""
         found: dict[str, FeatureStatistics] = {}
@@ -170,6 +179,11 @@ class ProtocolEvaluator:
             file = _find_reference(_insert_network(str(self.protocol.reference), network), locator)
             if contains_statistics(file):
                 found[key] = read_statistics(file, network)
+                if found[key].rows is None and (wanting := self._needing_real_features(key)):
+                    raise UserError(
+                        f"{file} contains only a mean and a covariance; {wanting} needs the features of every "
+                        "real image: give the images as the reference, or a file that --write-stats wrote for it."
+                    )
                 if found[key].preparation not in (None, self.protocol.preparation):
                     raise UserError(
                         f"{file} holds statistics of images prepared as {found[key].preparation!r}, but the protocol "
@@ -196,8 +210,7 @@ def write_reference(
     """Writes the statistics of images as an .npz file for each network whose metrics need a reference.
 
     ``{network}`` in ``file`` is replaced by the network's name. Returns the files, and remarks on images that were left
-    out. Raises ``UserError`` if several
-    networks would write the same file.
+    out. Raises ``UserError`` if several networks would write the same file, or if a file is the source.
     """
     names = {metric.network for metric in protocol.resolved_metrics.values() if metric.needs_reference}
     networks = build_networks(names, protocol, locator, device)
@@ -206,16 +219,17 @@ def write_reference(
     if len(networks) > 1 and "{network}" not in file:
         listed = ", ".join(network.name for network in networks.values())
         raise UserError(f"The protocol has several networks ({listed}); give a file name that contains {{network}}.")
-    files = []
+    files = {key: Path(_insert_network(file, network)) for key, network in networks.items()}
+    for each in files.values():
+        check_writable(each, source)
     images = protocol.open_images(source, skip_bad)
     count = (lambda done: progress(done, len(images.names))) if progress is not None else None
     collected = collect_statistics(
         networks, images, _keep_rows(protocol), preparation=protocol.preparation, progress=count
     )
     for key, statistics in collected.items():
-        files.append(Path(_insert_network(file, networks[key])))
-        write_statistics(statistics, files[-1])
-    return files, images.remarks()
+        write_statistics(statistics, files[key])
+    return list(files.values()), images.remarks()
 
 
 def _keep_rows(protocol: Protocol) -> frozenset[str]:

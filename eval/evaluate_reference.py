@@ -13,10 +13,11 @@ from torch import Tensor
 from fewstep.core.errors import UserError
 from fewstep.eval.images import ImageSet
 from fewstep.eval.metrics.diversity import cross_seed_diversity
-from fewstep.eval.metrics.frechet import Statistics, frechet_distance, small_sample_bias
+from fewstep.eval.metrics.frechet import Statistics, frechet_distance, frechet_error, grouped_moments, small_sample_bias
+from fewstep.eval.metrics.jackknife import ERROR_OF
 from fewstep.eval.metrics.kid import SUBSETS, subset_values
 from fewstep.eval.metrics.metric import NOTED_BIAS, Direction, Measurement
-from fewstep.eval.metrics.precision_recall import precision_recall
+from fewstep.eval.metrics.precision_recall import PRECISION_ERROR_OF, precision_error, precision_recall
 from fewstep.eval.networks.features import extract_features
 from fewstep.eval.references import DISTANCE_PREFIX, Reference
 from fewstep.eval.score_files import Score, scores_of_generated, scores_of_images
@@ -37,16 +38,19 @@ def reference_direction(metric: str) -> Direction | None:
     return "lower" if metric.startswith(DISTANCE_PREFIX) else DIRECTIONS.get(metric)
 
 
-def metrics(reference: Reference, features: Tensor) -> dict[str, Measurement]:
-    """The metrics of images by their features [N, D]."""
+def metrics(reference: Reference, features: Tensor, conditions: int = 0) -> dict[str, Measurement]:
+    """The metrics of images by their features [N, D]; image k shows class or caption ``k % conditions``, 0: unknown."""
     precision, recall = precision_recall(reference.features, features)
     distance = frechet_distance(Statistics.of(features), reference.statistics)
     bias = small_sample_bias(reference.statistics, len(features))
+    error = frechet_error(grouped_moments(features, conditions), reference.statistics)
     subsets = subset_values(reference.features, features)
     return {
-        reference.metric: Measurement(distance, bias=bias if bias > NOTED_BIAS * distance else None),
+        reference.metric: Measurement(
+            distance, error, ERROR_OF if error is not None else None, bias if bias > NOTED_BIAS * distance else None
+        ),
         "kid": Measurement(float(subsets.mean()), float(subsets.std()), f"standard deviation over {SUBSETS} subsets"),
-        "precision": Measurement(precision),
+        "precision": Measurement(precision, precision_error(precision, len(features)), PRECISION_ERROR_OF),
         "recall": Measurement(recall),
     }
 
@@ -60,7 +64,7 @@ def conditional_metrics(
     correct = reference.network.classes(features) == labels
     seeds = min(len(images) // conditions, DIVERSITY_SEEDS)
     by_seed = features[: conditions * seeds].reshape(seeds, conditions, -1)
-    return metrics(reference, features) | {
+    return metrics(reference, features, conditions) | {
         "accuracy": Measurement(correct.float().mean().item()),
         "diversity": Measurement(cross_seed_diversity(by_seed)),
     }

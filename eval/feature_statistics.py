@@ -16,16 +16,19 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import atomic_write, sha256
 from fewstep.eval.images import Images, ImageSet
 from fewstep.eval.metrics.frechet import Moments, Statistics
+from fewstep.eval.metrics.jackknife import GROUPS, groups_of
 from fewstep.eval.networks.features import FeatureNetwork
 from fewstep.eval.saved_features import SavedFeatures
 
 MERGE_ROWS = 1000
+SPATIAL = "inception_spatial"  # ADM's files contain its statistics as mu_s and sigma_s
 RECORDED = ("network", "sha256", "images_sha256", "preparation")
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """The statistics of a network's features; ``rows`` are the features of every image, float32 [N, D], if kept.
+    """The statistics of a network's features; ``rows`` are the features of every image, float32 [N, D], if kept, and
+    ``groups`` the moments of ten random groups of the images (``metrics/jackknife.py``), empty if not kept.
 
     ``network`` and ``sha256`` name the network and its weights, ``preparation`` says how the images were cropped and
     resized; None if a file does not record them. ``images_sha256`` is the hash of the images, or that of a file which
@@ -38,6 +41,7 @@ class FeatureStatistics:
     sha256: str | None
     images_sha256: str | None = None
     preparation: str | None = None
+    groups: tuple[Moments, ...] = ()
 
     def features(self) -> Tensor:
         """The rows. Raises ``UserError`` if there are none."""
@@ -50,15 +54,18 @@ class FeatureStatistics:
 
 def collect_statistics(
     networks: Mapping[str, FeatureNetwork], images: Images, keep_rows: frozenset[str] = frozenset(), *,
-    preparation: str | None = None, saved: SavedFeatures | None = None, progress: Callable[[int], None] | None = None,
+    keep_groups: frozenset[str] = frozenset(), strata: int = 1, preparation: str | None = None,
+    saved: SavedFeatures | None = None, progress: Callable[[int], None] | None = None,
 ) -> dict[str, FeatureStatistics]:  # fmt: skip
     """Statistics of the features of several networks in one pass over the images.
 
-    Memory grows with the number of images only for the networks in ``keep_rows``. ``saved`` keeps the features of a
-    set on disk, so that an interrupted pass can be continued; ``progress`` receives the number of finished images.
-    Raises ``UserError`` on fewer than two images, and on images of several sizes if a network cannot take them.
+    Memory grows with the number of images only for the networks in ``keep_rows``; those in ``keep_groups`` need ten
+    times the memory of a covariance (0.3 GB for 2,048 features), for groups of images of ``strata`` conditions in turn.
+    ``saved`` keeps the features of a set on disk, so that an interrupted pass can be continued; ``progress`` receives
+    the number of finished images. Raises ``UserError`` on fewer than two images, and on images of several sizes if a
+    network cannot take them.
     """
-    accumulators = {name: _Accumulator(name in keep_rows) for name in networks}
+    accumulators = {name: _Accumulator(name in keep_rows, strata if name in keep_groups else 0) for name in networks}
     stacks = {name: np.empty(0) for name in networks}  # reused: allocating is slower than the copy
 
     def prepare(image: Tensor) -> dict[str, Tensor]:
@@ -91,38 +98,48 @@ def collect_statistics(
         if progress is not None:
             progress(images.scored_count if isinstance(images, ImageSet) else done)
     digest = images.sha256 if isinstance(images, ImageSet) else None
-    return {
-        name: FeatureStatistics(*accumulators[name].finish(), network.name, network.sha256, digest, preparation)
-        for name, network in networks.items()
-    }
+    found = {}
+    for name, network in networks.items():
+        statistics, rows, groups = accumulators[name].finish()
+        found[name] = FeatureStatistics(statistics, rows, network.name, network.sha256, digest, preparation, groups)
+    return found
 
 
 class _Accumulator:
-    """Accumulates features. Batches are concatenated to ``MERGE_ROWS`` rows before the [D, D] products are updated."""
+    """Accumulates features, as one group or as those of the jackknife. Batches are concatenated to ``MERGE_ROWS`` rows
+    of a group before its [D, D] products are updated."""
 
-    def __init__(self, keep_rows: bool) -> None:
+    def __init__(self, keep_rows: bool, strata: int) -> None:
         self._keep_rows, self._rows = keep_rows, list[Tensor]()
-        self._pending: list[Tensor] = []
-        self._moments: Moments | None = None
+        self._strata, self._count = strata, 0  # 0: a single group
+        self._pending: list[list[Tensor]] = [[] for _ in range(GROUPS if strata else 1)]
+        self._moments: dict[int, Moments] = {}
 
     def add(self, features: Tensor) -> None:
-        self._pending.append(features)
         if self._keep_rows:
             self._rows.append(features.float())
-        if sum(map(len, self._pending)) >= MERGE_ROWS:
-            self._merge()
+        numbers = torch.arange(self._count, self._count + len(features))
+        self._count += len(features)
+        groups = groups_of(numbers, self._strata) if self._strata else torch.zeros_like(numbers)
+        for group in groups.unique().tolist():
+            self._pending[group].append(features[groups == group])
+            if sum(map(len, self._pending[group])) >= MERGE_ROWS:
+                self._merge(group)
 
-    def finish(self) -> tuple[Statistics, Tensor | None]:
-        if self._pending:
-            self._merge()
-        if self._moments is None:
+    def finish(self) -> tuple[Statistics, Tensor | None, tuple[Moments, ...]]:
+        for group, pending in enumerate(self._pending):
+            if pending:
+                self._merge(group)
+        if not self._moments:
             raise UserError("There are no images to score.")
-        return self._moments.statistics, torch.cat(self._rows) if self._keep_rows else None
+        first, *others = groups = tuple(self._moments[group] for group in sorted(self._moments))
+        rows = torch.cat(self._rows) if self._keep_rows else None
+        return sum(others, first).statistics, rows, groups if self._strata else ()
 
-    def _merge(self) -> None:
-        part = Moments.of(torch.cat(self._pending))
-        self._moments = self._moments + part if self._moments else part
-        self._pending.clear()
+    def _merge(self, group: int) -> None:
+        part = Moments.of(torch.cat(self._pending[group]))
+        self._moments[group] = self._moments[group] + part if group in self._moments else part
+        self._pending[group].clear()
 
 
 def write_statistics(collected: FeatureStatistics, file: Path) -> None:
@@ -161,7 +178,9 @@ def read_statistics(file: Path, network: FeatureNetwork) -> FeatureStatistics:
     known = ("mu", "sigma", "feats", "n", *RECORDED)
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in known if name in arrays.files}
+            of_adm = network.name == SPATIAL and "mu_s" in arrays.files  # mu and sigma are those of the pool features
+            stored = {name: f"{name}_s" if of_adm and name in ("mu", "sigma") else name for name in known}
+            found = {name: arrays[key] for name, key in stored.items() if key in arrays.files}
     except (OSError, ValueError, BadZipFile) as error:
         raise _unreadable(file, error) from error
     if "feats" not in found and not {"mu", "sigma"} <= set(found):

@@ -205,7 +205,10 @@ class ImageSet:
             return UnscorableImage(str(error))
         except Exception as error:  # a file of others: damaged archives and decoders raise exceptions of all types
             return UnscorableImage(f"it cannot be read ({_reason(error)})")
-        return LoadedImage(transform(image), pixels_sha256(image), further)
+        try:
+            return LoadedImage(transform(image), pixels_sha256(image), further)
+        except UserError as error:  # a network cannot take an image of this size
+            return UnscorableImage(str(error).removesuffix("."))
 
 
 def pixels_sha256(image: Tensor) -> bytes:

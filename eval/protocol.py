@@ -64,6 +64,10 @@ class Protocol(BaseModel):
                 raise ValueError(f"{name} needs captions")
             if metric.videos and not self.frames:
                 raise ValueError(f"{name} is computed from videos and needs frames")
+            if self.size and self.size < metric.minimum_side:
+                raise ValueError(
+                    f"{name} needs images of {metric.minimum_side} pixels or more, not of size {self.size}"
+                )
             if self.frames and not metric.videos:
                 raise ValueError(f"{name} is computed from images; remove frames")
         if self.frames and self.size:

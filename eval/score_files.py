@@ -84,11 +84,16 @@ def read_scores(file: Path) -> list[Score]:
         raise UserError(f"{file} is not a readable file of scores; move it or choose another file.") from error
 
 
+def to_json(scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """The scores as the entries of an ``eval.json``."""
+    return [score.model_dump(exclude_none=True) for score in scores]
+
+
 def write_scores(scores: Sequence[Score], file: Path) -> None:
     """Writes an ``eval.json``. Raises ``UserError`` if it cannot be written or a value is not finite."""
     if bad := [score for score in scores if not math.isfinite(score.value)]:
         raise UserError(f"{bad[0].metric} of {bad[0].model} is {bad[0].value}; such scores are not written to {file}.")
-    write_text(json.dumps([score.model_dump(exclude_none=True) for score in scores], indent=1) + "\n", file)
+    write_text(json.dumps(to_json(scores), indent=1) + "\n", file)
 
 
 def merge(old: Sequence[Score], new: Sequence[Score]) -> list[Score]:

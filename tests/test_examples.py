@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from random_sets import write_images
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def run(name: str, *arguments: object, cwd: Path) -> str:
+def run(name: str, *arguments: object, cwd: Path, **variables: str) -> str:
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -40,6 +47,56 @@ def test_an_objective_and_a_solver_are_added_from_outside(tmp_path: Path) -> Non
     for name in ("student", "teacher"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert len(image.convert("L").getcolors(100_000) or []) > 20
+
+
+PYIQA = """
+import torch
+
+
+class InferenceModel(torch.nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weights["weight"])
+
+    def forward(self, target, ref=None, **kwargs):
+        assert target.dim() == 4 and target.min() >= 0 and target.max() <= 1
+        return (self.weight * target.mean((1, 2, 3)))[:, None]
+
+
+def create_metric(metric_name, as_loss=False, device=None, **kwargs):
+    assert metric_name == "musiq" and set(kwargs) == {"pretrained_model_path"}
+    return InferenceModel(torch.load(kwargs["pretrained_model_path"])).to(device)
+"""
+
+
+def test_a_metric_of_a_package_is_added_from_outside(tmp_path: Path) -> None:
+    """With a stand-in for pyiqa with the signatures of its version 0.1.16: its score is 100 times the brightness."""
+    images = write_images(tmp_path / "images", 8, 0)
+    (tmp_path / "pyiqa.py").write_text(PYIQA)
+    torch.save({"weight": torch.tensor(100.0)}, tmp_path / "musiq_koniq_ckpt-e95806b9.pth")
+    path = os.pathsep.join((str(tmp_path), str(EXAMPLES), os.environ.get("PYTHONPATH", "")))
+    variables = {"PYTHONPATH": path, "FEWSTEP_WEIGHTS": str(tmp_path)}
+    brightness = [100 * read_image(file).mean() / 255 for file in sorted(images.iterdir())]
+    expected = statistics.fmean(brightness), statistics.stdev(brightness) / 8**0.5
+    text = run("own_metric", images, cwd=tmp_path, **variables)
+    assert text == f"musiq {expected[0]:.3f} ± {expected[1]:.3f} (8 images, standard error of the mean over images)\n"
+
+    (tmp_path / "own.yaml").write_text("{metrics: [musiq], n: 8}")
+    command = ["--import", "own_metric", "eval", images, "--protocol", "own.yaml", "--json", "a.json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fewstep", *map(str, command)], cwd=tmp_path, env=os.environ | variables,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (score,) = json.loads((tmp_path / "a.json").read_text())
+    assert score["value"] == pytest.approx(expected[0], abs=1e-3)
+    assert score["manifest"]["directions"] == {"musiq": "higher"}
+    assert score["manifest"]["networks"] == {"pyiqa_musiq": score["features_sha256"]}
+
+
+def read_image(file: Path) -> Any:
+    with Image.open(file) as image:
+        return np.asarray(image, dtype=np.float64)
 
 
 def test_a_student_is_used_in_diffusers(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def _metric(name: str, prefix: str) -> Metric:
         compute=lambda inputs: float(cosines(inputs, prefix).mean()),
         error=lambda inputs: float(cosines(inputs, prefix).std()) / inputs.images.statistics.count**0.5,
         error_of="standard error of the mean over images",
+        computation="cosine of image and caption" + (f", which follows '{prefix.strip()}'" if prefix else ""),
     )  # fmt: skip
 
 

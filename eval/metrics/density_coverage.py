@@ -15,8 +15,8 @@ def density_coverage(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tu
     """(density, coverage) of features [N, D] and [M, D]; errors as in ``precision_recall``.
 
     Around each real point lies a ball whose radius is the distance to the k-th nearest real neighbour. Density is the
-    mean number of balls that contain a generated point, divided by k: about 1 for equal laws. Coverage is the share of
-    balls that contain a generated point.
+    mean number of balls that contain a generated point, divided by k: about 1 for equal distributions. Coverage is the
+    share of balls that contain a generated point.
     """
     real, generated = neighbours.centred(real, generated, k)
     radius = neighbours.squared_radius(real, k)
@@ -36,8 +36,12 @@ def _both(inputs: MetricInput) -> tuple[float, float]:
 DENSITY = Metric(
     name="density", network="inception", direction="higher", minimum_n=NEIGHBOURS + 1,
     compute=lambda inputs: inputs.shared(_both)[0], needs_features=True, needs_reference=True,
+    needs_real_features=True,
+    computation=f"mean number of balls to the {NEIGHBOURS}th neighbour of real images around an image, / {NEIGHBOURS}",
 )  # fmt: skip
 COVERAGE = Metric(
     name="coverage", network="inception", direction="higher", minimum_n=NEIGHBOURS + 1,
     compute=lambda inputs: inputs.shared(_both)[1], needs_features=True, needs_reference=True,
+    needs_real_features=True,
+    computation=f"share of balls to the {NEIGHBOURS}th neighbour of real images that contain an image",
 )  # fmt: skip

@@ -30,5 +30,5 @@ def _compute(inputs: MetricInput) -> float:
 
 DIVERSITY = Metric(
     name="diversity", network="clip", direction="higher", minimum_n=2, compute=_compute, needs_features=True,
-    per_condition=True,
+    per_condition=True, computation="mean distance of images of one class or caption",
 )  # fmt: skip

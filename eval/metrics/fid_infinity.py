@@ -34,5 +34,5 @@ def _fit(inputs: MetricInput) -> tuple[float, float]:
 FID_INFINITY = Metric(
     name="fid_infinity", network="inception", direction="lower", minimum_n=4, needs_features=True, needs_reference=True,
     compute=lambda inputs: inputs.shared(_fit)[0], error=lambda inputs: inputs.shared(_fit)[1],
-    error_of="standard error of the fit",
+    error_of="standard error of the fit", computation="`fid` extrapolated to infinitely many images, linear in 1/n",
 )  # fmt: skip

@@ -5,6 +5,7 @@ On Inception features it is the FID (Heusel et al., 1706.08500); on any other fe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.eval.metrics.jackknife import MINIMUM_N, groups_of, jackknife_error, strata
 from fewstep.eval.networks.features import as_finite, as_matrices
 
 if TYPE_CHECKING:
@@ -88,6 +90,16 @@ class Moments:
         mean = self.mean + difference * (other.count / count)
         return Moments(count, mean, self.products + other.products + between)
 
+    def __sub__(self, part: Moments) -> Moments:
+        """The rest of a set without a smaller part of it."""
+        count = self.count - part.count
+        mean = self.mean + (self.mean - part.mean) * (part.count / count)
+        difference = part.mean - mean
+        between = torch.outer(difference, difference) * (count * part.count / self.count)
+        rest = self.products - part.products - between
+        rest.diagonal().clamp_(min=0)  # of a feature that is constant in the rest, rounding leaves about -1e-16
+        return Moments(count, mean, rest)
+
     @property
     def statistics(self) -> Statistics:
         """Raises ``UserError`` on fewer than two samples."""
@@ -98,7 +110,7 @@ class Moments:
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """``|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2})``, >= 0; about ``2D/n + D(D+1)/(2n)`` too large for two
-    sets of n samples of one law with unit covariance, so compare values only at equal n.
+    sets of n samples of one distribution with unit covariance, so compare values only at equal n.
 
     The trace of the root is the sum of the roots of the eigenvalues of ``L^T S_b L`` with ``S_a = L L^T``: symmetric,
     so real and stable. L is the Cholesky factor or, where S_a is singular, comes from its eigenvalues. Raises
@@ -122,9 +134,31 @@ def frechet_to_reference(inputs: MetricInput) -> float:
     return frechet_distance(inputs.images.statistics, inputs.real.statistics)
 
 
+def frechet_error_to_reference(inputs: MetricInput) -> float | None:
+    """The error bar of every such metric; None if there are too few images."""
+    return frechet_error(inputs.images.groups, inputs.real.statistics)
+
+
+def grouped_moments(features: Tensor, conditions: int = 0) -> tuple[Moments, ...]:
+    """The moments of each of the jackknife's groups of features [N, D]; fewer than ten groups if N is below 10. Row k
+    belongs to class or caption ``k % conditions``; 0: unknown."""
+    groups = groups_of(torch.arange(len(features)), strata(len(features), conditions))
+    return tuple(Moments.of(features[groups == group]) for group in groups.unique())
+
+
+def frechet_error(groups: Sequence[Moments], reference: Statistics) -> float | None:
+    """The standard error of the Fréchet distance of a set from a fixed reference, by the jackknife over its groups;
+    None if there are none, or if they are too small."""
+    if not groups or sum(group.count for group in groups) < MINIMUM_N:
+        return None
+    total = sum(groups[1:], groups[0])
+    return jackknife_error([frechet_distance((total - group).statistics, reference) for group in groups])
+
+
 @lru_cache(maxsize=16)
 def small_sample_bias(reference: Statistics, n: int) -> float:
-    """The Fréchet distance that ``n`` samples of the reference's own law have from it, on average, for a Gaussian law.
+    """The Fréchet distance that ``n`` samples of the reference's own distribution have from it, on average, if it is
+    Gaussian.
 
     With l the eigenvalues of its covariance, it is ``sum l / n`` from the mean, plus what the covariance of n samples
     adds. The first order of the latter, ``sum_ij (1 + [i = j]) l_i l_j / (l_i + l_j) / (2n)``, is right only for n far
@@ -144,7 +178,7 @@ def small_sample_bias(reference: Statistics, n: int) -> float:
             factor = np.triu(random.standard_normal((d, d)), 1)
             np.fill_diagonal(factor, np.sqrt(random.chisquare(freedom - np.arange(d))))
         trace = (np.square(factor).sum(0) * l).sum() / freedom
-        scaled = torch.from_numpy(factor * l)  # in coordinates in which the law's covariance is diagonal
+        scaled = torch.from_numpy(factor * l)  # in coordinates in which the covariance is diagonal
         gram = (scaled @ scaled.T if freedom < d else scaled.T @ scaled) / freedom
         biases.append(trace + l.sum() - 2 * float(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()))
     return float(np.mean(biases) + l.sum() / n)

@@ -45,4 +45,5 @@ INCEPTION_SCORE = Metric(
     compute=lambda inputs: float(inputs.shared(_scores).mean()),
     error=lambda inputs: float(inputs.shared(_scores).std(correction=0)),
     error_of=f"standard deviation over {SPLITS} splits, shuffled by a fixed seed",
+    computation=f"exp of the mean divergence of an image's class probabilities from their mean, {SPLITS} splits",
 )  # fmt: skip

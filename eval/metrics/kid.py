@@ -15,8 +15,8 @@ def kid(x: Tensor, y: Tensor, subsets: int = SUBSETS, size: int = 1000, seed: in
     """Unbiased squared MMD of features [N, D] and [M, D] under ``k(u, v) = (u.v / D + 1)^3``, in float64.
 
     The mean over ``subsets`` pairs of random subsets of min(``size``, N, M) rows, chosen without replacement by
-    ``seed``. Its expectation is zero for equal laws, so values may be negative. Raises ``UserError`` on NaN, infinite
-    or mismatched features.
+    ``seed``. Its expectation is zero for equal distributions, so values may be negative. Raises ``UserError`` on
+    NaN, infinite or mismatched features.
     """
     return float(subset_values(x, y, subsets, size, seed).mean())
 
@@ -48,6 +48,8 @@ def _values(inputs: MetricInput) -> Tensor:
 
 KID = Metric(
     name="kid", network="inception", direction="lower", minimum_n=2, needs_features=True, needs_reference=True,
+    needs_real_features=True,
     compute=lambda inputs: float(inputs.shared(_values).mean()),
     error=lambda inputs: float(inputs.shared(_values).std()), error_of=f"standard deviation over {SUBSETS} subsets",
+    computation=f"unbiased MMD with a cubic kernel, mean over {SUBSETS} subsets of up to 1,000",
 )  # fmt: skip

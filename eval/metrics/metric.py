@@ -81,7 +81,7 @@ class Metric:
 
     Args:
         name: its name in protocols and files of scores.
-        network: the network whose features it compares, by its name in ``eval/networks/registry.py``.
+        network: the network whose features it compares, by its name in ``eval/networks/registry.py`` or a dotted one.
         direction: whether lower or higher values are better.
         minimum_n: the smallest number of images it can be computed from.
         compute: the computation.
@@ -90,9 +90,13 @@ class Metric:
         caption_prefix: needs captions, with this text before each (the network must be ``clip``); None: needs none.
         per_condition: ``minimum_n`` counts the images of each class or caption.
         videos: is computed from videos, not from images.
-        error: the size of an error bar of the value, computed from the same input.
+        minimum_side: the smallest height and width of its images, in pixels.
+        error: the size of an error bar of the value, computed from the same input; None if there are too few images.
         error_of: what the error bar is, for example "standard deviation over 10 splits".
         bias: ``bias(statistics of the reference, n)``, the value that n real images would have.
+        needs_real_features: needs the features of every real image, not only their mean and covariance.
+        computation: how it is computed, in a few words for tables.
+        needs_groups: the error bar needs the moments of each group of the images (``metrics/jackknife.py``).
 
     Raises ``ValueError`` if these contradict each other.
     """
@@ -107,13 +111,19 @@ class Metric:
     caption_prefix: str | None = None
     per_condition: bool = False
     videos: bool = False
-    error: Callable[[MetricInput], float] | None = None
+    minimum_side: int = 1
+    error: Callable[[MetricInput], float | None] | None = None
     error_of: str | None = None
     bias: Callable[[Statistics, int], float] | None = None
+    needs_groups: bool = False
+    needs_real_features: bool = False
+    computation: str = ""
 
     def __post_init__(self) -> None:
         if self.bias is not None and not self.needs_reference:
             raise ValueError(f"{self.name}: a bias needs a reference")
+        if self.needs_real_features and not self.needs_reference:
+            raise ValueError(f"{self.name}: features of real images need a reference")
         if (self.error is None) != (self.error_of is None):
             raise ValueError(f"{self.name}: an error bar needs both error and error_of")
         if self.caption_prefix is not None and self.network != "clip":
@@ -145,4 +155,5 @@ class Metric:
                 "images and the reference."
             )
         bias = self.bias(inputs.real.statistics, inputs.images.statistics.count) if self.bias else None
-        return Measurement(value, error, self.error_of, bias if bias and bias > NOTED_BIAS * value else None)
+        error_of = self.error_of if error is not None else None
+        return Measurement(value, error, error_of, bias if bias and bias > NOTED_BIAS * value else None)

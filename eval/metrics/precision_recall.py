@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from fewstep.eval.metrics import neighbours
 from fewstep.eval.metrics.metric import Metric, MetricInput
 
 NEIGHBOURS = 3
+PRECISION_ERROR_OF = "standard error of a share of the images"
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
@@ -36,11 +39,22 @@ def _both(inputs: MetricInput) -> tuple[float, float]:
     return precision_recall(*inputs.both)
 
 
+def precision_error(precision: float, n: int) -> float:
+    """The standard error of a share of ``n`` independent images."""
+    return math.sqrt(precision * (1 - precision) / n)
+
+
 PRECISION = Metric(
     name="precision", network="inception", direction="higher", minimum_n=NEIGHBOURS + 1,
     compute=lambda inputs: inputs.shared(_both)[0], needs_features=True, needs_reference=True,
+    needs_real_features=True,
+    error=lambda inputs: precision_error(inputs.shared(_both)[0], inputs.images.statistics.count),
+    error_of=PRECISION_ERROR_OF,
+    computation=f"share of images within balls to the {NEIGHBOURS}rd neighbour of real ones",
 )  # fmt: skip
 RECALL = Metric(
     name="recall", network="inception", direction="higher", minimum_n=NEIGHBOURS + 1,
     compute=lambda inputs: inputs.shared(_both)[1], needs_features=True, needs_reference=True,
+    needs_real_features=True,
+    computation=f"share of real images within balls to the {NEIGHBOURS}rd neighbour of images",
 )  # fmt: skip

@@ -15,13 +15,25 @@ from fewstep.eval.metrics.fid_infinity import FID_INFINITY
 from fewstep.eval.metrics.fvd import FVD
 from fewstep.eval.metrics.inception_score import INCEPTION_SCORE
 from fewstep.eval.metrics.kid import KID
+from fewstep.eval.metrics.kid_dinov2 import KID_DINOV2
 from fewstep.eval.metrics.metric import Metric
+from fewstep.eval.metrics.patch_fid import PATCH_FID
 from fewstep.eval.metrics.precision_recall import PRECISION, RECALL
+from fewstep.eval.metrics.precision_recall_dinov2 import (
+    COVERAGE_DINOV2,
+    DENSITY_DINOV2,
+    PRECISION_DINOV2,
+    RECALL_DINOV2,
+)
+from fewstep.eval.metrics.sfid import SFID
 from fewstep.eval.metrics.similarity import SIMILARITY
+from fewstep.eval.metrics.vendi import VENDI, VENDI_DINOV2, VENDI_PER_CONDITION_DINOV2
 
 BUILTIN = (
-    FID, FID_INFINITY, KID, PRECISION, RECALL, DENSITY, COVERAGE, INCEPTION_SCORE, FD_DINOV2, FD_EFFICIENTNET, CLIP_FID,
-    CMMD, CLIP_SCORE, CLIP_SCORE_DMD2, SIMILARITY, DIVERSITY, FVD,
+    FID, FID_INFINITY, SFID, PATCH_FID, KID, PRECISION, RECALL, DENSITY, COVERAGE, VENDI, INCEPTION_SCORE, FD_DINOV2,
+    KID_DINOV2, PRECISION_DINOV2, RECALL_DINOV2, DENSITY_DINOV2, COVERAGE_DINOV2, VENDI_DINOV2,
+    VENDI_PER_CONDITION_DINOV2, FD_EFFICIENTNET, CLIP_FID, CMMD, CLIP_SCORE, CLIP_SCORE_DMD2, SIMILARITY, DIVERSITY,
+    FVD,
 )  # fmt: skip
 METRICS: Registry[Metric] = Registry(
     "metric", lambda: {metric.name: metric for metric in BUILTIN}, lambda value: isinstance(value, Metric),

@@ -31,5 +31,5 @@ def _compute(inputs: MetricInput) -> float:
 
 SIMILARITY = Metric(
     name="similarity", network="clip", direction="lower", minimum_n=2, compute=_compute, needs_features=True,
-    per_condition=True,
+    per_condition=True, computation="mean cosine of images of one class or caption",
 )  # fmt: skip

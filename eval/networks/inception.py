@@ -50,7 +50,7 @@ class Inception(LoadedWeights):
         else:
             file = locator.find(SCRIPT, SCRIPT_URL, [temporary_folder()])
         with reading_weights(file, "Inception-V3"):
-            network = _load_port(file) if port else torch.jit.load(file)
+            network = load_port(file) if port else torch.jit.load(file)
         return cls.from_file(file, network, device, mode=mode)
 
     @property
@@ -99,6 +99,37 @@ class InceptionClasses:
         return probabilities
 
 
+@dataclass(frozen=True)
+class InceptionPatch:
+    """The 2048 pool features of the 299 x 299 pixels at the centre, which no mode resizes: they show details that
+    resizing the whole image removes."""
+
+    inception: Inception
+    dimension: int = 2048
+
+    @property
+    def name(self) -> str:
+        return f"{self.inception.name}_patch"
+
+    @property
+    def sha256(self) -> str:
+        return self.inception.sha256
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Raises ``UserError`` on an image with a side below 299."""
+        height, width = image.shape[-2:]
+        if min(height, width) < SIDE:
+            raise UserError(
+                f"A patch of {SIDE} x {SIDE} pixels does not fit into an image of {width} x {height}: patch_fid needs "
+                "images of high resolution, without size in the protocol or with a larger one."
+            )
+        top, left = (height - SIDE) // 2, (width - SIDE) // 2
+        return self.inception.prepare(image[:, top : top + SIDE, left : left + SIDE])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.inception(images)
+
+
 def resize_antialiased(image: Tensor, side: int) -> Tensor:
     """uint8 [C, H, W] -> float32 [C, side, side] in 0..255: PIL's antialiased bicubic filter on each channel, without
     rounding. Computed as two sparse products, which is faster and equal up to single precision."""
@@ -119,8 +150,9 @@ def _bicubic(n: int, side: int) -> csr_array:
     return csr_array(np.asarray(identity.resize((side, n), Image.Resampling.BICUBIC)).T)
 
 
-def _load_port(file: Path) -> nn.Module:
-    """pytorch-fid's network: torchvision's with the patched blocks that clean-fid ships."""
+def load_port(file: Path) -> nn.Module:
+    """pytorch-fid's network: torchvision's with the patched blocks that clean-fid ships. Raises what
+    ``reading_weights`` turns into a ``UserError`` if the file belongs to another network."""
     torchvision = import_torchvision()
     from cleanfid import inception_pytorch as fid
 

@@ -9,6 +9,7 @@ A table stands between ``<!-- KIND: FILE ... -->`` and ``<!-- end -->``, with on
     win rates          LABEL=FILE ... of ``fewstep winrate --json``: mean ± deviation over a label's files, and the
                        lowest end of the 95 % intervals
     findings           LABEL=FILE ... of ``metrics.jsonl``: what the diagnosis finds in each, and at which step first
+    metrics            "all": what each built-in metric declares
     records            FILE [KEY]: a list of records, or records by name, or lists of them by name (mean ± deviation)
 
 A number stands between ``<!-- value: [REDUCTION] FILE [FIELD=VALUE ...] KEY [/ ...] [: FORMAT] -->`` and
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.eval.metrics.frechet import frechet_distance
+from fewstep.eval.metrics.registry import BUILTIN
 from fewstep.eval.references import load_reference
 from fewstep.eval.report.diagnosis import diagnose
 from fewstep.eval.report.tables import best_teacher, rows
@@ -200,6 +202,24 @@ def _records(arguments: Sequence[str], folder: Path) -> list[list[str]]:
     return table
 
 
+def _metrics(_: Sequence[str], folder: Path) -> list[list[str]]:
+    table = [["metric", "better", "network", "computation", "least n", "needs", "error bar"]]
+    for metric in BUILTIN:
+        least = f"{metric.minimum_n} per class or caption" if metric.per_condition else str(metric.minimum_n)
+        needs = {
+            "reference": metric.needs_reference and not metric.needs_real_features,
+            "features of every real image": metric.needs_real_features,
+            "captions": metric.caption_prefix is not None,
+            "classes or captions": metric.per_condition,
+            "videos": metric.videos,
+            f"images of {metric.minimum_side} pixels or more": metric.minimum_side > 1,
+        }
+        listed = ", ".join(name for name, needed in needs.items() if needed)
+        cells = [f"`{metric.name}`", metric.direction, f"`{metric.network}`", metric.computation, least, listed]
+        table.append([*cells, metric.error_of or ""])
+    return table
+
+
 def _title(key: str, steps: Sequence[str]) -> str:
     return f"{key.replace('_', ' ')} at {', '.join(steps)}" if steps else key.replace("_", " ")
 
@@ -216,7 +236,7 @@ def _spread(values: Sequence[float]) -> str:
 
 TABLES: dict[str, Callable[[Sequence[str], Path], list[list[str]]]] = {
     "best scores": _best_scores, "relative scores": _relative_scores, "solver comparison": _solver_comparison,
-    "win rates": _win_rates, "findings": _findings, "records": _records,
+    "win rates": _win_rates, "findings": _findings, "records": _records, "metrics": _metrics,
 }  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from commands import fewstep, refused, succeeds, write_config
 
 from fewstep.cli import main as cli_main
 from fewstep.cli.main import RENAMED, app
+from fewstep.cli.options import parse_seeds
+from fewstep.core.errors import UserError
 
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "matplotlib", "PIL", "yaml")
 
@@ -122,9 +124,26 @@ def test_an_imported_module_may_be_called_like_an_old_command(tmp_path: Path) ->
     assert "unipc_2" in succeeds("--import", "pairs", "solver", "list", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("option", ["--rounds", "--batch"])
-def test_counts_below_their_minimum_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "should be greater than or equal to" in refused(capsys, "bench", "sampler", "fashion", option, "0")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bench", "sampler", "fashion", "--rounds"), ("bench", "sampler", "fashion", "--batch"),
+        ("eval", "fashion", "--n"), ("eval", "fashion", "--protocol", "fashion", "--n"),
+        ("winrate", "fashion", "fashion", "--n"),
+    ],
+)  # fmt: skip
+def test_counts_below_their_minimum_are_refused(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, *arguments, "0")
+    assert re.search(rf"{arguments[-1]}.*(is not in the range x>=1|should be greater than or equal to)", message)
+
+
+def test_a_range_of_seeds_that_ends_before_it_starts_is_refused() -> None:
+    """It would sample nothing."""
+    for text in ("3-1", "1-0"):
+        with pytest.raises(UserError, match=f"--seeds {text} contains no seed: give the smaller number first"):
+            parse_seeds(text, 0)
+    assert parse_seeds("3-3", 0) == [3]
+    assert parse_seeds("1-3", 0) == [1, 2, 3]
 
 
 def test_file_names_are_not_taken_for_markup(tmp_path: Path) -> None:

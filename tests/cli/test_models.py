@@ -91,6 +91,15 @@ def test_scores_are_merged_into_their_file_and_files_are_compared(squares: Path,
     rows = json.loads(succeeds("compare", file, file, "--json", "-"))
     assert {row["comparable"] for row in rows} == {"yes"}
     assert "fd_squares" in succeeds("compare", file, file)
+    before = file.read_bytes()
+    for left, right in ((file, tmp_path / "others.json"), (tmp_path / "others.json", file)):
+        assert "is an input, which the result would overwrite" in fewstep(
+            "compare", left, right, "--json", file.parent / "." / file.name
+        ).stderr.replace("\n", " ")
+    assert file.read_bytes() == before
+    printed = json.loads(succeeds(*command[:-1], "-", "--n", 100, "--steps", 4, "--solver", "euler", cwd=tmp_path))
+    assert {score["value"] for score in printed} <= {score["value"] for score in json.loads(before)}
+    assert not (tmp_path / "-").exists(), "- is standard output"
     two_others = [score | {"n": 200} for score in scores]
     (tmp_path / "others.json").write_text(json.dumps(two_others))
     assert "have no metric in common" in fewstep("compare", file, tmp_path / "others.json").stderr

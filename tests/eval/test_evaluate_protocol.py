@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,17 @@ from worlds import tiny_teacher
 
 from fewstep.api.evaluate import evaluate, evaluate_images
 from fewstep.core.errors import UserError
+from fewstep.eval.evaluate_protocol import ProtocolEvaluator
+from fewstep.eval.feature_statistics import FeatureStatistics, collect_statistics
 from fewstep.eval.images import ImageSet
-from fewstep.eval.metrics.frechet import Statistics, frechet_distance
+from fewstep.eval.metrics.frechet import Statistics, frechet_distance, frechet_error
 from fewstep.eval.networks.efficientnet import EfficientNet
+from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import Protocol, load_protocol
 from fewstep.eval.report.ranking import direction_of
+from fewstep.eval.report.tables import rows
 from fewstep.eval.score_files import read_scores
+from fewstep.models.loading import load_model
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
@@ -77,6 +83,34 @@ def test_a_model_is_scored_in_parts_for_each_seed_of_the_protocol(
     monkeypatch.setattr("fewstep.samplers.generate.PART", 4)
     parts = evaluate(teacher, protocol=protocol, steps=[2], device="cpu")
     assert [score.value for score in parts] == pytest.approx([score.value for score in one_part], rel=1e-4)
+
+
+def test_the_error_bar_of_a_models_images_is_that_of_its_classes_in_turn(
+    sets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    classes = load_model(str(teacher)).config.classes
+    found: list[FeatureStatistics] = []
+    strata: list[int] = []
+
+    def collect(*arguments: Any, **settings: Any) -> dict[str, FeatureStatistics]:
+        collected = collect_statistics(*arguments, **settings)
+        found.extend(collected.values())
+        strata.append(settings.get("strata", 0))
+        return collected
+
+    n = 10 * classes
+    protocol = load_protocol(str(write_protocol(tmp_path, reference=str(sets[0]), n=n, metrics=["fd_efficientnet"])))
+    reference = ProtocolEvaluator(protocol, WeightsLocator())._reference["efficientnet"].statistics
+    monkeypatch.setattr("fewstep.eval.evaluate_protocol.collect_statistics", collect)
+    (score,) = evaluate(teacher, protocol=protocol, steps=[1], device="cpu", json_file=tmp_path / "a.json")
+    of_images = found[-1]
+    assert strata[-1] == classes
+    assert [group.count for group in of_images.groups] == [classes] * 10, "one image of each class"
+    assert score.error == pytest.approx(frechet_error(of_images.groups, reference))
+    assert score.error_of == "standard error over samples (jackknife, 10 groups)"
+    assert json.loads((tmp_path / "a.json").read_text())[0]["error"] == score.error
+    assert f"± {score.error:.3f}" in rows([score])[1][4]
 
 
 def test_too_few_images_for_a_metric_are_refused_before_anything_is_computed(

@@ -12,6 +12,8 @@ from worlds import tiny_teacher
 from fewstep.api.evaluate import evaluate, evaluate_images
 from fewstep.core.errors import UserError
 from fewstep.eval.evaluate_reference import DIRECTIONS, ReferenceEvaluator, conditional_metrics, reference_direction
+from fewstep.eval.metrics.frechet import frechet_error, grouped_moments
+from fewstep.eval.networks.features import extract_features
 from fewstep.eval.protocol import load_protocol
 from fewstep.eval.references import load_reference, real_images
 from fewstep.eval.toy_captions import CaptionSet, prompt_following, tint
@@ -32,6 +34,9 @@ def test_real_images_have_high_scores() -> None:
     values = conditional_metrics(REFERENCE, IMAGES[rows], LABELS[rows], 10)
     assert set(values) == {"fd_fashion", "kid", "precision", "recall", "accuracy", "diversity"}
     assert values["accuracy"].value > 0.85
+    features = extract_features(REFERENCE.network, IMAGES[rows])
+    expected = frechet_error(grouped_moments(features, 10), REFERENCE.statistics)
+    assert values["fd_fashion"].error == expected, "of ten classes in turn"
     assert values["precision"].value > 0.7
 
 
@@ -69,7 +74,11 @@ def test_images_of_the_bundled_reference_are_scored_by_its_protocol(tmp_path: Pa
     assert seen[-1] == ("images", 200)
     assert {score.reference_sha256 for score in scores} == {REFERENCE.sha256}
     errors = {score.metric: score.error_of for score in scores if score.error is not None}
-    assert errors == {"kid": "standard deviation over 100 subsets"}
+    assert errors == {
+        "kid": "standard deviation over 100 subsets",
+        "fd_fashion": "standard error over samples (jackknife, 10 groups)",
+        "precision": "standard error of a share of the images",
+    }
     assert {score.metric for score in scores if score.bias is not None} == {"fd_fashion"}
 
 

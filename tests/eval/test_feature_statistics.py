@@ -19,7 +19,7 @@ from fewstep.eval.feature_statistics import (
     write_statistics,
 )
 from fewstep.eval.images import ImageSet, InMemoryImages
-from fewstep.eval.metrics.frechet import Statistics
+from fewstep.eval.metrics.frechet import Statistics, grouped_moments
 from fewstep.eval.networks.inception import Inception
 from fewstep.eval.networks.weights import WeightsLocator
 
@@ -50,6 +50,21 @@ def test_statistics_in_batches_equal_those_of_all_features(monkeypatch: pytest.M
         collected["x"].features()
     with pytest.raises(UserError, match="no images"):
         collect_statistics({"x": Pixels()}, InMemoryImages([]))
+
+
+def test_the_groups_of_the_jackknife_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.eval.feature_statistics.MERGE_ROWS", 5)
+    images = torch.randint(0, 256, (150, 3, 4, 4), dtype=torch.uint8)
+    found = collect_statistics(
+        {"x": Pixels(), "y": Pixels()}, InMemoryImages(images.split(70)), keep_groups=frozenset({"x"}), strata=5
+    )
+    expected = grouped_moments(images.flatten(1).float(), 5)
+    assert [group.count for group in found["x"].groups] == [15] * 10
+    for ours, theirs in zip(found["x"].groups, expected, strict=True):
+        torch.testing.assert_close(ours.mean, theirs.mean)
+        torch.testing.assert_close(ours.products, theirs.products)
+    assert found["y"].groups == ()
+    torch.testing.assert_close(found["x"].statistics.covariance, found["y"].statistics.covariance)
 
 
 def test_images_of_several_sizes_are_refused_only_if_the_network_resizes_itself(

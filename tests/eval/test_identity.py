@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,7 +16,8 @@ from random_sets import write_images
 from fewstep.api.evaluate import evaluate_images
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
-from fewstep.eval.evaluate_protocol import write_reference
+from fewstep.eval.evaluate_protocol import ProtocolEvaluator, write_reference
+from fewstep.eval.metrics.registry import METRICS
 from fewstep.eval.networks.efficientnet import EfficientNet
 from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import Protocol
@@ -100,6 +103,32 @@ def test_statistics_are_used_only_with_the_preparation_they_were_written_with(tm
     for settings in ({"size": 24}, {"size": 32, "filter": "box"}, {}):
         with pytest.raises(UserError, match=r"prepared as 'centred square, 32 pixels, lanczos', but the protocol"):
             scored(images, file, **settings)
+
+
+def test_statistics_without_the_features_of_images_are_refused_before_any_image_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kid = replace(METRICS.resolve("kid"), network="efficientnet")
+    monkeypatch.setattr(METRICS, "resolve", lambda *_, **__: kid)
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(UserError, match="only a mean and a covariance; kid needs the features of every real image"):
+        ProtocolEvaluator(protocol(tmp_path / "ref.npz"), WeightsLocator())
+    np.savez(tmp_path / "ref.npz", feats=np.random.default_rng(0).standard_normal((4, 3)))
+    ProtocolEvaluator(protocol(tmp_path / "ref.npz"), WeightsLocator())
+
+
+def test_statistics_do_not_overwrite_their_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "real-means.npz"
+    np.savez(source, np.zeros((4, 8, 8, 3), np.uint8))
+    before = source.read_bytes()
+    with pytest.raises(UserError, match="is an input, which the result would overwrite"):
+        write_reference(source, protocol("x"), str(tmp_path / "real-{network}.npz"), WeightsLocator())
+    assert source.read_bytes() == before
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(protocol("x").model_dump(mode="json", exclude={"name"})))
+    for option in ("--json", "--name"):
+        message = refused(capsys, "eval", source, "--protocol", file, "--write-stats", tmp_path / "a.npz", option, "x")
+        assert "--write-stats writes statistics and no scores" in message
 
 
 def test_scores_of_images_in_folders_of_one_name_are_all_kept(tmp_path: Path) -> None:

@@ -46,11 +46,16 @@ def evaluate(
     guidance: Annotated[str | None, typer.Option(help="One or several scales. Default: 1.")] = None,
     grid: Annotated[str | None, typer.Option(help="Spacing of a teacher's times, as in fewstep sample.")] = None,
     n: Annotated[
-        int | None, typer.Option("--n", help="Samples per combination. Default: 10,000, or the protocol's.")
+        int | None, typer.Option("--n", min=1, help="Samples per combination. Default: 10,000, or the protocol's.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Default: 0, or the protocol's.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--json", help="Merge the scores into this file. Default for a run: its eval.json.")
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Merge the scores into this file; - prints them as JSON. Default for a run: its eval.json.",
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in tables. Default: its folder's name.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Weights of the metrics' networks: a folder, or a file.")] = None,
@@ -69,6 +74,7 @@ def evaluate(
     from fewstep.eval.image_sources import is_image_set
     from fewstep.eval.networks.weights import WeightsLocator
     from fewstep.eval.protocol import load_protocol
+    from fewstep.eval.score_files import to_json
 
     if steps and nfe:
         raise UserError("Give --steps or --nfe, not both.")
@@ -79,12 +85,15 @@ def evaluate(
     }  # fmt: skip
     if (images or stats) and (given := [option for option, value in sampling.items() if value is not None]):
         raise UserError(f"{', '.join(given)}: images on disk are scored as they are, without sampling; remove it.")
+    if stats and (file is not None or name is not None):
+        raise UserError("--write-stats writes statistics and no scores: remove --json and --name.")
     if protocol is None and (images or stats):
         raise UserError("Images are scored by a protocol: give --protocol.")
     if protocol is None and (captions or weights or download or skip_bad):
         raise UserError("--captions, --weights, --download and --skip-bad belong to a protocol: give --protocol.")
     settings = load_protocol(protocol, reference=reference, captions=captions, n=n, seed=seed) if protocol else None
     locator = WeightsLocator.from_environment(weights, download)
+    scores_file = None if file is not None and str(file) == "-" else file
     if settings is not None and stats is not None:
         with counting("reading images") as count:
             files, remarks = write_reference(
@@ -96,19 +105,23 @@ def evaluate(
     if settings is not None and images:
         with sampling_bar(settings.n) as progress:
             scores = evaluate_images(
-                source, settings, locator, skip_bad=skip_bad, device=device, json_file=file, name=name,
+                source, settings, locator, skip_bad=skip_bad, device=device, json_file=scores_file, name=name,
                 progress=progress,
             )  # fmt: skip
     else:
-        with sampling_bar(settings.n if settings else n or 10_000) as progress:
+        samples = 10_000 if n is None else n
+        with sampling_bar(settings.n if settings else samples) as progress:
             scores = evaluate_model(
                 source, protocol=settings, locator=locator, reference=reference or "fashion",
                 steps=parse_numbers(steps or "1,2,4", int, "--steps"),
                 nfe=parse_numbers(nfe, int, "--nfe") if nfe else [], solver=solver.split(",") if solver else [],
                 guidance=parse_numbers(guidance or "1", float, "--guidance"), grid=grid or "time",
-                n=n or 10_000, seed=seed or 0, device=device, json_file=file, name=name, progress=progress,
+                n=samples, seed=seed or 0, device=device, json_file=scores_file, name=name, progress=progress,
             )  # fmt: skip
-    print_scores(scores)
+    if file is not None and scores_file is None:
+        write_json(to_json(scores), file)
+    else:
+        print_scores(scores)
 
 
 def _check_exists(source: str) -> None:
@@ -134,6 +147,7 @@ def compare(
     from fewstep.eval.report.tables import side_by_side
     from fewstep.eval.score_files import read_scores
 
+    check_json(file, ours, theirs)
     head, *body = rows = side_by_side(read_scores(ours), read_scores(theirs))
     if not body:
         raise UserError(
@@ -149,7 +163,7 @@ def compare(
 def winrate(
     ours: ModelName,
     theirs: Annotated[str, typer.Argument(metavar="OTHER", help="The model to compare with.")],
-    n: Annotated[int, typer.Option("--n", help="Samples of each.")] = 2_000,
+    n: Annotated[int, typer.Option("--n", min=1, help="Samples of each.")] = 2_000,
     reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",
     solver: Solver = None,
     steps: Steps = None,

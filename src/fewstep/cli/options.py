@@ -91,9 +91,12 @@ def parse_size(text: str | None) -> tuple[int, int, int] | None:
 
 
 def parse_seeds(text: str | None, seed: int) -> list[int]:
-    """``0-3`` or ``0,5,7``; the one ``seed`` without a text."""
+    """``0-3`` or ``0,5,7``; the one ``seed`` without a text. Raises ``UserError`` on a range that ends before it
+    starts."""
     first, dash, last = (text or "").partition("-")
     if dash and first.isdigit() and last.isdigit():
+        if int(last) < int(first):
+            raise UserError(f"--seeds {text} contains no seed: give the smaller number first.")
         return list(range(int(first), int(last) + 1))
     return parse_numbers(text, int, "--seeds") if text else [seed]
 
@@ -123,12 +126,13 @@ def print_scores(scores: list[Score]) -> None:
         out.print(note, style="yellow", markup=False, highlight=False)
 
 
-def check_json(file: Path | None) -> None:
-    """Before long work: raises ``UserError`` if its result could not be written to ``file``."""
+def check_json(file: Path | None, *inputs: Path) -> None:
+    """Before long work: raises ``UserError`` if its result could not be written to ``file``, or would overwrite one of
+    the ``inputs``."""
     if file is not None and str(file) != "-":
         from fewstep.core.files import check_writable
 
-        check_writable(file)
+        check_writable(file, *inputs)
 
 
 def write_json(result: Any, file: Path) -> None:

@@ -31,9 +31,12 @@ def atomic_write(file: Path) -> Iterator[Path]:
         raise _unwritable(file, error) from error
 
 
-def check_writable(file: str | Path) -> None:
-    """Checks, before long work, that its result can be written to ``file``. Raises ``UserError`` otherwise."""
+def check_writable(file: str | Path, *inputs: Path) -> None:
+    """Checks, before long work, that its result can be written to ``file`` and does not overwrite one of its
+    ``inputs``. Raises ``UserError`` otherwise."""
     file = Path(file)
+    if file.resolve() in [each.resolve() for each in inputs]:
+        raise UserError(f"{file} is an input, which the result would overwrite; name another file.")
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file.")
     trial = file.with_name(f".{file.name}.try")

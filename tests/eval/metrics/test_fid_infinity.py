@@ -11,7 +11,7 @@ from fewstep.eval.metrics.fid_infinity import frechet_infinity
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
 
 
-def test_infinitely_many_samples_of_one_law_have_distance_zero() -> None:
+def test_infinitely_many_samples_of_one_distribution_have_distance_zero() -> None:
     reference = Statistics(torch.zeros(16).double(), torch.eye(16).double(), 0)
     sets = [normal(4_000, 16, seed=seed) for seed in range(12)]
     plain = sum(frechet_distance(Statistics.of(x), reference) for x in sets) / 12

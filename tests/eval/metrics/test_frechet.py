@@ -22,7 +22,7 @@ def fd(x: Tensor, y: Tensor) -> float:
     return frechet_distance(Statistics.of(x), Statistics.of(y))
 
 
-def law(mean: Tensor, covariance: Tensor) -> Statistics:
+def gaussian(mean: Tensor, covariance: Tensor) -> Statistics:
     return Statistics(mean, covariance, count=1000)
 
 
@@ -35,8 +35,8 @@ def test_statistics_divide_by_n_minus_1() -> None:
 
 def test_distance_of_diagonal_covariances() -> None:
     """``sum (m1 - m2)^2 + sum (sqrt a - sqrt b)^2``"""
-    a = law(torch.tensor([1.0, 0.0, 2.0]).double(), torch.tensor([4.0, 9.0, 0.25]).double().diag())
-    b = law(torch.tensor([0.0, 3.0, 2.0]).double(), torch.tensor([1.0, 16.0, 0.0]).double().diag())
+    a = gaussian(torch.tensor([1.0, 0.0, 2.0]).double(), torch.tensor([4.0, 9.0, 0.25]).double().diag())
+    b = gaussian(torch.tensor([0.0, 3.0, 2.0]).double(), torch.tensor([1.0, 16.0, 0.0]).double().diag())
     assert frechet_distance(a, b) == pytest.approx(1 + 9 + 0 + 1 + 1 + 0.25, abs=1e-12)
 
 
@@ -44,7 +44,7 @@ def test_distance_of_scaled_covariances() -> None:
     """``S2 = c^2 S1`` gives ``(c - 1)^2 tr S1``, whatever the directions."""
     covariance = Statistics.of(normal(50, 8) @ normal(8, 8, seed=1)).covariance
     zero = torch.zeros(8).double()
-    distance = frechet_distance(law(zero, covariance), law(zero, 9 * covariance))
+    distance = frechet_distance(gaussian(zero, covariance), gaussian(zero, 9 * covariance))
     assert distance == pytest.approx(4 * float(covariance.trace()), rel=1e-12)
 
 
@@ -54,7 +54,7 @@ def test_distance_of_covariances_that_do_not_commute() -> None:
     b = torch.tensor([[1.0, -0.5], [-0.5, 4.0]]).double()
     root = math.sqrt(float((a @ b).trace()) + 2 * math.sqrt(float(torch.det(a @ b))))
     zero = torch.zeros(2).double()
-    assert frechet_distance(law(zero, a), law(zero, b)) == pytest.approx(2 + 3 + 1 + 4 - 2 * root, rel=1e-12)
+    assert frechet_distance(gaussian(zero, a), gaussian(zero, b)) == pytest.approx(2 + 3 + 1 + 4 - 2 * root, rel=1e-12)
 
 
 def test_translation_adds_its_squared_length() -> None:
@@ -141,7 +141,7 @@ def test_the_measured_bias_is_that_of_the_closed_form() -> None:
 
 @pytest.mark.parametrize(("d", "n"), [(64, 1000), (64, 65), (64, 25), (300, 5), (8, 2)])
 @pytest.mark.parametrize("decay", [0.0, 1.0], ids=["identity", "decaying spectrum"])
-def test_the_bias_is_the_distance_of_so_few_samples_of_the_same_law(d: int, n: int, decay: float) -> None:
+def test_the_bias_is_the_distance_of_so_few_samples_of_the_same_distribution(d: int, n: int, decay: float) -> None:
     """For n above and far below D: the first order in 1/n is 3 times too large for D = 512, n = 25."""
     variances = torch.arange(1, d + 1).double() ** -decay
     reference = Statistics(torch.zeros(d).double(), variances.diag(), 0)
@@ -160,10 +160,10 @@ def test_the_bias_of_many_samples_is_the_first_order_in_their_number() -> None:
 
 def test_real_images_of_the_bundled_reference_score_their_bias() -> None:
     """Its features are not Gaussian, but nearly."""
-    law = load_reference("fashion", "train")
-    rows = [torch.randperm(len(law.features), generator=torch.Generator().manual_seed(k))[:25] for k in range(20)]
-    measured = sum(frechet_distance(Statistics.of(law.features[r]), law.statistics) for r in rows) / 20
-    assert small_sample_bias(law.statistics, 25) == pytest.approx(measured, rel=0.15)
+    real = load_reference("fashion", "train")
+    rows = [torch.randperm(len(real.features), generator=torch.Generator().manual_seed(k))[:25] for k in range(20)]
+    measured = sum(frechet_distance(Statistics.of(real.features[r]), real.statistics) for r in rows) / 20
+    assert small_sample_bias(real.statistics, 25) == pytest.approx(measured, rel=0.15)
 
 
 def test_a_sigma_that_is_no_covariance_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""KID by hand, in law, and against torch-fidelity."""
+"""KID by hand, over random sets, and against torch-fidelity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_kid_divides_by_the_dimension() -> None:
     assert kid(x.repeat(1, 7), y.repeat(1, 7)) == pytest.approx(kid(x, y))
 
 
-def test_kid_of_one_law_averages_to_zero() -> None:
+def test_kid_of_one_distribution_averages_to_zero() -> None:
     """Unbiased: over pairs of samples both signs occur, and the mean is within its standard error of 0."""
     values = torch.tensor(
         [kid(normal(50, 4, seed=2 * i), normal(50, 4, seed=2 * i + 1), subsets=1) for i in range(400)]

@@ -63,7 +63,7 @@ def test_density_and_coverage_by_hand() -> None:
     assert density_coverage(real, generated, k=1) == (pytest.approx(1), 0.75)
 
 
-def test_density_and_coverage_of_one_law_and_of_distant_sets() -> None:
+def test_density_and_coverage_of_one_distribution_and_of_distant_sets() -> None:
     real, generated = normal(400, 2), normal(400, 2, seed=1)
     density, coverage = density_coverage(real, generated)
     assert density == pytest.approx(1, abs=0.1)

@@ -18,7 +18,7 @@ from fewstep.eval.feature_statistics import FeatureStatistics
 from fewstep.eval.metrics.clip_score import cosines
 from fewstep.eval.metrics.cmmd import cmmd
 from fewstep.eval.metrics.diversity import cross_seed_diversity
-from fewstep.eval.metrics.frechet import Statistics, frechet_distance
+from fewstep.eval.metrics.frechet import Statistics, frechet_distance, frechet_error, grouped_moments
 from fewstep.eval.metrics.inception_score import split_scores
 from fewstep.eval.metrics.kid import kid, subset_values
 from fewstep.eval.metrics.metric import Metric, MetricInput
@@ -31,13 +31,14 @@ CONDITIONS = 3
 
 
 def statistics(features: Tensor, keep_rows: bool = True) -> FeatureStatistics:
-    return FeatureStatistics(Statistics.of(features), features if keep_rows else None, None, None)
+    groups = grouped_moments(features)
+    return FeatureStatistics(Statistics.of(features), features if keep_rows else None, None, None, groups=groups)
 
 
 def inputs(
     metric: Metric, n: int, *, collapsed: bool = False, keep_rows: bool = True, real: bool = True
 ) -> MetricInput:
-    """``n`` images of ``CONDITIONS`` captions: of the law of the real ones, or collapsed to a distant point."""
+    """``n`` images of ``CONDITIONS`` captions: distributed as the real ones, or collapsed to a distant point."""
     features = normal(n, 4, seed=1).float() + 2
     if collapsed:
         features = 0.05 * features + 10
@@ -75,6 +76,12 @@ def test_a_metric_declares_whether_it_needs_every_image_and_a_reference(name: st
             metric.compute(without_rows)
     else:
         metric.compute(without_rows)
+    without_real_rows = replace(inputs(metric, 30), reference=statistics(normal(40, 4).float() + 2, keep_rows=False))
+    if metric.needs_real_features:
+        with pytest.raises(UserError, match="every image's features"):
+            metric.compute(without_real_rows)
+    else:
+        metric.compute(without_real_rows)
     if metric.needs_reference:
         with pytest.raises(AssertionError):
             metric.compute(without_reference)
@@ -84,7 +91,7 @@ def test_a_metric_declares_whether_it_needs_every_image_and_a_reference(name: st
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_direction_of_a_metric_is_that_in_which_it_changes_for_better_images(name: str) -> None:
-    """Images of the real law are better than collapsed ones, and captioned images than those of opposite meaning."""
+    """Real images are better than collapsed ones, and captioned images than those of opposite meaning."""
     metric = METRICS.resolve(name)
     good, bad = inputs(metric, 60), inputs(metric, 60, collapsed=True)
     if metric.caption_prefix is not None:
@@ -143,9 +150,9 @@ def test_a_value_that_is_not_finite_is_an_error_and_not_a_score() -> None:
 
 
 def test_error_bars_are_the_deviations_that_their_names_say() -> None:
-    """KID: its subsets. Inception Score: its splits. CLIP score: its mean. FID-infinity: its fit."""
+    """KID: its subsets. Inception Score: its splits. CLIP score: its mean. FID-infinity: its fit. Others: images."""
     measured = {}
-    for name in ("kid", "inception_score", "clip_score", "fid_infinity"):
+    for name in ("kid", "inception_score", "clip_score", "fid_infinity", "fid", "vendi", "cmmd", "precision"):
         metric = METRICS.resolve(name)
         own = inputs(metric, 90)
         measured[name] = metric.measure(own)
@@ -157,22 +164,40 @@ def test_error_bars_are_the_deviations_that_their_names_say() -> None:
             assert measured[name].error == pytest.approx(float(split_scores(own.images.features()).std(correction=0)))
         if name == "clip_score":
             assert measured[name].error == pytest.approx(float(cosines(own, "").std()) / 90**0.5)
+        if name == "fid":
+            assert measured[name].error == frechet_error(own.images.groups, own.real.statistics)
     assert {name: each.error_of for name, each in measured.items()} == {
         "kid": "standard deviation over 100 subsets",
         "inception_score": "standard deviation over 10 splits, shuffled by a fixed seed",
         "clip_score": "standard error of the mean over images",
         "fid_infinity": "standard error of the fit",
+        "fid": "standard error over samples (jackknife, 10 groups)",
+        "vendi": "standard error over samples (jackknife, 10 groups)",
+        "cmmd": "standard error over images, to first order",
+        "precision": "standard error of a share of the images",
     }
+
+
+def test_every_frechet_distance_has_an_error_bar_and_asks_for_the_groups_it_needs() -> None:
+    for name in ("fid", "sfid", "patch_fid", "fd_dinov2", "fd_efficientnet", "clip_fid", "fvd"):
+        metric = METRICS.resolve(name)
+        assert metric.needs_groups, name
+        assert (metric.measure(inputs(metric, 60)).error or 0) > 0, name
+        few = metric.measure(inputs(metric, 19))
+        assert few.error is few.error_of is None, name
+    assert not METRICS.resolve("kid").needs_groups
 
 
 def test_contradictory_declarations_are_refused() -> None:
     fid = METRICS.resolve("fid")
     with pytest.raises(ValueError, match="a bias needs a reference"):
         replace(fid, needs_reference=False)
+    with pytest.raises(ValueError, match="features of real images need a reference"):
+        replace(METRICS.resolve("vendi"), needs_real_features=True)
     with pytest.raises(ValueError, match="only the network 'clip' embeds captions"):
         replace(fid, caption_prefix="")
     with pytest.raises(ValueError, match="needs both error and error_of"):
-        replace(fid, error=lambda _: 1.0)
+        replace(METRICS.resolve("recall"), error=lambda _: 1.0)
 
 
 def test_a_metric_of_the_users_own_is_found_by_its_dotted_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fewstep.eval.metrics.frechet import frechet_distance
+from fewstep.eval.metrics.registry import BUILTIN
 from fewstep.eval.references import load_reference
 from fewstep.eval.report.doc_blocks import main, refresh, value
 
@@ -93,6 +94,19 @@ def table(block: str, folder: Path) -> list[str]:
     assert made.endswith("|\n<!-- end -->\nafter")
     assert "old" not in made
     return [line.strip("| ") for line in made.splitlines() if line.startswith("|")][2:]
+
+
+def test_the_table_of_metrics_has_what_each_declares(folder: Path) -> None:
+    lines = {line.split(" | ")[0].strip("`"): line for line in table("metrics: all", folder)}
+    assert list(lines) == [metric.name for metric in BUILTIN]
+    assert [cell.strip() for cell in lines["patch_fid"].split(" | ")] == [
+        "`patch_fid`", "lower", "`inception_patch`", "Fréchet distance of Gaussian fits", "2",
+        "reference, images of 299 pixels or more", "standard error over samples (jackknife, 10 groups)",
+    ]  # fmt: skip
+    assert "| 2 per class or caption | classes or captions" in lines["diversity"]
+    assert " | captions | " in lines["clip_score"]
+    assert "reference, videos" in lines["fvd"]
+    assert all(metric.computation for metric in BUILTIN), "none is without a description"
 
 
 def test_best_scores_have_all_settings_of_students_and_the_teachers_best(folder: Path) -> None:
