@@ -1,9 +1,9 @@
 """What ComfyUI, k-diffusion and diffusers call the solvers. A name whose rule is missing is refused with the nearest.
 
-ComfyUI's and k-diffusion's ``euler`` and ``heun`` step in sigma / alpha: here ``ddim`` and ``heun_edm``. An alias is the
-same rule up to its lower orders at the first and last steps. ``euler_ancestral`` is so on all schedules but ComfyUI's
-for flows, whose steps are longer, and ``deis`` up to the time in which the polynomial is taken: ComfyUI's is that of a
-linear VP schedule, here it is the model's own.
+An alias is the same rule, up to its lower orders at the first and last steps. Three differ further: for flows,
+ComfyUI's ``euler_ancestral`` takes other noise; its ``deis`` takes polynomials of the time of a linear VP schedule, here
+they are of the model's own time; and the boundary scaling of ``LCMScheduler`` (c_skip, c_out) belongs to the student.
+Here, ``euler`` and ``heun`` step in time; those of ComfyUI and k-diffusion are ``ddim`` and ``heun_edm``.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ def deis(predict: Predictor, x: Tensor, times: Sequence[float], *, order: int = 
         if len(past) == 1 or t.sigma == 0:
             x = t.alpha * p.x0 + t.sigma * p.noise
             continue
-        weights = adams_bashforth_weights(predict.schedule, tuple(time for time, _ in past), t.t)  # type: ignore[arg-type]  # frozen
+        known = tuple(time for time, _ in past)
+        weights = adams_bashforth_weights(predict.schedule, known, t.t)  # type: ignore[arg-type]  # as in predictor.py
         x = t.alpha / s.alpha * x
         for weight, (_, noise) in zip(weights, past, strict=True):
             x.add_(noise, alpha=t.alpha * weight)
@@ -39,8 +40,8 @@ def deis(predict: Predictor, x: Tensor, times: Sequence[float], *, order: int = 
 
 @lru_cache(maxsize=1024)
 def adams_bashforth_weights(schedule: NoiseSchedule, past: tuple[float, ...], end: float) -> list[float]:
-    """The integrals of the Lagrange polynomials of the times ``past`` over rho = sigma / alpha, from that of ``past[0]``
-    to that of ``end``. By parts, ``[L rho] - int rho L' dt``, so that their sum is exact, and in float64."""
+    """The integrals of the Lagrange polynomials of the times ``past`` over rho = sigma / alpha, from ``past[0]`` to
+    ``end``. By parts, ``[L rho] - int rho L' dt``, so that their sum is exact, and in float64."""
     points, point_weights = np.polynomial.legendre.leggauss(QUADRATURE_POINTS)
     half = (end - past[0]) / 2
     times = np.array([past[0], end, *((past[0] + end) / 2 + half * points)])

@@ -34,8 +34,10 @@ def er_sde(
     predict: Predictor, x: Tensor, times: Sequence[float], noise: Noise | None, *, stages: int = 3,
     scaling: Scaling = released_scaling,
 ) -> Tensor:  # fmt: skip
-    """``stages`` 1 to 3. A step from alpha = 0 renoises x0, a step to sigma = 0 returns it. N evaluations. (The released
-    code approximates the integrals by sums of 200 terms.)"""
+    """``stages`` 1 to 3. A step from alpha = 0 renoises x0, a step to sigma = 0 returns it. N evaluations.
+
+    The released code approximates the integrals by sums of 200 terms.
+    """
     past: list[tuple[float, Tensor, Tensor | None]] = []  # rho, x0 and its slope, newest first
     for s, t in pairwise(predict.nodes(times)):
         m = predict(x, s.t).x0

@@ -8,7 +8,9 @@ the probability-flow ODE (and with fresh noise z the SDEs of the same marginals,
     sde:    x_t = (sigma_t / sigma_s) exp(-tau^2 h) x_s + alpha_t int_0^h c exp(-c (h - r)) m dr
                   + sigma_t sqrt(1 - exp(-2 tau^2 h)) z,     c = 1 + tau^2
 
-tau = 1 is the SDE of SDE-DPM-Solver++, tau = 0 the ODE. A rule of order p replaces m or e by the polynomial through p model outputs. Its weights solve
+tau = 1 is the SDE of SDE-DPM-Solver++, tau = 0 the ODE.
+
+A rule of order p replaces m or e by the polynomial through p model outputs. Its weights solve
 ``sum_j w_j r_j^k / k! = A_k`` (k < p), where r_j is the log-SNR of output j relative to lambda_s and A_k the integral
 with r^k / k!. The published rules differ only in the outputs they use and in a relaxed A_1 or A_2 (see ``relax``).
 """

@@ -52,12 +52,12 @@ def grid(
     ``spacing`` is uniform in: ``time``; its square root (``quadratic``); the log-SNR (``log_snr``, or ``exponential``:
     geometric in sigma / alpha); (sigma / alpha)^(1/7) (``karras``, arXiv 2206.00364). ``beta`` takes quantiles of
     Beta(0.6, 0.6) (arXiv 2407.12173): over time on a flow, as the paper does, and over sigma / alpha on other
-    schedules, as diffusers does. ``beta57`` (RES4LYF) takes those of Beta(0.5, 0.7) over time, ``sgm_uniform`` (ComfyUI)
-    the times uniform down to ``t_min``, and ``kl_optimal`` is uniform in arctan(sigma / alpha) (arXiv 2404.14507,
-    Theorem 3.1). ``factor`` then shifts the times towards noise.
+    schedules, as diffusers does. ``beta57`` (RES4LYF) takes those of Beta(0.5, 0.7) over time. ``sgm_uniform``
+    (ComfyUI) is uniform in time down to ``t_min``, ``kl_optimal`` (arXiv 2404.14507, Theorem 3.1) in
+    arctan(sigma / alpha). ``factor`` then shifts the times towards noise.
 
-    ``linear_quadratic``, ``bong_tangent`` and the tables ``ays_…`` are published noise levels (``published_levels``),
-    which run from ``t_max`` to 0 and are not shifted: those of the tables are sigma / alpha; the others are fractions of
+    ``linear_quadratic``, ``bong_tangent`` and the tables ``ays_…`` are published noise levels, which run from ``t_max``
+    to 0 and are not shifted (``published_levels``). Those of the tables are sigma / alpha; the others are fractions of
     the largest time on a flow, of the largest sigma / alpha on other schedules.
 
     ``end``: ``minimum`` stops at

@@ -29,8 +29,8 @@ def align_your_steps(name: str, steps: int) -> list[float]:
 
 
 def linear_quadratic(steps: int, threshold: float = 0.025) -> list[float]:
-    """The ``steps + 1`` levels from 1 to 0 of Mochi 1 and ComfyUI: half of the steps remove ``threshold`` of the noise in
-    equal parts, the others follow the parabola with the same slope at their start that ends at 0."""
+    """The ``steps + 1`` levels from 1 to 0 of Mochi 1 and ComfyUI: half of the steps remove ``threshold`` of the noise
+    in equal parts, the others follow the parabola with the same slope at their start that ends at 0."""
     linear = steps // 2
     if not linear:
         return [1.0, 0.0]
@@ -42,8 +42,8 @@ def linear_quadratic(steps: int, threshold: float = 0.025) -> list[float]:
 
 
 def bong_tangent(steps: int) -> list[float]:
-    """The ``steps + 1`` levels from 1 to 0 of RES4LYF: an arctangent from 1 to 1/2 that is steepest at its end, then one
-    from 1/2 to 0 that is steepest at its start, joined after 60 % of the steps."""
+    """The ``steps + 1`` levels from 1 to 0 of RES4LYF: an arctangent from 1 to 1/2 that is steepest at its end, then
+    one from 1/2 to 0 that is steepest at its start, joined after 60 % of the steps."""
     if steps == 1:
         return [1.0, 0.0]
     join, slope = int((steps + 2) * 0.6), 8 / (steps + 2)

@@ -1,4 +1,4 @@
-"""SA-Solver (Xue et al., arXiv 2309.05019): a stochastic Adams predictor and corrector for SDEs of any stochasticity."""
+"""SA-Solver (Xue et al., arXiv 2309.05019): stochastic Adams predictor and corrector, of any stochasticity."""
 
 from __future__ import annotations
 

@@ -43,9 +43,9 @@ NoisyRule = Callable[[Predictor, Tensor, Sequence[float], Noise], Tensor]
 @dataclass(frozen=True)
 class Solver:
     """``run(predict, x, times)``, or ``run(predict, x, times, noise)`` if ``noisy``, maps the state ``x`` [B, ...] at
-    ``times[0]`` to the state at ``times[-1]``. The ``order`` of convergence and the network's ``evaluations_per_step``
-    disregard the first and last steps. ``by_log_snr``: the rule uses differences in log-SNR, so its grid should not
-    start where that is infinite.
+    ``times[0]`` to the state at ``times[-1]``. The ``order`` of convergence (of a noisy solver without its noise) and
+    the network's ``evaluations_per_step`` disregard the first and last steps. ``by_log_snr``: the rule uses differences
+    in log-SNR, so its grid should not start where that is infinite.
 
     A call checks that the times decrease. A state in half precision is integrated in float32 and returned as it came;
     the network receives it in half precision.
@@ -188,8 +188,8 @@ def resolve_solver(name: str) -> Solver | FittedSolver:
 
 
 def find_solver(name: str, request: FitRequest) -> Solver:
-    """``resolve_solver``, with a ``FittedSolver`` built for the ``request``. Raises ``UserError`` also on a missing file
-    or one that does not fit the request."""
+    """``resolve_solver``, with a ``FittedSolver`` built for the ``request``. Raises ``UserError`` also on a missing
+    file or one that does not fit the request."""
     found = resolve_solver(name)
     if isinstance(found, FittedSolver):
         rule = found.build(request)
@@ -200,7 +200,5 @@ def find_solver(name: str, request: FitRequest) -> Solver:
 def describe_solvers() -> list[tuple[str, str, str, str, str]]:
     """Name, order, evaluations per step, paper and aliases of every solver: built in, then registered and installed."""
     solvers = {name: REGISTRY.resolve(name) for name in [*SOLVERS, *FITTED_SOLVERS, *REGISTRY.names()]}
-    return [
-        (name, str(s.order), str(s.evaluations_per_step), s.paper, ", ".join(a for a, n in ALIASES.items() if n == name))
-        for name, s in solvers.items()
-    ]
+    aliases = {name: ", ".join(alias for alias, of in ALIASES.items() if of == name) for name in solvers}
+    return [(name, str(s.order), str(s.evaluations_per_step), s.paper, aliases[name]) for name, s in solvers.items()]

@@ -1,4 +1,4 @@
-"""Strategic stochastic sampling (Zheng et al., TCD, arXiv 2402.19159): a student jumps beyond the next time and back."""
+"""Strategic stochastic sampling (TCD, Zheng et al., arXiv 2402.19159): beyond the next time and back by noise."""
 
 from __future__ import annotations
 

@@ -145,8 +145,8 @@ def test_res_2s_takes_the_papers_weights() -> None:
 # --- orders -----------------------------------------------------------------------------------------------------------
 
 ORDERS: dict[str, tuple[Rule, float]] = {
-    "deis_2": (partial(deis, order=2), 2), "deis_3": (deis, 3), "ipndm": (ipndm, 2), "res_2s": (SOLVERS["res_2s"].run, 2),
-    "gradient_estimation": (gradient_estimation, 1),
+    "deis_2": (partial(deis, order=2), 2), "deis_3": (deis, 3), "ipndm": (ipndm, 2),
+    "res_2s": (SOLVERS["res_2s"].run, 2), "gradient_estimation": (gradient_estimation, 1),
 }  # fmt: skip
 
 
@@ -171,9 +171,7 @@ def test_the_error_falls_with_the_claimed_order(name: str, problem: tuple[float,
     errors = []
     for n in (40, 80, 160):
         step = (HIGH - LOW) / n
-        log_snr = torch.cat(
-            [LOW + torch.linspace(0, 3 * step, 91)[:-1], torch.linspace(LOW + 3 * step, HIGH, n - 2)]
-        )
+        log_snr = torch.cat([LOW + torch.linspace(0, 3 * step, 91)[:-1], torch.linspace(LOW + 3 * step, HIGH, n - 2)])
         got = rule(world(problem[0]), NOISE, VP.time_of_log_snr(log_snr.double()).tolist())
         errors.append((got - problem[1]).square().mean().sqrt().item())
     assert math.log2(errors[0] / errors[-1]) / 2 == pytest.approx(order, abs=0.3)

@@ -125,7 +125,7 @@ def test_linear_quadratic_takes_mochis_values() -> None:
 
 
 def test_bong_tangent_joins_two_arctangents() -> None:
-    """RES4LYF: with pivots at 60 % and slopes 0.2 at 40 steps, a fraction of [1 + 2 / pi atan(-slope (k - pivot))] / 2."""
+    """RES4LYF: [1 + 2 / pi atan(-slope (k - pivot))] / 2, rescaled; pivots at 60 %, slopes 0.2 at 40 steps."""
 
     def part(count: int, slope: float, pivot: int, high: float, low: float) -> list[float]:
         f = [(2 / math.pi * math.atan(-slope * (k - pivot)) + 1) / 2 for k in range(count)]
@@ -147,7 +147,7 @@ def test_align_your_steps_takes_its_tables_and_interpolates_them_in_the_logarith
         times = torch.tensor(grid(schedule, 10, name)[:-1], dtype=torch.float64)  # type: ignore[arg-type]
         published = diffusers.schedulers.AysSchedules
         rho = (-schedule.log_snr(times)).exp()
-        assert rho.tolist() == pytest.approx(published[f"{table}Sigmas"][:-1], abs=3e-3)  # rounded there
+        assert rho.tolist() == pytest.approx(published[f"{table}Sigmas"][:-1], abs=5e-3)  # rounded there
         assert (1000 * times - 1).tolist() == pytest.approx(published[f"{table}Timesteps"], abs=1.5)
         half = torch.tensor(grid(schedule, 5, name)[:-1], dtype=torch.float64)  # type: ignore[arg-type]
         torch.testing.assert_close(half, times[::2])
