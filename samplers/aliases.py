@@ -1,7 +1,7 @@
 """What ComfyUI, k-diffusion and diffusers call the solvers. A name whose rule is missing is refused with the nearest.
 
 An alias is the same rule, up to its lower orders at the first and last steps. Three differ further: for flows,
-ComfyUI's ``euler_ancestral`` takes other noise; its ``deis`` takes polynomials of the time of a linear VP schedule, here
+ComfyUI's ``euler_ancestral`` takes other noise; its ``deis`` has polynomials of the time of a linear VP schedule, here
 they are of the model's own time; and the boundary scaling of ``LCMScheduler`` (c_skip, c_out) belongs to the student.
 Here, ``euler`` and ``heun`` step in time; those of ComfyUI and k-diffusion are ``ddim`` and ``heun_edm``.
 """
