@@ -228,3 +228,10 @@ def test_ipndm_equals_diffusers() -> None:
     for node, label in zip(nodes, scheduler.timesteps, strict=False):
         x = scheduler.step(predict(x, node.t).view("v"), label, x).prev_sample
     torch.testing.assert_close(SOLVERS["ipndm"].run(mixture(), NOISE, times), x, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["deis_2", "deis_3", "ipndm", "gradient_estimation"])
+def test_the_step_to_clean_data_returns_the_predicted_x0(name: str) -> None:
+    flow, times = RectifiedFlow(), [0.9, 0.7, 0.5, 0.3, 0.0]
+    before = SOLVERS[name].run(mixture(flow), NOISE, times[:-1])
+    torch.testing.assert_close(SOLVERS[name].run(mixture(flow), NOISE, times), mixture(flow)(before, 0.3).x0)

@@ -217,9 +217,13 @@ def test_known_names_give_their_rules() -> None:
     for name, rule in (
         ("res_multistep", partial(multistep_pp, relaxation="none")),
         ("unipc_2_bh1", partial(unipc, variant="bh1")),
+        ("unipc_3_bh1", partial(unipc, order=3, variant="bh1")),
+        ("unipc_3", partial(unipc, order=3)),
     ):
         assert torch.equal(SOLVERS[name](mixture(), NOISE, times, noise), rule(mixture(), NOISE, times))
-    assert not torch.equal(unipc(mixture(), NOISE, times, variant="bh1"), unipc(mixture(), NOISE, times))
+    for order in (2, 3):
+        bh1 = unipc(mixture(), NOISE, times, order=order, variant="bh1")
+        assert not torch.equal(bh1, unipc(mixture(), NOISE, times, order=order))
 
 
 def test_unip_2_equals_2m() -> None:
