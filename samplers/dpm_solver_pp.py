@@ -34,12 +34,17 @@ def multistep_sde(
     predict: Predictor, x: Tensor, times: Sequence[float], noise: Noise | None, *, order: int = 2,
     relaxation: Relaxation = "published",
 ) -> Tensor:  # fmt: skip
-    """SDE-DPM-Solver++ 1 or 2M; without ``noise``, its noise term is left out. N evaluations."""
+    """SDE-DPM-Solver++ 1, 2M or 3M; without ``noise``, its noise term is left out. N evaluations."""
     return multistep(predict, x, times, pp_steps(len(times) - 1, order, relaxation, "sde"), noise)
 
 
-def singlestep_pp(predict: Predictor, x: Tensor, times: Sequence[float]) -> Tensor:
-    """++2S: two evaluations per step, the second halfway in log-SNR; the step to sigma = 0 is ++1."""
+def singlestep_pp(
+    predict: Predictor, x: Tensor, times: Sequence[float], *, relaxation: Relaxation = "midpoint"
+) -> Tensor:
+    """++2S: two evaluations per step, the second halfway in log-SNR; the step to sigma = 0 is ++1.
+
+    ``relaxation="none"`` gives the exponential Runge-Kutta method of order 2 with c2 = 1/2 (RES, arXiv 2308.02157).
+    """
     for s, t in pairwise(predict.nodes(times)):
         at_s = HistoryEntry(s, predict(x, s.t))
         if not has_inner_node(s, t):
@@ -47,7 +52,7 @@ def singlestep_pp(predict: Predictor, x: Tensor, times: Sequence[float]) -> Tens
             continue
         middle = inner_node(predict, s, t, 0.5)
         at_middle = HistoryEntry(middle, predict(advance(x, s, middle, [at_s]), middle.t))
-        x = advance(x, s, t, [at_s, at_middle], "data", "midpoint")
+        x = advance(x, s, t, [at_s, at_middle], "data", relaxation)
     return x
 
 

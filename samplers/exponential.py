@@ -1,12 +1,14 @@
 """Exponential integrators in log-SNR: the common kernel of DPM-Solver, DPM-Solver++, UniPC and DC-Solver.
 
 Let lambda = log(alpha / sigma), m the predicted x0, e the predicted noise. From s to t, with h = lambda_t - lambda_s,
-the probability-flow ODE (and with fresh noise z the SDE of the same marginals) is exactly
+the probability-flow ODE (and with fresh noise z the SDEs of the same marginals, with the stochasticity tau) is exactly
 
     data:   x_t = (sigma_t / sigma_s) x_s + alpha_t int_0^h exp(-(h - r)) m(lambda_s + r) dr
     noise:  x_t = (alpha_t / alpha_s) x_s - sigma_t int_0^h exp(h - r) e(lambda_s + r) dr
-    sde:    x_t = (sigma_t / sigma_s) exp(-h) x_s + alpha_t int_0^h 2 exp(-2 (h - r)) m dr
-                  + sigma_t sqrt(1 - exp(-2h)) z
+    sde:    x_t = (sigma_t / sigma_s) exp(-tau^2 h) x_s + alpha_t int_0^h c exp(-c (h - r)) m dr
+                  + sigma_t sqrt(1 - exp(-2 tau^2 h)) z,     c = 1 + tau^2
+
+tau = 1 is the SDE of SDE-DPM-Solver++, tau = 0 the ODE.
 
 A rule of order p replaces m or e by the polynomial through p model outputs. Its weights solve
 ``sum_j w_j r_j^k / k! = A_k`` (k < p), where r_j is the log-SNR of output j relative to lambda_s and A_k the integral
@@ -58,12 +60,13 @@ def exponential_integrals(h: float, count: int) -> list[float]:
     return integrals
 
 
-def form_integrals(form: Form, h: float, count: int) -> list[float]:
+def form_integrals(form: Form, h: float, count: int, tau: float = 1.0) -> list[float]:
     """The integrals A_k of a form, without its factor alpha_t or -sigma_t."""
     if form == "noise":
         return [(-1) ** (k + 1) * a for k, a in enumerate(exponential_integrals(-h, count))]
     if form == "sde":
-        return [a / 2**k for k, a in enumerate(exponential_integrals(2 * h, count))]
+        c = 1 + tau**2
+        return [a / c**k for k, a in enumerate(exponential_integrals(c * h, count))]
     return exponential_integrals(h, count)
 
 
@@ -108,35 +111,38 @@ class ExponentialWeights(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def exponential_weights(
-    s: Node, t: Node, log_snrs: tuple[float, ...], form: Form, relaxation: Relaxation
+    s: Node, t: Node, log_snrs: tuple[float, ...], form: Form, relaxation: Relaxation, tau: float = 1.0
 ) -> ExponentialWeights:
     """The weights of a step from outputs at ``log_snrs``, the first at ``s``; cached across batches."""
     h = t.log_snr - s.log_snr
     count = 1 if math.isinf(h) else len(log_snrs)
     if form == "noise" and count == 1:
         form = "data"  # the same step, and defined at both ends
-    a = relax(form_integrals(form, h, count), h, relaxation)
+    if form == "sde" and tau == 0:
+        form = "data"
+    a = relax(form_integrals(form, h, count, tau), h, relaxation)
     w = solve_weights(a, [value - s.log_snr for value in log_snrs[:count]] if count > 1 else [0.0])
     if form == "noise":
         return ExponentialWeights(t.alpha / s.alpha, tuple(-t.sigma * weight for weight in w), 0.0, form)
     state, noise = t.sigma / s.sigma, 0.0
     if form == "sde":
-        state, noise = state * math.exp(-h), t.sigma * math.sqrt(-math.expm1(-2 * h))
+        state, noise = state * math.exp(-(tau**2) * h), t.sigma * math.sqrt(-math.expm1(-2 * tau**2 * h))
     return ExponentialWeights(state, tuple(t.alpha * weight for weight in w), noise, form)
 
 
 def advance(
     x: Tensor, s: Node, t: Node, history: Sequence[HistoryEntry], form: Form = "data", relaxation: Relaxation = "none",
-    noise: Noise | None = None,
+    noise: Noise | None = None, tau: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """``x_t`` from ``x`` at ``s`` and the model outputs ``history``, the first of which is at ``s``.
 
     The number of outputs is the order. Steps to sigma = 0 or from alpha = 0, where the log-SNR is infinite, are of
-    first order; all forms but ``sde`` agree there. Only ``sde`` uses ``noise``.
+    first order; all forms but ``sde`` agree there. Only ``sde`` uses ``tau`` and ``noise``; without ``noise``, its
+    noise term is left out.
     """
     if len(history) > 1:  # an output at an infinite log-SNR gives no derivative
         history = [history[0], *(entry for entry in history[1:] if math.isfinite(entry.node.log_snr))]
-    weights = exponential_weights(s, t, tuple(entry.node.log_snr for entry in history), form, relaxation)
+    weights = exponential_weights(s, t, tuple(entry.node.log_snr for entry in history), form, relaxation, tau)
     out = x * weights.state
     for weight, entry in zip(weights.outputs, history, strict=False):
         out.add_(entry.output.noise if weights.form == "noise" else entry.output.x0, alpha=weight)

@@ -13,11 +13,17 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError, nearest
 from fewstep.models.schedules import NoiseSchedule, RectifiedFlow, shift
+from fewstep.samplers.published_levels import TABLES, align_your_steps, bong_tangent, linear_quadratic
 
-Spacing = Literal["time", "quadratic", "log_snr", "karras", "exponential", "beta"]
+Spacing = Literal[
+    "time", "quadratic", "log_snr", "karras", "exponential", "beta", "beta57", "sgm_uniform", "kl_optimal",
+    "linear_quadratic", "bong_tangent", "ays_sd15", "ays_sdxl", "ays_svd",
+]  # fmt: skip
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 FloatArray = NDArray[np.float64]
 End = Literal["zero", "minimum", "append"]
+BETA = {"beta": (0.6, 0.6), "beta57": (0.5, 0.7)}
+PUBLISHED = ("linear_quadratic", "bong_tangent", *TABLES)
 T_MAX, T_MIN = 0.999, 1e-3  # replace times 1 and 0 where the log-SNR there is infinite
 
 
@@ -46,7 +52,15 @@ def grid(
     ``spacing`` is uniform in: ``time``; its square root (``quadratic``); the log-SNR (``log_snr``, or ``exponential``:
     geometric in sigma / alpha); (sigma / alpha)^(1/7) (``karras``, arXiv 2206.00364). ``beta`` takes quantiles of
     Beta(0.6, 0.6) (arXiv 2407.12173): over time on a flow, as the paper does, and over sigma / alpha on other
-    schedules, as diffusers does. ``factor`` then shifts the times towards noise. ``end``: ``minimum`` stops at
+    schedules, as diffusers does. ``beta57`` (RES4LYF) takes those of Beta(0.5, 0.7) over time. ``sgm_uniform``
+    (ComfyUI) is uniform in time down to ``t_min``, ``kl_optimal`` (arXiv 2404.14507, Theorem 3.1) in
+    arctan(sigma / alpha). ``factor`` then shifts the times towards noise.
+
+    ``linear_quadratic``, ``bong_tangent`` and the tables ``ays_…`` are published noise levels, which run from ``t_max``
+    to 0 and are not shifted (``published_levels``). Those of the tables are sigma / alpha; the others are fractions of
+    the largest time on a flow, of the largest sigma / alpha on other schedules.
+
+    ``end``: ``minimum`` stops at
     ``t_min``, ``zero`` moves the last time from there to 0, ``append`` spaces one time fewer and adds 0, as most
     published grids do; what is uniform in time is spaced down to 0 itself if ``end`` is ``zero``.
 
@@ -58,12 +72,18 @@ def grid(
     _check_steps(steps)
     if not 0 <= t_min < t_max:
         raise ValueError(f"its smallest time must lie between 0 and {t_max:g}, got {t_min:g}")
+    if spacing in PUBLISHED:
+        if end != "zero":
+            raise ValueError(f"it ends at 0, not with end={end!r}")
+        return _published(schedule, steps, spacing, t_max)
     u = np.linspace(0, 1, steps + (end != "append"))
     last = 0.0 if end == "zero" else t_min
     if spacing == "time":
         times = torch.linspace(t_max, last, len(u), dtype=torch.float64)
     elif is_over_time(schedule, spacing):
-        times = torch.as_tensor(last + (t_max - last) * _beta_quantiles(1 - u))
+        times = torch.as_tensor(last + (t_max - last) * _beta_quantiles(1 - u, *BETA[spacing]))
+    elif spacing == "sgm_uniform":
+        times = torch.linspace(t_max, t_min, len(u), dtype=torch.float64)
     elif spacing == "quadratic":
         times = torch.as_tensor(((1 - u) * t_max**0.5 + u * t_min**0.5) ** 2)
     else:
@@ -75,14 +95,30 @@ def grid(
             rho = high ** (1 - u) * low**u
         elif spacing == "karras":
             rho = ((1 - u) * high ** (1 / 7) + u * low ** (1 / 7)) ** 7
+        elif spacing == "kl_optimal":
+            rho = np.tan((1 - u) * np.arctan(high) + u * np.arctan(low))
         else:
-            rho = low + (high - low) * _beta_quantiles(1 - u)
+            rho = low + (high - low) * _beta_quantiles(1 - u, *BETA[spacing])
         times = schedule.time_of_log_snr(-torch.log(torch.as_tensor(rho)))
         times[0] = ends[0]
     spaced = shift(times, factor).tolist()
     if end == "append":
         return check_times([*spaced, 0.0])
     return check_times([*spaced[:-1], 0.0 if end == "zero" else spaced[-1]])
+
+
+def _published(schedule: NoiseSchedule, steps: int, spacing: str, t_max: float) -> tuple[float, ...]:
+    """The times of a spacing that is published as noise levels, from ``t_max`` to 0."""
+    if spacing in TABLES:
+        levels = torch.tensor(align_your_steps(spacing, steps)[1:-1], dtype=torch.float64)
+        times = schedule.time_of_log_snr(-levels.log())
+    else:
+        rule = linear_quadratic if spacing == "linear_quadratic" else bong_tangent
+        levels = torch.tensor(rule(steps)[1:-1], dtype=torch.float64)
+        largest = schedule.log_snr(torch.tensor(t_max, dtype=torch.float64))
+        flow = isinstance(schedule, RectifiedFlow)
+        times = t_max * levels if flow else schedule.time_of_log_snr(largest - levels.log())
+    return check_times([t_max, *times.tolist(), 0.0])
 
 
 def respace(levels: Tensor, spacing: str) -> Tensor:
@@ -95,7 +131,7 @@ def respace(levels: Tensor, spacing: str) -> Tensor:
     if spacing == "exponential":
         return torch.as_tensor(high ** (1 - u) * low**u)
     if spacing == "beta":
-        return torch.as_tensor(low + (high - low) * _beta_quantiles(1 - u))
+        return torch.as_tensor(low + (high - low) * _beta_quantiles(1 - u, *BETA["beta"]))
     raise ValueError(f"the spacing {spacing!r} does not apply to a flow's sigmas")
 
 
@@ -111,7 +147,7 @@ def grid_of(
     try:
         if name == "times":
             return _custom_times(argument, steps, t_max)
-        if colon and is_over_time(schedule, name):
+        if colon and (name in PUBLISHED or is_over_time(schedule, name)):
             raise UserError(f"The grid {name!r} ends at 0 here, so it takes no smallest time.")
         t_min = float(argument) if colon else T_MIN
         return grid(schedule, steps, cast(Spacing, name), factor=factor, t_max=t_max, t_min=t_min)
@@ -135,15 +171,15 @@ def given_steps(text: str) -> int | None:
 
 def is_over_time(schedule: NoiseSchedule, spacing: str) -> bool:
     """Whether a spacing divides time itself."""
-    return spacing == "time" or (spacing == "beta" and isinstance(schedule, RectifiedFlow))
+    return spacing in ("time", "beta57") or (spacing == "beta" and isinstance(schedule, RectifiedFlow))
 
 
-def _beta_quantiles(fraction: FloatArray) -> FloatArray:
+def _beta_quantiles(fraction: FloatArray, a: float, b: float) -> FloatArray:
     try:
         from scipy.stats import beta
     except ImportError as error:
         raise ValueError("its quantiles need scipy: pip install 'fewstep[eval]'") from error
-    quantiles: FloatArray = beta.ppf(fraction, 0.6, 0.6)
+    quantiles: FloatArray = beta.ppf(fraction, a, b)
     return quantiles
 
 

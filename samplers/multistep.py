@@ -1,4 +1,4 @@
-"""The loop of every multistep rule: DPM-Solver++ M, SDE-DPM-Solver++, UniPC, DC-Solver, and any mixture of them."""
+"""The loop of every multistep rule in log-SNR: DPM-Solver++ M and its SDE, UniPC, SA-Solver, DC-Solver, any mixture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Step:
     """The decisions of one step: it uses ``order`` model outputs in the given ``form``, relaxed by ``relaxation``.
 
     With ``correct``, the state that the step predicts is corrected by the model output there and the outputs that
-    predicted it, relaxed by ``correction`` (UniC; no additional evaluation).
+    predicted it, relaxed by ``correction`` (UniC; no additional evaluation). In the form ``sde``, of stochasticity
+    ``tau``, the correction adds the same noise as the prediction did.
     """
 
     order: int = 2
@@ -27,6 +28,7 @@ class Step:
     relaxation: Relaxation = "midpoint"
     correct: bool = False
     correction: Relaxation = "midpoint"
+    tau: float = 1.0
 
 
 def multistep(
@@ -68,6 +70,7 @@ class MultistepState:
         if compensate is not None:
             self._max_history = max(self._max_history, 3)  # DC-Solver's polynomial goes through three outputs
         self._previous: Tensor | None = None  # the corrected state from which the newest prediction started
+        self._drawn: Tensor | None = None  # the noise of the newest prediction
 
     @property
     def node(self) -> Node:
@@ -85,13 +88,24 @@ class MultistepState:
         if self._previous is not None and self._steps[i - 1].correct:
             last, history = self._steps[i - 1], self._history
             used = [history[0], entry, *history[1 : min(last.order, len(history))]]
-            x = advance(self._previous, grid[i - 1], grid[i], used, last.form, last.correction)
+            noise = None if self._drawn is None else self._same_noise
+            x = advance(self._previous, grid[i - 1], grid[i], used, last.form, last.correction, noise, last.tau)
         self._history = [entry, *self._history[: self._max_history - 1]]
         if self._compensate is not None:
             self._history[0] = self._compensate(i, self._history)
-        self._previous, self.index = x, i + 1
+        self._previous, self._drawn, self.index = x, None, i + 1
+        noise = None if self._noise is None else self._fresh_noise
         used = self._history[: step.order]
-        return x, advance(x, grid[i], grid[i + 1], used, step.form, step.relaxation, self._noise)
+        return x, advance(x, grid[i], grid[i + 1], used, step.form, step.relaxation, noise, step.tau)
+
+    def _fresh_noise(self) -> Tensor:
+        assert self._noise is not None
+        self._drawn = self._noise()
+        return self._drawn
+
+    def _same_noise(self) -> Tensor:
+        assert self._drawn is not None
+        return self._drawn
 
 
 def falling_orders(order: int, steps: int) -> list[int]:

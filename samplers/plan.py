@@ -14,7 +14,7 @@ from fewstep.models.loading import Model
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.schedules import schedule_from_dict
 from fewstep.samplers.grids import T_MAX, given_steps, grid_of, time_uniform
-from fewstep.samplers.solvers import REGISTRY, STUDENT_SOLVERS, FitRequest, Solver, find_solver
+from fewstep.samplers.solvers import REGISTRY, STUDENT_SOLVERS, FitRequest, Solver, find_solver, resolve_solver
 
 TEACHER_STEPS = 32
 
@@ -105,7 +105,7 @@ def steps_within(solver: str, nfe: int, guided: bool, config: ModelConfig) -> in
     fits (the step to 0 is of first order in solvers that evaluate the model several times per step).
     """
     budget = nfe // 2 if guided else nfe
-    found = STUDENT_SOLVERS["deterministic"] if solver == "student" else REGISTRY.resolve(solver)
+    found = STUDENT_SOLVERS["deterministic"] if solver == "student" else resolve_solver(solver)
     schedule = schedule_from_dict(config.noise_schedule)
 
     def cost(steps: int) -> int:

@@ -11,21 +11,29 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.errors import UserError, nearest
 from fewstep.core.registry import Registry
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.schedules import NoiseSchedule
+from fewstep.samplers.aliases import ALIASES, NEAREST
 from fewstep.samplers.dc_solver import dc_solver, read_ratios
 from fewstep.samplers.ddim import ddim
+from fewstep.samplers.deis import deis
 from fewstep.samplers.dpm_solver import dpm_solver
 from fewstep.samplers.dpm_solver_pp import multistep_pp, multistep_sde, singlestep_pp
 from fewstep.samplers.dpm_solver_v3 import Statistics, dpm_solver_v3
+from fewstep.samplers.er_sde import er_sde
 from fewstep.samplers.euler import euler
 from fewstep.samplers.exponential import Noise
 from fewstep.samplers.few_step import renoise
 from fewstep.samplers.grids import check_times
 from fewstep.samplers.heun import heun, heun_edm
+from fewstep.samplers.ipndm import gradient_estimation, ipndm
 from fewstep.samplers.predictor import HALF, Predictor
+from fewstep.samplers.sa_solver import sa_solver
+from fewstep.samplers.seeds import seeds
+from fewstep.samplers.tcd import tcd
 from fewstep.samplers.unipc import unipc
 
 Rule = Callable[[Predictor, Tensor, Sequence[float]], Tensor]
@@ -35,9 +43,9 @@ NoisyRule = Callable[[Predictor, Tensor, Sequence[float], Noise], Tensor]
 @dataclass(frozen=True)
 class Solver:
     """``run(predict, x, times)``, or ``run(predict, x, times, noise)`` if ``noisy``, maps the state ``x`` [B, ...] at
-    ``times[0]`` to the state at ``times[-1]``. The ``order`` of convergence and the network's ``evaluations_per_step``
-    disregard the first and last steps. ``by_log_snr``: the rule uses differences in log-SNR, so its grid should not
-    start where that is infinite.
+    ``times[0]`` to the state at ``times[-1]``. The ``order`` of convergence (of a noisy solver without its noise) and
+    the network's ``evaluations_per_step`` disregard the first and last steps. ``by_log_snr``: the rule uses differences
+    in log-SNR, so its grid should not start where that is infinite.
 
     A call checks that the times decrease. A state in half precision is integrated in float32 and returned as it came;
     the network receives it in half precision.
@@ -70,7 +78,8 @@ class _Zeros(nn.Module):
         return torch.zeros_like(x_t)
 
 
-PP, UNIPC = "arXiv 2211.01095", "arXiv 2302.04867"
+PP, UNIPC, RES = "arXiv 2211.01095", "arXiv 2302.04867", "arXiv 2308.02157"
+DEIS, SEEDS = "arXiv 2204.13902", "arXiv 2305.14267"
 _BUILT_IN: dict[str, Solver] = {
     "euler": Solver(euler, 1, 1, "in time; DDIM on a flow"),
     "ddim": Solver(ddim, 1, 1, "arXiv 2010.02502"),
@@ -87,17 +96,35 @@ _BUILT_IN: dict[str, Solver] = {
     ),
     "sde_dpmpp_1": Solver(partial(multistep_sde, order=1), 1, 1, PP, by_log_snr=True, noisy=True),
     "sde_dpmpp_2m": Solver(multistep_sde, 2, 1, PP, by_log_snr=True, noisy=True),
+    "sde_dpmpp_2m_exact": Solver(
+        partial(multistep_sde, relaxation="none"), 2, 1, f"{PP}, with exact weights", by_log_snr=True, noisy=True
+    ),
+    "sde_dpmpp_3m": Solver(
+        partial(multistep_sde, order=3), 2, 1, f"{PP}, as k-diffusion's code", by_log_snr=True, noisy=True
+    ),
+    "seeds_2": Solver(seeds, 2, 2, SEEDS, by_log_snr=True, noisy=True),
+    "seeds_3": Solver(partial(seeds, order=3), 3, 3, SEEDS, by_log_snr=True, noisy=True),
+    "sa_solver": Solver(sa_solver, 4, 1, "arXiv 2309.05019", by_log_snr=True, noisy=True),
+    "er_sde": Solver(er_sde, 2, 1, "arXiv 2309.06169, three stages", noisy=True),
+    "deis_2": Solver(partial(deis, order=2), 2, 1, f"{DEIS}, tAB"),
+    "deis_3": Solver(deis, 3, 1, f"{DEIS}, tAB"),
+    "ipndm": Solver(ipndm, 2, 1, f"{DEIS}; order 4 on equal steps of sigma / alpha"),
+    "gradient_estimation": Solver(gradient_estimation, 1, 1, "arXiv 2306.04848"),
+    "res_2s": Solver(partial(singlestep_pp, relaxation="none"), 2, 2, RES, by_log_snr=True),
     "res_multistep": Solver(
-        partial(multistep_pp, relaxation="none"), 2, 1, "arXiv 2308.02157; DPM-Solver++ 2M, exact", by_log_snr=True
+        partial(multistep_pp, relaxation="none"), 2, 1, f"{RES}; DPM-Solver++ 2M, exact", by_log_snr=True
     ),
     "unipc_2_bh1": Solver(partial(unipc, order=2, variant="bh1"), 3, 1, f"{UNIPC}, B(h) = h", by_log_snr=True),
     "unipc_2": Solver(partial(unipc, order=2), 3, 1, UNIPC, by_log_snr=True),
     "unipc_3": Solver(partial(unipc, order=3), 4, 1, UNIPC, by_log_snr=True),
+    "unipc_3_bh1": Solver(partial(unipc, order=3, variant="bh1"), 4, 1, f"{UNIPC}, B(h) = h", by_log_snr=True),
+    "tcd": Solver(tcd, 1, 1, "arXiv 2402.19159; for consistency students", noisy=True),
+    "renoise": Solver(renoise, 1, 1, "arXiv 2303.01469, Algorithm 1; for consistency students", noisy=True),
 }
 SOLVERS = {name: replace(solver, name=name) for name, solver in _BUILT_IN.items()}
 STUDENT_SOLVERS: dict[str, Solver] = {
     "deterministic": SOLVERS["ddim"],
-    "renoise": Solver(renoise, 1, 1, "arXiv 2303.01469, Algorithm 1", noisy=True, name="renoise"),
+    "renoise": SOLVERS["renoise"],
 }
 
 
@@ -148,17 +175,30 @@ REGISTRY: Registry[Solver | FittedSolver] = Registry(
 )  # fmt: skip
 
 
+def resolve_solver(name: str) -> Solver | FittedSolver:
+    """A solver by short or dotted name or by an alias; your own solvers precede aliases. Raises ``UserError`` on an
+    unknown name and on a published rule that is not provided, with the nearest one."""
+    if name in REGISTRY:
+        return REGISTRY.resolve(name)
+    if name in NEAREST:
+        raise UserError(f"The rule {name!r} is not provided; the nearest is {NEAREST[name]!r}.")
+    if name not in ALIASES:
+        raise UserError(f"Unknown solver {name!r}{nearest(name, [*REGISTRY.names(), *ALIASES])}.")
+    return REGISTRY.resolve(ALIASES[name])
+
+
 def find_solver(name: str, request: FitRequest) -> Solver:
-    """A solver by short or dotted name; a ``FittedSolver`` is built for the ``request``. Raises ``UserError`` on an
-    unknown name (with the nearest known one), and on a missing file or one that does not fit the request."""
-    found = REGISTRY.resolve(name)
+    """``resolve_solver``, with a ``FittedSolver`` built for the ``request``. Raises ``UserError`` also on a missing
+    file or one that does not fit the request."""
+    found = resolve_solver(name)
     if isinstance(found, FittedSolver):
         rule = found.build(request)
         return Solver(rule, found.order, found.evaluations_per_step, found.paper, by_log_snr=True, name=name)
     return found
 
 
-def describe_solvers() -> list[tuple[str, str, str, str]]:
-    """Name, order, evaluations per step and paper of every solver: built in, then registered and installed ones."""
+def describe_solvers() -> list[tuple[str, str, str, str, str]]:
+    """Name, order, evaluations per step, paper and aliases of every solver: built in, then registered and installed."""
     solvers = {name: REGISTRY.resolve(name) for name in [*SOLVERS, *FITTED_SOLVERS, *REGISTRY.names()]}
-    return [(name, str(s.order), str(s.evaluations_per_step), s.paper) for name, s in solvers.items()]
+    aliases = {name: ", ".join(alias for alias, of in ALIASES.items() if of == name) for name in solvers}
+    return [(name, str(s.order), str(s.evaluations_per_step), s.paper, aliases[name]) for name, s in solvers.items()]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
+from scipy import special
+from scipy.integrate import quad
 from worlds import FLOW
 
 from fewstep.core.errors import UserError
 from fewstep.models.schedules import VE, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
-from fewstep.samplers.grids import End, Spacing, check_times, given_steps, grid, grid_of, time_uniform
+from fewstep.samplers.grids import PUBLISHED, End, Spacing, check_times, given_steps, grid, grid_of, time_uniform
 
 SCHEDULES: dict[str, NoiseSchedule] = {
     "vp": VPLinear(), "flow": RectifiedFlow(), "edm": VE(), "discrete": VPDiscrete.scaled_linear()
@@ -22,6 +25,14 @@ SCHEDULES: dict[str, NoiseSchedule] = {
 @pytest.mark.parametrize("end", get_args(End))
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=list(SCHEDULES))
 def test_grids_decrease_and_end_as_requested(spacing: Spacing, end: End, schedule: NoiseSchedule) -> None:
+    if spacing in PUBLISHED and end != "zero":
+        with pytest.raises(ValueError, match="it ends at 0, not with end="):
+            grid(schedule, 9, spacing, end=end)
+        return
+    if spacing == "ays_svd" and isinstance(schedule, VPDiscrete):
+        with pytest.raises(ValueError, match="decreasing times within"):  # its noise exceeds the schedule's
+            grid(schedule, 9, spacing)
+        return
     times = grid(schedule, 9, spacing, end=end)
     assert len(times) == 10
     assert check_times(times) == times
@@ -68,6 +79,90 @@ def test_beta_quantiles_are_over_sigma_by_alpha_on_other_schedules() -> None:
     rho = (-schedule.log_snr(times)).exp()
     fractions = (rho - rho[-1]) / (rho[0] - rho[-1])
     assert fractions.tolist() == pytest.approx([1.0, 0.824320, 0.5, 0.175680, 0.0], abs=1e-5)
+
+
+def test_beta57_takes_quantiles_over_the_time_of_every_schedule() -> None:
+    """t = ppf(1 - k / N; 0.5, 0.7), as RES4LYF's scheduler; checked by the distribution's integral."""
+    for schedule in SCHEDULES.values():
+        times = grid(schedule, 5, "beta57")
+        for k, t in enumerate(times):
+            mass = quad(lambda u: u**-0.5 * (1 - u) ** -0.3, 0, t, epsabs=1e-10)[0] / special.beta(0.5, 0.7)
+            assert mass == pytest.approx(1 - k / 5, abs=1e-6)
+    shifted = [3 * t / (1 + 2 * t) for t in times]
+    assert grid(FLOW, 5, "beta57", factor=3.0) == pytest.approx(shifted)
+
+
+def test_sgm_uniform_ends_with_a_step_from_the_second_smallest_time() -> None:
+    """ComfyUI: linspace(999, 0, N + 1) of the timesteps without its last, then 0."""
+    labels = np.linspace(999, 0, 6)[:-1]
+    assert grid(VPDiscrete.scaled_linear(), 5, "sgm_uniform") == pytest.approx([*((labels + 1) / 1000), 0.0])
+
+
+def test_kl_optimal_is_uniform_in_the_arctangent_of_sigma_by_alpha() -> None:
+    """sigma_i = tan(i / N arctan(sigma_min) + (1 - i / N) arctan(sigma_max)), the theorem's formula."""
+    times = grid(VE(0.01, 50.0), 7, "kl_optimal", end="minimum", t_min=0.0)
+    sigma = VE(0.01, 50.0).sigma(torch.tensor(times, dtype=torch.float64))
+    expected = [math.tan(i / 7 * math.atan(0.01) + (1 - i / 7) * math.atan(50.0)) for i in range(8)]
+    assert sigma.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_linear_quadratic_takes_mochis_values() -> None:
+    """The coefficients of its published code: of i^2, of i, and constant, for i from half of the steps."""
+    for steps in (2, 5, 8, 30):
+        linear, threshold = steps // 2, 0.025
+        rest = linear - threshold * steps
+        square = rest / (linear * (steps - linear) ** 2)
+        slope = threshold / linear - 2 * rest / (steps - linear) ** 2
+        values = [threshold * i / linear for i in range(linear)]
+        values += [square * i**2 + slope * i + square * linear**2 for i in range(linear, steps)]
+        expected = [*(1 - value for value in values), 0.0]
+        assert grid(FLOW, steps, "linear_quadratic") == pytest.approx(expected, abs=1e-12)
+        assert grid(FLOW, steps, "linear_quadratic", factor=3.0) == pytest.approx(expected, abs=1e-12), "not shifted"
+        sigma = VE().sigma(torch.tensor(grid(VE(), steps, "linear_quadratic")[:-1], dtype=torch.float64))
+        assert sigma.tolist() == pytest.approx([80 * value for value in expected[:-1]], rel=1e-9)
+    assert grid(FLOW, 1, "linear_quadratic") == (1.0, 0.0)
+    assert grid(FLOW, 4, "linear_quadratic", t_max=0.999) == pytest.approx([0.999, 0.9865125, 0.974025, 0.724275, 0])
+
+
+def test_bong_tangent_joins_two_arctangents() -> None:
+    """RES4LYF: [1 + 2 / pi atan(-slope (k - pivot))] / 2, rescaled; pivots at 60 %, slopes 0.2 at 40 steps."""
+
+    def part(count: int, slope: float, pivot: int, high: float, low: float) -> list[float]:
+        f = [(2 / math.pi * math.atan(-slope * (k - pivot)) + 1) / 2 for k in range(count)]
+        return [(value - f[-1]) / (f[0] - f[-1]) * (high - low) + low for value in f]
+
+    for steps in (2, 3, 8, 20):
+        total = steps + 2
+        join, slope = int(total * 0.6), 0.2 / (total / 40)
+        expected = [*part(join, slope, join, 1, 0.5)[:-1], *part(total - join, slope, 0, 0.5, 0)]
+        assert len(expected) == steps + 1
+        assert grid(FLOW, steps, "bong_tangent") == pytest.approx(expected, abs=1e-12)
+    assert grid(FLOW, 1, "bong_tangent") == (1.0, 0.0)
+
+
+def test_align_your_steps_takes_its_tables_and_interpolates_them_in_the_logarithm() -> None:
+    schedule = VPDiscrete.scaled_linear()
+    diffusers = pytest.importorskip("diffusers")
+    for name, table in (("ays_sd15", "StableDiffusion"), ("ays_sdxl", "StableDiffusionXL")):
+        times = torch.tensor(grid(schedule, 10, name)[:-1], dtype=torch.float64)  # type: ignore[arg-type]
+        published = diffusers.schedulers.AysSchedules
+        rho = (-schedule.log_snr(times)).exp()
+        assert rho.tolist() == pytest.approx(published[f"{table}Sigmas"][:-1], abs=5e-3)  # rounded there
+        assert (1000 * times - 1).tolist() == pytest.approx(published[f"{table}Timesteps"], abs=1.5)
+        half = torch.tensor(grid(schedule, 5, name)[:-1], dtype=torch.float64)  # type: ignore[arg-type]
+        torch.testing.assert_close(half, times[::2])
+        twice = torch.tensor(grid(schedule, 20, name)[:-1], dtype=torch.float64)  # type: ignore[arg-type]
+        between = (-schedule.log_snr(twice)).exp()[1:-1:2]
+        torch.testing.assert_close(between, (rho[:-1] * rho[1:]).sqrt())
+    svd = VE(0.002, 700.0)
+    rho = svd.sigma(torch.tensor(grid(svd, 10, "ays_svd")[:-1], dtype=torch.float64))
+    assert rho.tolist() == pytest.approx(diffusers.schedulers.AysSchedules["StableDiffusionVideoSigmas"][:-1])
+
+
+@pytest.mark.parametrize("name", ["beta57", *PUBLISHED])
+def test_a_published_grid_takes_no_smallest_time(name: str) -> None:
+    with pytest.raises(UserError, match=f"The grid '{name}' ends at 0 here, so it takes no smallest time"):
+        grid_of(FLOW, 5, f"{name}:0.02")
 
 
 @pytest.mark.parametrize(("spacing", "near"), [("karass", "karras"), ("log_snr:0.05", "log_snr"), ("Beta", "beta")])

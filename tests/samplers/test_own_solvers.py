@@ -121,9 +121,10 @@ def test_the_list_of_solvers_includes_registered_and_installed_ones(installed: s
     fewstep.register("solver", "registered_heun")(Solver(SOLVERS["heun"].run, 2, 2, "unpublished"))
     rows = {row[0]: row[1:] for row in describe_solvers()}
     assert list(rows)[:2] == ["euler", "ddim"]
-    assert rows["registered_heun"] == ("2", "2", "unpublished")
-    assert rows["installed_midpoint"] == ("2", "2", "a textbook")
-    assert rows["dpm_solver_v3_2"] == ("2", "1", "arXiv 2310.13268; needs fewstep solver fit-v3")
+    assert rows["registered_heun"] == ("2", "2", "unpublished", "")
+    assert rows["installed_midpoint"] == ("2", "2", "a textbook", "")
+    assert rows["dpm_solver_v3_2"] == ("2", "1", "arXiv 2310.13268; needs fewstep solver fit-v3", "")
+    assert rows["sde_dpmpp_2m"][-1] == "dpmpp_2m_sde, dpmpp_2m_sde_gpu"
     file = tmp_path / "solvers.json"
     before, sys.argv = sys.argv, ["fewstep", "solver", "list", "--json", str(file)]
     try:

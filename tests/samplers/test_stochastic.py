@@ -31,7 +31,10 @@ def noise_source(n: int, seed: int) -> Noise:
     return lambda: torch.randn(n, 1, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["sde_dpmpp_1", "sde_dpmpp_2m", "ddpm"])
+NOISY = [name for name, solver in SOLVERS.items() if solver.noisy and name not in ("tcd", "renoise")]
+
+
+@pytest.mark.parametrize("name", NOISY)
 def test_stochastic_solvers_keep_the_variance_of_gaussian_data(name: str) -> None:
     m, k, noise = 0.4, 0.6, noise_source(100_000, 1)
     predict = gaussian_predictor(m, k, VP)

@@ -44,7 +44,7 @@ Solver = Annotated[
 Steps = Annotated[int | None, typer.Option(help="Steps. Default: a student's own number; 32 for a teacher.")]
 GuidanceScale = Annotated[float, typer.Option("--guidance", help="Guidance scale; 1 is off.")]
 Grid = Annotated[
-    str, typer.Option(help="Spacing of a teacher's times: time, quadratic, log_snr, karras, exponential or beta.")
+    str, typer.Option(help="Spacing of a teacher's times: time, log_snr, karras, beta, … (docs/samplers.md lists all).")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 

@@ -26,10 +26,10 @@ OutFile = Annotated[Path, typer.Option("--out", help="A file; solvers look for i
 
 @app.command("list", epilog="Example: fewstep solver list")
 def list_solvers(file: JsonFile = None) -> None:
-    """List the solvers: order, network evaluations per step, paper."""
+    """List the solvers: order, network evaluations per step, paper, names in other libraries."""
     from fewstep.samplers.solvers import describe_solvers
 
-    head = ("solver", "order", "evaluations per step", "paper")
+    head = ("solver", "order", "evaluations per step", "paper", "also called")
     if file is not None:
         write_json([dict(zip(head, row, strict=True)) for row in describe_solvers()], file)
     else:
