@@ -71,7 +71,7 @@ def build_parts(
     if config.gradient_checkpointing:
         checkpoint_gradients(model.denoiser.backbone)
     roles = {"teacher": Role(model.denoiser.to(device))}
-    prompts = _prompts(config.data, pipeline) if pipeline is not None else None
+    prompts = _prompts(config.data, pipeline, model_config) if pipeline is not None else None
     source = data or _source(config.data, model_config, prompts, pipeline)
     return Parts(roles, {"data": source}, model_config, prompts, pipeline)
 
@@ -116,19 +116,22 @@ def _model_of(teacher: Model | Denoiser, data: Source | None) -> Model:
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def _prompts(data: DataConfig, pipeline: PipelineFolder) -> EncodedPrompts:
+def _prompts(data: DataConfig, pipeline: PipelineFolder, model: ModelConfig) -> EncodedPrompts:
     assert data.path is not None
     prompts = EncodedPrompts(Path(data.path))
-    prompts.check(pipeline)
+    prompts.check(pipeline, model.shape)
     return prompts
 
 
 def _source(
     data: DataConfig, model: ModelConfig, prompts: EncodedPrompts | None, pipeline: PipelineFolder | None
 ) -> Source:
+    if data.kind != "prompts" and not model.classes and model.base is not None:
+        raise UserError(
+            "This teacher needs prompts: set data.kind=prompts, and data.path to a folder from fewstep data encode or "
+            "fewstep data preferences."
+        )
     if data.kind == "labels":
-        if not model.classes and model.base is not None:
-            raise UserError("This teacher needs prompts: run fewstep data encode, then set data.kind and data.path.")
         return Labels(model.classes, model.shape)
     if prompts is not None and pipeline is not None:
         sizes = [pipeline.family.shape(*size) for size in data.sizes]

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.api.models import Source, load
 from fewstep.core.devices import pick_device
-from fewstep.core.files import check_writable
-from fewstep.core.image_files import to_bytes
+from fewstep.core.files import check_writable, read_prompts
+from fewstep.core.registry import Registry
 from fewstep.distill.run_folder import teacher_of
 from fewstep.eval.evaluate_protocol import ProtocolEvaluator
 from fewstep.eval.evaluate_reference import ReferenceEvaluator
@@ -23,11 +24,12 @@ from fewstep.eval.hashes import model_sha256
 from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import Protocol
 from fewstep.eval.references import load_reference
-from fewstep.eval.rewards.registry import REWARDS
+from fewstep.eval.rewards.registry import PROMPT_REWARDS, REWARDS, rate
 from fewstep.eval.rewards.win_rate import win_rate
 from fewstep.eval.score_files import Score, merge, read_scores, write_scores
-from fewstep.models.loading import resolve_path
-from fewstep.samplers.generate import generate
+from fewstep.models.loading import Model, resolve_path
+from fewstep.models.model_config import Size
+from fewstep.samplers.generate import GeneratedSet
 from fewstep.samplers.plan import SamplingConfig, plan, steps_within
 
 
@@ -136,23 +138,37 @@ def _default_json(source: Path) -> Path | None:
 
 
 def win_rates(
-    ours: Source, theirs: Source, *, n: int = 2_000, sampling: SamplingConfig | None = None,
-    reference: str = "fashion", device: str = "auto",
+    ours: Source, theirs: Source, *, n: int = 2_000, captions: Source | None = None, size: Size | None = None,
+    sampling: SamplingConfig | None = None, reference: str = "fashion", batch: int = 8, device: str = "auto",
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """For every reward, how often ``ours`` has more of it than ``theirs`` on the same label and noise, with Wilson's
-    95 % interval, and both means. The default seed is 1, other than that of ``make_preferences``."""
+    """For every reward, how often ``ours`` has more of it than ``theirs`` on the same label (or caption) and noise,
+    with Wilson's 95 % interval, and both means. The default seed is 1, other than that of ``make_preferences``.
+
+    Text-conditioned models need ``captions``, a text file with one per line, which are used in turn; ``size`` is that
+    of their samples in pixels, ``batch`` their number at a time."""
     sampling = sampling or SamplingConfig(seed=1)
-    images = []
-    for source in (ours, theirs):
-        model = load(source, device)
-        labels = model.labels(n)
-        images.append(to_bytes(generate(model, labels, sampling).x0))
-    network = load_reference(reference, "train", model.device).network
+    prompts = tuple(read_prompts(Path(captions))) if captions is not None else ()
+    found = [_rewards(load(source, device, size), prompts, n, sampling, reference, batch) for source in (ours, theirs)]
     results = []
-    for name in REWARDS.names():
-        a, b = (REWARDS.resolve(name)(network, some, labels) for some in images)
-        rate, low, high = win_rate(a, b)
+    for name in found[0]:
+        a, b = (values[name] for values in found)
+        share, low, high = win_rate(a, b)
         means = {"ours": a.mean().item(), "theirs": b.mean().item()}
-        row = {"reward": name, "win_rate": rate, "low": low, "high": high, **means, "n": n, "seed": sampling.seed}
+        row = {"reward": name, "win_rate": share, "low": low, "high": high, **means, "n": n, "seed": sampling.seed}
         results.append(row)
     return results
+
+
+def _rewards(
+    model: Model, prompts: Sequence[str], n: int, sampling: SamplingConfig, reference: str, batch: int
+) -> dict[str, Tensor]:
+    """All rewards [n] of samples of a model, by name."""
+    shown: Tensor | list[str] = [prompts[k % len(prompts)] for k in range(n)] if prompts else model.labels(n)
+    registry: Registry[Any] = PROMPT_REWARDS if prompts else REWARDS
+    network, parts = load_reference(reference, "train", model.device).network, []
+    done = 0
+    for images in GeneratedSet(model, sampling, n, prompts, batch).parts():
+        some = shown[done : done + len(images)]
+        parts.append({name: rate(registry.resolve(name), network, images, some) for name in registry.names()})
+        done += len(images)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

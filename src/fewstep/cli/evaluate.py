@@ -8,17 +8,21 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.options import (
+    Batch,
+    Captions,
     Device,
     GuidanceScale,
     JsonFile,
     ModelName,
     Seed,
+    Size,
     Solver,
     Steps,
     check_json,
     counting,
     out,
     parse_numbers,
+    parse_size,
     print_scores,
     print_table,
     sampling_bar,
@@ -145,11 +149,17 @@ def compare(
         print_table(rows)
 
 
-@app.command(epilog="Example: fewstep winrate runs/dpo runs/tdm --n 1000")
+@app.command(
+    epilog="Examples: fewstep winrate runs/dpo runs/tdm --n 1000; "
+    "fewstep winrate runs/fashion_text_dpo fashion-text --captions captions.txt"
+)
 def winrate(
     ours: ModelName,
     theirs: Annotated[str, typer.Argument(metavar="OTHER", help="The model to compare with.")],
     n: Annotated[int, typer.Option("--n", help="Samples of each.")] = 2_000,
+    captions: Captions = None,
+    size: Size = None,
+    batch: Batch = 8,
     reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",
     solver: Solver = None,
     steps: Steps = None,
@@ -163,8 +173,8 @@ def winrate(
 
     check_json(file)
     results = win_rates(
-        ours, theirs, n=n, sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference,
-        device=device,
+        ours, theirs, n=n, captions=captions, size=parse_size(size),
+        sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference, batch=batch, device=device,
     )  # fmt: skip
     if file is not None:
         write_json(results, file)

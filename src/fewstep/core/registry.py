@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 
 from fewstep.core.errors import UserError, nearest
 
-Kind = Literal["teacher", "backbone", "objective", "data", "solver", "reward", "metric", "family"]
+Kind = Literal["teacher", "backbone", "objective", "data", "solver", "reward", "prompt_reward", "metric", "family"]
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 T = TypeVar("T")
 
