@@ -70,8 +70,8 @@ class CaptionSet:
         numbers = {text: k for k, text in enumerate(CaptionSet.all().captions)}
         if unknown := next((text for text in captions if text not in numbers), None):
             raise UserError(
-                f"{unknown!r} is not a caption of a coloured garment, such as 'a red sneaker on blue'; this measures "
-                "only those (configs/fashion_text/captions.txt)."
+                f"{unknown!r} is not a caption of a coloured garment, such as 'a red sneaker on blue' "
+                "(configs/fashion_text/captions.txt); for other captions choose another reward."
             )
         return CaptionSet.all().select(torch.tensor([numbers[text] for text in captions]))
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.registry import Registry, dotted_name
+from fewstep.core.registry import Registry
 from fewstep.eval.networks.features import ClassifierFeatures
 from fewstep.eval.rewards.brightness import brightness
 from fewstep.eval.rewards.confidence import confidence
@@ -42,15 +42,15 @@ def find_prompt_reward(name: str) -> PromptReward:
 
 
 def rate(
-    reward: Callable[[ClassifierFeatures, Tensor, Any], Tensor], network: ClassifierFeatures, images: Tensor,
-    conditions: Tensor | Sequence[str],
+    name: str, reward: Callable[[ClassifierFeatures, Tensor, Any], Tensor], network: ClassifierFeatures,
+    images: Tensor, conditions: Tensor | Sequence[str],
 ) -> Tensor:  # fmt: skip
-    """A reward of images [N] by their labels [N] or prompts, on the host. Raises ``UserError`` if it is not one finite
-    number per image."""
+    """A reward of images [N] by their labels [N] or prompts, on the host; ``name`` is for messages. Raises
+    ``UserError`` if it is not one finite number per image."""
     values = reward(network, images, conditions).cpu()
     if values.shape != (len(images),) or not values.isfinite().all():
         raise UserError(
-            f"The reward {dotted_name(reward)} must return one finite number for each of {len(images)} images; it "
+            f"The reward {name} must return one finite number for each of {len(images)} images; it "
             f"returned a tensor {list(values.shape)}{'' if values.isfinite().all() else ' that is not finite'}."
         )
     return values

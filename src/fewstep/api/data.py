@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.api.models import Source, load
+from fewstep.api.models import Source, load, noise_image
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable, read_prompts, write_tensors
@@ -100,7 +100,7 @@ def make_preferences(
     plan(model, sampling)
     network = references.load_reference(reference, "train", model.device).network
     batch = 100 if captions is None else batch
-    compare = _Comparison(model, sampling, partial(rate, judge, network), n, candidates, batch, progress)
+    compare = _Comparison(model, sampling, partial(rate, reward, judge, network), n, candidates, batch, progress)
     if captions is None:
         labels = model.labels(n)
         winner, loser = compare(range(n), Condition.of_labels(labels, model.config.classes), labels, to_bytes)
@@ -108,6 +108,7 @@ def make_preferences(
         return
     folder, texts = pipeline_of(model), read_prompts(Path(captions))
     require_vae(folder)
+    rate(reward, judge, network, noise_image(model, prompts=True), texts[:1])  # refused before sampling
     made_from = {
         "model": model_sha256(model), "reward": reward, "reference": network.sha256, "candidates": candidates,
         "sampling": asdict(sampling),

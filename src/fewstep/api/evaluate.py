@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.api.models import Source, load
+from fewstep.api.models import Source, load, noise_image
 from fewstep.core.devices import pick_device
 from fewstep.core.files import check_writable, read_prompts
 from fewstep.core.registry import Registry
@@ -139,18 +139,25 @@ def _default_json(source: Path) -> Path | None:
 
 def win_rates(
     ours: Source, theirs: Source, *, n: int = 2_000, captions: Source | None = None, size: Size | None = None,
-    sampling: SamplingConfig | None = None, reference: str = "fashion", batch: int = 8, device: str = "auto",
+    rewards: Sequence[str] = (), sampling: SamplingConfig | None = None, reference: str = "fashion", batch: int = 8,
+    device: str = "auto",
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """For every reward, how often ``ours`` has more of it than ``theirs`` on the same label (or caption) and noise,
-    with Wilson's 95 % interval, and both means. The default seed is 1, other than that of ``make_preferences``.
+    """How often ``ours`` has a higher reward than ``theirs`` on the same label (or caption) and noise, with Wilson's
+    95 % interval, and both means, for each of ``rewards`` (default: all). The default seed is 1, other than that of
+    ``make_preferences``.
 
     Text-conditioned models need ``captions``, a text file with one per line, which are used in turn; ``size`` is that
     of their samples in pixels, ``batch`` their number at a time."""
     sampling = sampling or SamplingConfig(seed=1)
     prompts = tuple(read_prompts(Path(captions))) if captions is not None else ()
-    found = [_rewards(load(source, device, size), prompts, n, sampling, reference, batch) for source in (ours, theirs)]
+    registry: Registry[Any] = PROMPT_REWARDS if prompts else REWARDS
+    chosen = {name: registry.resolve(name) for name in rewards or registry.names()}
+    found = [
+        _rewards(load(source, device, size), chosen, prompts, n, sampling, reference, batch)
+        for source in (ours, theirs)
+    ]
     results = []
-    for name in found[0]:
+    for name in chosen:
         a, b = (values[name] for values in found)
         share, low, high = win_rate(a, b)
         means = {"ours": a.mean().item(), "theirs": b.mean().item()}
@@ -160,15 +167,16 @@ def win_rates(
 
 
 def _rewards(
-    model: Model, prompts: Sequence[str], n: int, sampling: SamplingConfig, reference: str, batch: int
-) -> dict[str, Tensor]:
-    """All rewards [n] of samples of a model, by name."""
+    model: Model, rewards: Mapping[str, Any], prompts: Sequence[str], n: int, sampling: SamplingConfig, reference: str,
+    batch: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Rewards [n] of samples of a model, by name."""
     shown: Tensor | list[str] = [prompts[k % len(prompts)] for k in range(n)] if prompts else model.labels(n)
-    registry: Registry[Any] = PROMPT_REWARDS if prompts else REWARDS
-    network, parts = load_reference(reference, "train", model.device).network, []
-    done = 0
+    network, parts, done = load_reference(reference, "train", model.device).network, [], 0
+    for name, reward in rewards.items():
+        rate(name, reward, network, noise_image(model, bool(prompts)), shown[:1])  # refused before sampling
     for images in GeneratedSet(model, sampling, n, prompts, batch).parts():
         some = shown[done : done + len(images)]
-        parts.append({name: rate(registry.resolve(name), network, images, some) for name in registry.names()})
+        parts.append({name: rate(name, reward, network, images, some) for name, reward in rewards.items()})
         done += len(images)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]) for name in rewards}

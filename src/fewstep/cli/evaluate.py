@@ -158,6 +158,7 @@ def winrate(
     theirs: Annotated[str, typer.Argument(metavar="OTHER", help="The model to compare with.")],
     n: Annotated[int, typer.Option("--n", help="Samples of each.")] = 2_000,
     captions: Captions = None,
+    rewards: Annotated[str | None, typer.Option(help="Rewards separated by commas, as for data preferences.")] = None,
     size: Size = None,
     batch: Batch = 8,
     reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",
@@ -168,12 +169,15 @@ def winrate(
     file: JsonFile = None,
     device: Device = "auto",
 ) -> None:
-    """Measure how often a model's samples score higher on each reward than another model's, from equal noise."""
+    """Measure how often a model's samples score higher on each reward than another model's, from equal noise.
+
+    Text-conditioned models need --captions.
+    """
     from fewstep.api.evaluate import win_rates
 
     check_json(file)
     results = win_rates(
-        ours, theirs, n=n, captions=captions, size=parse_size(size),
+        ours, theirs, n=n, captions=captions, rewards=rewards.split(",") if rewards else (), size=parse_size(size),
         sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference, batch=batch, device=device,
     )  # fmt: skip
     if file is not None:
