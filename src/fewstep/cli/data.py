@@ -102,8 +102,7 @@ def ode_pairs(
 
 
 @app.command(
-    epilog="Examples: fewstep data preferences runs/tdm --reward symmetry --out runs/preferences.safetensors; "
-    "fewstep data preferences fashion-text --captions captions.txt --reward prompt --out runs/prompts/preferred"
+    epilog="Example: fewstep data preferences fashion-text --captions captions.txt --reward prompt --out runs/preferred"
 )
 def preferences(
     model_name: ModelName,

@@ -149,10 +149,7 @@ def compare(
         print_table(rows)
 
 
-@app.command(
-    epilog="Examples: fewstep winrate runs/dpo runs/tdm --n 1000; "
-    "fewstep winrate runs/fashion_text_dpo fashion-text --captions captions.txt"
-)
+@app.command(epilog="Example: fewstep winrate runs/dpo runs/tdm --n 1000")
 def winrate(
     ours: ModelName,
     theirs: Annotated[str, typer.Argument(metavar="OTHER", help="The model to compare with.")],

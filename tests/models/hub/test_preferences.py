@@ -182,14 +182,16 @@ def test_every_family_learns_from_pairs(
     assert isinstance(student.denoiser.backbone, AdapterView) == bool(adapters)
 
 
-@pytest.mark.parametrize(("name", "adapters"), [("sd", None), ("sd3", ADAPTERS), ("sdxl", ADAPTERS)])
+@pytest.mark.parametrize(
+    ("name", "adapters", "lr"), [("sd", None, 5e-4), ("sd3", ADAPTERS, 1e-3), ("flux_schnell", None, 5e-4)]
+)
 def test_the_commands_make_pairs_learn_from_them_and_measure(
-    saved: Saved, name: str, adapters: dict[str, Any] | None, captions: Path, tmp_path: Path
+    saved: Saved, name: str, adapters: dict[str, Any] | None, lr: float, captions: Path, tmp_path: Path
 ) -> None:
     how = ["--solver", "euler", "--steps", 1, "--captions", captions, "--size", "16x16"]
     pairs, file = tmp_path / "pairs", tmp_path / "wins.json"
     completes("data", "preferences", saved(name), "--reward", "brightness", "--n", 48, *how, "--out", pairs)
-    raw = dpo(saved, name, pairs, tmp_path / "run", adapters, steps=30, roles={"student": {"lr": 5e-4}})
+    raw = dpo(saved, name, pairs, tmp_path / "run", adapters, steps=30, roles={"student": {"lr": lr}})
     (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(raw | {"batch": 8, "health": {"every": 0}}))
     completes("train", tmp_path / "dpo.yaml")
     completes(
