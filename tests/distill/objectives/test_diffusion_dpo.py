@@ -19,7 +19,7 @@ from fewstep.distill.data.sources import Prompts, Stored
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
 from fewstep.models.condition import Condition
-from fewstep.models.denoiser import Denoiser
+from fewstep.models.denoiser import Denoiser, GuidanceStyle
 from fewstep.models.hub.encoded import EncodedPrompts, Index
 from fewstep.models.loading import load_model
 
@@ -179,6 +179,20 @@ def test_guidance_is_for_networks_that_take_it_as_an_input() -> None:
     roles = Roles({"student": trained(Denoiser(Shifted([0.0] * D), FLOW, "noise")), "reference": Role(REFERENCE)})
     with pytest.raises(UserError, match=r"guidance = 3\.5 is for a network that takes the scale as an input"):
         build_objective("diffusion_dpo", roles, guidance=3.5)
+
+
+def test_a_network_that_takes_the_scale_as_an_input_gets_the_guidance(tmp_path: Path) -> None:
+    class Scaled(Directed):
+        def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            self.seen.append(condition["guidance"])
+            return REFERENCE(x_t, t, condition).noise.to(x_t) + condition["prompt"][:, 0] @ self.matrix.T
+
+    networks = [Denoiser(Scaled(torch.zeros(D, D)), FLOW, "noise", style=GuidanceStyle(True, None)) for _ in range(2)]
+    roles = Roles({"student": trained(networks[0]), "reference": Role(networks[1])})
+    objective = build_objective("diffusion_dpo", roles, guidance=3.5)
+    Loop(roles, objective, {"data": prompted(tmp_path, False)[0]}, 4).step(0)
+    for network in networks:
+        assert torch.equal(network.backbone.seen[0], torch.full((8,), 3.5))
 
 
 @pytest.mark.parametrize(("swap", "sign"), [(False, 1), (True, -1)])
