@@ -5,7 +5,8 @@ PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; d
 BIN = .venv/bin
 
 .NOTPARALLEL:
-.PHONY: help demo demo-text test lint types docs mutants teacher-scores text-scores preference-scores clean
+.PHONY: help demo demo-text test lint types docs mutants teacher-scores text-scores preference-scores \
+	prompt-preference-scores clean
 
 help:
 	@echo 'make demo        distil the bundled teacher, score the student, write runs/demo/report.html'
@@ -16,7 +17,7 @@ help:
 	@echo 'make docs        build the documentation as a site (site/); fails on broken links'
 	@echo 'make mutants FILES="distill/loop.py" TESTS="tests/distill"   break files on purpose and count what tests notice'
 	@echo 'make teacher-scores   score the bundled teacher again (over an hour on two cores)'
-	@echo 'make text-scores, make preference-scores   train and score the models in docs/results.md again'
+	@echo 'make text-scores, preference-scores, prompt-preference-scores   train and score models in docs/results.md again'
 	@echo 'make clean       remove .venv, caches and build leftovers (never runs/)'
 
 demo: .venv/installed
@@ -96,6 +97,28 @@ preference-scores: .venv/installed
 		$(TUNED)/teacher_eval.json fashion $(PLAN) --n 2000 --seed $$seed && \
 		$(TUNED)/student_eval.json runs/dpo-$$seed --steps 4 --seed $$seed --name dpo && \
 		$(TUNED)/teacher_eval.json runs/dpo_teacher-$$seed $(PLAN) --n 2000 --seed $$seed --name dpo_teacher || exit 1; \
+	done
+
+# Prompt following as the preference: pairs (seed 0) for four of five captions, win rates on the others; three seeds, of
+# training and samples alike, so that no noise is that of a pair.
+FOLLOWED = $(BIN)/fewstep eval --n 1440 --json results/dpo_prompts
+TEXT_PLAN = --solver unipc_2 --steps 8
+CAPTIONS = configs/fashion_text/captions.txt
+prompt-preference-scores: .venv/installed-text
+	mkdir -p runs
+	awk 'NR % 5' $(CAPTIONS) > runs/captions_tuned.txt
+	awk 'NR % 5 == 0' $(CAPTIONS) > runs/captions_held_out.txt
+	$(BIN)/fewstep data preferences fashion-text --captions runs/captions_tuned.txt --reward prompt $(TEXT_PLAN) \
+		--n 1152 --batch 100 --out runs/fashion_text_preferences
+	for seed in 1 2 3; do \
+		$(FOLLOWED)/start_eval.json fashion-text $(TEXT_PLAN) --seed $$seed || exit 1; \
+		for name in dpo dpo_adapters; do \
+			$(BIN)/fewstep train configs/fashion_text/$$name.yaml out=runs/fashion_text_$$name-$$seed seed=$$seed && \
+			$(FOLLOWED)/$${name}_eval.json runs/fashion_text_$$name-$$seed $(TEXT_PLAN) --seed $$seed --name $$name && \
+			$(BIN)/fewstep winrate runs/fashion_text_$$name-$$seed fashion-text $(TEXT_PLAN) \
+				--captions runs/captions_held_out.txt --n 432 --seed $$seed --batch 100 \
+				--json results/dpo_prompts/$${name}_wins-$$seed.json || exit 1; \
+		done; \
 	done
 
 clean:

@@ -73,7 +73,7 @@ def build_parts(
     if config.gradient_checkpointing:
         checkpoint_gradients(model.denoiser.backbone)
     roles = {"teacher": Role(model.denoiser.to(device))}
-    prompts = _prompts(config.data, pipeline) if pipeline is not None else None
+    prompts = _prompts(config.data, pipeline, model_config) if pipeline is not None else None
     source = data or _source(config.data, model_config, prompts, pipeline)
     if pipeline is None:
         _check_shape(source, model_config)
@@ -148,19 +148,22 @@ def _check_shape(source: Source, model: ModelConfig) -> None:
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def _prompts(data: DataConfig, pipeline: PipelineFolder) -> EncodedPrompts:
+def _prompts(data: DataConfig, pipeline: PipelineFolder, model: ModelConfig) -> EncodedPrompts:
     assert data.path is not None
     prompts = EncodedPrompts(Path(data.path))
-    prompts.check(pipeline)
+    prompts.check(pipeline, model.shape)
     return prompts
 
 
 def _source(
     data: DataConfig, model: ModelConfig, prompts: EncodedPrompts | None, pipeline: PipelineFolder | None
 ) -> Source:
+    if data.kind != "prompts" and not model.classes and model.base is not None:
+        raise UserError(
+            "This teacher needs prompts: set data.kind=prompts, and data.path to a folder from fewstep data encode or "
+            "fewstep data preferences."
+        )
     if data.kind == "labels":
-        if not model.classes and model.base is not None:
-            raise UserError("This teacher needs prompts: run fewstep data encode, then set data.kind and data.path.")
         return Labels(model.classes, model.shape)
     if prompts is not None and pipeline is not None:
         sizes = [pipeline.family.shape(*size) for size in data.sizes]

@@ -25,9 +25,10 @@ class DataConfig(BaseConfig):
 
     ``labels``: uniform class labels, no data. ``idx``: a folder of idx files. ``folder``: images, one subfolder per
     class. ``tensors``: a safetensors file of labelled samples (``fewstep data ode-pairs``, ``fewstep data
-    preferences``, or the real images of a reference). ``prompts``: a folder from ``fewstep data encode``, with or
-    without images; without, ``sizes`` lists height, width and frames in pixels, and each batch has one of them (by
-    default the run's ``size``). Any other name is your own source, created with ``options``.
+    preferences``, or the real images of a reference). ``prompts``: a folder from ``fewstep data encode`` or ``fewstep
+    data preferences --captions``: prompts alone, with images, or with preference pairs. For prompts alone, ``sizes``
+    lists height, width and frames in pixels, and each batch has one of them (by default the run's ``size``). Any other
+    name is your own source, created with ``options``.
     """
 
     kind: str = "labels"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_prompts
+from fewstep.core.files import read_prompts, read_table
 
 COLUMNS = ("file", "caption")
 SHOWN = 5  # names in a message
@@ -36,7 +35,7 @@ class Captions:
             )
         if path.suffix.lower() not in (".csv", ".jsonl"):
             return Captions(path, tuple(read_prompts(path)))
-        files, texts = zip(*_read_table(path), strict=True)
+        files, texts = zip(*((file, text.strip()) for file, text in read_table(path, COLUMNS)), strict=True)
         if repeated := [name for name, count in Counter(files).items() if count > 1]:
             raise UserError(f"{path} has several captions for {_listed(repeated)}.")
         return Captions(path, texts, files)
@@ -90,23 +89,6 @@ class Captions:
                 f"{len(names):,} images and {len(self.texts):,} captions in {self.path}: each caption must have "
                 "equally many images. Give a table (.csv or .jsonl with file and caption) if they differ."
             )
-
-
-def _read_table(path: Path) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            lines = csv.DictReader(stream) if path.suffix.lower() == ".csv" else map(json.loads, stream)
-            for number, row in enumerate(lines, start=1):
-                cells = [row.get(name) for name in COLUMNS] if isinstance(row, dict) else [None]
-                if not all(isinstance(cell, str) and cell.strip() for cell in cells):
-                    raise UserError(f"{path}, row {number} has no {' or no '.join(COLUMNS)}.")
-                rows.append((str(cells[0]), str(cells[1]).strip()))
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not a readable table of captions ({error}).") from error
-    if not rows:
-        raise UserError(f"{path} contains no captions.")
-    return rows
 
 
 def _listed(items: Sequence[object]) -> str:

@@ -7,6 +7,7 @@ only network needed to check whether an image shows what its caption describes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep.core.errors import UserError
 from fewstep.eval.networks.features import ClassifierFeatures, extract_features
 
 SIDE = 32
@@ -62,6 +64,17 @@ class CaptionSet:
         triples = [(k, c, b) for k in range(len(GARMENTS)) for c in range(n) for b in range(n) if c != b]
         return CaptionSet(*torch.tensor(triples).T)
 
+    @staticmethod
+    def parse(captions: Sequence[str]) -> CaptionSet:
+        """The contents of captions as text. Raises ``UserError`` that names one of another form."""
+        numbers = {text: k for k, text in enumerate(CaptionSet.all().captions)}
+        if unknown := next((text for text in captions if text not in numbers), None):
+            raise UserError(
+                f"{unknown!r} is not a caption of a coloured garment, such as 'a red sneaker on blue' "
+                "(configs/fashion_text/captions.txt); for other captions choose another reward."
+            )
+        return CaptionSet.all().select(torch.tensor([numbers[text] for text in captions]))
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -87,11 +100,13 @@ class RecoveredImages(NamedTuple):
 
 
 def read_back(images: Tensor) -> RecoveredImages:
-    """Recovers the contents of uint8 images [N, 3, 32, 32].
+    """Recovers the contents of uint8 images [N, 3, 32, 32]. Raises ``UserError`` on images of another shape.
 
     The background is the colour nearest to the median of the two outermost rows and columns. The garment colour is the
     one whose line from the background fits the inner pixels that differ most from the background best.
     """
+    if images.shape[1:] != (3, SIDE, SIDE):
+        raise UserError(f"Coloured garments are 3 x {SIDE} x {SIDE}, got images of shape {list(images.shape[1:])}.")
     x = images.float()
     edge = (SIDE - 28) // 2
     frame = torch.ones(SIDE, SIDE, dtype=torch.bool)

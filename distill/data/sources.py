@@ -69,8 +69,8 @@ class Stored:
 @dataclass(frozen=True)
 class Prompts:
     """Uniform encoded prompts: all that a data-free method needs for a text-conditioned teacher. For captioned images,
-    each sample is an image's latents, ``x0``, and its prompt. All samples of a batch have one shape: one of ``shapes``,
-    or that of the images."""
+    each sample is an image's latents, ``x0``, and its prompt; for preference pairs the latents ``winner`` and
+    ``loser``, and their prompt. All samples of a batch have one shape: one of ``shapes``, or that of the latents."""
 
     prompts: EncodedPrompts
     shapes: Sequence[tuple[int, ...]]
@@ -79,8 +79,9 @@ class Prompts:
         if not self.prompts.buckets:
             shape = self.shapes[int(random.integers(1, len(self.shapes), "bucket"))]
             return Batch(size, shape, self.prompts(random.integers(size, len(self.prompts))))
-        counts = torch.tensor([len(x0) for x0, _ in self.prompts.buckets])
-        image = random.integers(1, int(counts.sum()), "bucket")
-        x0, prompts = self.prompts.buckets[int((image >= counts.cumsum(0)).sum())]
-        rows = random.integers(size, len(x0))
-        return Batch(size, tuple(x0.shape[1:]), self.prompts(prompts[rows]), {"x0": x0[rows]})
+        counts = torch.tensor([len(bucket.prompts) for bucket in self.prompts.buckets])
+        sample = random.integers(1, int(counts.sum()), "bucket")
+        latents, prompts = self.prompts.buckets[int((sample >= counts.cumsum(0)).sum())]
+        rows = random.integers(size, len(prompts))
+        chosen = {name: tensor[rows] for name, tensor in latents.items()}
+        return Batch(size, tuple(next(iter(chosen.values())).shape[1:]), self.prompts(prompts[rows]), chosen)

@@ -10,7 +10,8 @@ This follows the released code; in the paper the noises are independent, the err
 ``error`` is the space of the target: ``noise`` (the paper's), ``v``, or ``velocity`` (Flow-DPO, arXiv 2501.13918);
 they weight t differently. The reference is a frozen role: ``freeze: {reference: teacher}``, or the student of the
 previous stage, to tune a few-step student. Then ``student_times`` lists the student's own times, the only ones at which
-it is evaluated in sampling; otherwise it is a law of times.
+it is evaluated in sampling; otherwise it is a law of times. The condition is that of the pair, its label or its prompt.
+``guidance`` is only for a network that takes the scale as an input (FLUX.1 dev): the scale at which it is sampled.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from fewstep.core.errors import UserError
 from fewstep.distill.matching import per_sample_mean
 from fewstep.distill.roles import Roles
 from fewstep.distill.stage import ObjectiveConfig, StageContext
@@ -30,6 +32,7 @@ from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import LossTerm, MicroBatch, Objective, Update
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import expand_like
+from fewstep.models.guidance import Guidance
 from fewstep.models.prediction import Coefficients
 
 
@@ -42,6 +45,7 @@ class DiffusionDPO(ObjectiveConfig):
     }
     beta: float = Field(100.0, gt=0)
     error: Literal["noise", "v", "velocity"] = "velocity"
+    guidance: float = 1.0
     student_times: Annotated[tuple[float, ...], Field(min_length=1)] | TimeLaw = TimeLaw(low=0.001, high=0.999)
 
     @property
@@ -53,7 +57,12 @@ class DiffusionDPO(ObjectiveConfig):
         return frozenset({"winner", "loser"})
 
     def build(self, roles: Roles, stage: StageContext) -> Objective:
-        schedule = roles.denoiser("student").schedule
+        schedule, embedded = roles.denoiser("student").schedule, roles.denoiser("student").style.embedded
+        if self.guidance != 1 and not embedded:
+            raise UserError(
+                f"diffusion_dpo: guidance = {self.guidance:g} is for a network that takes the scale as an input; this "
+                "one is tuned by its conditional prediction alone, so use 1."
+            )
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
             size, condition = micro.batch.size, Condition.cat(micro.batch.condition, micro.batch.condition)
@@ -70,7 +79,7 @@ class DiffusionDPO(ObjectiveConfig):
             target = a.to(x0) * x0 + b.to(x0) * noise
 
             def errors(role: str) -> Tensor:
-                out = roles.predict(role, x_t, t, condition).out.view(self.error)
+                out = roles.predict(role, x_t, t, condition, guidance=Guidance(self.guidance)).out.view(self.error)
                 return per_sample_mean((target - out).square()).flatten()
 
             policy, reference = errors("student"), errors("reference")

@@ -59,7 +59,7 @@ def diagnose(logged: Sequence[Mapping[str, float]]) -> list[Finding]:
         found.append(Finding("critic", f"{text}: the fake score lags; raise its rate or critic_updates."))
     for update in sorted({name for entry in logged[-WINDOW:] for name in entry if name.startswith("grad_norm/")}):
         norms = [entry[update] for entry in logged[-WINDOW:] if update in entry]
-        if len(norms) >= MINIMUM_VALUES and norms[-1] > 10 * statistics.median(norms):
-            text = f"the last {update} is {norms[-1] / statistics.median(norms):.0f} times its median"
+        if len(norms) >= MINIMUM_VALUES and norms[-1] > 10 * (median := statistics.median(norms)) > 0:
+            text = f"the last {update} is {norms[-1] / median:.0f} times its median"
             found.append(Finding("gradient", f"{text}: another sign that a rate is too high."))
     return found

@@ -1,4 +1,4 @@
-"""The brightness of an image."""
+"""The brightness of an image, whatever its label or prompt."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 from fewstep.eval.networks.features import ClassifierFeatures
 
 
-def brightness(network: ClassifierFeatures, images: Tensor, labels: Tensor) -> Tensor:
+def brightness(network: ClassifierFeatures, images: Tensor, conditions: object) -> Tensor:
     """The mean of the pixels [N], in 0..255."""
     return images.float().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""The mirror symmetry of an image."""
+"""The mirror symmetry of an image, whatever its label or prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from fewstep.eval.networks.features import ClassifierFeatures
 
 
-def symmetry(network: ClassifierFeatures, images: Tensor, labels: Tensor) -> Tensor:
+def symmetry(network: ClassifierFeatures, images: Tensor, conditions: object) -> Tensor:
     """Minus the mean difference between an image and its mirror image [N], in -255..0."""
     x = images.float()
     return -(x - x.flip(-1)).abs().flatten(1).mean(1)

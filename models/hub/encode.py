@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from fewstep.core.image_files import (
     list_files,
     read_image,
     read_video,
+    to_unit,
 )
 from fewstep.models.hub.encoded import PROMPTS, Index, fingerprint, read_index
 from fewstep.models.hub.folder import PipelineFolder
@@ -32,10 +34,11 @@ Progress = Callable[[int, int], None]  # number done, total number
 @torch.no_grad()
 def encode_prompts(
     folder: PipelineFolder, prompts: Sequence[str], out: Path, *, batch: int = 16, rows: int = 512,
-    device: torch.device | str = "cpu", images: int = 0, sizes: tuple[tuple[int, int], ...] = (),
-    progress: Progress | None = None,
+    device: torch.device | str = "cpu", images: int = 0, sizes: tuple[tuple[int, int], ...] = (), pairs: int = 0,
+    source: str = "", progress: Progress | None = None,
 ) -> None:  # fmt: skip
-    """Encodes prompts, ``batch`` at a time, into shards of ``rows`` rows in ``out``; existing shards are kept.
+    """Encodes prompts, ``batch`` at a time, into shards of ``rows`` rows in ``out``; existing shards are kept. The last
+    arguments go into the index (see there), for what the caller adds.
 
     Raises ``UserError`` if the pipeline has no text encoder, or if ``out`` contains other prompts or those of another
     encoder.
@@ -46,12 +49,16 @@ def encode_prompts(
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     index = Index(
         pipeline=folder.index["_class_name"], encoders=encoders, prompts=digest, count=len(prompts), rows=rows,
-        images=images, sizes=sizes,
+        images=images, sizes=sizes, pairs=pairs, source=source,
     )  # fmt: skip
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder.")
     out.mkdir(parents=True, exist_ok=True)
     if (out / "index.json").is_file():
         if read_index(out) != index:
-            raise UserError(f"{out} contains other prompts, or those of another encoder; choose another folder.")
+            raise UserError(
+                f"{out} contains other prompts or samples, or those of another encoder; choose another folder."
+            )
     elif any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder.")
     write_text(index.model_dump_json(indent=1) + "\n", out / "index.json")
@@ -86,10 +93,11 @@ def encode_images(
     files = list_files(source, suffixes)
     if not files:
         raise UserError(f"No {'videos' if frames > 1 else 'images'} ({', '.join(suffixes)}) in {source}.")
+    require_vae(folder)
     captions = {file: _caption(file) for file in files}
     prompts = list(dict.fromkeys(captions.values()))
     number = {prompt: k for k, prompt in enumerate(prompts)}
-    buckets = _buckets(files, sizes)
+    buckets = group_by_size(files, sizes)
     for height, width in buckets:
         folder.family.shape(height, width, frames)  # raises if the model does not support the size
     encode_prompts(folder, prompts, out, device=device, images=len(files), rows=rows, sizes=tuple(sizes))
@@ -99,24 +107,35 @@ def encode_images(
     for shard, (size, piece) in enumerate(pieces):
         file = out / f"images-{shard:05d}.safetensors"
         if not file.is_file():
-            parts = []
-            for low in range(0, len(piece), batch):
-                pixels = torch.stack([_pixels(one, frames, size) for one in piece[low : low + batch]])
-                parts.append(folder.family.encode_images(pipeline, pixels.float() / 127.5 - 1).cpu())
             prompt = torch.tensor([number[captions[one]] for one in piece])
-            write_tensors({"x0": torch.cat(parts), "prompt": prompt}, file)
+            write_tensors({"x0": latents_of(folder, pipeline, piece, frames, size, batch), "prompt": prompt}, file)
         done += len(piece)
         if progress is not None:
             progress(done, len(files))
     return len(files)
 
 
-def _pixels(file: Path, frames: int, cover: Cover) -> torch.Tensor:
-    return read_video(file, frames, cover) if frames > 1 else read_image(file, cover=cover)
+def require_vae(folder: PipelineFolder) -> None:
+    """Raises ``UserError`` if a pipeline has no VAE."""
+    if not folder.has_component("vae"):
+        raise UserError(f"{folder.path} has no VAE, which turns images into latents and back.")
 
 
-def _buckets(files: Sequence[Path], sizes: Sequence[Cover]) -> dict[Cover, list[Path]]:
-    """The files by the size (height, width) at which they are encoded."""
+def latents_of(
+    folder: PipelineFolder, pipeline: Any, files: Sequence[Path], frames: int, size: Cover, batch: int
+) -> torch.Tensor:
+    """The latents [N, C, ...] of images, or of videos with ``frames`` > 1, at one ``size``, on the host."""
+    parts = []
+    for low in range(0, len(files), batch):
+        some = files[low : low + batch]
+        pixels = torch.stack([read_video(f, frames, size) if frames > 1 else read_image(f, cover=size) for f in some])
+        parts.append(folder.family.encode_images(pipeline, to_unit(pixels)).cpu())
+    return torch.cat(parts)
+
+
+def group_by_size(files: Sequence[Path], sizes: Sequence[Cover]) -> dict[Cover, list[Path]]:
+    """The files by the size (height, width) at which they are encoded: the one of ``sizes`` with the nearest aspect
+    ratio, or their own. Raises ``UserError`` if ``sizes`` is empty and they differ."""
     found: dict[Cover, list[Path]] = {}
     for file in files:
         size = height, width = image_size(file)

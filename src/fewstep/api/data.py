@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from fewstep.api.models import Source, load
+from fewstep.api.models import Source, load, noise_image
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable, read_prompts, write_tensors
 from fewstep.core.image_files import to_bytes
 from fewstep.distill.data.readers import read_idx
 from fewstep.eval import references
-from fewstep.eval.rewards.registry import find_reward
-from fewstep.models.hub.encode import encode_images, encode_prompts
+from fewstep.eval.hashes import json_sha256, model_sha256
+from fewstep.eval.rewards.registry import find_prompt_reward, find_reward, rate
+from fewstep.models.condition import Condition
+from fewstep.models.hub.encode import encode_images, encode_prompts, require_vae
+from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.loading import resolve_path
+from fewstep.models.hub.pairs import TABLE_SUFFIXES, encode_pairs
+from fewstep.models.loading import Model, pipeline_of, resolve_path
+from fewstep.models.model_config import Size
 from fewstep.samplers.generate import SampleNoise, generate
-from fewstep.samplers.plan import SamplingConfig
+from fewstep.samplers.plan import SamplingConfig, plan
 
 
 def encode(
@@ -29,14 +36,20 @@ def encode(
 ) -> int:  # fmt: skip
     """Encodes the prompts of a text file, one per line, with a pipeline's text encoders, for ``data.kind=prompts``. Of
     a folder of images (or videos, with ``frames``) with captions beside them (``a.png``, ``a.txt``), encodes these too,
-    with the pipeline's VAE, each at the nearest of the ``sizes`` (height, width).
+    with the pipeline's VAE, each at the nearest of the ``sizes`` (height, width). Of a table (.csv or .jsonl) of
+    preference pairs with the columns winner, loser and caption, encodes the images that it names in its own folder.
 
-    Returns the number of prompts or files. Existing shards are kept. Raises ``UserError`` on a line that is empty or
-    not UTF-8, on a pipeline without text encoders, and on a folder of other prompts.
+    Returns the number of prompts, files or pairs. Existing shards are kept. Raises ``UserError`` on a line that is
+    empty or not UTF-8, on a pipeline without text encoders, and on a folder of other prompts.
     """
     folder, given, place = PipelineFolder.open(resolve_path(teacher)), Path(prompts), pick_device(device)
     if given.is_dir():
         return encode_images(
+            folder, given, Path(out), sizes=sizes, frames=frames, batch=batch, rows=rows, device=place,
+            progress=progress,
+        )  # fmt: skip
+    if given.suffix.lower() in TABLE_SUFFIXES:
+        return encode_pairs(
             folder, given, Path(out), sizes=sizes, frames=frames, batch=batch, rows=rows, device=place,
             progress=progress,
         )  # fmt: skip
@@ -64,34 +77,85 @@ def make_ode_pairs(
 
 
 def make_preferences(
-    source: Source, file: Source, *, reward: str, n: int = 2_000, candidates: int = 4,
-    sampling: SamplingConfig | None = None, reference: str = "fashion", device: str = "auto",
-    progress: Callable[[int], None] | None = None,
+    source: Source, out: Source, *, reward: str, n: int = 2_000, candidates: int = 4, captions: Source | None = None,
+    size: Size | None = None, sampling: SamplingConfig | None = None, reference: str = "fashion",
+    batch: int = 8, rows: int = 512, device: str = "auto", progress: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
-    """Writes preference pairs as a safetensors file: of ``candidates`` samples for each of ``n`` labels, the one with
-    the highest ``reward`` is the ``winner`` and the one with the lowest the ``loser``.
+    """Writes preference pairs: of ``candidates`` samples for each of ``n`` labels, the one with the highest ``reward``
+    is the ``winner`` and the one with the lowest the ``loser``. ``out`` is a safetensors file.
 
-    Raises ``UserError`` on an unknown reward or fewer than two candidates.
+    A text-conditioned model needs ``captions``, a text file with one per line, which are used in turn; ``size`` is that
+    of its samples in pixels, ``batch`` their number at a time. ``out`` is then a folder in the format of ``encode``,
+    with the encoded captions and shards of ``rows`` pairs; existing shards are kept.
+
+    Raises ``UserError`` on an unknown reward, on fewer than two candidates, on captions for a class-conditional model,
+    and on a folder of other pairs.
     """
-    judge = find_reward(reward)
+    judge = find_reward(reward) if captions is None else find_prompt_reward(reward)
     if n < 1 or candidates < 2:
         raise UserError(f"A pair needs two candidates and n at least 1, got {candidates} and {n}.")
-    check_writable(file)
-    model = load(source, device)
+    if captions is None:
+        check_writable(out)
+    model, sampling = load(source, device, size), sampling or SamplingConfig()
+    plan(model, sampling)
     network = references.load_reference(reference, "train", model.device).network
-    labels = model.labels(n)
-    sampling = sampling or SamplingConfig()
-    x0 = torch.stack([
-        generate(
-            model, labels, sampling, numbers=range(k * n, (k + 1) * n),
-            progress=partial(lambda before, done: progress(before + done), k * n) if progress else None,
-        ).x0
-        for k in range(candidates)
-    ])  # fmt: skip
-    rewards = torch.stack([judge(network, to_bytes(images), labels) for images in x0])
-    each = torch.arange(n)
-    pairs = {"winner": x0[rewards.argmax(0), each], "loser": x0[rewards.argmin(0), each], "labels": labels}
-    write_tensors(pairs, Path(file))
+    batch = 100 if captions is None else batch
+    compare = _Comparison(model, sampling, partial(rate, reward, judge, network), n, candidates, batch, progress)
+    if captions is None:
+        labels = model.labels(n)
+        winner, loser = compare(range(n), Condition.of_labels(labels, model.config.classes), labels, to_bytes)
+        write_tensors({"winner": winner, "loser": loser, "labels": labels}, Path(out))
+        return
+    folder, texts = pipeline_of(model), read_prompts(Path(captions))
+    require_vae(folder)
+    rate(reward, judge, network, noise_image(model, prompts=True), texts[:1])  # refused before sampling
+    made_from = {
+        "model": model_sha256(model), "reward": reward, "reference": network.sha256, "candidates": candidates,
+        "sampling": asdict(sampling),
+    }  # fmt: skip
+    encode_prompts(folder, texts, Path(out), rows=rows, device=model.device, pairs=n, source=json_sha256(made_from))
+    encoded, pipeline = EncodedPrompts(Path(out), samples=False), folder.pipeline().to(model.device)
+    for shard, first in enumerate(range(0, n, rows)):
+        file, numbers = Path(out) / f"pairs-{shard:05d}.safetensors", range(first, min(first + rows, n))
+        if not file.is_file():
+            prompt = torch.tensor(numbers) % len(texts)
+            prompts = [texts[k] for k in prompt.tolist()]
+            decode = partial(folder.decode_images, pipeline, batch=batch)
+            winner, loser = compare(numbers, encoded(prompt), prompts, decode)
+            write_tensors({"winner": winner, "loser": loser, "prompt": prompt}, file)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Generates candidates and keeps the best and the worst by a reward."""
+
+    model: Model
+    sampling: SamplingConfig
+    rate: Callable[[Tensor, Tensor | Sequence[str]], Tensor]
+    n: int
+    candidates: int
+    batch: int
+    progress: Callable[[int], None] | None
+
+    def __call__(
+        self, numbers: range, condition: Condition, shown: Tensor | Sequence[str], decode: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The winners and losers [N, ...] for the rows of a condition; ``shown`` is what the reward sees of it. The
+        candidates of pair k have the noise of the samples k, k + n, k + 2 n, ..."""
+        x0, rewards = [], []
+        for candidate in range(self.candidates):
+            before = self.candidates * numbers.start + candidate * len(numbers)
+            own = range(candidate * self.n + numbers.start, candidate * self.n + numbers.stop)
+            report = partial(self._report, before)
+            found = generate(self.model, condition, self.sampling, numbers=own, batch=self.batch, progress=report)
+            x0.append(found.x0)
+            rewards.append(self.rate(decode(x0[-1]), shown))
+        samples, each = torch.stack(x0), torch.arange(len(numbers))
+        return samples[torch.stack(rewards).argmax(0), each], samples[torch.stack(rewards).argmin(0), each]
+
+    def _report(self, before: int, done: int) -> None:
+        if self.progress is not None:
+            self.progress(before + done)
 
 
 def make_reference(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fewstep.api.models import Source, load
+from fewstep.api.models import Source, load, noise_image
 from fewstep.core.devices import pick_device
-from fewstep.core.files import check_writable
-from fewstep.core.image_files import to_bytes
+from fewstep.core.files import check_writable, read_prompts
+from fewstep.core.registry import Registry
 from fewstep.distill.run_folder import teacher_of
 from fewstep.eval.evaluate_protocol import ProtocolEvaluator
 from fewstep.eval.evaluate_reference import ReferenceEvaluator
@@ -23,11 +24,12 @@ from fewstep.eval.hashes import model_sha256
 from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import Protocol
 from fewstep.eval.references import load_reference
-from fewstep.eval.rewards.registry import REWARDS
+from fewstep.eval.rewards.registry import PROMPT_REWARDS, REWARDS, rate
 from fewstep.eval.rewards.win_rate import win_rate
 from fewstep.eval.score_files import Score, merge, read_scores, write_scores
-from fewstep.models.loading import resolve_path
-from fewstep.samplers.generate import generate
+from fewstep.models.loading import Model, resolve_path
+from fewstep.models.model_config import Size
+from fewstep.samplers.generate import GeneratedSet
 from fewstep.samplers.plan import SamplingConfig, plan, steps_within
 
 
@@ -136,23 +138,45 @@ def _default_json(source: Path) -> Path | None:
 
 
 def win_rates(
-    ours: Source, theirs: Source, *, n: int = 2_000, sampling: SamplingConfig | None = None,
-    reference: str = "fashion", device: str = "auto",
+    ours: Source, theirs: Source, *, n: int = 2_000, captions: Source | None = None, size: Size | None = None,
+    rewards: Sequence[str] = (), sampling: SamplingConfig | None = None, reference: str = "fashion", batch: int = 8,
+    device: str = "auto",
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """For every reward, how often ``ours`` has more of it than ``theirs`` on the same label and noise, with Wilson's
-    95 % interval, and both means. The default seed is 1, other than that of ``make_preferences``."""
+    """How often ``ours`` has a higher reward than ``theirs`` on the same label (or caption) and noise, with Wilson's
+    95 % interval, and both means, for each of ``rewards`` (default: all). The default seed is 1, other than that of
+    ``make_preferences``.
+
+    Text-conditioned models need ``captions``, a text file with one per line, which are used in turn; ``size`` is that
+    of their samples in pixels, ``batch`` their number at a time."""
     sampling = sampling or SamplingConfig(seed=1)
-    images = []
-    for source in (ours, theirs):
-        model = load(source, device)
-        labels = model.labels(n)
-        images.append(to_bytes(generate(model, labels, sampling).x0))
-    network = load_reference(reference, "train", model.device).network
+    prompts = tuple(read_prompts(Path(captions))) if captions is not None else ()
+    registry: Registry[Any] = PROMPT_REWARDS if prompts else REWARDS
+    chosen = {name: registry.resolve(name) for name in rewards or registry.names()}
+    found = [
+        _rewards(load(source, device, size), chosen, prompts, n, sampling, reference, batch)
+        for source in (ours, theirs)
+    ]
     results = []
-    for name in REWARDS.names():
-        a, b = (REWARDS.resolve(name)(network, some, labels) for some in images)
-        rate, low, high = win_rate(a, b)
+    for name in chosen:
+        a, b = (values[name] for values in found)
+        share, low, high = win_rate(a, b)
         means = {"ours": a.mean().item(), "theirs": b.mean().item()}
-        row = {"reward": name, "win_rate": rate, "low": low, "high": high, **means, "n": n, "seed": sampling.seed}
+        row = {"reward": name, "win_rate": share, "low": low, "high": high, **means, "n": n, "seed": sampling.seed}
         results.append(row)
     return results
+
+
+def _rewards(
+    model: Model, rewards: Mapping[str, Any], prompts: Sequence[str], n: int, sampling: SamplingConfig, reference: str,
+    batch: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Rewards [n] of samples of a model, by name."""
+    shown: Tensor | list[str] = [prompts[k % len(prompts)] for k in range(n)] if prompts else model.labels(n)
+    network, parts, done = load_reference(reference, "train", model.device).network, [], 0
+    for name, reward in rewards.items():
+        rate(name, reward, network, noise_image(model, bool(prompts)), shown[:1])  # refused before sampling
+    for images in GeneratedSet(model, sampling, n, prompts, batch).parts():
+        some = shown[done : done + len(images)]
+        parts.append({name: rate(name, reward, network, images, some) for name, reward in rewards.items()})
+        done += len(images)
+    return {name: torch.cat([part[name] for part in parts]) for name in rewards}

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
-from fewstep.models.loading import Model, load_model
+from fewstep.core.image_files import to_bytes
+from fewstep.models.loading import Model, load_model, pipeline_of
 from fewstep.models.model_config import Size
+from fewstep.samplers.generate import SampleNoise
 
 Source = str | Path
 
@@ -30,3 +35,13 @@ def load(source: Source, device: str = "auto", size: Size | None = None, *, from
     model = load_model(source, size=size, from_file=from_file)
     model.denoiser.to(pick_device(device))
     return model
+
+
+def noise_image(model: Model, prompts: bool) -> Tensor:
+    """An image of noise, uint8 [1, C, H, W] (or a video), decoded as the samples of a model of prompts or labels are:
+    to try a reward before anything is sampled."""
+    noise = SampleNoise(0, [0], model.config.shape, torch.device("cpu"))()
+    if not prompts:
+        return to_bytes(noise)
+    folder = pipeline_of(model)
+    return folder.decode_images(folder.pipeline().to(model.device), noise)

@@ -8,10 +8,13 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.options import (
+    Batch,
+    Captions,
     Device,
     GuidanceScale,
     ModelName,
     Seed,
+    Size,
     Solver,
     Steps,
     counting,
@@ -27,7 +30,12 @@ app = typer.Typer(no_args_is_help=True, help="Create the files that training and
 @app.command(epilog="Example: fewstep data encode prompts.txt --teacher fashion-text --out runs/prompts")
 def encode(
     prompts: Annotated[
-        Path, typer.Argument(metavar="PROMPTS", help="A text file, one prompt per line; or a folder of images + .txt.")
+        Path,
+        typer.Argument(
+            metavar="PROMPTS",
+            help="A text file, one prompt per line; a folder of images + .txt; or preference pairs, a table (.csv, "
+            ".jsonl) of winner, loser (files in its folder) and caption.",
+        ),
     ],
     teacher: Annotated[str, typer.Option(help="A diffusers pipeline, by folder or hub id.")],
     folder: Annotated[Path, typer.Option("--out", help="A folder, for data.path with data.kind=prompts.")],
@@ -93,12 +101,23 @@ def ode_pairs(
     out.print(f"{n} pairs are in {file}.")
 
 
-@app.command(epilog="Example: fewstep data preferences runs/demo --reward symmetry --out runs/preferences.safetensors")
+@app.command(
+    epilog="Example: fewstep data preferences fashion-text --captions captions.txt --reward prompt --out runs/preferred"
+)
 def preferences(
     model_name: ModelName,
-    file: Annotated[Path, typer.Option("--out", help="A safetensors file, for data.path with data.kind=tensors.")],
-    reward: Annotated[str, typer.Option(help="confidence, symmetry, brightness, or package.module:function.")],
+    file: Annotated[Path, typer.Option("--out", help="A safetensors file; with --captions a folder.")],
+    reward: Annotated[
+        str,
+        typer.Option(
+            help="confidence, symmetry, brightness, or package.module:function; with --captions prompt instead of "
+            "confidence."
+        ),
+    ],
     n: Annotated[int, typer.Option("--n", help="Number of pairs.")] = 2_000,
+    captions: Captions = None,
+    size: Size = None,
+    batch: Batch = 8,
     reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",
     candidates: Annotated[int, typer.Option(help="Samples per pair; the best and the worst are kept.")] = 4,
     solver: Solver = None,
@@ -107,14 +126,18 @@ def preferences(
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Sample a model several times per label, and keep the best and the worst by a reward as a preference pair."""
+    """Sample a model several times per label or caption, and keep the best and the worst by a reward as a pair.
+
+    For training with data.kind=tensors; with --captions data.kind=prompts, and the same call continues an interrupted
+    one.
+    """
     from fewstep.api import data
 
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=n * candidates)
         data.make_preferences(
-            model_name, file, reward=reward, n=n, candidates=candidates,
-            sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference, device=device,
-            progress=lambda done: bar.update(task, completed=done),
+            model_name, file, reward=reward, n=n, candidates=candidates, captions=captions, size=parse_size(size),
+            sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference, batch=batch,
+            device=device, progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
     out.print(f"{n} pairs are in {file}.")

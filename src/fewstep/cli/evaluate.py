@@ -8,17 +8,21 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.options import (
+    Batch,
+    Captions,
     Device,
     GuidanceScale,
     JsonFile,
     ModelName,
     Seed,
+    Size,
     Solver,
     Steps,
     check_json,
     counting,
     out,
     parse_numbers,
+    parse_size,
     print_scores,
     print_table,
     sampling_bar,
@@ -164,6 +168,10 @@ def winrate(
     ours: ModelName,
     theirs: Annotated[str, typer.Argument(metavar="OTHER", help="The model to compare with.")],
     n: Annotated[int, typer.Option("--n", min=1, help="Samples of each.")] = 2_000,
+    captions: Captions = None,
+    rewards: Annotated[str | None, typer.Option(help="Rewards separated by commas, as for data preferences.")] = None,
+    size: Size = None,
+    batch: Batch = 8,
     reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",
     solver: Solver = None,
     steps: Steps = None,
@@ -172,13 +180,16 @@ def winrate(
     file: JsonFile = None,
     device: Device = "auto",
 ) -> None:
-    """Measure how often a model's samples score higher on each reward than another model's, from equal noise."""
+    """Measure how often a model's samples score higher on each reward than another model's, from equal noise.
+
+    Text-conditioned models need --captions.
+    """
     from fewstep.api.evaluate import win_rates
 
     check_json(file)
     results = win_rates(
-        ours, theirs, n=n, sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference,
-        device=device,
+        ours, theirs, n=n, captions=captions, rewards=rewards.split(",") if rewards else (), size=parse_size(size),
+        sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference, batch=batch, device=device,
     )  # fmt: skip
     if file is not None:
         write_json(results, file)

@@ -46,6 +46,11 @@ GuidanceScale = Annotated[float, typer.Option("--guidance", help="Guidance scale
 Grid = Annotated[
     str, typer.Option(help="Spacing of a teacher's times: time, log_snr, karras, beta, … (docs/samplers.md lists all).")
 ]
+Captions = Annotated[
+    Path | None, typer.Option(help="For a text-conditioned model: a text file, one caption per line, used in turn.")
+]
+Size = Annotated[str | None, typer.Option(help="For pipelines: HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES in pixels.")]
+Batch = Annotated[int, typer.Option(min=1, help="For pipelines: samples at a time.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 
 

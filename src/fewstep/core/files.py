@@ -1,9 +1,11 @@
-"""Files written atomically and read with clear errors: text, safetensors, prompts, hashes."""
+"""Files written atomically and read with clear errors: text, safetensors, prompts, tables, hashes."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -111,6 +113,26 @@ def read_prompts(file: Path) -> list[str]:
     if not prompts:
         raise UserError(f"{file} contains no prompts.")
     return prompts
+
+
+def read_table(file: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """The cells of these columns, row by row, of a UTF-8 table: .csv with a header, or .jsonl with one object per line.
+    Other columns are ignored. Raises ``UserError`` that names a row without one of them, and if there are no rows."""
+    rows: list[tuple[str, ...]] = []
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            lines = csv.DictReader(stream) if file.suffix.lower() == ".csv" else map(json.loads, stream)
+            for number, row in enumerate(lines, start=1):
+                cells = [row.get(name) for name in columns] if isinstance(row, dict) else [None]
+                if not all(isinstance(cell, str) and cell.strip() for cell in cells):
+                    raise UserError(f"{file}, row {number} has no {' or no '.join(columns)}.")
+                rows.append(tuple(map(str, cells)))
+                "".join(rows[-1]).encode()  # a lone surrogate, which JSON can escape, raises ValueError
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise UserError(f"{file} is not a readable table, .csv or .jsonl ({error}).") from error
+    if not rows:
+        raise UserError(f"{file} contains no {columns[-1]}s.")
+    return rows
 
 
 def sha256(*files: Path) -> str:

@@ -16,6 +16,7 @@ from fewstep.core.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".gif")
+UNREADABLE = (ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damage besides OSError
 Cover = tuple[int, int]
 
 
@@ -44,7 +45,7 @@ def read_image(file: Path, channels: int = 3, cover: Cover | None = None) -> Ten
     try:
         with Image.open(file) as image:
             pixels = _covering(image.convert("L" if channels == 1 else "RGB"), cover)
-    except OSError as error:
+    except (*UNREADABLE, OSError) as error:
         raise UserError(f"{file} is not a readable image ({error}).") from error
     return torch.from_numpy(np.array(pixels)).reshape(pixels.height, pixels.width, channels).permute(2, 0, 1)
 
@@ -60,7 +61,7 @@ def image_size(file: Path) -> Cover:
                 return container.streams.video[0].height, container.streams.video[0].width
         with Image.open(file) as opened:
             return opened.height, opened.width
-    except (OSError, ValueError, IndexError) as error:
+    except (*UNREADABLE, OSError, IndexError) as error:
         raise UserError(f"{file} is not a readable image or video ({error}).") from error
 
 
@@ -71,7 +72,7 @@ def read_video(file: Path, frames: int, cover: Cover | None = None) -> Tensor:
     """
     try:
         shown = [np.array(_covering(frame, cover)) for frame in islice(_frames(file), frames)]
-    except (OSError, ValueError) as error:
+    except (*UNREADABLE, OSError) as error:
         raise UserError(f"{file} is not a readable video ({error}).") from error
     if len(shown) < frames:
         raise UserError(f"{file} has {len(shown)} frames, {frames} are needed.")

@@ -15,7 +15,9 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 
 from fewstep.core.errors import UserError, nearest
 
-Kind = Literal["teacher", "backbone", "objective", "data", "solver", "reward", "metric", "network", "family"]
+Kind = Literal[
+    "teacher", "backbone", "objective", "data", "solver", "reward", "prompt_reward", "metric", "network", "family"
+]  # fmt: skip
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 T = TypeVar("T")
 

@@ -77,6 +77,7 @@ def test_a_jump_of_the_gradient_is_found() -> None:
     lines = [{"grad_norm/student": 1.0}] * 10
     assert diagnose(lines) == []
     assert [finding.name for finding in diagnose([*lines, {"grad_norm/student": 50.0}])] == ["gradient"]
+    assert diagnose([*[{"grad_norm/student": 0.0}] * 10, {"grad_norm/student": 1e-9}]) == []  # a loss that is 0
 
 
 @pytest.mark.parametrize(

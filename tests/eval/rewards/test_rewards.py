@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,9 +14,11 @@ from fewstep.eval.networks.features import ClassifierFeatures, extract_features
 from fewstep.eval.references import real_images
 from fewstep.eval.rewards.brightness import brightness
 from fewstep.eval.rewards.confidence import confidence
-from fewstep.eval.rewards.registry import find_reward
+from fewstep.eval.rewards.prompt import prompt
+from fewstep.eval.rewards.registry import find_prompt_reward, find_reward, rate
 from fewstep.eval.rewards.symmetry import symmetry
 from fewstep.eval.rewards.win_rate import win_rate
+from fewstep.eval.toy_captions import NAMES, CaptionSet, read_back, tint
 
 NETWORK = ClassifierFeatures.load()
 
@@ -41,6 +45,46 @@ def test_confidence_is_the_classifiers_log_probability_of_the_label() -> None:
     assert (correct > confidence(NETWORK, images, (labels + 1) % 10)).float().mean() > 0.8
 
 
+def test_the_prompt_reward_is_the_probability_of_the_garment_if_the_colours_are_right() -> None:
+    grey, labels = real_images("fashion")
+    grey, labels = grey[:60], labels[:60]
+    captions = CaptionSet.sample(labels, torch.Generator().manual_seed(0))
+    images = tint(grey, captions)
+    texts = captions.captions
+    values = prompt(NETWORK, images, texts)
+    torch.testing.assert_close(values, confidence(NETWORK, read_back(images).grey, labels).exp())
+    for part in ("garments", "backgrounds"):
+        other = replace(captions, **{part: (getattr(captions, part) + 1) % len(NAMES)})
+        different = other.garments != other.backgrounds
+        wrong = prompt(NETWORK, images[different], other.select(different.nonzero()[:, 0]).captions)
+        assert (wrong == 0).all()
+    of_others = prompt(NETWORK, images, replace(captions, labels=(labels + 1) % 10).captions)
+    assert (of_others < values).float().mean() > 0.8
+    assert torch.equal(prompt(NETWORK, images.flip(0), texts[::-1]), values.flip(0))
+
+
+def test_prompts_and_images_that_are_no_coloured_garments_are_refused() -> None:
+    with pytest.raises(UserError, match="'a red hat on blue' is not a caption of a coloured garment"):
+        prompt(NETWORK, torch.zeros(2, 3, 32, 32, dtype=torch.uint8), ["a red coat on blue", "a red hat on blue"])
+    with pytest.raises(UserError, match=r"Coloured garments are 3 x 32 x 32, got images of shape \[3, 16, 16\]"):
+        prompt(NETWORK, torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["a red coat on blue"])
+
+
+def test_a_caption_set_reads_its_own_captions() -> None:
+    captions = CaptionSet.all().select(torch.tensor([700, 3, 3, 250]))
+    again = CaptionSet.parse(captions.captions)
+    for name in ("labels", "garments", "backgrounds"):
+        assert torch.equal(getattr(again, name), getattr(captions, name))
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, torch.nan], [1.0, torch.inf], [[1.0, 2.0]]])
+def test_a_reward_must_give_one_finite_number_per_image(values: list[float]) -> None:
+    images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    with pytest.raises(UserError, match="The reward mine must return one finite number for each of 2 images"):
+        rate("mine", lambda *_: torch.tensor(values), NETWORK, images, torch.zeros(2))
+    assert rate("brightness", brightness, NETWORK, images, ["a", "b"]).tolist() == [0, 0]
+
+
 def test_win_rate_and_wilsons_interval() -> None:
     """80 wins of 100: Wilson's interval is 0.7112 to 0.8666."""
     ours, theirs = torch.ones(100), torch.ones(100)
@@ -63,3 +107,7 @@ def test_the_win_rates_of_both_sides_add_up_to_one(values: list[float], seed: in
 def test_an_unknown_reward_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match="symmetry"):
         find_reward("symetry")
+    with pytest.raises(UserError, match=r"Unknown prompt_reward 'promt'.*prompt"):
+        find_prompt_reward("promt")
+    with pytest.raises(UserError, match="Unknown reward 'prompt'"):
+        find_reward("prompt")

@@ -126,7 +126,8 @@ def test_captioned_images_become_latents_with_prompts(saved: Saved, tmp_path: Pa
     assert fewstep.encode(saved("sd"), images, out, batch=2, rows=2, device="cpu") == 3
     stored = EncodedPrompts(out)
     assert len(stored) == 2
-    [(x0, prompts)] = stored.buckets
+    [(latents, prompts)] = stored.buckets
+    x0 = latents["x0"]
     assert prompts.tolist() == [0, 1, 0]
     folder = PipelineFolder.open(saved("sd"))
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -157,7 +158,7 @@ def test_all_samples_of_a_batch_have_one_of_several_sizes(saved: Saved, tmp_path
     sizes = [(16, 16), (16, 32), (32, 16)]
     fewstep.encode(saved("sd"), images, out, sizes=sizes, device="cpu")
     stored = EncodedPrompts(out)
-    assert [tuple(x0.shape) for x0, _ in stored.buckets] == [(2, 4, 8, 8), (1, 4, 8, 16), (2, 4, 16, 8)]
+    assert [tuple(latents["x0"].shape) for latents, _ in stored.buckets] == [(2, 4, 8, 8), (1, 4, 8, 16), (2, 4, 16, 8)]
     assert [prompts.tolist() for _, prompts in stored.buckets] == [[0, 2], [1], [3, 4]]
     source = Prompts(stored, [(4, 8, 8)])
     batches = [source(KeyedRandom(0, step, "data", 0), 4) for step in range(60)]
