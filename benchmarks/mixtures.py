@@ -22,7 +22,7 @@ from fewstep.distill.data.batch import Batch
 from fewstep.distill.loop import Loop
 from fewstep.distill.objectives.f_distill import WEIGHTS, FDistill
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.stage import RoleConfig, StageContext, enter_stage, make_role
+from fewstep.distill.stage import RoleConfig, StageContext, make_role, roles_of_stage
 from fewstep.distill.update import Objective
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, routed
@@ -195,7 +195,7 @@ def ring(method: str, start: Denoiser, seed: int, steps: int = 1500) -> dict[str
     roles: dict[str, Role] = {"teacher": Role(Denoiser(MixtureBackbone(RING, FLOW), FLOW, "x0")), "start": Role(start)}
     for number, phase in enumerate(phases):
         frozen = {"expert1": "student"} if number else {}
-        roles = enter_stage(roles, rate, frozen)
+        roles = roles_of_stage(roles, rate, frozen)
         view = Roles(roles)
         length = steps // len(phases)
         objective = config(**shared, **phase).build(view, StageContext(number, number * length, length))

@@ -33,7 +33,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainingInputs:
     """The inputs of training. ``roles`` holds the teacher, or the new network as ``model``; ``model_config`` belongs to
     that network. ``prompts`` and ``pipeline`` belong to a text-conditioned teacher."""
 
@@ -44,9 +44,9 @@ class Parts:
     pipeline: PipelineFolder | None = None
 
 
-def build_parts(
+def build_inputs(
     config: Config, device: torch.device, teacher: Model | Denoiser | None = None, data: Source | None = None
-) -> Parts:
+) -> TrainingInputs:
     """Loads the teacher (or creates the new network) and opens the data. ``teacher`` and ``data`` replace those of the
     config. Raises ``UserError`` if one is missing or damaged, or if they do not fit together."""
     features = tuple(dict.fromkeys(path for stage in config.stages for path in stage.objective.teacher_features))
@@ -77,16 +77,18 @@ def build_parts(
     source = data or _source(config.data, model_config, prompts, pipeline)
     if pipeline is None:
         _check_shape(source, model_config)
-    return Parts(roles, {"data": source}, model_config, prompts, pipeline)
+    return TrainingInputs(roles, {"data": source}, model_config, prompts, pipeline)
 
 
-def _pretraining(config: Config, model_config: ModelConfig, device: torch.device, data: Source | None) -> Parts:
+def _pretraining(
+    config: Config, model_config: ModelConfig, device: torch.device, data: Source | None
+) -> TrainingInputs:
     with torch.random.fork_rng():  # torch's initialisers use the global generator
         torch.manual_seed(config.seed)
         roles = {"model": Role(model_config.build().to(device))}
     source = data or _source(config.data, model_config, None, None)
     _check_shape(source, model_config)
-    return Parts(roles, {"data": source}, model_config)
+    return TrainingInputs(roles, {"data": source}, model_config)
 
 
 # --- your own objects -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.build import Parts
+from fewstep.distill.build import TrainingInputs
 from fewstep.distill.config import Config, StageConfig
 from fewstep.distill.data.batch import Batch
 from fewstep.distill.roles import Role, Roles
@@ -76,7 +76,7 @@ def explain(config: Config) -> list[StageExplanation]:
     explanations = []
     for number, stage in enumerate(config.stages):
         if number:
-            trainer.enter(number)
+            trainer.start_stage(number)
         explanations.append(
             StageExplanation(stage.objective.description(), _updates(trainer), _settings(config, stage))
         )
@@ -125,12 +125,12 @@ def stand_in_trainer(config: Config) -> Trainer:
     tensors = frozenset(name for stage in config.stages for name in stage.objective.tensors)
     denoiser = Denoiser(StandIn(), schedule)
     denoiser.record_features([path for stage in config.stages for path in stage.objective.teacher_features])
-    parts = Parts(
+    inputs = TrainingInputs(
         {origin: Role(denoiser)}, {"data": StandInData(tensors)},
         ModelConfig(backbone={"name": "stand-in"}, shape=SHAPE, classes=2),
     )  # fmt: skip
     plain = {"batch": BATCH, "adapters": None, "offload": False, "precision": "float32"}
-    return Trainer(config.model_copy(update=plain), parts, torch.device("cpu"))
+    return Trainer(config.model_copy(update=plain), inputs, torch.device("cpu"))
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ class Loop:
         if not gradients:
             raise RuntimeError(
                 f"the update {update.name!r} reached no parameter of {', '.join(update.roles)}: "
-                "is through=True missing in an evaluation between the loss and the student?"
+                "is input_grad=True missing in an evaluation between the loss and the student?"
             )
         self.world.mean_(gradients)
         self.world.mean_([part for pair in sums.values() for part in pair])

@@ -171,16 +171,16 @@ class Roles(Mapping[str, Role]):
 
     def predict(
         self, role: str, x_t: Tensor, t: Tensor | float, condition: Condition, *, guidance: Guidance = OFF,
-        through: bool = False,
+        input_grad: bool = False,
     ) -> Guided:  # fmt: skip
         """The role's prediction at ``x_t`` [B, ...] and ``t`` [B], with its conditional and unconditional parts.
 
-        A graph is recorded only if the role is being updated, or if ``through`` requests one to ``x_t`` (SiD, GAN
+        A graph is recorded only if the role is being updated, or if ``input_grad`` requests one to ``x_t`` (SiD, GAN
         terms). The loop differentiates with respect to the updated roles' parameters alone, so a graph through a frozen
         role never leaves gradients on it.
         """
         device = x_t.device
-        graph = nullcontext() if through or role in self._updating else torch.no_grad()
+        graph = nullcontext() if input_grad or role in self._updating else torch.no_grad()
         mixed = torch.autocast(device.type, self._precision, enabled=self._precision != torch.float32)
         with graph, mixed, self.resident(role) as denoiser:
             guided = guide(denoiser, x_t, t, condition, guidance)

@@ -15,7 +15,7 @@ from fewstep.core.environment import environment
 from fewstep.core.errors import UserError
 from fewstep.core.files import write_text
 from fewstep.core.registry import Kind, is_dotted, require_imported
-from fewstep.distill.build import Parts, build_parts
+from fewstep.distill.build import TrainingInputs, build_inputs
 from fewstep.distill.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import dump_config, load_config, read_settings
@@ -37,7 +37,7 @@ class RunFolder(Callback):
 
     @staticmethod
     def create(
-        config: Config, device: torch.device, world: World = SINGLE_PROCESS, parts: Parts | None = None
+        config: Config, device: torch.device, world: World = SINGLE_PROCESS, inputs: TrainingInputs | None = None
     ) -> RunFolder:
         """Starts a new run. Raises ``UserError`` if the folder is not empty."""
         if config.out is None:
@@ -45,7 +45,7 @@ class RunFolder(Callback):
         folder = Path(config.out)
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty. Resume it with --resume {folder}, or set another out=FOLDER.")
-        run = RunFolder(folder, Trainer(config, parts or build_parts(config, device), device, world))
+        run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device), device, world))
         if run._writes:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -58,14 +58,14 @@ class RunFolder(Callback):
     @staticmethod
     def reopen(
         folder: str | Path, device: torch.device, world: World = SINGLE_PROCESS, before: int | None = None,
-        parts: Parts | None = None,
+        inputs: TrainingInputs | None = None,
     ) -> RunFolder:  # fmt: skip
         """Opens a run at its last checkpoint, or at the last one at or before step ``before``.
 
         Raises ``UserError`` if the folder is not a run or the checkpoint is damaged.
         """
         folder, config = Path(folder), run_config(folder)
-        run = RunFolder(folder, Trainer(config, parts or build_parts(config, device), device, world))
+        run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device), device, world))
         saved = [c for c in checkpoints(folder / "checkpoints") if before is None or step_of(c) <= before]
         if saved:
             run._restore(saved[-1])

@@ -148,7 +148,7 @@ def make_role(module: nn.Module, config: RoleConfig) -> Role:
     return Role(module, optimizer, ema_decay=config.ema)
 
 
-def enter_stage(
+def roles_of_stage(
     before: Mapping[str, Role],
     configs: Mapping[str, RoleConfig],
     freeze: Mapping[str, str],

@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.build import DTYPES, Parts, build_parts
+from fewstep.distill.build import DTYPES, TrainingInputs, build_inputs
 from fewstep.distill.checkpoint import restore_role, role_tensors
 from fewstep.distill.config import Config
 from fewstep.distill.data.batch import Source
@@ -25,7 +25,7 @@ from fewstep.distill.health import Probe
 from fewstep.distill.loop import MAX_LOST, Loop, LostUpdate
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.stage import MatchingConfig, StageContext, enter_stage, learning_rate
+from fewstep.distill.stage import MatchingConfig, StageContext, learning_rate, roles_of_stage
 from fewstep.distill.update import Objective
 from fewstep.models.adapters import AdapterView
 from fewstep.models.denoiser import Denoiser, routed
@@ -69,14 +69,14 @@ class Callback:
 
 @dataclass
 class Trainer:
-    """Trains the stages of ``config`` from ``parts``.
+    """Trains the stages of ``config`` from ``inputs``.
 
     ``step`` is the number of finished steps over all stages, ``evaluations`` the number of samples at which they
     evaluated networks, over all processes. ``best`` is the best validation of the current stage.
     """
 
     config: Config
-    parts: Parts
+    inputs: TrainingInputs
     device: torch.device
     world: World = SINGLE_PROCESS
     validate: Validator | None = None
@@ -93,9 +93,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         health = self.config.health
-        rows = self.parts.sources["data"](KeyedRandom(0, 0, "health", 0), health.conditions).condition
-        self._probe = Probe(rows.to(self.device), health, self.parts.model_config, self.config.batch)
-        self.enter(0)
+        rows = self.inputs.sources["data"](KeyedRandom(0, 0, "health", 0), health.conditions).condition
+        self._probe = Probe(rows.to(self.device), health, self.inputs.model_config, self.config.batch)
+        self.start_stage(0)
 
     @staticmethod
     def create(
@@ -105,19 +105,19 @@ class Trainer:
         """A trainer of the config, optionally with your own teacher and data. Raises ``UserError`` on a mistake in the
         config."""
         chosen = pick_device(device)
-        return Trainer(config, build_parts(config, chosen, teacher, data), chosen, callbacks=callbacks)
+        return Trainer(config, build_inputs(config, chosen, teacher, data), chosen, callbacks=callbacks)
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
-    def enter(self, number: int) -> None:
+    def start_stage(self, number: int) -> None:
         """Builds roles, objective and loop of a stage from the roles of the previous one.
 
         Raises ``UserError`` if roles or data do not match the objective.
         """
         stage = self.config.stages[number]
         settings = stage.objective
-        before = dict(self.roles) if self.stage >= 0 else dict(self.parts.roles)
-        probe = self.parts.sources["data"](KeyedRandom(0, 0, "probe", 0), 1).to(self.device)
+        before = dict(self.roles) if self.stage >= 0 else dict(self.inputs.roles)
+        probe = self.inputs.sources["data"](KeyedRandom(0, 0, "probe", 0), 1).to(self.device)
         network = before["teacher" if "teacher" in before else "model"].module
         assert isinstance(network, Denoiser)
         with torch.random.fork_rng():
@@ -131,7 +131,7 @@ class Trainer:
                 )
         if self.stage >= 0:
             self.roles.fetch()  # copies are created on the device
-        roles = enter_stage(before, stage.roles, stage.freeze, networks)
+        roles = roles_of_stage(before, stage.roles, stage.freeze, networks)
         if missing := settings.needs - set(roles):
             raise UserError(
                 f"stages.{number}: the objective {settings.name!r} needs the roles {sorted(settings.needs)}, "
@@ -145,7 +145,7 @@ class Trainer:
                 "fewstep data ode-pairs creates one). For a text-conditioned teacher, data.kind=prompts with images or "
                 "preference pairs (fewstep data encode, fewstep data preferences)."
             )
-        first = self.ends[number] - stage.steps
+        first = self.stage_ends[number] - stage.steps
         self.stage = number
         self.roles = Roles(roles, DTYPES[self.config.precision])
         for entered in roles.values():  # also outside ``Roles.predict``: in probes and validation
@@ -165,27 +165,27 @@ class Trainer:
             raise UserError(
                 f"stages.{number}.roles: the objective trains {sorted(unknown)}, so add it with a learning rate."
             )
-        self.few_step = self.objective.few_step or (self.few_step if number else self.parts.model_config.few_step)
+        self.few_step = self.objective.few_step or (self.few_step if number else self.inputs.model_config.few_step)
         for name, role in stage.roles.items():
             due = [update.due for update in self.objective.updates if name in update.roles]
-            self.roles[name].lr_factor = learning_rate(role, sum(d.count(first, self.ends[number]) for d in due))
+            self.roles[name].lr_factor = learning_rate(role, sum(d.count(first, self.stage_ends[number]) for d in due))
         self.loop = Loop(
-            self.roles, self.objective, self.parts.sources, self.config.batch, self.config.accumulate, stage.clip,
+            self.roles, self.objective, self.inputs.sources, self.config.batch, self.config.accumulate, stage.clip,
             self.config.seed, self.device, self.world, {
-                update.name: min(MAX_LOST, max(1, update.due.count(first, self.ends[number])))
+                update.name: min(MAX_LOST, max(1, update.due.count(first, self.stage_ends[number])))
                 for update in self.objective.updates
             },
         )  # fmt: skip
 
     @property
-    def ends(self) -> list[int]:
+    def stage_ends(self) -> list[int]:
         """The step at which each stage ends."""
         return [sum(stage.steps for stage in self.config.stages[: i + 1]) for i in range(len(self.config.stages))]
 
     @property
     def student_config(self) -> ModelConfig:
         """The model config of the student: the teacher's, with the objective's sampling rule and settings."""
-        origin = self.parts.model_config
+        origin = self.inputs.model_config
         boundaries = tuple(lowest for _, lowest in self.objective.experts)
         adapter = isinstance(self.roles.denoiser("student").backbone, AdapterView)
         return origin.model_copy(
@@ -216,7 +216,7 @@ class Trainer:
         Raises ``Interrupted`` if a signal requested a stop, after the callbacks' ``on_checkpoint``.
         """
         started = time.monotonic() - self.seconds
-        end = self.ends[-1]
+        end = self.stage_ends[-1]
         latest: dict[str, Tensor] = {}  # since the last log line: some updates are not due at a logged step
         health: dict[str, float] = {}
         with stop_requests() as stop:
@@ -234,7 +234,7 @@ class Trainer:
                 self._notify("on_step")
                 if self.validate is not None and (last or self._due(self.config.validation.every)):
                     self._validate(self.validate)
-                stage_ends = self.step == self.ends[self.stage]
+                stage_ends = self.step == self.stage_ends[self.stage]
                 if stop.requested or stage_ends or self._due(self.config.checkpoint.every):
                     self._notify("on_checkpoint")
                 if stop.requested and not last:
@@ -250,8 +250,8 @@ class Trainer:
 
     def one_step(self) -> dict[str, Tensor]:
         """Runs one step of the current stage, or of the next one if the current one is complete."""
-        if self.step >= self.ends[self.stage]:
-            self.enter(self.stage + 1)
+        if self.step >= self.stage_ends[self.stage]:
+            self.start_stage(self.stage + 1)
             self.best = {}  # scores of another objective or generator are not comparable
         before = self.roles.evaluations
         metrics = self.loop.step(self.step)
@@ -268,7 +268,7 @@ class Trainer:
 
     def _check_health(self) -> dict[str, float]:
         """Compares samples of the averaged student with the teacher's; empty without a teacher."""
-        if "teacher" not in self.parts.roles:
+        if "teacher" not in self.inputs.roles:
             return {}
         settings = self.config.stages[self.stage].objective
         scale = settings.guidance if isinstance(settings, MatchingConfig) else 1.0
@@ -298,7 +298,7 @@ class Trainer:
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """The inverse of ``state``. Raises ``KeyError`` on missing tensors or counters."""
         for stage in range(self.stage + 1, state["stage"] + 1):
-            self.enter(stage)
+            self.start_stage(stage)
         for name, role in self._trained().items():
             restore_role(name, role, tensors)
         for name, value in self.objective.state.items():
@@ -308,7 +308,7 @@ class Trainer:
 
     def _trained(self) -> dict[str, Role]:
         """The roles that training created."""
-        return {name: role for name, role in self.roles.items() if name not in self.parts.roles}
+        return {name: role for name, role in self.roles.items() if name not in self.inputs.roles}
 
 
 def to_numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tiny_runs import CASES, settings
 
-from fewstep.distill.build import build_parts
+from fewstep.distill.build import build_inputs
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.trainer import Trainer, to_numbers
 
@@ -30,7 +30,7 @@ def losses(objective: str, changes: dict[str, Any], folder: Path) -> list[dict[s
     """The metrics of four steps, in two micro-batches each."""
     torch.manual_seed(0)
     config = parse_config(settings(objective, folder, "cpu", "float32", **changes) | {"accumulate": 2}, "test")
-    trainer = Trainer(config, build_parts(config, CPU), CPU)
+    trainer = Trainer(config, build_inputs(config, CPU), CPU)
     return [to_numbers(trainer.loop.step(step)) for step in range(4)]
 
 

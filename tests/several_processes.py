@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from worlds import state_of, tiny_config
 
-from fewstep.distill.build import build_parts
+from fewstep.distill.build import build_inputs
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.processes import World
 from fewstep.distill.trainer import Trainer
@@ -22,7 +22,7 @@ def one_of_several(rank: int, world: int, folder: str, port: int, steps: int) ->
     raw = tiny_config(Path(folder), out=f"{folder}/two", batch=4)
     raw["stages"][0]["steps"] = steps  # type: ignore[index]
     config = parse_config(raw, "test")
-    trainer = Trainer(config, build_parts(config, CPU), CPU, World(rank, world))
+    trainer = Trainer(config, build_inputs(config, CPU), CPU, World(rank, world))
     for step in range(steps):
         trainer.loop.step(step)
     if rank == 0:

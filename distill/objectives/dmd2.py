@@ -90,9 +90,9 @@ class DMD2(MatchingConfig):
         guidance = Guidance(self.guidance)
         gan = self.gan
 
-        def logits(x_t: Tensor, t: Tensor, condition: Condition, through: bool = False) -> Tensor:
+        def logits(x_t: Tensor, t: Tensor, condition: Condition, input_grad: bool = False) -> Tensor:
             assert gan is not None
-            features = roles.predict(gan.features, x_t, t, condition, through=through).cond.features
+            features = roles.predict(gan.features, x_t, t, condition, input_grad=input_grad).cond.features
             return roles["discriminator"].module(features)  # type: ignore[no-any-return]
 
         def student(micro: MicroBatch) -> Iterator[LossTerm]:
@@ -107,7 +107,7 @@ class DMD2(MatchingConfig):
             if gan:
                 t = gan.renoise_times.sample(micro.random, len(sample.level), "gan")
                 x_t, _ = matching.renoise(schedule, sample, t, micro.random)
-                yield LossTerm("gan", gan.weight * generator_loss(logits(x_t, t, sample.condition, through=True)))
+                yield LossTerm("gan", gan.weight * generator_loss(logits(x_t, t, sample.condition, input_grad=True)))
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:
             t = self.critic_times.sample(micro.random, len(micro.sample.level))

@@ -12,7 +12,7 @@ from worlds import tiny_config
 
 import fewstep
 from fewstep.core.errors import UserError
-from fewstep.distill.build import build_parts
+from fewstep.distill.build import build_inputs
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import dump_config, load_config, parse_config
 from fewstep.distill.objectives.dmd2 import DMD2
@@ -106,7 +106,7 @@ def test_a_mistake_in_an_override_names_the_override(tmp_path: Path) -> None:
 def test_a_run_without_teacher_or_model_is_refused(tmp_path: Path) -> None:
     config = parse_config(tiny_config(tmp_path, teacher=None), "a.yaml")
     with pytest.raises(UserError, match=r"neither teacher \(to distil\) nor model"):
-        build_parts(config, CPU)
+        build_inputs(config, CPU)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_missing_and_unknown_roles_are_named(tmp_path: Path, change: Any, messag
     change(raw["stages"][0]["roles"])
     config = parse_config(raw, "a.yaml")
     with pytest.raises(UserError, match=message):
-        Trainer(config, build_parts(config, CPU), CPU)
+        Trainer(config, build_inputs(config, CPU), CPU)
 
 
 def test_an_override_changes_its_key_alone_not_what_shares_a_yaml_anchor(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from worlds import tiny_config
 
 from fewstep.core.errors import UserError
-from fewstep.distill.build import build_parts
+from fewstep.distill.build import build_inputs
 from fewstep.distill.config import OBJECTIVES
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.explain import explain
@@ -44,7 +44,7 @@ def test_the_evaluations_are_those_of_training(tmp_path: Path) -> None:
     raw["stages"][0]["objective"] = {"name": "tdm", "steps": 1, "critic_updates": 3}
     config = parse_config(raw, "test")
     cpu = torch.device("cpu")
-    trainer = Trainer(config, build_parts(config, cpu), cpu)
+    trainer = Trainer(config, build_inputs(config, cpu), cpu)
     trainer.train()
     expected = explain(config)[0].evaluations_per_step * config.steps * config.batch
     assert trainer.evaluations == pytest.approx(expected)

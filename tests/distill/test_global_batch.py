@@ -17,7 +17,7 @@ from tiny_runs import CASES, settings
 from torch import Tensor
 
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.build import build_parts
+from fewstep.distill.build import build_inputs
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.trainer import Trainer
 
@@ -56,7 +56,7 @@ def keyed_by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
 def gradients(raw: dict[str, Any], batch: int) -> list[dict[str, Tensor]]:
     """Of all trained roles in each of the first steps."""
     config = parse_config(raw | {"batch": batch, "accumulate": WHOLE // batch}, "test")
-    trainer = Trainer(config, build_parts(config, torch.device("cpu")), torch.device("cpu"))
+    trainer = Trainer(config, build_inputs(config, torch.device("cpu")), torch.device("cpu"))
     found = []
     for step in range(STEPS):
         trainer.loop.step(step)

@@ -43,7 +43,7 @@ def test_a_graph_through_a_frozen_role_exists_only_on_request() -> None:
     batch, x = Points(2)(random, 4), random.normal((4, 2)).requires_grad_()
     with roles.updating(("student",)):
         assert not roles.predict("fake", x, 0.5, batch.condition).out.raw.requires_grad
-        assert roles.predict("fake", x, 0.5, batch.condition, through=True).out.raw.requires_grad
+        assert roles.predict("fake", x, 0.5, batch.condition, input_grad=True).out.raw.requires_grad
         assert roles.predict("student", x, 0.5, batch.condition).out.raw.requires_grad
 
 

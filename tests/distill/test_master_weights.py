@@ -11,11 +11,11 @@ from worlds import Points, mlp
 
 from fewstep.api import bench_cost
 from fewstep.core.errors import UserError
-from fewstep.distill.build import build_parts
+from fewstep.distill.build import build_inputs
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.roles import Role, Roles, blend, require_blendable
-from fewstep.distill.stage import RoleConfig, enter_stage
+from fewstep.distill.stage import RoleConfig, roles_of_stage
 from fewstep.distill.trainer import Trainer
 from fewstep.models.adapters import share_network
 from fewstep.models.denoiser import Denoiser
@@ -38,7 +38,7 @@ def constant_steps(role: Role, steps: int) -> None:
 def test_two_hundred_small_steps_move_every_weight_and_its_average(dtype: torch.dtype) -> None:
     """AdamW moves a weight by its rate, 5e-7, per step of a constant gradient; near .5 bfloat16 has steps of .002."""
     teacher = Role(half(dtype))
-    role = enter_stage({"teacher": teacher}, {"student": RoleConfig(lr=5e-7, ema=0.9)}, {})["student"]
+    role = roles_of_stage({"teacher": teacher}, {"student": RoleConfig(lr=5e-7, ema=0.9)}, {})["student"]
     constant_steps(role, 200)
     for before, after, average in zip(teacher.parameters, role.parameters, role.average.values(), strict=True):
         torch.testing.assert_close(after, before.float() - 1e-4, rtol=0, atol=1e-5)
@@ -48,7 +48,7 @@ def test_two_hundred_small_steps_move_every_weight_and_its_average(dtype: torch.
 
 def test_a_thousand_interpolations_by_a_thousandth_go_63_percent_of_the_way() -> None:
     rates = {"fake": RoleConfig(lr=1e-3), "student": RoleConfig(lr=1e-3, init="other")}
-    roles = Roles(enter_stage({"teacher": Role(half(seed=1)), "other": Role(half(seed=2))}, rates, {}))
+    roles = Roles(roles_of_stage({"teacher": Role(half(seed=1)), "other": Role(half(seed=2))}, rates, {}))
     start = [p.detach().clone() for p in roles["fake"].parameters]
     require_blendable(roles, "fake", "student")
     for _ in range(1000):
@@ -62,7 +62,7 @@ def with_adapters() -> dict[str, Role]:
     share_network(teacher, rank=2, alpha=None, targets=["layers.0", "layers.2"])
     rate = {"lr": 5e-7}
     copies = {"student": RoleConfig(**rate), "fake": RoleConfig(**rate, full_finetune=True)}
-    return enter_stage({"teacher": Role(teacher)}, copies, {})
+    return roles_of_stage({"teacher": Role(teacher)}, copies, {})
 
 
 def test_copies_and_adapters_on_a_half_precision_base_are_float32() -> None:
@@ -121,7 +121,7 @@ def test_a_half_precision_teacher_trains_float32_copies_in_half_precision() -> N
 
 def test_the_memory_benchmark_counts_the_float32_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two bytes per weight of the teacher, four of the student's and of the fake's."""
-    monkeypatch.setattr(bench_cost, "build_parts", lambda c, device: build_parts(c, device, half(), Points(2)))
+    monkeypatch.setattr(bench_cost, "build_inputs", lambda c, device: build_inputs(c, device, half(), Points(2)))
     count = sum(p.numel() for p in half().parameters())
     assert bench_cost.memory_of(config(precision="bfloat16", device="cpu"))["parameters"] == count * (2 + 4 + 4)
 

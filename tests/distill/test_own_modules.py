@@ -14,7 +14,7 @@ from worlds import tiny_config
 
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.build import build_parts
+from fewstep.distill.build import build_inputs
 from fewstep.distill.config_files import dump_config, load_config, parse_config
 from fewstep.distill.explain import explain
 from fewstep.distill.run_folder import RunFolder
@@ -87,7 +87,7 @@ def test_a_data_source_with_a_dotted_name_receives_its_options(tmp_path: Path) -
     config = parse_config(
         tiny_config(tmp_path, data={"kind": "own_objective:Labelled", "options": {"label": 7}}), "test"
     )
-    source = build_parts(config, CPU).sources["data"]
+    source = build_inputs(config, CPU).sources["data"]
     assert isinstance(source, Labelled)
     assert source(KeyedRandom(0, 0, "data", 0), 3).condition["labels"].tolist() == [7, 7, 7]
     RunFolder.create(config, CPU).train()
@@ -107,7 +107,7 @@ def test_a_data_source_with_a_dotted_name_receives_its_options(tmp_path: Path) -
 def test_an_own_source_that_cannot_be_created_is_named(tmp_path: Path, data: dict[str, Any], message: str) -> None:
     config = parse_config(tiny_config(tmp_path, data=data), "test")
     with pytest.raises(UserError, match=message):
-        build_parts(config, CPU)
+        build_inputs(config, CPU)
 
 
 @pytest.mark.parametrize(

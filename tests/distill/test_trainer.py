@@ -14,7 +14,7 @@ from worlds import Points, mlp, state_of, tiny_config, write_idx
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill import build, matching
-from fewstep.distill.build import build_parts
+from fewstep.distill.build import build_inputs
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.data.batch import Batch
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 def trainer_of(raw: dict[str, object], callbacks: tuple[Callback, ...] = ()) -> Trainer:
     config = parse_config(raw, "test")
-    return Trainer(config, build_parts(config, CPU), CPU, callbacks=callbacks)
+    return Trainer(config, build_inputs(config, CPU), CPU, callbacks=callbacks)
 
 
 def test_evaluations_are_counted_as_the_networks_receive_them(tmp_path: Path) -> None:

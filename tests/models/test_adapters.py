@@ -19,7 +19,7 @@ from fewstep.distill.loop import Loop
 from fewstep.distill.matching import l1_weight, renoise, surrogate_loss
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.rollouts import backward_simulation
-from fewstep.distill.stage import RoleConfig, enter_stage, make_role
+from fewstep.distill.stage import RoleConfig, make_role, roles_of_stage
 from fewstep.distill.update import LossTerm, MicroBatch, Objective, Update
 from fewstep.models.adapters import AdapterView, share_base
 from fewstep.models.condition import Condition
@@ -167,11 +167,11 @@ def test_stages_initialise_roles_from_the_averages_of_others(x):
     net = Net()
     weights = {name: value.clone() for name, value in net.state_dict().items()}
     teacher = Role(Denoiser(share_base(net, rank=2, alpha=2, targets=["enter", "leave"]), RectifiedFlow()))
-    first = enter_stage({"teacher": teacher}, {"student": RoleConfig(lr=0.1, ema=0.5)}, {})
+    first = roles_of_stage({"teacher": teacher}, {"student": RoleConfig(lr=0.1, ema=0.5)}, {})
     student = first["student"]
     evaluate(student.module.backbone, x).square().sum().backward(inputs=student.parameters)
     student.step()
-    second = enter_stage(first, {"fake": RoleConfig(init="student", lr=0.1)}, {"old": "student"})
+    second = roles_of_stage(first, {"fake": RoleConfig(init="student", lr=0.1)}, {"old": "student"})
     for name in ("fake", "old"):
         for own, average in zip(second[name].parameters, student.average.values(), strict=True):
             torch.testing.assert_close(own, average)

@@ -14,7 +14,7 @@ import torch
 
 from fewstep.core.devices import pick_device
 from fewstep.core.environment import environment
-from fewstep.distill.build import build_parts
+from fewstep.distill.build import build_inputs
 from fewstep.distill.config import Config
 from fewstep.distill.explain import Evaluation, evaluations_of
 from fewstep.distill.trainer import Trainer
@@ -39,7 +39,7 @@ def bench_step(config: Config, rounds: int) -> dict[str, Any]:
     """Medians over ``rounds`` of a full cycle of updates (optimizers and averages included), of its bare evaluations,
     and of their paired ratio. A cycle is the fewest steps in which every update happens."""
     device = pick_device(config.device)
-    trainer = Trainer(config, build_parts(config, device), device)
+    trainer = Trainer(config, build_inputs(config, device), device)
     cycle = range(max(update.due.n for update in trainer.objective.updates))
 
     def full() -> None:
@@ -133,7 +133,7 @@ def memory_of(config: Config) -> dict[str, int]:
     the most, of weights, gradients, moments and activations."""
     device = pick_device(config.device)
     before = _most_memory(device)
-    trainer = Trainer(config, build_parts(config, device), device)
+    trainer = Trainer(config, build_inputs(config, device), device)
     for step in range(2 * max(update.due.n for update in trainer.objective.updates)):
         trainer.loop.step(step)
     storages = {}

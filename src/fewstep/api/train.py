@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fewstep.api.models import Source
 from fewstep.core.errors import UserError
-from fewstep.distill.build import build_parts
+from fewstep.distill.build import build_inputs
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import load_config
 from fewstep.distill.data import batch
@@ -53,21 +53,21 @@ def train_run(
 ) -> RunFolder:  # fmt: skip
     """The same, returning the run with its trainer."""
     world, device = join_world(config.device)
-    parts = build_parts(config, device, teacher, data)
+    inputs = build_inputs(config, device, teacher, data)
     if resume:
-        run = RunFolder.reopen(resume, device, world, parts=parts)
+        run = RunFolder.reopen(resume, device, world, inputs=inputs)
     else:
-        run = RunFolder.create(config, device, world, parts)
+        run = RunFolder.create(config, device, world, inputs)
     run.train(_validator(config, run), callbacks)
     return run
 
 
 def _validator(config: Config, run: RunFolder) -> Validator | None:
-    settings, parts = config.validation, run.trainer.parts
+    settings, inputs = config.validation, run.trainer.inputs
     if not settings.every:
         return None
     sampling = SamplingConfig(settings.solver, settings.steps, settings.guidance)
-    if parts.prompts is not None and parts.pipeline is not None:
-        return PromptValidation(sampling, settings.images, parts.pipeline, parts.prompts, run.folder)
+    if inputs.prompts is not None and inputs.pipeline is not None:
+        return PromptValidation(sampling, settings.images, inputs.pipeline, inputs.prompts, run.folder)
     reference = load_reference(settings.reference, "train", run.trainer.device)
     return Validation(sampling, settings.n, reference, run.folder)

@@ -24,7 +24,7 @@ from worlds import FLOW
 from fewstep.distill.matching import l1_weight, renoise, surrogate_loss
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.rollouts import add_noise, initial_noise
-from fewstep.distill.stage import RoleConfig, enter_stage
+from fewstep.distill.stage import RoleConfig, roles_of_stage
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
 from fewstep.models.denoiser import Denoiser, Routed
 from fewstep.samplers.euler import euler
@@ -58,7 +58,7 @@ def phase(roles: Roles, t_student: float, level: float) -> Objective:
 def test_the_second_expert_learns_behind_the_frozen_first_one(base: Denoiser) -> None:
     learns = RoleConfig(init="base", lr=1e-3, betas=(0.5, 0.99))
     start = {"teacher": Role(TEACHER), "base": Role(base)}
-    first = Roles(enter_stage(start, {"student": learns, "fake": learns}, freeze={}))
+    first = Roles(roles_of_stage(start, {"student": learns, "fake": learns}, freeze={}))
     noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(3))
     x0 = MIXTURE.sample(2000, 4).float()
     x_s = add_noise(FLOW, x0, noise.roll(1, 0), torch.full((2000,), MIDDLE, dtype=torch.float64))
@@ -70,7 +70,7 @@ def test_the_second_expert_learns_behind_the_frozen_first_one(base: Denoiser) ->
     train(loop_of(first, phase(first, 1.0, MIDDLE)), 400)
     assert distance_at_middle(first.denoiser("student")) < 0.3 * distance_at_middle(base)
 
-    second = Roles(enter_stage(first, {"student": learns, "fake": learns}, freeze={"expert": "student"}))
+    second = Roles(roles_of_stage(first, {"student": learns, "fake": learns}, freeze={"expert": "student"}))
     expert, student = second.denoiser("expert"), second.denoiser("student")
     before = snapshot(expert)
     assert is_unchanged(first.denoiser("student"), before)

@@ -30,18 +30,18 @@ class TimedHead(nn.Module):
 
 
 def gan(roles: Roles, head: nn.Module) -> Objective:
-    def logits(micro: MicroBatch, x0: Tensor, name: str, through: bool) -> Tensor:
+    def logits(micro: MicroBatch, x0: Tensor, name: str, input_grad: bool) -> Tensor:
         t = micro.random.uniform(len(x0), 0.02, 0.7, stream=f"{name}_t")
         x_t = add_noise(FLOW, x0, micro.random.normal(x0.shape, name), t)
-        features = roles.predict("teacher", x_t, t, NO_CONDITION, through=through).cond.features
+        features = roles.predict("teacher", x_t, t, NO_CONDITION, input_grad=input_grad).cond.features
         return head(features["hidden.2"], t)
 
     def student(micro: MicroBatch) -> Iterator[LossTerm]:
-        yield LossTerm("gan", softplus(-logits(micro, micro.sample.x, "generated", through=True)).mean())
+        yield LossTerm("gan", softplus(-logits(micro, micro.sample.x, "generated", input_grad=True)).mean())
 
     def discriminator(micro: MicroBatch) -> Iterator[LossTerm]:
-        on_generated = logits(micro, micro.sample.x, "generated", through=False)
-        on_real = logits(micro, micro.batch["x0"], "data", through=False)
+        on_generated = logits(micro, micro.sample.x, "generated", input_grad=False)
+        on_real = logits(micro, micro.batch["x0"], "data", input_grad=False)
         yield LossTerm("discriminator", softplus(on_generated).mean() + softplus(-on_real).mean())
 
     updates = Update("student", ("student",), student), Update("head", ("discriminator",), discriminator)

@@ -11,7 +11,7 @@ from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.rollouts import add_noise, random_time_rollout
-from fewstep.distill.stage import RoleConfig, enter_stage
+from fewstep.distill.stage import RoleConfig, roles_of_stage
 from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import MicroBatch, StudentSample
 from fewstep.models.adapters import share_network
@@ -94,7 +94,7 @@ def test_interpolation_is_for_copies() -> None:
     teacher = mlp(2, 0)
     share_network(teacher, rank=2, alpha=None, targets=["layers.0"])
     rates = {role: RoleConfig(lr=1e-3) for role in ("student", "fake")}
-    roles = Roles(enter_stage({"teacher": Role(teacher)}, rates, {}))
+    roles = Roles(roles_of_stage({"teacher": Role(teacher)}, rates, {}))
     with pytest.raises(UserError, match=r"these train adapters: fake and student.*Set blend: 0"):
         build_objective("cdm", roles)
     objective = build_objective("cdm", roles, blend=0.0, guidance=1.0, max_steps=2)

@@ -81,7 +81,7 @@ def test_a_merged_adapter_computes_the_same(saved: Saved, name: str, tmp_path: P
     run.train()
     view = run.trainer.roles.denoiser("student").backbone
     assert isinstance(view, AdapterView)
-    x = torch.randn(2, *run.trainer.parts.model_config.shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, *run.trainer.inputs.model_config.shape, generator=torch.Generator().manual_seed(0))
     t = torch.full((2,), 0.5, dtype=torch.float64)
     condition = run.trainer.loop.sources["data"](KeyedRandom(0, 0, "test", 0), 2).condition
     condition = condition.replace(guidance=torch.ones(2))
