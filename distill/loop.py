@@ -81,7 +81,7 @@ class Loop:
                     inputs = [*parameters, *({leaves.x, leaves.output} if leaves else ())]
                     (loss / self.accumulate).backward(inputs=inputs)
                     micro.log(f"loss/{name}", loss)
-                micro.finish(parameters)
+                micro.backward_rollout(parameters)
                 for name, (value, count) in micro.metrics.items():
                     before = sums.get(name, (0, 0))
                     sums[name] = before[0] + value, before[1] + count

@@ -13,7 +13,7 @@ from fewstep.core.errors import UserError
 from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.guidance import OFF, Guidance, Guided, guide
+from fewstep.models.guidance import UNGUIDED, Guidance, Guided, guide
 from fewstep.models.offload import OffloadedModule
 
 
@@ -170,7 +170,7 @@ class Roles(Mapping[str, Role]):
         return name in self._updating
 
     def predict(
-        self, role: str, x_t: Tensor, t: Tensor | float, condition: Condition, *, guidance: Guidance = OFF,
+        self, role: str, x_t: Tensor, t: Tensor | float, condition: Condition, *, guidance: Guidance = UNGUIDED,
         input_grad: bool = False,
     ) -> Guided:  # fmt: skip
         """The role's prediction at ``x_t`` [B, ...] and ``t`` [B], with its conditional and unconditional parts.

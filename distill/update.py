@@ -70,7 +70,7 @@ class MicroBatch:
 
     ``sample`` is the result of the objective's rollout. It is the same in all updates of a step, and collects gradients
     only in the one that trains the student. Its graph is cut there: terms are back-propagated one by one, each freeing
-    its memory, and ``finish`` back-propagates the collected gradients through the student once.
+    its memory, and ``backward_rollout`` back-propagates the collected gradients through the student once.
     """
 
     batches: Mapping[str, Batch]
@@ -113,7 +113,7 @@ class MicroBatch:
         seed, step, _, shard = self.random.key
         return self.rollout(replace(self, random=KeyedRandom(seed, step, "rollout", shard, self.random.device)))
 
-    def finish(self, parameters: list[torch.nn.Parameter]) -> None:
+    def backward_rollout(self, parameters: list[torch.nn.Parameter]) -> None:
         """Back-propagates the gradients that the terms left on the sample through the rollout."""
         if self._with_graph is None:
             return

@@ -67,14 +67,14 @@ class GuidanceStyle:
     """How a model applies guidance, where it differs from plain classifier-free guidance.
 
     ``embedded``: the network receives the scale as ``condition["guidance"]`` and is evaluated once (guidance-distilled
-    models). ``finish(cond, out)`` post-processes the guided output [B, ...] (Qwen-Image restores norms).
+    models). ``postprocess(cond, out)`` changes the guided output [B, ...] (Qwen-Image restores norms).
     """
 
     embedded: bool = False
-    finish: Callable[[Tensor, Tensor], Tensor] | None = None
+    postprocess: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
-PLAIN = GuidanceStyle()
+DEFAULT_STYLE = GuidanceStyle()
 
 
 class Denoiser(nn.Module):
@@ -92,7 +92,7 @@ class Denoiser(nn.Module):
         schedule: NoiseSchedule,
         kind: Kind = "velocity",
         feature_layers: Sequence[str] = (),
-        style: GuidanceStyle = PLAIN,
+        style: GuidanceStyle = DEFAULT_STYLE,
     ) -> None:
         super().__init__()
         if kind not in KINDS:
@@ -157,11 +157,11 @@ class Routed(nn.Module):
         return (t[:, None] < torch.tensor(self.boundaries, dtype=t.dtype, device=t.device)).sum(1)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        which = self.expert_of(t)
-        used = which.unique().tolist()
+        expert = self.expert_of(t)
+        used = expert.unique().tolist()
         if len(used) == 1:
             return self.experts[used[0]](x_t, t, condition)  # type: ignore[no-any-return]
-        parts = {k: (which == k).nonzero()[:, 0] for k in used}
+        parts = {k: (expert == k).nonzero()[:, 0] for k in used}
         outputs = [self.experts[k](x_t[rows], t[rows], condition.index(rows)) for k, rows in parts.items()]
         order = torch.argsort(torch.cat(list(parts.values())))
         return torch.cat(outputs)[order]

@@ -21,7 +21,7 @@ class Guidance:
     scale: float = 1.0
 
 
-OFF = Guidance()
+UNGUIDED = Guidance()
 
 
 class Guided(NamedTuple):
@@ -39,7 +39,9 @@ class Guided(NamedTuple):
         return self.null
 
 
-def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor | float, condition: Condition, guidance: Guidance = OFF) -> Guided:
+def guide(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor | float, condition: Condition, guidance: Guidance = UNGUIDED
+) -> Guided:
     """Evaluates ``denoiser`` at ``x_t`` [B, ...] with guidance, both branches in one batch of 2B. A model with embedded
     guidance is evaluated once, whatever the scale, and its ``out`` is its ``cond``."""
     if denoiser.style.embedded:
@@ -52,6 +54,6 @@ def guide(denoiser: Denoiser, x_t: Tensor, t: Tensor | float, condition: Conditi
     both = denoiser(torch.cat([x_t, x_t]), torch.cat([times, times]), Condition.cat(condition, condition.null()))
     cond, null = both.split(x_t.shape[0])
     out = cond.with_raw(null.raw + guidance.scale * (cond.raw - null.raw))
-    if denoiser.style.finish is not None:
-        out = out.with_raw(denoiser.style.finish(cond.raw, out.raw))
+    if denoiser.style.postprocess is not None:
+        out = out.with_raw(denoiser.style.postprocess(cond.raw, out.raw))
     return Guided(cond, null, out)

@@ -19,7 +19,7 @@ from fewstep.core.image_files import to_bytes
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.guidance import OFF, Guidance
+from fewstep.models.guidance import UNGUIDED, Guidance
 from fewstep.models.loading import Model, pipeline_of
 from fewstep.samplers.plan import Plan, SamplingConfig, plan
 from fewstep.samplers.predictor import ModelOutput, Predictor
@@ -49,7 +49,7 @@ class SampleNoise:
 
 def integrate(
     denoiser: Denoiser, condition: Condition, shape: tuple[int, ...], *, plan: Plan, numbers: Sequence[int],
-    guidance: Guidance = OFF, seed: int = 0, batch: int = 100, device: torch.device | str = "cpu",
+    guidance: Guidance = UNGUIDED, seed: int = 0, batch: int = 100, device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Samples:  # fmt: skip
     """One sample of ``shape`` per row of ``condition``, the k-th with the noise of ``(seed, numbers[k])``.
@@ -145,12 +145,12 @@ class ImageGenerator:
             self._to_images = to_bytes
 
     def __call__(
-        self, which: Sequence[int] | Tensor, config: SamplingConfig, numbers: Sequence[int] | None = None,
+        self, indices: Sequence[int] | Tensor, config: SamplingConfig, numbers: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> Tensor:  # fmt: skip
-        """One image per condition index in ``which``; ``numbers`` (by default 0 to N - 1) select the noise of each.
+        """One image per condition index in ``indices``; ``numbers`` (by default 0 to N - 1) select the noise of each.
         Raises ``UserError`` as ``plan`` does."""
-        unique, inverse = torch.as_tensor(which).unique(return_inverse=True)
+        unique, inverse = torch.as_tensor(indices).unique(return_inverse=True)
         condition = self._encode(unique).to("cpu").index(inverse)
         samples = generate(self.model, condition, config, numbers=numbers, batch=self._batch, progress=progress)
         self.nfe = samples.nfe
@@ -177,8 +177,8 @@ class GeneratedSet:
         generator = ImageGenerator(self.model, self.prompts, self.batch)
         for first in range(0, self.n, PART):
             numbers = range(first, min(first + PART, self.n))
-            which = torch.tensor(numbers) % generator.conditions
-            images = generator(which, self.config, numbers, self._progress_from(first))
+            indices = torch.tensor(numbers) % generator.conditions
+            images = generator(indices, self.config, numbers, self._progress_from(first))
             self.seconds += time.monotonic() - start
             self.nfe = generator.nfe
             yield images

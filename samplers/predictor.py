@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.core.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.guidance import OFF, Guidance, guide
+from fewstep.models.guidance import UNGUIDED, Guidance, guide
 from fewstep.models.prediction import Kind, conversion
 from fewstep.models.schedules import NoiseSchedule
 from fewstep.samplers.grids import Node, check_times
@@ -71,7 +71,7 @@ class Predictor:
 
     denoiser: Denoiser
     condition: Condition
-    guidance: Guidance = OFF
+    guidance: Guidance = UNGUIDED
     threshold: float | None = None
     input_dtype: torch.dtype | None = None
     nfe: int = field(default=0, init=False)

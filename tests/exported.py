@@ -12,7 +12,7 @@ from tiny_pipelines import STEPS, Tiny, called, packed
 from torch import Tensor
 
 from fewstep.models.condition import Condition
-from fewstep.models.guidance import OFF
+from fewstep.models.guidance import UNGUIDED
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.loading import load_model
 from fewstep.samplers.ddim import ddim
@@ -65,5 +65,5 @@ def student_samples(student: Path, tiny: Tiny, pipeline: Any, noise: Tensor) -> 
     few = model.config.few_step
     assert few is not None
     with torch.no_grad():
-        samples = ddim(Predictor(model.denoiser, Condition(tiny.embeddings(2, 1)), OFF), noise, (*few.times, 0.0))
+        samples = ddim(Predictor(model.denoiser, Condition(tiny.embeddings(2, 1)), UNGUIDED), noise, (*few.times, 0.0))
     return packed(pipeline, samples)

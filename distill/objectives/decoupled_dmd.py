@@ -29,7 +29,7 @@ from fewstep.distill.rollouts import backward_simulation
 from fewstep.distill.stage import MatchingConfig, StageContext
 from fewstep.distill.time_laws import CappedTimes, TimeLaw
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
-from fewstep.models.guidance import OFF, Guidance
+from fewstep.models.guidance import UNGUIDED, Guidance
 from fewstep.models.model_config import FewStep
 from fewstep.samplers.grids import time_uniform
 
@@ -62,7 +62,9 @@ class DecoupledDMD(MatchingConfig):
             x_dm, n = matching.renoise(schedule, sample, t_dm, micro.random)
             x_ca, _ = matching.renoise(schedule, sample, t_ca, micro.random)
             joint = self.normaliser == "joint"
-            T = roles.predict("teacher", x_dm.detach(), t_dm, sample.condition, guidance=guidance if joint else OFF)
+            T = roles.predict(
+                "teacher", x_dm.detach(), t_dm, sample.condition, guidance=guidance if joint else UNGUIDED
+            )
             F = roles.predict("fake", x_dm.detach(), t_dm, sample.condition).out.x0
             T_ca = roles.predict("teacher", x_ca.detach(), t_ca, sample.condition, guidance=guidance)
             dm, ca = T.cond.x0 - F, T_ca.out.x0 - T_ca.cond.x0

@@ -105,11 +105,11 @@ def _experts(model: Model) -> list[Expert]:
     times = few.times if few else (1.0, 0.5)
     if not isinstance(denoiser.backbone, Routed):
         return [Expert(denoiser, times)]
-    which = denoiser.backbone.expert_of(torch.tensor(times, dtype=torch.float64)).tolist()
+    experts = denoiser.backbone.expert_of(torch.tensor(times, dtype=torch.float64)).tolist()
     return [
         Expert(
             Denoiser(expert, denoiser.schedule, denoiser.kind, style=denoiser.style),
-            tuple(t for t, own in zip(times, which, strict=True) if own == k),
+            tuple(t for t, own in zip(times, experts, strict=True) if own == k),
         )
         for k, expert in enumerate(denoiser.backbone.experts)
     ]

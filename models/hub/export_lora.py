@@ -72,12 +72,12 @@ def write_adapter(
 def _comfyui(tensors: Mapping[str, Tensor], rank: int, family: Family) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        path, _, which = name.removesuffix(".weight").rpartition(".")
+        path, _, factor = name.removesuffix(".weight").rpartition(".")
         layer = family.comfyui(path)
         if layer.startswith("lora_"):  # kohya's format, in which alpha = rank is a scale of 1
-            which = {"lora_A": "lora_down", "lora_B": "lora_up"}[which]
+            factor = {"lora_A": "lora_down", "lora_B": "lora_up"}[factor]
             named[f"{layer}.alpha"] = torch.tensor(float(rank))
-        named[f"{layer}.{which}.weight"] = tensor
+        named[f"{layer}.{factor}.weight"] = tensor
     return named
 
 

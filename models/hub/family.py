@@ -113,7 +113,7 @@ class Family(ABC):
         """The key of ComfyUI (and kohya's scripts) for the LoRA of the denoiser's layer ``path``."""
         return f"lora_{self.part}_{path.replace('.', '_')}"
 
-    def finish_guidance(self, cond: Tensor, out: Tensor) -> Tensor:
+    def postprocess_guidance(self, cond: Tensor, out: Tensor) -> Tensor:
         """The pipeline's post-processing of a guided output [B, ...]; none by default."""
         return out
 

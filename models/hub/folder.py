@@ -112,8 +112,8 @@ class PipelineFolder:
                 network = module.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"The network in {folder} cannot be loaded: {_first_line(error)}") from error
-        finish = None if type(self.family).finish_guidance is Family.finish_guidance else self.family.finish_guidance
-        style = GuidanceStyle(self.family.embeds_guidance, finish)
+        own = type(self.family).postprocess_guidance is not Family.postprocess_guidance
+        style = GuidanceStyle(self.family.embeds_guidance, self.family.postprocess_guidance if own else None)
         backbone = HubBackbone(self.family, network)
         paths = [path if path == AUTO else f"network.{path}" for path in feature_layers]
         return Denoiser(backbone, self.noise_process.schedule, self.noise_process.kind, paths, style).eval()

@@ -34,7 +34,7 @@ class QwenImage(PackedLatents):
     def comfyui(self, path: str) -> str:
         return f"diffusion_model.{path}"
 
-    def finish_guidance(self, cond: Tensor, out: Tensor) -> Tensor:
+    def postprocess_guidance(self, cond: Tensor, out: Tensor) -> Tensor:
         """Rescales each token of the guided output to the norm of the conditional one."""
         c, g = pack_latents(cond), pack_latents(out)
         return unpack_latents(g * (c.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)), out.shape)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, GuidanceStyle, expand_like
-from fewstep.models.guidance import OFF, Guidance, guide
+from fewstep.models.guidance import UNGUIDED, Guidance, guide
 from fewstep.models.prediction import KINDS
 from fewstep.models.schedules import RectifiedFlow
 
@@ -40,7 +40,7 @@ def denoiser() -> Denoiser:
 
 
 def test_guidance_that_is_off_evaluates_the_condition_alone(denoiser: Denoiser) -> None:
-    guided = guide(denoiser, X_T, 0.5, LABELS, OFF)
+    guided = guide(denoiser, X_T, 0.5, LABELS, UNGUIDED)
     assert guided.out is guided.cond
     assert denoiser.backbone.evaluations == 3
     with pytest.raises(ValueError, match="guidance was off, so there is no unconditional prediction"):
@@ -80,11 +80,11 @@ def test_a_network_with_embedded_guidance_receives_the_scale_and_is_evaluated_on
 
 def test_the_guidance_style_finishes_the_guided_output_only(denoiser: Denoiser) -> None:
     plain = guide(denoiser, X_T, 0.5, LABELS, Guidance(3.0))
-    denoiser.style = GuidanceStyle(finish=lambda cond, out: 2 * out - cond)
+    denoiser.style = GuidanceStyle(postprocess=lambda cond, out: 2 * out - cond)
     finished = guide(denoiser, X_T, 0.5, LABELS, Guidance(3.0))
     assert_close(finished.out.raw, 2 * plain.out.raw - plain.cond.raw)
     assert_close(finished.cond.raw, plain.cond.raw)
-    assert_close(guide(denoiser, X_T, 0.5, LABELS, OFF).out.raw, plain.cond.raw)
+    assert_close(guide(denoiser, X_T, 0.5, LABELS, UNGUIDED).out.raw, plain.cond.raw)
 
 
 @pytest.mark.parametrize(

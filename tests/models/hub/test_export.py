@@ -19,7 +19,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import read_metadata, read_tensors
 from fewstep.distill.config_files import parse_config
 from fewstep.models.condition import Condition
-from fewstep.models.guidance import OFF
+from fewstep.models.guidance import UNGUIDED
 from fewstep.models.hub import export as module
 from fewstep.models.hub.export_format import ExportFormat
 from fewstep.models.hub.folder import PipelineFolder
@@ -53,7 +53,7 @@ def ours(name: str, run: Path, noise: torch.Tensor, cond: dict[str, torch.Tensor
     few = model.config.few_step
     assert few is not None
     with torch.no_grad():
-        return ddim(Predictor(model.denoiser, Condition(cond), OFF), noise, (*few.times, 0.0))
+        return ddim(Predictor(model.denoiser, Condition(cond), UNGUIDED), noise, (*few.times, 0.0))
 
 
 @pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["copies", "adapters"])
