@@ -2,7 +2,8 @@
 
 A table stands between ``<!-- KIND: FILE ... -->`` and ``<!-- end -->``, with one of these kinds:
 
-    best scores        scores of the files: all of the students', and the teacher's best within each budget of NFE
+    best scores        scores of the files: all of the students', and the teacher's best within each budget of NFE;
+                       runs of one name are seeds of the training
     relative scores    FILE ... / BASELINE: every student at its best number of evaluations by the first metric, beside
                        the best of the baseline's teacher, overall and within the students' evaluations
     solver comparison  a ``solvers.json``: every solver on its best grid
@@ -128,7 +129,10 @@ def _best_scores(files: Sequence[str], folder: Path) -> list[list[str]]:
     scores: list[Score] = []
     for file in files:
         scores = merge(scores, read_scores(folder / file))
-    return rows(best_teacher(scores))
+    named = [score.model_copy(update={"source": None, "source_sha256": None}) for score in scores]
+    if len({score.identity for score in named}) < len(named):
+        raise ValueError(f"two runs of one name and seed in {', '.join(files)}: give them names with --name")
+    return rows(best_teacher(named))
 
 
 def _relative_scores(arguments: Sequence[str], folder: Path) -> list[list[str]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_prompts, write_tensors, write_text
+from fewstep.core.files import check_writable, read_prompts, write_tensors, write_text
 from fewstep.core.image_files import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -53,7 +53,7 @@ def encode_prompts(
     )  # fmt: skip
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a folder.")
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / "index.json")
     if (out / "index.json").is_file():
         if read_index(out) != index:
             raise UserError(

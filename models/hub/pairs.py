@@ -50,7 +50,7 @@ def read_pairs(table: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Fi
 def _inside(folder: Path, name: str, suffixes: Sequence[str], where: str) -> Path:
     file = folder / name
     try:
-        inside = not Path(name).is_absolute() and file.resolve().is_relative_to(folder.resolve())
+        inside = file.resolve().is_relative_to(folder.resolve())
         found = file.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a null byte, a name that is too long, a loop of links
         raise UserError(f"{where}: {name!r} is not the name of a file ({error}).") from error

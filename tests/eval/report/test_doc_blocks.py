@@ -109,6 +109,19 @@ def test_the_table_of_metrics_has_what_each_declares(folder: Path) -> None:
     assert all(metric.computation for metric in BUILTIN), "none is without a description"
 
 
+def test_runs_of_one_name_are_seeds_of_the_training(folder: Path) -> None:
+    for role in ("student", "teacher"):
+        runs = [SCORE | {"role": role, "seed": k, "value": 0.5 + k, "source": f"runs/m-{k}", "source_sha256": str(k)}
+                for k in (1, 2)]  # fmt: skip
+        (folder / "runs.json").write_text(json.dumps(runs))
+        [row] = table("best scores: runs.json", folder)
+        assert "2.000 ± 0.707" in row
+        assert "1 2" in row
+    (folder / "runs.json").write_text(json.dumps([runs[0], runs[1] | {"seed": 1}]))
+    with pytest.raises(ValueError, match=r"two runs of one name and seed in runs\.json"):
+        table("best scores: runs.json", folder)
+
+
 def test_best_scores_have_all_settings_of_students_and_the_teachers_best(folder: Path) -> None:
     teacher, better, one, four = table("best scores: teacher.json students.json", folder)
     assert teacher.split(" | ")[:5] == ["t", "euler", "1", "4", "2.000"]

@@ -138,6 +138,9 @@ def test_pairs_that_cannot_be_made_are_refused_before_sampling(
     assert "'a cat' is not a caption of a coloured garment" in refused(
         capsys, *command, *size, "--reward", "prompt", "--captions", captions
     )
+    brightness_of = [*command, *size, "--reward", "brightness", "--captions", captions]
+    assert "Cannot write /proc/none/index.json" in refused(capsys, *brightness_of, "--out", "/proc/none")
+    assert "is a file; name a folder" in refused(capsys, *brightness_of, "--out", captions)
     wins = ["winrate", saved("sd"), saved("sd"), "--solver", "euler", "--steps", 1, "--n", 2]
     assert "'a cat' is not a caption" in refused(capsys, *wins, *size, "--captions", captions)
     assert "this one takes prompts" in refused(capsys, *wins)
