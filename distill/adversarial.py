@@ -62,4 +62,4 @@ def discriminator_loss(generated: Tensor, real: Tensor) -> Tensor:
 
 def density_ratio(logits: Tensor, low: float = 0.1, high: float = 20.0) -> Tensor:
     """``p / q`` [B] of real to generated density from logits [B, layers], detached, in [low, high]."""
-    return logits.detach().float().mean(1).clamp(-10, 10).exp().clamp(low, high)
+    return logits.detach().float().mean(1).exp().clamp(low, high)

@@ -71,3 +71,8 @@ def test_renoising_from_any_level_gives_the_marginal_of_a_clean_sample() -> None
     x_t, _ = renoise(FLOW, StudentSample(x_s, levels, x_s, times, Condition()), times, KeyedRandom(0, 0, "test", 0))
     assert x_t.mean().item() == pytest.approx((1 - t) * m, abs=0.01)
     assert x_t.var().item() == pytest.approx((1 - t) ** 2 * std**2 + t**2, rel=0.01)
+
+
+def test_by_default_directions_have_weight_one_and_the_huber_constant_of_the_paper() -> None:
+    assert torch.equal(surrogate_loss(X, D), surrogate_loss(X, D, 1.0))
+    assert torch.equal(huber_surrogate_loss(X, D), huber_surrogate_loss(X, D, 1.0, 1e-3))

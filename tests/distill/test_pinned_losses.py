@@ -17,4 +17,4 @@ PINNED = json.loads(FILE.read_text(encoding="utf-8"))
 def test_the_first_steps_are_those_of_the_file(objective: str, changes: dict[str, Any], tmp_path: Path) -> None:
     pinned, found = PINNED[case_id(objective, changes)], losses(objective, changes, tmp_path)
     for step, (before, now) in enumerate(zip(pinned, found, strict=True)):
-        assert now == pytest.approx(before, rel=2e-3, abs=1e-5), f"step {step}"
+        assert now == pytest.approx(before, rel=3e-4, abs=1e-5), f"step {step}"

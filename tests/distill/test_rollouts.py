@@ -12,7 +12,8 @@ from worlds import FLOW, Points, gaussian, mlp_roles
 
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.rollouts import backward_simulation, phased_rollout, segment_rollout
+from fewstep.distill.rollouts import backward_simulation, phased_rollout, random_time_rollout, segment_rollout
+from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import MicroBatch, StudentSample
 from fewstep.samplers.grids import time_uniform
 
@@ -106,3 +107,35 @@ def test_from_pure_noise_the_exact_student_predicts_the_mean(exact: Roles) -> No
     sample = backward_simulation(micro_batch(exact, 10, 1), exact, (1.0,))
     assert FLOW.sigma(sample.t_student)[0] == 1.0
     assert torch.allclose(sample.x, torch.ones_like(sample.x)), "at t = 1 the posterior mean is the mean"
+
+
+def random_times(micro: MicroBatch, roles: Roles, times: Sequence[float]) -> StudentSample:
+    return random_time_rollout(micro, roles, len(times), TimeLaw(low=0.25, high=0.95))
+
+
+@pytest.mark.parametrize("rollout", [backward_simulation, segment_rollout, phased, random_times])
+def test_times_and_levels_are_float64_and_samples_float32(exact: Roles, rollout: Callable[..., StudentSample]) -> None:
+    sample = rollout(micro_batch(exact, 8, 1), exact, TIMES)
+    assert (sample.t_student.dtype, sample.level.dtype) == (torch.float64, torch.float64)
+    assert (sample.x.dtype, sample.output.dtype) == (torch.float32, torch.float32)
+
+
+def test_random_times_fall_and_every_state_is_noisier_than_the_next(exact: Roles) -> None:
+    """The network is evaluated at falling times of each sample, the last of which is that of its sample."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    exact.denoiser("student").backbone.register_forward_pre_hook(
+        lambda _, inputs: seen.append((inputs[0][:, 0].clone(), inputs[1].clone()))
+    )
+    for step in range(6):
+        seen.clear()
+        sample = random_times(micro_batch(exact, 64, 1, step), exact, [1.0] * 6)
+        sizes = [len(t) for _, t in seen[:-1]]
+        assert sizes == sorted(sizes, reverse=True)
+        assert torch.equal(seen[-1][1], sample.t_student)
+        if len(seen) > 1:
+            assert (seen[0][1] == 1).all()
+            for (_, earlier), (_, later) in pairwise(seen[:-1]):
+                assert earlier.min() >= 0.25
+                assert later.max() <= 0.95
+            later = sample.t_student < 1
+            assert (sample.t_student[later] <= 0.95).all()
