@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -170,6 +172,17 @@ def test_encoding_pairs_continues_and_other_pairs_are_refused(saved: Saved, imag
         fewstep.encode(saved("sd"), swapped, out, rows=2, device="cpu")
     with pytest.raises(UserError, match="is a file; name a folder"):
         fewstep.encode(saved("sd"), table, table, device="cpu")
+
+
+def test_images_need_a_vae(saved: Saved, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved("sd"), tmp_path / "sd")
+    index = json.loads((tmp_path / "sd" / "model_index.json").read_text())
+    (tmp_path / "sd" / "model_index.json").write_text(json.dumps(index | {"vae": [None, None]}))
+    (images / "0.txt").write_text("a cat")
+    for source in (write_table(images / "pairs.csv", ROWS), images):
+        with pytest.raises(UserError, match="sd has no VAE, which turns images into latents"):
+            fewstep.encode(tmp_path / "sd", source, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def test_both_images_of_a_pair_get_the_size_of_the_winner(saved: Saved, tmp_path: Path) -> None:

@@ -218,6 +218,20 @@ def test_a_table_of_images_is_encoded_and_learned_from(saved: Saved, tmp_path: P
     assert load_model(tmp_path / "run" / "student").config.lora is not None
 
 
+@pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["copies", "adapters"])
+def test_a_few_step_student_is_tuned_on_its_own_samples(
+    saved: Saved, adapters: dict[str, Any] | None, captions: Path, tmp_path: Path
+) -> None:
+    first = fewstep.train(parse_config(settings(saved("sd"), "sd", tmp_path / "first", adapters), "test"))
+    make_preferences(first, tmp_path / "pairs", reward="brightness", captions=captions, n=4, device="cpu")
+    objective = {"name": "diffusion_dpo", "student_times": [1.0, 0.5]}
+    raw = dpo(saved, "sd", tmp_path / "pairs", tmp_path / "run", adapters, objective=objective)
+    run = fewstep.train(parse_config(raw | {"teacher": str(first / "student"), "size": None}, "test"))
+    few_step = load_model(run / "student").config.few_step
+    assert few_step is not None
+    assert few_step.times == (1.0, 0.5)
+
+
 def test_what_cannot_work_is_refused_before_training(saved: Saved, captions: Path, tmp_path: Path) -> None:
     pairs = made(saved, captions, tmp_path / "pairs")
 
