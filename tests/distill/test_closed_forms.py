@@ -17,7 +17,7 @@ import pytest
 import torch
 from worlds import FLOW, Affine, Points, build_objective, gaussian, trained
 
-from fewstep.distill.critics import denoising_loss, denoising_target, importance_weight
+from fewstep.distill.critics import denoising_loss, denoising_target, importance_weight, weighted_clean_loss
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.update import StudentSample
@@ -207,3 +207,14 @@ def test_the_exact_importance_weight_averages_to_one() -> None:
     s, t = torch.full((len(n),), 0.5, dtype=torch.float64), torch.full((len(n),), 0.7, dtype=torch.float64)
     sample = StudentSample(0.5 * x0 + 0.5 * noise, s, x0, t, Condition())
     assert importance_weight(FLOW, sample, x0, t, n, tempered=False).mean().item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_critic_losses_are_float32_though_times_are_float64() -> None:
+    x, n = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    level, t = torch.full((4,), 0.25, dtype=torch.float64), torch.full((4,), 0.5, dtype=torch.float64)
+    sample = StudentSample(x, level, x, t, Condition())
+    fake = gaussian(0.0, 1.0, 3)(x, t, Condition())
+    losses = [denoising_loss(fake, FLOW, sample, t, n), denoising_loss(fake, FLOW, sample, t, n, clamp=1.0)]
+    weight = importance_weight(FLOW, sample, x, t, n)
+    losses += [weighted_clean_loss(fake, sample, weight), *denoising_target(FLOW, sample, t, n), weight]
+    assert {loss.dtype for loss in losses} == {torch.float32}

@@ -12,9 +12,16 @@ from worlds import FLOW, Points, gaussian, mlp_roles
 
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.rollouts import backward_simulation, phased_rollout, random_time_rollout, segment_rollout
+from fewstep.distill.rollouts import (
+    backward_simulation,
+    initial_noise,
+    phased_rollout,
+    random_time_rollout,
+    segment_rollout,
+)
 from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import MicroBatch, StudentSample
+from fewstep.models.schedules import VE
 from fewstep.samplers.grids import time_uniform
 
 TIMES = time_uniform(4)[:-1]
@@ -139,3 +146,8 @@ def test_random_times_fall_and_every_state_is_noisier_than_the_next(exact: Roles
                 assert later.max() <= 0.95
             later = sample.t_student < 1
             assert (sample.t_student[later] <= 0.95).all()
+
+
+def test_a_rollout_starts_at_the_noise_level_of_its_first_time(exact: Roles) -> None:
+    noise = initial_noise(micro_batch(exact, 100_000, 1), VE(sigma_max=20.0), 1.0)
+    assert noise.std().item() == pytest.approx(20, rel=0.01)

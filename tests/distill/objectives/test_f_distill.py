@@ -184,3 +184,10 @@ def test_one_sample_per_micro_batch_does_not_turn_it_into_dmd2(divergence: str) 
     assert ratio[1].sum().item() == pytest.approx(64 * 10, rel=0.06), "64 samples a step, each step .9 times as much"
     assert (ratio[0] / ratio[1] - 1).abs().max() > 0.02, "the discriminator is informative"
     assert abs((weight[0] / weight[1]).item() - 1) > 1e-3
+
+
+def test_a_head_takes_feature_maps_and_tokens_alike() -> None:
+    maps = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
+    heads = Heads({"layer": 5})
+    tokens = maps.flatten(2).movedim(1, 2)  # [B, N, C]
+    torch.testing.assert_close(heads({"layer": tokens}), heads({"layer": maps}))
