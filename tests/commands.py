@@ -26,26 +26,25 @@ def succeeds(*arguments: object, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def completes(*arguments: object) -> None:
-    """Runs a command that must succeed in this process, which is faster where the libraries are loaded."""
+def exit_code(*arguments: object) -> object:
+    """Runs a command in this process and returns its exit code."""
     before, sys.argv = sys.argv, ["fewstep", *map(str, arguments)]
     try:
         with pytest.raises(SystemExit) as exit_:
             main()
     finally:
         sys.argv = before
-    assert exit_.value.code == 0
+    return exit_.value.code
+
+
+def completes(*arguments: object) -> None:
+    """Runs a command that must succeed in this process, which is faster where the libraries are loaded."""
+    assert exit_code(*arguments) == 0
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The message of a command that must fail with exit code 1 or 2, run in this process because that is faster."""
-    before, sys.argv = sys.argv, ["fewstep", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as exit_:
-            main()
-    finally:
-        sys.argv = before
-    assert exit_.value.code in (1, 2)
+    assert exit_code(*arguments) in (1, 2)
     captured = capsys.readouterr()
     message = " ".join((captured.out + captured.err).split())
     assert "Traceback" not in message

@@ -65,7 +65,7 @@ class InferenceModel(torch.nn.Module):
 
 def create_metric(metric_name, as_loss=False, device=None, **kwargs):
     assert metric_name == "musiq" and set(kwargs) == {"pretrained_model_path"}
-    return InferenceModel(torch.load(kwargs["pretrained_model_path"])).to(device)
+    return InferenceModel(torch.load(kwargs["pretrained_model_path"], weights_only=True)).to(device)
 """
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,7 @@ from fewstep.models.hub.encoded import PROMPTS, Index, fingerprint, read_index
 from fewstep.models.hub.folder import PipelineFolder
 
 Progress = Callable[[int, int], None]  # number done, total number
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -102,17 +103,30 @@ def encode_images(
         folder.family.shape(height, width, frames)  # raises if the model does not support the size
     encode_prompts(folder, prompts, out, device=device, images=len(files), rows=rows, sizes=tuple(sizes))
     pipeline = folder.pipeline().to(device)
+
+    def encoded(piece: Sequence[Path], size: Cover) -> dict[str, torch.Tensor]:
+        prompt = torch.tensor([number[captions[one]] for one in piece])
+        return {"x0": latents_of(folder, pipeline, piece, frames, size, batch), "prompt": prompt}
+
+    write_shards(out, "images", buckets, rows, encoded, progress)
+    return len(files)
+
+
+def write_shards(
+    out: Path, kind: str, buckets: Mapping[Cover, Sequence[T]], rows: int,
+    encoded: Callable[[Sequence[T], Cover], dict[str, torch.Tensor]], progress: Progress | None,
+) -> None:  # fmt: skip
+    """Writes ``KIND-00000.safetensors`` etc. with the ``encoded`` tensors of up to ``rows`` items of one size each;
+    existing files are kept."""
     pieces = [(size, same[low : low + rows]) for size, same in buckets.items() for low in range(0, len(same), rows)]
     done = 0
     for shard, (size, piece) in enumerate(pieces):
-        file = out / f"images-{shard:05d}.safetensors"
+        file = out / f"{kind}-{shard:05d}.safetensors"
         if not file.is_file():
-            prompt = torch.tensor([number[captions[one]] for one in piece])
-            write_tensors({"x0": latents_of(folder, pipeline, piece, frames, size, batch), "prompt": prompt}, file)
+            write_tensors(encoded(piece, size), file)
         done += len(piece)
         if progress is not None:
-            progress(done, len(files))
-    return len(files)
+            progress(done, sum(map(len, buckets.values())))
 
 
 def require_vae(folder: PipelineFolder) -> None:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_table, write_tensors
+from fewstep.core.files import read_table
 from fewstep.core.image_files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Cover
-from fewstep.models.hub.encode import Progress, encode_prompts, group_by_size, latents_of, require_vae
+from fewstep.models.hub.encode import Progress, encode_prompts, group_by_size, latents_of, require_vae, write_shards
 from fewstep.models.hub.folder import PipelineFolder
 
 COLUMNS = ("winner", "loser", "caption")
@@ -91,18 +91,13 @@ def encode_pairs(
         source=hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
     )  # fmt: skip
     pipeline = folder.pipeline().to(device)
-    pieces = [(size, same[low : low + rows]) for size, same in buckets.items() for low in range(0, len(same), rows)]
-    done = 0
-    for shard, (size, piece) in enumerate(pieces):
-        file = out / f"pairs-{shard:05d}.safetensors"
-        if not file.is_file():
-            winner, loser = (
-                latents_of(folder, pipeline, same, frames, size, batch)
-                for same in ([pair.winner for pair in piece], [pair.loser for pair in piece])
-            )
-            prompt = torch.tensor([number[pair.caption] for pair in piece])
-            write_tensors({"winner": winner, "loser": loser, "prompt": prompt}, file)
-        done += len(piece)
-        if progress is not None:
-            progress(done, len(pairs))
+
+    def encoded(piece: Sequence[FilePair], size: Cover) -> dict[str, torch.Tensor]:
+        winner, loser = (
+            latents_of(folder, pipeline, same, frames, size, batch)
+            for same in ([pair.winner for pair in piece], [pair.loser for pair in piece])
+        )
+        return {"winner": winner, "loser": loser, "prompt": torch.tensor([number[pair.caption] for pair in piece])}
+
+    write_shards(out, "pairs", buckets, rows, encoded, progress)
     return len(pairs)

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import refused
+from commands import completes, refused
 from torch import Tensor
 from worlds import FLOW, tiny_teacher
 
 import fewstep
-from fewstep.cli.main import main
 from fewstep.core import registry
 from fewstep.core.errors import UserError
 from fewstep.eval.solver_comparison import compare_solvers
@@ -126,13 +125,7 @@ def test_the_list_of_solvers_includes_registered_and_installed_ones(installed: s
     assert rows["dpm_solver_v3_2"] == ("2", "1", "arXiv 2310.13268; needs fewstep solver fit-v3", "")
     assert rows["sde_dpmpp_2m"][-1] == "dpmpp_2m_sde, dpmpp_2m_sde_gpu"
     file = tmp_path / "solvers.json"
-    before, sys.argv = sys.argv, ["fewstep", "solver", "list", "--json", str(file)]
-    try:
-        with pytest.raises(SystemExit) as exited:
-            main()
-    finally:
-        sys.argv = before
-    assert exited.value.code == 0
+    completes("solver", "list", "--json", file)
     assert {row["solver"] for row in json.loads(file.read_text())} == set(rows)
 
 
