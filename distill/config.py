@@ -119,6 +119,10 @@ class Config(BaseConfig):
     (with adapters also ``int8`` or ``nf4`` for linear layers); trained weights are float32, and all networks compute in
     ``precision``; ``gradient_checkpointing`` saves memory.
     ``offload`` keeps frozen copies in host memory between their evaluations.
+
+    An update averages ``accumulate`` micro-batches of ``batch`` samples each. Several processes share them equally, so
+    a run is the same run on any number of processes. After ``max_hours`` of training the run writes a checkpoint and
+    stops, as after a signal.
     """
 
     out: str | None = None
@@ -136,6 +140,7 @@ class Config(BaseConfig):
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    max_hours: float | None = Field(None, gt=0)
     log_every: int = Field(10, ge=1)
     tensorboard: bool = False
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.data.batch import Batch, Source
+from fewstep.distill.nonfinite import locate
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Roles
 from fewstep.distill.update import MicroBatch, Objective, StudentSample, Update
@@ -35,8 +37,11 @@ class LostUpdate:
 @dataclass
 class Loop:
     """Runs the updates of one stage. ``batch`` is the size of a micro-batch, ``accumulate`` the number of them per
-    process and update. ``lost`` lists the updates of the last step that were not applied. Training stops when an update
-    is lost ``max_lost`` times in a row (by default ``MAX_LOST``)."""
+    update, which the processes share equally. ``lost`` lists the updates of the last step that were not applied.
+    Training stops when an update is lost ``max_lost`` times in a row (by default ``MAX_LOST``).
+
+    Raises ``UserError`` if the processes cannot share the micro-batches equally.
+    """
 
     roles: Roles
     objective: Objective
@@ -51,6 +56,11 @@ class Loop:
     lost: list[LostUpdate] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.accumulate % self.world.size:
+            raise UserError(
+                f"accumulate = {self.accumulate}: the {self.world.size} processes share the micro-batches of an "
+                f"update, so it must be a multiple of {self.world.size}, for example accumulate={self.world.size}."
+            )
         self._in_a_row: dict[str, int] = {}
         self._batches: dict[int, Mapping[str, Batch]] = {}  # of one step, by shard, in host memory
         self._batches_step = -1
@@ -58,35 +68,22 @@ class Loop:
     def step(self, step: int) -> dict[str, Tensor]:
         """Runs all updates due at ``step``; returns their losses, metrics and gradient norms as 0-d tensors."""
         metrics: dict[str, Tensor] = {}
-        shards = [self.world.rank + self.world.size * k for k in range(self.accumulate)]
-        shared: dict[int, dict[str, StudentSample]] = {shard: {} for shard in shards}
+        shared: dict[int, dict[str, StudentSample]] = {shard: {} for shard in self._shards}
         self.lost = []
         for update in self.objective.updates:
             if update.due(step):
                 metrics.update(self.update(update, step, shared))
         return metrics
 
+    @property
+    def sound(self) -> bool:
+        """Whether the latest update of each kind was applied."""
+        return not any(self._in_a_row.values())
+
     def update(self, update: Update, step: int, shared: dict[int, dict[str, StudentSample]]) -> dict[str, Tensor]:
         """Runs one update at ``step``; ``shared`` holds, by shard, the samples that the updates of a step share."""
         parameters = [p for role in update.roles for p in self.roles[role].parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        sums: dict[str, tuple[Tensor, Tensor]] = {}
-        totals: dict[str, Tensor] = {}
-        with self.roles.updating(update.roles):
-            for shard, samples in shared.items():
-                micro = self._micro_batch(update, step, shard, samples)
-                for name, loss in update.terms(micro):
-                    leaves = micro.shared.get("graph")
-                    inputs = [*parameters, *({leaves.x, leaves.output} if leaves else ())]
-                    (loss / self.accumulate).backward(inputs=inputs)
-                    micro.log(f"loss/{name}", loss)
-                micro.backward_rollout(parameters)
-                for name, (value, count) in micro.metrics.items():
-                    before = sums.get(name, (0, 0))
-                    sums[name] = before[0] + value, before[1] + count
-                for name, value in micro.totals.items():
-                    totals[name] = totals[name] + value if name in totals else value
+        metrics, totals = self._gradients(update, step, shared)
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             raise RuntimeError(
@@ -94,9 +91,6 @@ class Loop:
                 "is input_grad=True missing in an evaluation between the loss and the student?"
             )
         self.world.mean_(gradients)
-        self.world.mean_([part for pair in sums.values() for part in pair])
-        self.world.sum_(list(totals.values()))
-        metrics = {name: value / count for name, (value, count) in sums.items()}
         limit = self.clip if self.clip is not None else float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         metrics[f"grad_norm/{update.name}"] = norm.detach()
@@ -106,6 +100,36 @@ class Loop:
             if update.after is not None:
                 update.after(KeyedRandom(self.seed, step, f"after/{update.name}", 0, self.device), totals)
         return metrics
+
+    def _gradients(
+        self, update: Update, step: int, shared: dict[int, dict[str, StudentSample]]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Leaves the gradients of this process's micro-batches on the parameters; returns metrics and totals of all."""
+        for role in self.roles.values():  # also those of the update before, whose memory this one can use
+            for parameter in role.parameters:
+                parameter.grad = None
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        totals: dict[str, Tensor] = {}
+        with self.roles.updating(update.roles):
+            for shard, samples in shared.items():
+                micro = self._micro_batch(update, step, shard, samples)
+                for name, loss in update.terms(micro):
+                    (loss / len(shared)).backward()
+                    micro.log(f"loss/{name}", loss)
+                micro.backward_rollout()
+                for name, (value, count) in micro.metrics.items():
+                    before = sums.get(name, (0, 0))
+                    sums[name] = before[0] + value, before[1] + count
+                for name, value in micro.totals.items():
+                    totals[name] = totals[name] + value if name in totals else value
+        self.world.mean_([part for pair in sums.values() for part in pair])
+        self.world.sum_(list(totals.values()))
+        return {name: value / count for name, (value, count) in sums.items()}, totals
+
+    @property
+    def _shards(self) -> range:
+        """The micro-batches of this process."""
+        return range(self.world.rank, self.accumulate, self.world.size)
 
     def _micro_batch(self, update: Update, step: int, shard: int, shared: dict[str, StudentSample]) -> MicroBatch:
         if step != self._batches_step:
@@ -125,7 +149,10 @@ class Loop:
         if torch.isfinite(norm):
             self._in_a_row[update.name] = 0
             return True
-        self.lost.append(LostUpdate(update.name, step + 1, self._cause(update, metrics)))
+        cause = self._cause(update, metrics)
+        if not self._in_a_row.get(update.name) and (origin := self._origin(update, step)):
+            cause = f"{cause}; {origin}"
+        self.lost.append(LostUpdate(update.name, step + 1, cause))
         self._in_a_row[update.name] = self._in_a_row.get(update.name, 0) + 1
         if self._in_a_row[update.name] >= self.max_lost.get(update.name, MAX_LOST):
             raise UserError(
@@ -133,6 +160,14 @@ class Loop:
                 f"learning rate of {', '.join(update.roles)} or the guidance; the last checkpoint is intact."
             )
         return False
+
+    def _origin(self, update: Update, step: int) -> str | None:
+        """The layer and sample of the first number that is not finite, found by repeating the update."""
+        evaluations = self.roles.evaluations
+        repeat = partial(self._gradients, update, step, {shard: {} for shard in self._shards})
+        found = self.world.gather(locate(self.roles, repeat, self.batch))
+        self.roles.evaluations = evaluations
+        return next((text for text in found if text is not None), None)
 
     def _cause(self, update: Update, metrics: Mapping[str, Tensor]) -> str:
         """What is not finite: losses, or else the gradients of parameters, or else only their norm."""

@@ -1,25 +1,38 @@
-"""Data parallelism over the processes that torchrun or ``accelerate launch`` started."""
+"""The processes of a run, which torchrun or ``accelerate launch`` started: sums over them, and agreement."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.core.devices import pick_device
+from fewstep.core.errors import UserError
 
 GROUP = 2**24  # elements that are reduced together: 64 MiB in float32
+PATIENCE = timedelta(hours=12)  # for one process to validate while the others wait
+T = TypeVar("T")
+
+
+class SharedError(UserError):
+    """An error of one process that all of them raise, so that none waits for it; process 0 shows it."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The rank of this process and the number of processes."""
+    """The rank of this process and the number of processes. ``host`` is their group for messages between hosts (gloo),
+    which also waits for a long validation; None is the default group."""
 
     rank: int = 0
     size: int = 1
+    host: dist.ProcessGroup | None = None
 
     def mean_(self, tensors: list[Tensor]) -> None:
         """Replaces each tensor by its mean over the processes."""
@@ -35,9 +48,51 @@ class World:
             return
         for group in _groups(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            torch.distributed.all_reduce(flat)
+            with _reaching_others():
+                dist.all_reduce(flat)
             for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        with _reaching_others():
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.host)
+        return bool(flags)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _reaching_others():
+            dist.all_gather_object(values, value, group=self.host)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raises an error of the block in all processes when all have left it, instead of leaving some waiting."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failed = [(rank, text) for rank, text in enumerate(self.gather(error and str(error))) if text is not None]
+        if self.size == 1 and error is not None:
+            raise error
+        if failed:
+            rank, text = failed[0]
+            raise SharedError(text if rank == 0 else f"Process {rank}: {text}") from error
+
+    def once(self, function: Callable[[], T]) -> T:
+        """Runs a function in process 0 while the others wait; returns its result, or raises its error, in all."""
+        result: list[T] = []
+        with self.together():
+            if self.rank == 0:
+                result.append(function())
+        return self.gather(result)[0][0]
 
 
 def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -53,7 +108,23 @@ def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield group
 
 
+@contextmanager
+def _reaching_others() -> Iterator[None]:
+    """Names the cause of a failed exchange: another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            "Another process of this run has ended or does not answer. Continue from the last checkpoint with --resume."
+        ) from error
+
+
 SINGLE_PROCESS = World()
+
+
+def have_met() -> bool:
+    """Whether this process has joined others."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def join_world(name: str = "auto") -> tuple[World, torch.device]:
@@ -63,4 +134,5 @@ def join_world(name: str = "auto") -> tuple[World, torch.device]:
     from accelerate import PartialState  # slow to import
 
     state = PartialState(cpu=name == "cpu" or not torch.cuda.is_available())
-    return World(state.process_index, state.num_processes), state.device
+    host = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return World(state.process_index, state.num_processes, host), state.device

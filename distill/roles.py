@@ -137,12 +137,19 @@ class Roles(Mapping[str, Role]):
 
     @contextmanager
     def updating(self, names: Sequence[str]) -> Iterator[None]:
-        """Inside this context ``predict`` records a graph to the parameters of these roles."""
+        """Inside this context only the parameters of these roles require gradients, and ``predict`` records a graph to
+        them. The flags hold for a whole update, with every recomputation in it."""
+        flags = [(p, p.requires_grad) for role in self.values() for p in role.parameters]
+        trained = {id(p) for name in names for p in self[name].parameters}
         before, self._updating = self._updating, frozenset(names)
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in trained)
         try:
             yield
         finally:
             self._updating = before
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
             for network in self._offloaded.values():  # the update's graphs needed them until now
                 network.release()
 
@@ -176,8 +183,7 @@ class Roles(Mapping[str, Role]):
         """The role's prediction at ``x_t`` [B, ...] and ``t`` [B], with its conditional and unconditional parts.
 
         A graph is recorded only if the role is being updated, or if ``input_grad`` requests one to ``x_t`` (SiD, GAN
-        terms). The loop differentiates with respect to the updated roles' parameters alone, so a graph through a frozen
-        role never leaves gradients on it.
+        terms). Parameters of other roles require no gradients in an update, so none are left on them.
         """
         device = x_t.device
         graph = nullcontext() if input_grad or role in self._updating else torch.no_grad()

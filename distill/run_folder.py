@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
 
 from fewstep.core.environment import environment
 from fewstep.core.errors import UserError
-from fewstep.core.files import write_text
+from fewstep.core.files import replace_folder, restore_folder, write_text
 from fewstep.core.registry import Kind, is_dotted, require_imported
 from fewstep.distill.build import TrainingInputs, build_inputs
-from fewstep.distill.checkpoint import checkpoints, read_checkpoint, write_checkpoint
+from fewstep.distill.callback import Callback, Interrupted, Validator
+from fewstep.distill.checkpoint import checkpoints, read_newest, step_of, write_checkpoint
 from fewstep.distill.config import Config
-from fewstep.distill.config_files import dump_config, load_config, read_settings
+from fewstep.distill.config_files import dump_config, load_config, parse_config, read_settings
 from fewstep.distill.loop import LostUpdate
 from fewstep.distill.metrics_logger import MetricsLogger, append_line
 from fewstep.distill.processes import SINGLE_PROCESS, World
-from fewstep.distill.trainer import Callback, Interrupted, Trainer, Validator
+from fewstep.distill.resume import changes, check_changes, settings_at
+from fewstep.distill.trainer import Trainer
+from fewstep.models.denoiser import Denoiser
 from fewstep.models.saving import save_model
+from fewstep.models.weights_hash import weights_hash
 
 
 class RunFolder(Callback):
@@ -34,53 +42,95 @@ class RunFolder(Callback):
         self.trainer = trainer
         self._writes = trainer.world.rank == 0
         self._log: MetricsLogger | None = None
+        self._lock = FileLock(folder / ".lock")
+        self._origin: dict[str, Any] = {}  # what checkpoints are bound to
+        self._resumed: dict[str, Any] | None = None  # the line for resumes.jsonl
+        self._notes: list[str] = []
 
     @staticmethod
     def create(
         config: Config, device: torch.device, world: World = SINGLE_PROCESS, inputs: TrainingInputs | None = None
     ) -> RunFolder:
-        """Starts a new run. Raises ``UserError`` if the folder is not empty."""
+        """Starts a new run. Raises ``UserError`` if the folder contains anything but a run without a step."""
         if config.out is None:
             raise UserError("The key 'out', the run folder, is missing: set out=runs/NAME.")
         folder = Path(config.out)
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty. Resume it with --resume {folder}, or set another out=FOLDER.")
+        world.once(lambda: _require_unused(folder))
         run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device), device, world))
-        if run._writes:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"Cannot create the run folder {folder}: {error}.") from error
-            write_text(dump_config(config), folder / "config.yaml")
-            write_text(json.dumps(environment(device), indent=2) + "\n", folder / "environment.json")
+        world.once(run._start)
         return run
+
+    def _start(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"Cannot create the run folder {self.folder}: {error}.") from error
+        self._claim()
+        _require_unused(self.folder)  # another run may have begun to write here meanwhile
+        write_text(json.dumps(environment(self.trainer.device), indent=2) + "\n", self.folder / "environment.json")
+        write_text(dump_config(self.trainer.config), self.folder / "config.yaml")
 
     @staticmethod
     def reopen(
-        folder: str | Path, device: torch.device, world: World = SINGLE_PROCESS, before: int | None = None,
-        inputs: TrainingInputs | None = None,
+        folder: str | Path, device: torch.device, world: World = SINGLE_PROCESS, inputs: TrainingInputs | None = None,
+        *, before: int | None = None, config: Config | None = None,
     ) -> RunFolder:  # fmt: skip
-        """Opens a run at its last checkpoint, or at the last one at or before step ``before``.
+        """Opens a run at its newest checkpoint that is not damaged, or at the newest one at or before ``before``.
 
-        Raises ``UserError`` if the folder is not a run or the checkpoint is damaged.
+        ``config`` replaces the run's own. Raises ``UserError`` if the folder is not a run, if all checkpoints are
+        damaged, or if they belong to another teacher or to settings that a run may not change.
         """
-        folder, config = Path(folder), run_config(folder)
+        folder, config = Path(folder), config or run_config(folder)
         run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device), device, world))
-        saved = [c for c in checkpoints(folder / "checkpoints") if before is None or step_of(c) <= before]
-        if saved:
-            run._restore(saved[-1])
+        restore_folder(folder / "best")
+        if checkpoints(folder / "checkpoints", before):
+            run._restore(*read_newest(folder / "checkpoints", before))
         return run
 
     def train(self, validate: Validator | None = None, callbacks: Sequence[Callback] = ()) -> None:
-        """Trains to the end. Raises ``Interrupted`` as ``Trainer.train`` does."""
-        self._log = MetricsLogger(self.folder, self.trainer.config.tensorboard) if self._writes else None
-        self.trainer.validate = validate
-        self.trainer.callbacks = [self, *callbacks]
+        """Trains to the end. Raises ``Interrupted`` as ``Trainer.train`` does, and ``UserError`` if another process is
+        training in this folder."""
+        trainer = self.trainer
+        trainer.world.once(self._begin)
+        trainer.validate = validate
+        trainer.callbacks = [self, *callbacks]
+        for note in self._notes:
+            trainer.notify("on_note", note)
         try:
-            self.trainer.train()
-        except Interrupted as stop:
-            stop.folder = self.folder
-            raise
+            trainer.train()
+        except (Interrupted, KeyboardInterrupt) as stop:
+            text = str(stop) or f"stopped within step {trainer.step + 1}, whose work is lost"
+            raise Interrupted(text, folder=self.folder) from None
+        finally:
+            self._lock.release(force=True)  # also what create has claimed
+
+    def _begin(self) -> None:
+        """Claims the folder, and records what resuming changes."""
+        self._claim()
+        self._origin = self._origin or self._bound_to()
+        write_text(dump_config(self.trainer.config), self.folder / "config.yaml")
+        if self._resumed is not None:
+            append_line(self.folder / "resumes.jsonl", self._resumed)
+        self._log = MetricsLogger(self.folder, self.trainer.config.tensorboard)
+
+    def _claim(self) -> None:
+        """Locks the folder until training ends; the system frees the lock of a killed process."""
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"Another process is training in {self.folder}: wait for it, or stop it.") from None
+        except (NotImplementedError, OSError) as error:
+            self._notes.append(f"{self.folder} cannot be locked ({error}): start no second training in it.")
+
+    def _bound_to(self) -> dict[str, Any]:
+        """What checkpoints belong to: the config, the weights of the teacher, and the number of processes."""
+        trainer = self.trainer
+        teacher = trainer.inputs.roles["teacher"].module if "teacher" in trainer.inputs.roles else None
+        return {
+            "config": trainer.config.model_dump(mode="json"),
+            "teacher_sha256": weights_hash(teacher) if isinstance(teacher, Denoiser) else None,
+            "processes": trainer.world.size,
+        }
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -88,7 +138,7 @@ class RunFolder(Callback):
         self._record(trainer, {"stage": trainer.stage, **values})
 
     def on_lost_update(self, trainer: Trainer, lost: LostUpdate) -> None:
-        if self._log is not None:
+        if self._writes:
             append_line(self.folder / "lost_updates.jsonl", asdict(lost))
 
     def on_validation(self, trainer: Trainer, value: float) -> None:
@@ -100,12 +150,15 @@ class RunFolder(Callback):
         if self._writes:
             tensors, state = trainer.state()
             keep = trainer.config.checkpoint.keep
-            write_checkpoint(self.folder / "checkpoints", trainer.step, tensors, state, keep)
+            write_checkpoint(self.folder / "checkpoints", trainer.step, tensors, state | {"run": self._origin}, keep)
 
     def on_end(self, trainer: Trainer) -> None:
         """Writes ``student/``: the best student in validation, or the last one if nothing was validated."""
-        if self._writes and trainer.best:
-            shutil.copytree(self.folder / "best", self.folder / "student", dirs_exist_ok=True)
+        if not self._writes:
+            return
+        if trainer.best:
+            with _replaced_folder(self.folder / "student") as partial:
+                shutil.copytree(self.folder / "best", partial)
         else:
             self._write_student(trainer, "student")
 
@@ -116,27 +169,73 @@ class RunFolder(Callback):
 
     def _write_student(self, trainer: Trainer, name: str) -> None:
         if self._writes:
-            with trainer.roles["student"].averaged():
-                save_model(trainer.generator, trainer.student_config, self.folder / name)
+            with _replaced_folder(self.folder / name) as partial, trainer.roles["student"].averaged():
+                save_model(trainer.generator, trainer.student_config, partial)
 
-    def _restore(self, checkpoint: Path) -> None:
-        tensors, state = read_checkpoint(checkpoint)
+    # --- resuming -----------------------------------------------------------------------------------------------------
+
+    def _restore(
+        self, checkpoint: Path, tensors: dict[str, Tensor], state: dict[str, Any], damaged: Sequence[str]
+    ) -> None:
+        trainer = self.trainer
+        self._notes += [f"{text} Training continues from step {step_of(checkpoint)}." for text in damaged[:1]]
         try:
-            self.trainer.load_state(tensors, state)
+            self._check_origin(state)
+            trainer.load_state(tensors, state)
         except KeyError as error:
             raise UserError(
                 f"{checkpoint} has no {error}: it is from another version of fewstep. Train again in another folder."
             ) from error
+        except UserError as error:
+            raise UserError(f"{checkpoint}: {error}") from error
+
+    def _check_origin(self, state: Mapping[str, Any]) -> None:
+        """Raises ``UserError`` if a checkpoint belongs to another run; records what resuming changes."""
+        self._origin, before = self._bound_to(), state["run"]
+        changed = changes(before["config"], self._origin["config"])
+        check_changes(changed, state["stage"])
+        if state["step"] > self.trainer.stage_ends[state["stage"]]:
+            raise UserError(f"The run is at step {state['step']}, after the end of its stage with these settings.")
+        if before["teacher_sha256"] != self._origin["teacher_sha256"]:
+            raise UserError("The run's teacher had other weights: restore them, or train in another folder.")
+        if before["processes"] != self._origin["processes"]:
+            self._notes.append(
+                f"The run had {before['processes']} processes and has {self._origin['processes']} now: they share the "
+                "same micro-batches, so results differ by rounding alone."
+            )
+        processes = {"processes": self._origin["processes"]}
+        self._resumed = {"step": state["step"], **processes, "changed": changed, "version": version("fewstep")}
 
 
-def run_config(folder: str | Path) -> Config:
-    """The resolved config of a run folder. Raises ``UserError`` if it is not one, or names a module of the user's own
-    that has not been imported: a folder may come from somebody else, and opening it runs none of their code."""
+@contextmanager
+def _replaced_folder(final: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes ``final`` on success: readers see the old one or the new one, whole."""
+    partial = final.with_name(f".{final.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        replace_folder(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _require_unused(folder: Path) -> None:
+    """Raises ``UserError`` if a folder contains more than what is there before a run's first step."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {name for name in names if name != ".lock" and not name.endswith(".part")}
+    if names and names != {"config.yaml", "environment.json"} and names != {"environment.json"}:
+        raise UserError(f"{folder} is not empty. Resume it with --resume {folder}, or set another out=FOLDER.")
+
+
+def run_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The resolved config of a run folder, with ``key=value`` overrides. Raises ``UserError`` if it is not one, or
+    names a module of the user's own that has not been imported: a folder may come from somebody else, and opening it
+    runs none of their code."""
     settings = run_settings(folder)
     for kind, name in _named_modules(settings):
         if is_dotted(str(name)):
             require_imported(name, kind)
-    return load_config(_config_file(folder))
+    return load_config(_config_file(folder), overrides)
 
 
 def _named_modules(settings: dict[str, Any]) -> Iterator[tuple[Kind, Any]]:
@@ -175,17 +274,13 @@ def teacher_of(folder: Path) -> str | None:
     return run_settings(folder).get("teacher") if (folder / "config.yaml").is_file() else None
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint folder."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
     """The losses and gradient norms of the log line of ``step``, as recorded and as recomputed.
 
     A line has the latest ones since the line before, so these steps are repeated, from a checkpoint before them.
 
-    Raises ``UserError`` if the step was not logged.
+    Raises ``UserError`` if the step was not logged, or the run has changed its settings since and a checkpoint between
+    is missing.
     """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     logged = {line["step"]: line for line in lines if "validation" not in line}
@@ -193,7 +288,10 @@ def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str
         every = run_config(folder).log_every
         raise UserError(f"Step {step} was not logged; the log has every {every} up to {max(logged, default=0)}.")
     before = max((other for other in logged if other < step), default=0)
-    trainer = RunFolder.reopen(folder, device, before=before).trainer
+    first = max((step_of(path) for path in checkpoints(folder / "checkpoints", before)), default=0)
+    settings = settings_at(folder, run_config(folder).model_dump(mode="json"), first, step)
+    config = parse_config(settings, str(folder / "config.yaml"))
+    trainer = RunFolder.reopen(folder, device, before=before, config=config).trainer
     trainer.advance(before)
     computed = {name: value for name, value in trainer.advance(step).items() if name in logged[step]}
     return {name: logged[step][name] for name in computed}, computed

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,53 +16,22 @@ from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.build import DTYPES, TrainingInputs, build_inputs
+from fewstep.distill.callback import Callback, Interrupted, Validator
 from fewstep.distill.checkpoint import restore_role, role_tensors
 from fewstep.distill.config import Config
 from fewstep.distill.data.batch import Source
 from fewstep.distill.health import Probe
-from fewstep.distill.loop import MAX_LOST, Loop, LostUpdate
+from fewstep.distill.loop import MAX_LOST, Loop
+from fewstep.distill.nonfinite import require_finite
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import MatchingConfig, StageContext, learning_rate, roles_of_stage
+from fewstep.distill.stop_requests import StopRequests, stop_requests
 from fewstep.distill.update import Objective
 from fewstep.models.adapters import AdapterView
 from fewstep.models.denoiser import Denoiser, routed
 from fewstep.models.loading import Model
 from fewstep.models.model_config import FewStep, ModelConfig
-
-
-class Interrupted(Exception):
-    """Raised after Ctrl-C or a termination signal, when callbacks have saved the state; ``folder`` is the run's."""
-
-    folder: Path | None = None
-
-
-class Validator(Protocol):
-    """Scores the student with its averaged weights: lower is better, None if there is no score."""
-
-    def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> float | None: ...
-
-
-class Callback:
-    """Receives the events of training. Override the methods you need."""
-
-    def on_log(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """Called every ``log_every`` steps with losses, gradient norms and diagnostics since the last call."""
-
-    def on_step(self, trainer: Trainer) -> None:
-        """Called after every step."""
-
-    def on_lost_update(self, trainer: Trainer, lost: LostUpdate) -> None:
-        """Called after a step in which an update was not applied, because its gradient was not finite."""
-
-    def on_validation(self, trainer: Trainer, value: float) -> None:
-        """Called after a validation with a score; ``trainer.best`` is up to date."""
-
-    def on_checkpoint(self, trainer: Trainer) -> None:
-        """Called when the state should be saved: regularly, at the end of a stage, and before an interruption."""
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Called after the last step."""
 
 
 @dataclass
@@ -92,6 +59,8 @@ class Trainer:
     evaluations: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
+        for name, role in self.inputs.roles.items():
+            require_finite(name, role)
         health = self.config.health
         rows = self.inputs.sources["data"](KeyedRandom(0, 0, "health", 0), health.conditions).condition
         self._probe = Probe(rows.to(self.device), health, self.inputs.model_config, self.config.batch)
@@ -213,33 +182,57 @@ class Trainer:
     def train(self) -> None:
         """Trains from the current step to the end of the last stage.
 
-        Raises ``Interrupted`` if a signal requested a stop, after the callbacks' ``on_checkpoint``.
+        Raises ``Interrupted`` if a signal or ``max_hours`` requested a stop, after the callbacks' ``on_checkpoint``.
         """
-        started = time.monotonic() - self.seconds
-        end = self.stage_ends[-1]
-        latest: dict[str, Tensor] = {}  # since the last log line: some updates are not due at a logged step
-        health: dict[str, float] = {}
-        with stop_requests() as stop:
+        self._started = time.monotonic() - self.seconds
+        self._latest: dict[str, Tensor] = {}  # since the last log line: some updates are not due at a logged step
+        self._health: dict[str, float] = {}
+        save, end = False, self.stage_ends[-1]
+        with stop_requests(self.config.max_hours, insist=self.world.size == 1) as stop:
             while self.step < end:
-                latest |= self.one_step()
-                for lost in self.loop.lost:
-                    self._notify("on_lost_update", lost)
-                last = self.step == end
-                if self.world.rank == 0 and self._due(self.config.health.every):
-                    health = self._check_health()
-                self.seconds = time.monotonic() - started
-                if last or self._due(self.config.log_every):
-                    self._notify("on_log", to_numbers(latest) | health)
-                    latest, health = {}, {}
-                self._notify("on_step")
-                if self.validate is not None and (last or self._due(self.config.validation.every)):
-                    self._validate(self.validate)
-                stage_ends = self.step == self.stage_ends[self.stage]
-                if stop.requested or stage_ends or self._due(self.config.checkpoint.every):
-                    self._notify("on_checkpoint")
-                if stop.requested and not last:
-                    raise Interrupted(f"stopped at step {self.step} of {end}")
-        self._notify("on_end")
+                self._latest |= self.one_step()
+                with suppress(KeyboardInterrupt):  # a second signal cuts a validation short; the step is complete
+                    self._observe()
+                stopping = self.world.any(stop.requested)
+                save |= stopping or self.step == self.stage_ends[self.stage] or self._due(self.config.checkpoint.every)
+                if save and self.loop.sound:
+                    self._save(stop)
+                    save = False
+                if stopping and self.step < end:
+                    raise Interrupted(self._stopped(stop, saved=not save))
+        self._notify_together("on_end")
+
+    def _observe(self) -> None:
+        """Everything that is due after a step but for its checkpoint: lost updates, health, log, validation."""
+        for lost in self.loop.lost:
+            self.notify("on_lost_update", lost)
+        last = self.step == self.stage_ends[-1]
+        if self._due(self.config.health.every):
+            self._health = self.world.once(self._check_health)
+        self.seconds = time.monotonic() - self._started
+        if last or self._due(self.config.log_every):
+            self._notify_together("on_log", to_numbers(self._latest) | self._health)
+            self._latest, self._health = {}, {}
+        self.notify("on_step")
+        if self.validate is not None and (last or self._due(self.config.validation.every)):
+            self._validate(self.validate)
+
+    def _save(self, stop: StopRequests) -> None:
+        stop.insist, insist = False, stop.insist  # no signal cuts a checkpoint short
+        self._notify_together("on_checkpoint")
+        stop.insist = insist
+
+    def _stopped(self, stop: StopRequests, saved: bool) -> str:
+        reason = f" ({stop.reason})" if stop.reason else ""
+        state = "" if saved else ", where updates are being lost: the last checkpoint is an earlier one"
+        return f"stopped at step {self.step} of {self.stage_ends[-1]}{reason}{state}"
+
+    def rehearse(self, validate: Validator | None) -> None:
+        """Checks health and validates once, with no consequence, so that what cannot work is found before training."""
+        if self.config.health.every:
+            self.world.once(self._check_health)
+        if validate is not None:
+            self._score(validate)
 
     def advance(self, step: int) -> dict[str, float]:
         """Trains up to ``step`` without callbacks; returns the latest metrics of these steps, as a log line has."""
@@ -262,9 +255,15 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _notify(self, event: str, *details: Any) -> None:
+    def notify(self, event: str, *details: Any) -> None:
+        """Calls the callbacks' method for an event."""
         for callback in self.callbacks:
             getattr(callback, event)(self, *details)
+
+    def _notify_together(self, event: str, *details: Any) -> None:
+        """The same where files are written: an error in one process ends all."""
+        with self.world.together():
+            self.notify(event, *details)
 
     def _check_health(self) -> dict[str, float]:
         """Compares samples of the averaged student with the teacher's; empty without a teacher."""
@@ -275,14 +274,28 @@ class Trainer:
         with self.roles["student"].averaged(), torch.no_grad(), self.roles.resident("teacher") as teacher:
             return self._probe(self.student, teacher, scale)
 
+    def _score(self, validate: Validator) -> float | None:
+        """A validation by the first process, whose networks are those of all."""
+
+        def score() -> float | None:
+            with self.roles["student"].averaged(), torch.no_grad():
+                value = validate(self.generator, self.student_config, self.step)
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"The score is {value}.")
+            return value
+
+        try:
+            return self.world.once(score)
+        except UserError as error:
+            raise type(error)(f"Validation (the keys under validation:) at step {self.step}: {error}") from error
+
     def _validate(self, validate: Validator) -> None:
-        with self.roles["student"].averaged(), torch.no_grad():
-            value = validate(self.generator, self.student_config, self.step)
+        value = self._score(validate)
         if value is None:
             return
         if value < self.best.get("value", float("inf")):
             self.best = {"value": value, "step": self.step}
-        self._notify("on_validation", value)
+        self._notify_together("on_validation", value)
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -316,31 +329,3 @@ def to_numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     sample contributed (an empty range of times)."""
     values = {name: value.item() for name, value in metrics.items()}
     return {name: value for name, value in values.items() if math.isfinite(value)}
-
-
-@dataclass
-class _Stop:
-    requested: bool = False
-
-
-@contextmanager
-def stop_requests() -> Iterator[_Stop]:
-    """Turns the first Ctrl-C or SIGTERM into a request; a second one acts immediately."""
-    stop = _Stop()
-
-    def request(number: int, frame: object) -> None:
-        stop.requested = True
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
-            signal.signal(number, request)
-    except ValueError:  # only the main thread can handle signals
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

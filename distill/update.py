@@ -113,7 +113,7 @@ class MicroBatch:
         seed, step, _, shard = self.random.key
         return self.rollout(replace(self, random=KeyedRandom(seed, step, "rollout", shard, self.random.device)))
 
-    def backward_rollout(self, parameters: list[torch.nn.Parameter]) -> None:
+    def backward_rollout(self) -> None:
         """Back-propagates the gradients that the terms left on the sample through the rollout."""
         if self._with_graph is None:
             return
@@ -121,7 +121,7 @@ class MicroBatch:
         ends = {self._with_graph.x: leaf.x.grad, self._with_graph.output: leaf.output.grad}
         used = [(tensor, grad) for tensor, grad in ends.items() if grad is not None]
         if used:
-            torch.autograd.backward([t for t, _ in used], [g for _, g in used], inputs=parameters)
+            torch.autograd.backward([t for t, _ in used], [g for _, g in used])
         self._with_graph = None
 
     def log(self, name: str, value: Tensor, count: Tensor | None = None) -> None:

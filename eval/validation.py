@@ -36,6 +36,10 @@ class Validation:
     reference: Reference
     folder: Path
 
+    def small(self, folder: Path) -> Validation:
+        """The same with few images, which are written to ``folder``."""
+        return replace(self, n=min(self.n, 10), folder=folder)
+
     def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> float:
         model = Model(denoiser=student, config=config, path=self.folder)
         labels = model.labels(self.n)
@@ -57,6 +61,10 @@ class PromptValidation:
     pipeline: PipelineFolder
     prompts: EncodedPrompts
     folder: Path
+
+    def small(self, folder: Path) -> PromptValidation:
+        """The same with one image, which is written to ``folder``."""
+        return replace(self, images=1, folder=folder)
 
     def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> None:
         model = Model(denoiser=student, config=config, path=self.folder)

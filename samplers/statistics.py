@@ -27,8 +27,8 @@ from fewstep.core.files import read_metadata, read_tensors, write_tensors
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance, guide
+from fewstep.models.weights_hash import weights_hash
 from fewstep.samplers.grids import T_MAX, T_MIN
-from fewstep.samplers.provenance import weights_hash
 
 Progress = Callable[[int, int], None]
 NoiseJvp = Callable[[Tensor, Tensor, Condition, Tensor, Tensor], tuple[Tensor, Tensor]]

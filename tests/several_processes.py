@@ -19,7 +19,7 @@ def one_of_several(rank: int, world: int, folder: str, port: int, steps: int) ->
     """Trains as one of ``world`` processes on gloo; rank 0 saves the state."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    raw = tiny_config(Path(folder), out=f"{folder}/two", batch=4)
+    raw = tiny_config(Path(folder), out=f"{folder}/two", batch=4, accumulate=2)
     raw["stages"][0]["steps"] = steps  # type: ignore[index]
     config = parse_config(raw, "test")
     trainer = Trainer(config, build_inputs(config, CPU), CPU, World(rank, world))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from fewstep.core.errors import UserError as UserError
     from fewstep.core.image_grid import save_grid as save_grid
     from fewstep.core.registry import register as register
+    from fewstep.distill.callback import Callback as Callback
     from fewstep.distill.config import Config as Config
-    from fewstep.distill.trainer import Callback as Callback
     from fewstep.distill.trainer import Trainer as Trainer
     from fewstep.models.condition import Condition as Condition
     from fewstep.models.denoiser import Denoiser as Denoiser
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fewstep.samplers.plan import SamplingConfig as SamplingConfig
 
 _MODULES = {
-    "Callback": "distill.trainer", "Condition": "models.condition", "Config": "distill.config",
+    "Callback": "distill.callback", "Condition": "models.condition", "Config": "distill.config",
     "Denoiser": "models.denoiser", "Guidance": "models.guidance", "Model": "models.loading",
     "ModelConfig": "models.model_config", "SamplingConfig": "samplers.plan", "Trainer": "distill.trainer",
     "UserError": "core.errors", "encode": "api.data", "evaluate": "api.evaluate", "export": "api.export",

@@ -15,12 +15,13 @@ from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill import build, matching
 from fewstep.distill.build import build_inputs
+from fewstep.distill.callback import Callback
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.data.batch import Batch
 from fewstep.distill.explain import evaluations_of
 from fewstep.distill.processes import World
-from fewstep.distill.trainer import Callback, Trainer
+from fewstep.distill.trainer import Trainer
 from fewstep.models.condition import Condition
 from fewstep.models.loading import load_model
 

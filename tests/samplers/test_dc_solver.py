@@ -14,6 +14,7 @@ from worlds import NOISE, VP, by_log_snr, mixture, tiny_teacher
 from fewstep.api import solvers
 from fewstep.core.errors import UserError
 from fewstep.models.loading import load_model
+from fewstep.models.weights_hash import weights_hash
 from fewstep.samplers.dc_solver import (
     RatioPolynomial,
     dc_solver,
@@ -28,7 +29,6 @@ from fewstep.samplers.grids import grid
 from fewstep.samplers.multistep import states
 from fewstep.samplers.plan import SamplingConfig, plan
 from fewstep.samplers.predictor import ModelOutput
-from fewstep.samplers.provenance import weights_hash
 from fewstep.samplers.unipc import unipc, unipc_steps
 
 

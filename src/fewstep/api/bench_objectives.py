@@ -19,12 +19,12 @@ from fewstep.api.models import Source
 from fewstep.api.train import train_run
 from fewstep.core.errors import UserError
 from fewstep.core.files import write_text
+from fewstep.distill.callback import Callback
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import describe, parse_config, read_settings
 from fewstep.distill.explain import explain
 from fewstep.distill.run_folder import run_config
 from fewstep.distill.stage import BaseConfig
-from fewstep.distill.trainer import Callback
 from fewstep.eval.report.frontier import draw_frontier
 from fewstep.eval.score_files import Score, read_scores
 from fewstep.models.loading import load_model

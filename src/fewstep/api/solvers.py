@@ -16,11 +16,11 @@ from fewstep.eval.solver_comparison import SolverResult
 from fewstep.eval.solver_comparison import compare_solvers as compare_model_solvers
 from fewstep.models.condition import Condition
 from fewstep.models.guidance import Guidance
+from fewstep.models.weights_hash import weights_hash
 from fewstep.samplers.dc_solver import SearchedRatios, reference_states, search_ratios
 from fewstep.samplers.generate import SampleNoise, generate
 from fewstep.samplers.plan import SamplingConfig, plan
 from fewstep.samplers.predictor import Predictor
-from fewstep.samplers.provenance import weights_hash
 from fewstep.samplers.statistics import estimate_statistics
 
 SEARCH_SEED = 12345  # of the samples that solvers are tuned on: far from the seeds that people compare

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fewstep.api.models import Source
 from fewstep.core.errors import UserError
 from fewstep.distill.build import build_inputs
+from fewstep.distill.callback import Callback
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import load_config
 from fewstep.distill.data import batch
 from fewstep.distill.processes import join_world
 from fewstep.distill.run_folder import RunFolder, run_config
-from fewstep.distill.trainer import Callback, Validator
 from fewstep.eval.references import load_reference
 from fewstep.eval.validation import PromptValidation, Validation
 from fewstep.models.denoiser import Denoiser
@@ -27,15 +28,15 @@ def train(
 ) -> Path:  # fmt: skip
     """Distils a teacher (or, for a config with ``model:``, pretrains a network) and returns the run folder.
 
-    ``overrides`` are ``"key=value"`` strings for a config file. ``resume`` continues the run in that folder, with its
-    own config. ``teacher`` and ``data`` are the user's own objects, instead of those that the config names. Raises
+    ``overrides`` are ``"key=value"`` strings for a config file. ``resume`` continues the run in that folder with its
+    own config, of which overrides may change what ``distill.resume.MAY_CHANGE`` lists. ``teacher`` and ``data`` are the user's own objects, instead of those that the config names. Raises
     ``UserError`` on a mistake in the config and ``Interrupted`` after Ctrl-C. To train without a folder, use
     ``Trainer``.
     """
     if resume is not None:
-        if config is not None or overrides:
-            raise UserError("With resume the run's own config is used, so neither a config nor key=value is accepted.")
-        settings = run_config(resume)
+        if config is not None:
+            raise UserError("With resume the run's own config is used; give changes as key=value.")
+        settings = run_config(resume, overrides)
     elif config is None:
         raise UserError("Give a config, or a run folder to resume.")
     elif isinstance(config, Config) and overrides:
@@ -53,19 +54,23 @@ def train_run(
 ) -> RunFolder:  # fmt: skip
     """The same, returning the run with its trainer."""
     world, device = join_world(config.device)
-    inputs = build_inputs(config, device, teacher, data)
+    with world.together():
+        inputs = build_inputs(config, device, teacher, data)
     if resume:
-        run = RunFolder.reopen(resume, device, world, inputs=inputs)
+        run = RunFolder.reopen(resume, device, world, inputs, config=config)
     else:
         run = RunFolder.create(config, device, world, inputs)
-    run.train(_validator(config, run), callbacks)
+    with world.together():
+        validation = _validation(config, run) if config.validation.every else None
+    if run.trainer.step < config.steps:
+        with TemporaryDirectory() as folder:
+            run.trainer.rehearse(validation and validation.small(Path(folder)))
+    run.train(validation, callbacks)
     return run
 
 
-def _validator(config: Config, run: RunFolder) -> Validator | None:
+def _validation(config: Config, run: RunFolder) -> Validation | PromptValidation:
     settings, inputs = config.validation, run.trainer.inputs
-    if not settings.every:
-        return None
     sampling = SamplingConfig(settings.solver, settings.steps, settings.guidance)
     if inputs.prompts is not None and inputs.pipeline is not None:
         return PromptValidation(sampling, settings.images, inputs.pipeline, inputs.prompts, run.folder)

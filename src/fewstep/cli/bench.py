@@ -28,7 +28,8 @@ Rounds = Annotated[int, typer.Option(min=2, help="Paired rounds; medians are rep
 def objectives(config: ConfigFile, overrides: Overrides = None, device: Device = "auto") -> None:
     """Train several methods from one teacher at one budget of evaluations, several seeds each, and compare them."""
     from fewstep.api.bench_objectives import bench_objectives
-    from fewstep.distill.trainer import Callback, Trainer
+    from fewstep.distill.callback import Callback
+    from fewstep.distill.trainer import Trainer
 
     with progress_bar() as bar:
 

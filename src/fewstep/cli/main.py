@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli import bench, data, demo, evaluate, models, solver, train
-from fewstep.cli.options import err
+from fewstep.cli.options import FIRST, err
 from fewstep.core.errors import UserError
 
 RENAMED = {
@@ -77,8 +77,19 @@ def main() -> None:
             traceback.print_exc()
         known = isinstance(error, UserError)
         text = str(error) if known else f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)"
-        err.print(f"Error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _show(error, text)
         sys.exit(1)
+
+
+def _show(error: Exception, text: str) -> None:
+    """Shows an error. Of several processes, the first one shows what all share, and another one its own."""
+    if FIRST:
+        err.print(f"Error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return
+    from fewstep.distill.processes import SharedError, have_met
+
+    if have_met() and not isinstance(error, SharedError):
+        sys.stderr.write(f"Error in process {os.environ['RANK']}: {text}\n")
 
 
 def _refuse_renamed(arguments: list[str]) -> None:

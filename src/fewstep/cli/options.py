@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from fewstep.eval.score_files import Score
     from fewstep.samplers.plan import SamplingConfig
 
-out = Console(width=None if Console().is_terminal else 160, markup=False)
-err = Console(stderr=True, markup=False)
+FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun), only the first one speaks
+out = Console(width=None if Console().is_terminal else 160, markup=False, quiet=not FIRST)
+err = Console(stderr=True, markup=False, quiet=not FIRST)
 
 Number = TypeVar("Number", int, float)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,9 @@ from fewstep.cli.options import ConfigFile, JsonFile, Overrides, RunFolder, err,
 from fewstep.core.errors import UserError
 
 app = typer.Typer()
-Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this run with its own config.")]
+Resume = Annotated[
+    Path | None, typer.Option(metavar="RUN", help="Continue this run with its own config; key=value changes settings.")
+]
 
 
 @app.command(epilog="Example: fewstep train configs/fashion/demo.yaml seed=1 out=runs/demo-1")
@@ -30,25 +33,26 @@ def run_training(config: str | None, overrides: list[str], resume: Path | None) 
     from fewstep.api.train import train_run
     from fewstep.cli.training_progress import TrainingProgress
     from fewstep.core.devices import pick_device
+    from fewstep.distill.callback import Interrupted
     from fewstep.distill.config_files import load_config
     from fewstep.distill.run_folder import run_config
-    from fewstep.distill.trainer import Interrupted
 
     if resume is None and config is None:
         raise UserError("Name a config, for example configs/fashion/demo.yaml, or a run to --resume.")
-    if resume is not None and (overrides or config is not None):
-        raise UserError("With --resume the run's own config is used, so neither CONFIG nor key=value is accepted.")
-    settings = run_config(resume) if resume is not None else load_config(config or "", overrides)
+    if resume is not None and config is not None:
+        if "=" not in config:
+            raise UserError(f"With --resume the run's own config is used, so {config!r} is not: leave it out.")
+        overrides, config = [config, *overrides], None
+    settings = run_config(resume, overrides) if resume is not None else load_config(config or "", overrides)
     out.print(f"Device: {pick_device(settings.device).type}. Attention: {settings.attention}.")
     try:
         with TrainingProgress(settings.steps) as progress:
             run = train_run(settings, resume, callbacks=[progress])
     except Interrupted as stop:
         err.print(
-            f"\nInterrupted: {stop}. Continue with: fewstep train --resume {stop.folder}",
-            style="yellow",
-            soft_wrap=True,
-        )
+            f"\nInterrupted: {stop}. Continue with: fewstep train --resume {shlex.quote(str(stop.folder))}",
+            style="yellow", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
         sys.exit(130)
     trained, student = run.trainer, run.folder / "student"
     if progress.steps_done:

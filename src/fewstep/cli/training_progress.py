@@ -6,8 +6,9 @@ from types import TracebackType
 from typing import Self
 
 from fewstep.cli.options import out, progress_bar
+from fewstep.distill.callback import Callback
 from fewstep.distill.loop import LostUpdate
-from fewstep.distill.trainer import Callback, Trainer
+from fewstep.distill.trainer import Trainer
 from fewstep.eval.report.diagnosis import diagnose
 
 
@@ -30,6 +31,9 @@ class TrainingProgress(Callback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._context.__exit__(kind, error, trace)
+
+    def on_note(self, trainer: Trainer, text: str) -> None:
+        out.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def on_step(self, trainer: Trainer) -> None:
         self.steps_done += 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.core.finite import first_non_finite
 
 
 @contextmanager
@@ -31,6 +34,48 @@ def atomic_write(file: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise _unwritable(file, error) from error
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Renames the complete folder ``partial`` to ``final``, instead of a folder that may be there.
+
+    If the process is killed, ``final`` is the old folder or the new one, or missing; then ``restore_folder(final)``
+    restores the old one. Raises ``UserError`` if the folder cannot be replaced.
+    """
+    try:
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        restore_folder(final)
+        old = _replaced(final)
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        _sync(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise _unwritable(final, error) from error
+
+
+def restore_folder(final: Path) -> None:
+    """Completes a ``replace_folder`` that was killed: restores the old folder if ``final`` is missing."""
+    old = _replaced(final)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(final)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(file: str | Path, *inputs: Path) -> None:
@@ -61,7 +106,9 @@ def write_text(text: str, file: Path) -> None:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically. Raises ``UserError`` if it cannot be written."""
+    """Writes a safetensors file atomically. Raises ``UserError`` if it cannot be written, or a number is not finite."""
+    if (name := first_non_finite(tensors)) is not None:
+        raise UserError(f"{file} was not written: {name} has numbers that are not finite.")
     with atomic_write(file) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 

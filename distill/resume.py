@@ -1,0 +1,85 @@
+"""What a run may change when it is resumed, and the record of what it did change (``resumes.jsonl``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from fewstep.core.errors import UserError
+
+MAY_CHANGE = (
+    "out", "device", "attention", "gradient_checkpointing", "offload", "max_hours", "log_every", "tensorboard",
+    "checkpoint.*", "validation.*", "health.*", "stages.*.steps", "stages.*.clip", "stages.*.roles.*.lr",
+    "stages.*.roles.*.warmup", "stages.*.roles.*.lr_schedule", "stages.*.roles.*.weight_decay",
+    "stages.*.roles.*.betas.*",
+)  # fmt: skip
+Changes = dict[str, tuple[Any, Any]]
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """The settings that differ, by dotted key: (before, now), None where a setting is absent."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    keys = [*old, *(key for key in new if key not in old)]
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items: Any = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else None
+    if items is None:
+        yield prefix, node
+        return
+    for key, value in items:
+        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def check_changes(changed: Changes, stage: int) -> None:
+    """Raises ``UserError`` if a run in ``stage`` may not change these settings; of later stages it may change all."""
+
+    def allowed(key: str) -> bool:
+        parts = key.split(".")
+        number = int(parts[1]) if parts[0] == "stages" and len(parts) > 1 else None
+        if number is not None and number != stage:
+            return number > stage
+        return any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+
+    refused = {key: values for key, values in changed.items() if not allowed(key)}
+    if refused:
+        listed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in refused.items())
+        raise UserError(
+            f"A run cannot change this when it is resumed: {listed}. It may change {', '.join(MAY_CHANGE)}, and all of "
+            "a later stage. Train with these settings in another folder, or restore the run's config.yaml."
+        )
+
+
+def settings_at(folder: Path, now: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
+    """The settings of the steps after ``first`` up to ``last``, of a run whose settings are ``now``.
+
+    Raises ``UserError`` if the run changed them in between.
+    """
+    settings: dict[str, Any] = json.loads(json.dumps(now))
+    for record in reversed(read_resumes(folder)):
+        if record["step"] >= last:
+            for key, (old, _) in record["changed"].items():
+                _set(settings, key.split("."), old)
+        elif record["step"] > first and record["changed"]:
+            raise UserError(
+                f"The run changed {', '.join(record['changed'])} at step {record['step']}, and no checkpoint between "
+                f"that step and step {last} is left."
+            )
+    return settings
+
+
+def read_resumes(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's resumptions, in order."""
+    file = folder / "resumes.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def _set(node: Any, path: Sequence[str], value: Any) -> None:
+    *parents, last = path
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    node[int(last) if isinstance(node, list) else last] = value
