@@ -56,7 +56,8 @@ class RunFolder(Callback):
             raise UserError("The key 'out', the run folder, is missing: set out=runs/NAME.")
         folder = Path(config.out)
         world.once(lambda: _require_unused(folder))
-        run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device), device, world))
+        with world.together():
+            run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device), device, world))
         world.once(run._start)
         return run
 
@@ -81,10 +82,10 @@ class RunFolder(Callback):
         damaged, or if they belong to another teacher or to settings that a run may not change.
         """
         folder, config = Path(folder), config or run_config(folder)
-        run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device), device, world))
-        restore_folder(folder / "best")
-        if checkpoints(folder / "checkpoints", before):
-            run._restore(*read_newest(folder / "checkpoints", before))
+        with world.together():
+            run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device), device, world))
+            if checkpoints(folder / "checkpoints", before):
+                run._restore(*read_newest(folder / "checkpoints", before))
         return run
 
     def train(self, validate: Validator | None = None, callbacks: Sequence[Callback] = ()) -> None:
@@ -107,6 +108,7 @@ class RunFolder(Callback):
     def _begin(self) -> None:
         """Claims the folder, and records what resuming changes."""
         self._claim()
+        restore_folder(self.folder / "best")
         self._origin = self._origin or self._bound_to()
         write_text(dump_config(self.trainer.config), self.folder / "config.yaml")
         if self._resumed is not None:

@@ -195,7 +195,7 @@ class Trainer:
                     self._observe()
                 stopping = self.world.any(stop.requested)
                 save |= stopping or self.step == self.stage_ends[self.stage] or self._due(self.config.checkpoint.every)
-                if save and self.loop.sound:
+                if save and (self.loop.sound or self.step == end):
                     self._save(stop)
                     save = False
                 if stopping and self.step < end:

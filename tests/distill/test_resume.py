@@ -49,13 +49,18 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def edit(file: Path, old: str, new: str) -> None:
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda last: flip(last / "state.safetensors"),
         lambda last: (last / "state.safetensors").unlink(),
         lambda last: (last / "state.safetensors").write_bytes(b""),
-        lambda last: (last / "state.json").write_text((last / "state.json").read_text().replace('"step": 12', '"step": 11')),
+        lambda last: edit(last / "state.json", '"step": 12', '"step": 11'),
         lambda last: (last / "state.json").write_text("3"),
         lambda last: (last / "state.json").write_bytes(b"\xff\xfe{"),
         lambda last: (last / "state.json").write_text("[" * 100_000),

@@ -29,9 +29,9 @@ def train(
     """Distils a teacher (or, for a config with ``model:``, pretrains a network) and returns the run folder.
 
     ``overrides`` are ``"key=value"`` strings for a config file. ``resume`` continues the run in that folder with its
-    own config, of which overrides may change what ``distill.resume.MAY_CHANGE`` lists. ``teacher`` and ``data`` are the user's own objects, instead of those that the config names. Raises
-    ``UserError`` on a mistake in the config and ``Interrupted`` after Ctrl-C. To train without a folder, use
-    ``Trainer``.
+    own config, of which overrides may change what ``distill.resume.MAY_CHANGE`` lists. ``teacher`` and ``data`` are the
+    user's own objects, instead of those that the config names. Raises ``UserError`` on a mistake in the config and
+    ``Interrupted`` after a signal or ``max_hours``. To train without a folder, use ``Trainer``.
     """
     if resume is not None:
         if config is not None:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli import bench, data, demo, evaluate, models, solver, train
-from fewstep.cli.options import FIRST, err
+from fewstep.cli.options import FIRST, err, leave
 from fewstep.core.errors import UserError
 
 RENAMED = {
@@ -78,7 +78,7 @@ def main() -> None:
         known = isinstance(error, UserError)
         text = str(error) if known else f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)"
         _show(error, text)
-        sys.exit(1)
+        leave(1)
 
 
 def _show(error: Exception, text: str) -> None:

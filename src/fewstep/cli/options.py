@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from fewstep.samplers.plan import SamplingConfig
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun), only the first one speaks
+SPEAKING_SECONDS = 10
 out = Console(width=None if Console().is_terminal else 160, markup=False, quiet=not FIRST)
 err = Console(stderr=True, markup=False, quiet=not FIRST)
 
@@ -54,6 +57,14 @@ Captions = Annotated[
 Size = Annotated[str | None, typer.Option(help="For pipelines: HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES in pixels.")]
 Batch = Annotated[int, typer.Option(min=1, help="For pipelines: samples at a time.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process with a code. A launcher of several processes ends all of them with the first one that fails, so
+    the others give the first one, which speaks, the time to do so."""
+    if not FIRST:
+        time.sleep(SPEAKING_SECONDS)
+    sys.exit(code)
 
 
 def sampling_of(solver: str | None, steps: int | None, guidance: float, grid: str, seed: int) -> SamplingConfig:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import ConfigFile, JsonFile, Overrides, RunFolder, err, out, print_table, write_json
+from fewstep.cli.options import ConfigFile, JsonFile, Overrides, RunFolder, err, leave, out, print_table, write_json
 from fewstep.core.errors import UserError
 
 app = typer.Typer()
@@ -53,7 +52,7 @@ def run_training(config: str | None, overrides: list[str], resume: Path | None) 
             f"\nInterrupted: {stop}. Continue with: fewstep train --resume {shlex.quote(str(stop.folder))}",
             style="yellow", markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
-        sys.exit(130)
+        leave(130)
     trained, student = run.trainer, run.folder / "student"
     if progress.steps_done:
         out.print(f"Trained {trained.step} steps in {trained.seconds:.0f} s. The student is in {student}.")
