@@ -12,10 +12,12 @@ import torch
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.core.registry import dotted_name
+from fewstep.distill import sharding
 from fewstep.distill.config import DATA_KINDS, Config, DataConfig
 from fewstep.distill.data.batch import SOURCES, Source
 from fewstep.distill.data.readers import read_folder, read_idx, read_stored
 from fewstep.distill.data.sources import Images, Labels, Prompts, Stored
+from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role
 from fewstep.models.adapters import checkpoint_gradients, share_network
 from fewstep.models.attention import set_attention
@@ -26,6 +28,7 @@ from fewstep.models.loading import Model, load_model, pipeline_of
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.quantized import quantize
 from fewstep.models.schedules import schedule_to_dict
+from fewstep.models.weights_hash import weights_hash
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16, "nf4": torch.bfloat16,
@@ -35,25 +38,32 @@ DTYPES = {
 @dataclass(frozen=True)
 class TrainingInputs:
     """The inputs of training. ``roles`` holds the teacher, or the new network as ``model``; ``model_config`` belongs to
-    that network. ``prompts`` and ``pipeline`` belong to a text-conditioned teacher."""
+    that network. ``prompts`` and ``pipeline`` belong to a text-conditioned teacher, ``teacher_sha256`` is the hash of
+    the teacher's weights."""
 
     roles: Mapping[str, Role]
     sources: Mapping[str, Source]
     model_config: ModelConfig
     prompts: EncodedPrompts | None = None
     pipeline: PipelineFolder | None = None
+    teacher_sha256: str | None = None
 
 
 def build_inputs(
-    config: Config, device: torch.device, teacher: Model | Denoiser | None = None, data: Source | None = None
+    config: Config,
+    device: torch.device,
+    teacher: Model | Denoiser | None = None,
+    data: Source | None = None,
+    world: World = SINGLE_PROCESS,
 ) -> TrainingInputs:
-    """Loads the teacher (or creates the new network) and opens the data. ``teacher`` and ``data`` replace those of the
-    config. Raises ``UserError`` if one is missing or damaged, or if they do not fit together."""
+    """Loads the teacher (or creates the new network), which ``shard`` splits over the processes of ``world``, and opens
+    the data. ``teacher`` and ``data`` replace those of the config. Raises ``UserError`` if one is missing or damaged,
+    or if they do not fit together."""
     features = tuple(dict.fromkeys(path for stage in config.stages for path in stage.objective.teacher_features))
     if data is None and config.data.kind not in DATA_KINDS:
         data = _custom_source(config.data)
     if teacher is None and config.model is not None:
-        return _pretraining(config, config.model, device, data)
+        return _pretraining(config, config.model, device, data, world)
     if teacher is not None:
         _check_own_teacher(config)
         model = _own_model(teacher, data)
@@ -72,20 +82,29 @@ def build_inputs(
         model_config = model_config.model_copy(update={"base": config.teacher, "lora": lora})
     if config.gradient_checkpointing:
         checkpoint_gradients(model.denoiser.backbone)
-    roles = {"teacher": Role(model.denoiser.to(device))}
+    teacher_sha256 = weights_hash(model.denoiser)
+    roles = {"teacher": Role(_placed(model.denoiser, config, device, world))}
     prompts = _prompts(config.data, pipeline, model_config) if pipeline is not None else None
     source = data or _source(config.data, model_config, prompts, pipeline)
     if pipeline is None:
         _check_shape(source, model_config)
-    return TrainingInputs(roles, {"data": source}, model_config, prompts, pipeline)
+    return TrainingInputs(roles, {"data": source}, model_config, prompts, pipeline, teacher_sha256)
+
+
+def _placed(denoiser: Denoiser, config: Config, device: torch.device, world: World) -> Denoiser:
+    """The denoiser on its device, or split over the processes."""
+    denoiser.to(device)
+    if config.shard and world.mesh is not None:
+        sharding.split(denoiser, world.mesh)
+    return denoiser
 
 
 def _pretraining(
-    config: Config, model_config: ModelConfig, device: torch.device, data: Source | None
+    config: Config, model_config: ModelConfig, device: torch.device, data: Source | None, world: World
 ) -> TrainingInputs:
     with torch.random.fork_rng():  # torch's initialisers use the global generator
         torch.manual_seed(config.seed)
-        roles = {"model": Role(model_config.build().to(device))}
+        roles = {"model": Role(_placed(model_config.build(), config, device, world))}
     source = data or _source(config.data, model_config, None, None)
     _check_shape(source, model_config)
     return TrainingInputs(roles, {"data": source}, model_config)

@@ -6,16 +6,19 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_tensors, replace_folder, sha256, write_tensors, write_text
+from fewstep.core.files import replace_folder, sha256, tensor_names, write_tensors, write_text
 from fewstep.core.finite import first_non_finite
+from fewstep.distill import sharding
+from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role
 
 NAME = re.compile(r"step-\d+")
@@ -34,63 +37,135 @@ def role_tensors(name: str, role: Role) -> dict[str, Tensor]:
     return tensors
 
 
-def restore_role(name: str, role: Role, tensors: Mapping[str, Tensor]) -> None:
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint, read when they are asked for. ``parts`` maps a file to the first rows of the tensors
+    of which it has some rows."""
+
+    def __init__(self, parts: Mapping[Path, Mapping[str, int]]) -> None:
+        self._places: dict[str, list[tuple[int, Path]]] = {}
+        for file, rows in parts.items():
+            for name in tensor_names(file):
+                self._places.setdefault(name, []).append((rows.get(name, 0), file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        pieces = []
+        for _, file in sorted(self._places[name]):
+            with safe_open(file, framework="pt") as handle:
+                pieces.append(handle.get_tensor(name))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @torch.no_grad()
+    def fill(self, name: str, target: Tensor) -> None:
+        """Copies a tensor into ``target``; into a split one only the rows that this process holds. Raises ``KeyError``
+        if there is no such tensor, ``ValueError`` if it has another shape."""
+        if not sharding.is_sharded(target):
+            value = self[name]
+            if value.shape != target.shape:
+                raise ValueError(f"{name} is {list(value.shape)} in the checkpoint, and {list(target.shape)} here")
+            target.copy_(value)
+            return
+        own = sharding.local(target)
+        start, stop = sharding.first_row(target), sharding.first_row(target) + len(own)
+        for first, file in sorted(self._places[name]):
+            with safe_open(file, framework="pt") as handle:
+                rows = handle.get_slice(name)
+                low, high = max(start, first), min(stop, first + rows.get_shape()[0])
+                if low < high:
+                    own[low - start : high - start].copy_(rows[low - first : high - first])
+
+
+def restore_role(name: str, role: Role, tensors: StoredTensors) -> None:
     """The inverse of ``role_tensors``, in place. Raises ``UserError`` if the tensors do not fit the role."""
-    own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
-    weights = {key.removeprefix("weights/"): value for key, value in own.items() if key.startswith("weights/")}
+    weights = role.module.state_dict()
+    stored = {key.removeprefix(f"{name}/weights/") for key in tensors if key.startswith(f"{name}/weights/")}
+    if differing := sorted(stored ^ weights.keys()):
+        raise UserError(f"The checkpoint's {name!r} does not fit this run's network, which differs in {differing[0]}.")
     try:
-        role.module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"The checkpoint's {name!r} does not fit this run's network: {str(error).splitlines()[0]}"
-        ) from error
-    for key in role.average:
-        role.average[key].copy_(own[f"average/{key}"])
-    if role.optimizer is not None:
-        role.updates = int(own["updates"])
-        for key, parameter in role.module.named_parameters():
-            moments = {
-                path.split("/")[1]: value
-                for path, value in own.items()
-                if path.startswith("optimizer/") and path.split("/", 2)[2] == key
+        for key, value in weights.items():
+            tensors.fill(f"{name}/weights/{key}", value)
+        for key, value in role.average.items():
+            tensors.fill(f"{name}/average/{key}", value)
+    except ValueError as error:
+        raise UserError(f"The checkpoint's {name!r} does not fit this run's network: {error}.") from error
+    if role.optimizer is None:
+        return
+    role.updates = int(tensors[f"{name}/updates"])
+    moments = sorted({key.split("/")[2] for key in tensors if key.startswith(f"{name}/optimizer/")})
+    for key, parameter in role.module.named_parameters():
+        present = {moment: f"{name}/optimizer/{moment}/{key}" for moment in moments}
+        present = {moment: path for moment, path in present.items() if path in tensors}
+        if present:
+            role.optimizer.state[parameter] = {
+                moment: _moment(moment, parameter, tensors, path, eight_bit="qmap1" in present)
+                for moment, path in present.items()
             }
-            if moments:
-                step = moments.pop("step")  # a host tensor in AdamW, a number in its 8-bit version
-                role.optimizer.state[parameter] = {
-                    "step": step.item() if "qmap1" in moments else step.clone(),
-                    **{moment: value.to(parameter.device) for moment, value in moments.items()},
-                }
+
+
+def _moment(moment: str, parameter: Tensor, tensors: StoredTensors, path: str, eight_bit: bool) -> Any:
+    if moment == "step":  # a host tensor in AdamW, a number in its 8-bit version
+        return tensors[path].item() if eight_bit else tensors[path]
+    if not sharding.is_sharded(parameter):
+        return tensors[path].to(parameter.device)
+    value = torch.zeros_like(parameter)
+    tensors.fill(path, value)
+    return value
 
 
 def write_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
-) -> Path:
-    """Writes ``folder/step-XXXXXXX`` completely or not at all, then deletes all but the last ``keep``.
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int,
+    world: World = SINGLE_PROCESS,
+) -> Path:  # fmt: skip
+    """Writes ``folder/step-XXXXXXX`` completely or not at all, then deletes all but the last ``keep``. All processes
+    call it; each writes the rows that it holds of split tensors, and the first one all else.
 
     Raises ``UserError`` if it cannot be written, and if a number is not finite: then the ones before stay.
     """
-    if (bad := first_non_finite(tensors)) is not None:
-        raise UserError(
-            f"No checkpoint of step {step} was written: {bad} has numbers that are not finite. Resume from the last "
-            "one with a lower learning rate or a lower guidance."
-        )
-    final = folder / f"step-{step:07d}"
-    partial = folder / f".step-{step:07d}.part"
-    shutil.rmtree(partial, ignore_errors=True)
+    final, partial = folder / f"step-{step:07d}", folder / f".step-{step:07d}.part"
+    own = {name: sharding.local(x) for name, x in tensors.items() if world.rank == 0 or sharding.is_sharded(x)}
+    with world.together():
+        if (bad := first_non_finite(own)) is not None:
+            raise UserError(
+                f"No checkpoint of step {step} was written: {bad} has numbers that are not finite. Resume from the "
+                "last one with a lower learning rate or a lower guidance."
+            )
     try:
-        partial.mkdir(parents=True)
-        write_tensors(tensors, partial / "state.safetensors")
-        record = {**state, "step": step, "sha256": sha256(partial / "state.safetensors")}
-        record["record_sha256"] = _hash(record)
-        write_text(json.dumps(record, indent=2) + "\n", partial / "state.json")
-        replace_folder(partial, final)
+        world.once(lambda: _new_folder(partial))
+        rows = {name: sharding.first_row(x) for name, x in tensors.items() if sharding.is_sharded(x)}
+        number = f"-{world.rank + 1:05d}-of-{world.size:05d}" if rows else ""
+        part: dict[str, Any] | None = None
+        with world.together():
+            if own:
+                file = partial / f"state{number}.safetensors"
+                write_tensors(own, file)
+                part = {"file": file.name, "sha256": sha256(file), "rows": rows}
+        parts = [each for each in world.gather(part) if each is not None]
+        world.once(lambda: _complete(partial, final, {**state, "step": step, "parts": parts}))
     except (OSError, UserError) as error:
         raise UserError(f"Cannot write the checkpoint {final}: {error}. Free some space, then use --resume.") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+    if world.rank == 0:
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
     return final
+
+
+def _new_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _complete(partial: Path, final: Path, record: dict[str, Any]) -> None:
+    record["record_sha256"] = _hash(record)
+    write_text(json.dumps(record, indent=2) + "\n", partial / "state.json")
+    replace_folder(partial, final)
 
 
 def checkpoints(folder: Path, before: int | None = None) -> list[Path]:
@@ -104,31 +179,39 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the state of a checkpoint. Raises ``UserError`` if it is incomplete or a hash does not match."""
+def read_checkpoint(folder: Path, *, verify: bool = True) -> tuple[StoredTensors, dict[str, Any]]:
+    """The tensors and the state of a checkpoint. Raises ``UserError`` if it is incomplete or (with ``verify``) a hash
+    of its tensors does not match."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if not isinstance(state, dict):
-            raise UserError(f"{folder} is damaged: state.json contains no settings.")
-        if state.get("record_sha256") not in (None, _hash(state)):
+        if not isinstance(state, dict) or state.get("record_sha256") != _hash(state):
             raise UserError(f"{folder} is damaged: the hash of state.json differs.")
-        if sha256(folder / "state.safetensors") != state.get("sha256"):
-            raise UserError(f"{folder} is damaged: the hash of state.safetensors differs.")
+        for part in state["parts"] if verify else ():
+            if sha256(folder / part["file"]) != part["sha256"]:
+                raise UserError(f"{folder} is damaged: the hash of {part['file']} differs.")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} is not a complete checkpoint ({error}).") from error
-    return read_tensors(folder / "state.safetensors"), state
+    return StoredTensors({folder / part["file"]: part["rows"] for part in state["parts"]}), state
 
 
-def read_newest(folder: Path, before: int | None = None) -> tuple[Path, dict[str, Tensor], dict[str, Any], list[str]]:
+def read_newest(
+    folder: Path, before: int | None = None, world: World = SINGLE_PROCESS
+) -> tuple[Path, StoredTensors, dict[str, Any], list[str]]:
     """The newest checkpoint in ``folder`` that is not damaged, at or before the step ``before``: its path, tensors and
-    state, and what is wrong with newer ones.
+    state, and what is wrong with newer ones. The first process chooses it.
 
     Raises ``UserError`` if there is none.
     """
+    path, damaged = world.once(lambda: _newest(folder, before))
+    return path, *read_checkpoint(path, verify=False), damaged
+
+
+def _newest(folder: Path, before: int | None) -> tuple[Path, list[str]]:
     damaged: list[str] = []
     for path in reversed(checkpoints(folder, before)):
         try:
-            return path, *read_checkpoint(path), damaged
+            read_checkpoint(path)
+            return path, damaged
         except UserError as error:
             damaged.append(str(error))
     raise UserError(" ".join([*damaged, "No other checkpoint is left: restore one, or train in another folder."]))

@@ -118,7 +118,8 @@ class Config(BaseConfig):
     For pipelines: ``size`` is height, width and frames in pixels; ``weights`` is the type of the teacher's weights
     (with adapters also ``int8`` or ``nf4`` for linear layers); trained weights are float32, and all networks compute in
     ``precision``; ``gradient_checkpointing`` saves memory.
-    ``offload`` keeps frozen copies in host memory between their evaluations.
+    ``offload`` keeps frozen copies in host memory between their evaluations. ``shard`` splits every copied network, and
+    the network that adapters share, over the processes.
 
     An update averages ``accumulate`` micro-batches of ``batch`` samples each. Several processes share them equally, so
     a run is the same run on any number of processes. After ``max_hours`` of training the run writes a checkpoint and
@@ -133,6 +134,7 @@ class Config(BaseConfig):
     attention: Backend = "sdpa"
     gradient_checkpointing: bool = False
     offload: bool = False
+    shard: bool = False
     model: ModelConfig | None = None
     data: DataConfig = DataConfig()
     batch: int = Field(64, ge=1)
@@ -158,6 +160,15 @@ class Config(BaseConfig):
             raise ValueError(f"weights: {self.weights} cannot be trained; add adapters")
         if self.weights in ("int8", "nf4") and any(r.full_finetune for s in self.stages for r in s.roles.values()):
             raise ValueError(f"weights: {self.weights} cannot be trained, so no role can have full_finetune")
+        if self.shard and self.offload:
+            raise ValueError("shard and offload both save device memory; give one of them")
+        if self.shard and self.weights in ("int8", "nf4"):
+            raise ValueError(f"shard splits floating-point weights, not weights: {self.weights}")
+        roles = [role for stage in self.stages for role in stage.roles.values()]
+        if self.shard and any(role.optimizer == "adamw8bit" for role in roles):
+            raise ValueError("shard splits the moments of adamw, not those of adamw8bit")
+        if self.shard and self.adapters is not None and any(role.full_finetune for role in roles):
+            raise ValueError("with shard and adapters, no role can have full_finetune: the shared network is split")
         if self.offload and self.adapters is not None:
             raise ValueError("offload is for copies: with adapters every evaluation needs the one shared network")
         return self

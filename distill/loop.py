@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill import sharding
 from fewstep.distill.data.batch import Batch, Source
 from fewstep.distill.nonfinite import locate
 from fewstep.distill.processes import SINGLE_PROCESS, World
@@ -90,9 +91,9 @@ class Loop:
                 f"the update {update.name!r} reached no parameter of {', '.join(update.roles)}: "
                 "is input_grad=True missing in an evaluation between the loss and the student?"
             )
-        self.world.mean_(gradients)
+        self.world.mean_([gradient for gradient in gradients if not sharding.is_sharded(gradient)])
         limit = self.clip if self.clip is not None else float("inf")
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        norm = sharding.clip_gradients(parameters, limit, lambda x: self.world.sum_([x]))
         metrics[f"grad_norm/{update.name}"] = norm.detach()
         if self._is_finite(update, norm, step, metrics):
             for role in update.roles:

@@ -11,13 +11,15 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from fewstep.core.errors import UserError
 from fewstep.core.finite import first_non_finite
 from fewstep.distill.roles import Role
+from fewstep.distill.sharding import local
 from fewstep.models.adapters import AdapterView
 from fewstep.models.denoiser import Denoiser
 
 
 def require_finite(name: str, role: Role) -> None:
     """Raises ``UserError`` if a weight of a network that training starts from is not finite."""
-    if tensor := first_non_finite(_network(role.module).state_dict()):
+    weights = {name: local(tensor) for name, tensor in _network(role.module).state_dict().items()}
+    if tensor := first_non_finite(weights):
         raise UserError(f"The weights of the {name} are damaged: {tensor} has numbers that are not finite.")
 
 
@@ -46,7 +48,7 @@ def locate(roles: Mapping[str, Role], repeat: Callable[[], object], batch: int) 
         role, layer = names[id(module)]
         given = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
         sample = int(bad.nonzero()[0]) % batch
-        if (weight := first_non_finite(dict(module.named_parameters(recurse=False)))) is not None:
+        if (weight := first_non_finite(_own_weights(module))) is not None:
             cause = f"its {weight} is not finite"
         elif all(x.isfinite().all() for x in given):
             cause = f"its inputs, up to {max((x.abs().max().item() for x in given), default=0):.3g}, and weights are"
@@ -61,6 +63,10 @@ def locate(roles: Mapping[str, Role], repeat: Callable[[], object], batch: int) 
         for hook in hooks:
             hook.remove()
     return found or None
+
+
+def _own_weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: local(parameter) for name, parameter in module.named_parameters(recurse=False)}
 
 
 def _network(module: nn.Module) -> nn.Module:

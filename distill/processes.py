@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 GROUP = 2**24  # elements that are reduced together: 64 MiB in float32
 PATIENCE = timedelta(hours=12)  # for one process to validate while the others wait
@@ -28,11 +31,12 @@ class SharedError(UserError):
 @dataclass(frozen=True)
 class World:
     """The rank of this process and the number of processes. ``host`` is their group for messages between hosts (gloo),
-    which also waits for a long validation; None is the default group."""
+    which also waits for a long validation; None is the default group. ``mesh`` is what networks are split over."""
 
     rank: int = 0
     size: int = 1
     host: dist.ProcessGroup | None = None
+    mesh: DeviceMesh | None = None
 
     def mean_(self, tensors: list[Tensor]) -> None:
         """Replaces each tensor by its mean over the processes."""
@@ -61,6 +65,14 @@ class World:
         with _reaching_others():
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.host)
         return bool(flags)
+
+    def total(self, number: int) -> int:
+        """The sum of a number over the processes."""
+        numbers = torch.tensor(number)
+        if self.size > 1:
+            with _reaching_others():
+                dist.all_reduce(numbers, group=self.host)
+        return int(numbers)
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank."""
@@ -132,7 +144,9 @@ def join_world(name: str = "auto") -> tuple[World, torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return SINGLE_PROCESS, pick_device(name)
     from accelerate import PartialState  # slow to import
+    from torch.distributed.device_mesh import init_device_mesh
 
     state = PartialState(cpu=name == "cpu" or not torch.cuda.is_available())
     host = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return World(state.process_index, state.num_processes, host), state.device
+    mesh = init_device_mesh(state.device.type, (state.num_processes,))
+    return World(state.process_index, state.num_processes, host, mesh), state.device

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
+from fewstep.distill import sharding
 from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
@@ -93,7 +94,8 @@ def require_blendable(roles: Roles, *names: str) -> None:
 
 class Roles(Mapping[str, Role]):
     """The roles of a stage by name, and the one way to evaluate their networks. ``evaluations`` counts the samples that
-    were evaluated, guided ones twice."""
+    were evaluated, guided ones twice. With ``split``, networks are split over the processes, which must evaluate each
+    of them equally often."""
 
     def __init__(self, roles: Mapping[str, Role], precision: torch.dtype = torch.float32) -> None:
         self._roles = dict(roles)
@@ -101,6 +103,7 @@ class Roles(Mapping[str, Role]):
         self._updating: frozenset[str] = frozenset()
         self._precision = precision
         self.evaluations = 0
+        self.split = any(isinstance(r.module, Denoiser) and sharding.is_split(r.module) for r in roles.values())
 
     @property
     def precision(self) -> torch.dtype:

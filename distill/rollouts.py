@@ -15,7 +15,9 @@ from torch import Tensor
 from fewstep.distill.roles import Roles
 from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import MicroBatch, StudentSample
+from fewstep.models.condition import Condition
 from fewstep.models.denoiser import expand_like
+from fewstep.models.prediction import Prediction
 from fewstep.models.schedules import NoiseSchedule
 
 
@@ -51,9 +53,9 @@ def backward_simulation(micro: MicroBatch, roles: Roles, times: Sequence[float])
     with torch.no_grad():
         for i, (now, following) in enumerate(pairwise(times)):
             noise = micro.random.normal(x.shape, "renoise")
-            if len(rows := _rows(last > i, x)):
-                x0 = roles.predict("student", x[rows], now, condition.index(rows)).out.x0
-                x[rows] = add_noise(schedule, x0, noise[rows], _full(len(rows), following))
+            rows = _rows(last > i, x)
+            if (p := _predict(roles, "student", x, rows, _full(len(rows), now), condition)) is not None:
+                x[rows] = add_noise(schedule, p.x0, noise[rows], _full(len(rows), following))
     t_student = torch.tensor(times, dtype=torch.float64)[last]
     x0 = roles.predict("student", x, t_student, condition).out.x0
     return StudentSample(x0, torch.zeros_like(t_student), x0, t_student, condition)
@@ -72,8 +74,8 @@ def segment_rollout(micro: MicroBatch, roles: Roles, times: Sequence[float]) -> 
     nodes = torch.tensor([*times, 0.0], dtype=torch.float64)
     with torch.no_grad():
         for i in range(len(times) - 1):
-            if len(rows := _rows(segment > i, x)):
-                p = roles.predict("student", x[rows], times[i], condition.index(rows)).out
+            rows = _rows(segment > i, x)
+            if (p := _predict(roles, "student", x, rows, _full(len(rows), times[i]), condition)) is not None:
                 x[rows] = add_noise(schedule, p.x0, p.noise, nodes[i + 1].expand(len(rows)))
     t_student, level = nodes[segment], nodes[segment + 1]
     p = roles.predict("student", x, t_student, condition).out
@@ -96,10 +98,9 @@ def random_time_rollout(micro: MicroBatch, roles: Roles, max_steps: int, law: Ti
     x = initial_noise(micro, schedule, 1.0)
     with torch.no_grad():
         for i in range(n - 1):
-            if len(rows := _rows(last > i, x)):
-                now, following = times[rows.cpu(), i], times[rows.cpu(), i + 1]
-                p = roles.predict("student", x[rows], now, condition.index(rows)).out
-                x[rows] = add_noise(schedule, p.x0, p.noise, following)
+            rows = _rows(last > i, x)
+            if (p := _predict(roles, "student", x, rows, times[rows.cpu(), i], condition)) is not None:
+                x[rows] = add_noise(schedule, p.x0, p.noise, times[rows.cpu(), i + 1])
     t_student = times[torch.arange(size), last]
     p = roles.predict("student", x, t_student, condition).out
     return StudentSample(p.x0, torch.zeros_like(t_student), p.x0, t_student, condition, noise=p.noise.detach())
@@ -119,12 +120,22 @@ def phased_rollout(
     x = initial_noise(micro, schedule, times[0])
     with torch.no_grad():
         for i in range(end - 1):
-            if len(rows := _rows(last > i, x)):
-                p = roles.predict(experts[i], x[rows], times[i], condition.index(rows)).out
+            rows = _rows(last > i, x)
+            if (p := _predict(roles, experts[i], x, rows, _full(len(rows), times[i]), condition)) is not None:
                 x[rows] = add_noise(schedule, p.x0, p.noise, _full(len(rows), times[i + 1]))
     t_student, level = torch.tensor(times, dtype=torch.float64)[last], _full(size, times[end])
     p = roles.predict("student", x, t_student, condition).out
     return StudentSample(add_noise(schedule, p.x0, p.noise, level), level, p.x0, t_student, condition)
+
+
+def _predict(roles: Roles, role: str, x: Tensor, rows: Tensor, t: Tensor, condition: Condition) -> Prediction | None:
+    """The prediction of a role for some rows of ``x`` at their times; None without rows, for which a network that is
+    split over the processes is evaluated nevertheless."""
+    if len(rows):
+        return roles.predict(role, x[rows], t, condition.index(rows)).out
+    if roles.split:
+        roles.predict(role, x[:1], 0.5, condition.index(torch.tensor([0])))
+    return None
 
 
 def _rows(mask: Tensor, x: Tensor) -> Tensor:

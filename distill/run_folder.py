@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from fewstep.core.environment import environment
 from fewstep.core.errors import UserError
@@ -21,17 +20,16 @@ from fewstep.core.files import replace_folder, restore_folder, write_text
 from fewstep.core.registry import Kind, is_dotted, require_imported
 from fewstep.distill.build import TrainingInputs, build_inputs
 from fewstep.distill.callback import Callback, Interrupted, Validator
-from fewstep.distill.checkpoint import checkpoints, read_newest, step_of, write_checkpoint
+from fewstep.distill.checkpoint import StoredTensors, checkpoints, read_newest, step_of, write_checkpoint
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import dump_config, load_config, parse_config, read_settings
 from fewstep.distill.loop import LostUpdate
 from fewstep.distill.metrics_logger import MetricsLogger, append_line
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.resume import changes, check_changes, settings_at
+from fewstep.distill.sharding import whole
 from fewstep.distill.trainer import Trainer
-from fewstep.models.denoiser import Denoiser
-from fewstep.models.saving import save_model
-from fewstep.models.weights_hash import weights_hash
+from fewstep.models.saving import save_weights
 
 
 class RunFolder(Callback):
@@ -57,7 +55,7 @@ class RunFolder(Callback):
         folder = Path(config.out)
         world.once(lambda: _require_unused(folder))
         with world.together():
-            run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device), device, world))
+            run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device, world=world), device, world))
         world.once(run._start)
         return run
 
@@ -83,9 +81,11 @@ class RunFolder(Callback):
         """
         folder, config = Path(folder), config or run_config(folder)
         with world.together():
-            run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device), device, world))
-            if checkpoints(folder / "checkpoints", before):
-                run._restore(*read_newest(folder / "checkpoints", before))
+            run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device, world=world), device, world))
+        if checkpoints(folder / "checkpoints", before):
+            found = read_newest(folder / "checkpoints", before, world)
+            with world.together():
+                run._restore(*found)
         return run
 
     def train(self, validate: Validator | None = None, callbacks: Sequence[Callback] = ()) -> None:
@@ -127,10 +127,9 @@ class RunFolder(Callback):
     def _bound_to(self) -> dict[str, Any]:
         """What checkpoints belong to: the config, the weights of the teacher, and the number of processes."""
         trainer = self.trainer
-        teacher = trainer.inputs.roles["teacher"].module if "teacher" in trainer.inputs.roles else None
         return {
             "config": trainer.config.model_dump(mode="json"),
-            "teacher_sha256": weights_hash(teacher) if isinstance(teacher, Denoiser) else None,
+            "teacher_sha256": trainer.inputs.teacher_sha256,
             "processes": trainer.world.size,
         }
 
@@ -149,19 +148,16 @@ class RunFolder(Callback):
         self._record(trainer, {"validation": value})
 
     def on_checkpoint(self, trainer: Trainer) -> None:
-        if self._writes:
-            tensors, state = trainer.state()
-            keep = trainer.config.checkpoint.keep
-            write_checkpoint(self.folder / "checkpoints", trainer.step, tensors, state | {"run": self._origin}, keep)
+        tensors, state = trainer.state()
+        folder, keep = self.folder / "checkpoints", trainer.config.checkpoint.keep
+        write_checkpoint(folder, trainer.step, tensors, state | {"run": self._origin}, keep, trainer.world)
 
     def on_end(self, trainer: Trainer) -> None:
         """Writes ``student/``: the best student in validation, or the last one if nothing was validated."""
-        if not self._writes:
-            return
-        if trainer.best:
+        if trainer.best and self._writes:
             with _replaced_folder(self.folder / "student") as partial:
                 shutil.copytree(self.folder / "best", partial)
-        else:
+        elif not trainer.best:
             self._write_student(trainer, "student")
 
     def _record(self, trainer: Trainer, values: dict[str, float]) -> None:
@@ -170,15 +166,15 @@ class RunFolder(Callback):
             self._log(trainer.step, cost | values)
 
     def _write_student(self, trainer: Trainer, name: str) -> None:
-        if self._writes:
-            with _replaced_folder(self.folder / name) as partial, trainer.roles["student"].averaged():
-                save_model(trainer.generator, trainer.student_config, partial)
+        with trainer.roles["student"].averaged():
+            tensors = whole(trainer.generator.backbone.state_dict(), keep=self._writes)
+            if self._writes:
+                with _replaced_folder(self.folder / name) as partial:
+                    save_weights(tensors, trainer.student_config, partial)
 
     # --- resuming -----------------------------------------------------------------------------------------------------
 
-    def _restore(
-        self, checkpoint: Path, tensors: dict[str, Tensor], state: dict[str, Any], damaged: Sequence[str]
-    ) -> None:
+    def _restore(self, checkpoint: Path, tensors: StoredTensors, state: dict[str, Any], damaged: Sequence[str]) -> None:
         trainer = self.trainer
         self._notes += [f"{text} Training continues from step {step_of(checkpoint)}." for text in damaged[:1]]
         try:

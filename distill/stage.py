@@ -17,6 +17,7 @@ from torch import nn
 
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.registry import dotted_name
+from fewstep.distill import sharding
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.update import Objective
 from fewstep.models.adapters import AdapterView
@@ -167,17 +168,22 @@ def roles_of_stage(
             )
         return before[name]
 
-    def duplicate(role: Role, full_finetune: bool = False) -> nn.Module:
+    def duplicate(role: Role, full_finetune: bool = False, trained: bool = True) -> nn.Module:
         with role.averaged():
             module = role.module
-            if not full_finetune or not isinstance(module, Denoiser) or not isinstance(module.backbone, AdapterView):
+            if not isinstance(module, Denoiser):
+                return copy.deepcopy(module)
+            if not isinstance(module.backbone, AdapterView):
+                dtype = torch.float32 if trained else None
+                return sharding.twin(module, dtype) if sharding.is_split(module) else copy.deepcopy(module)
+            if not full_finetune:
                 return copy.deepcopy(module)
             network = module.backbone.merged().requires_grad_(True)
             return Denoiser(network, module.schedule, module.kind, style=module.style).eval()
 
     roles = {name: Role(role.module) for name, role in before.items()}
     for name, origin in freeze.items():
-        roles[name] = Role(duplicate(source(origin, name)))
+        roles[name] = Role(duplicate(source(origin, name), trained=False))
     for name, config in configs.items():
         if config.init == "keep":
             roles[name] = make_role(source(name, name).module, config)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from fewstep.core.errors import UserError, nearest
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.build import DTYPES, TrainingInputs, build_inputs
 from fewstep.distill.callback import Callback, Interrupted, Validator
-from fewstep.distill.checkpoint import restore_role, role_tensors
+from fewstep.distill.checkpoint import StoredTensors, restore_role, role_tensors
 from fewstep.distill.config import Config
 from fewstep.distill.data.batch import Source
 from fewstep.distill.health import Probe
@@ -32,6 +32,8 @@ from fewstep.models.adapters import AdapterView
 from fewstep.models.denoiser import Denoiser, routed
 from fewstep.models.loading import Model
 from fewstep.models.model_config import FewStep, ModelConfig
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -208,7 +210,7 @@ class Trainer:
             self.notify("on_lost_update", lost)
         last = self.step == self.stage_ends[-1]
         if self._due(self.config.health.every):
-            self._health = self.world.once(self._check_health)
+            self._health = self._evaluate(self._check_health)
         self.seconds = time.monotonic() - self._started
         if last or self._due(self.config.log_every):
             self._notify_together("on_log", to_numbers(self._latest) | self._health)
@@ -230,7 +232,7 @@ class Trainer:
     def rehearse(self, validate: Validator | None) -> None:
         """Checks health and validates once, with no consequence, so that what cannot work is found before training."""
         if self.config.health.every:
-            self.world.once(self._check_health)
+            self._evaluate(self._check_health)
         if validate is not None:
             self._score(validate)
 
@@ -248,7 +250,7 @@ class Trainer:
             self.best = {}  # scores of another objective or generator are not comparable
         before = self.roles.evaluations
         metrics = self.loop.step(self.step)
-        self.evaluations += (self.roles.evaluations - before) * self.world.size  # equal in all processes
+        self.evaluations += self.world.total(self.roles.evaluations - before)
         self.step += 1
         return metrics
 
@@ -274,8 +276,17 @@ class Trainer:
         with self.roles["student"].averaged(), torch.no_grad(), self.roles.resident("teacher") as teacher:
             return self._probe(self.student, teacher, scale)
 
+    def _evaluate(self, function: Callable[[], T]) -> T:
+        """The result of a function that evaluates networks, from the first process: alone, or with all others where
+        networks are split over them."""
+        if not self.roles.split:
+            return self.world.once(function)
+        with self.world.together():
+            result = function()
+        return self.world.gather(result)[0]
+
     def _score(self, validate: Validator) -> float | None:
-        """A validation by the first process, whose networks are those of all."""
+        """The score of the averaged student."""
 
         def score() -> float | None:
             with self.roles["student"].averaged(), torch.no_grad():
@@ -285,7 +296,7 @@ class Trainer:
             return value
 
         try:
-            return self.world.once(score)
+            return self._evaluate(score)
         except UserError as error:
             raise type(error)(f"Validation (the keys under validation:) at step {self.step}: {error}") from error
 
@@ -308,14 +319,14 @@ class Trainer:
         cost = {"seconds": self.seconds, "evaluations": self.evaluations}
         return tensors, {"stage": self.stage, "step": self.step, **cost, "best": self.best}
 
-    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def load_state(self, tensors: StoredTensors, state: Mapping[str, Any]) -> None:
         """The inverse of ``state``. Raises ``KeyError`` on missing tensors or counters."""
         for stage in range(self.stage + 1, state["stage"] + 1):
             self.start_stage(stage)
         for name, role in self._trained().items():
             restore_role(name, role, tensors)
         for name, value in self.objective.state.items():
-            value.copy_(tensors[f"objective/{name}"])
+            tensors.fill(f"objective/{name}", value)
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.evaluations = state["evaluations"]
 

@@ -140,6 +140,8 @@ class Routed(nn.Module):
 
     ``boundaries`` decrease to 0, e.g. ``(0.875, 0.0)`` for a high-noise and a low-noise network. A boundary belongs to
     the noisier expert; a few-step student's boundaries lie strictly between two of its times. Mixed batches are split.
+    With ``every_expert``, experts without a sample are evaluated, too: all processes must evaluate a network that is
+    split over them equally often.
     """
 
     def __init__(self, experts: Sequence[nn.Module], boundaries: Sequence[float]) -> None:
@@ -149,6 +151,7 @@ class Routed(nn.Module):
             raise ValueError("each expert needs a boundary; boundaries must decrease and end at 0")
         self.experts = nn.ModuleList(experts)
         self.boundaries = tuple(boundaries)
+        self.every_expert = False
 
     def expert_of(self, t: Tensor) -> Tensor:
         """The index of the expert for each time of [B]. Raises ``ValueError`` on several times per sample (frames)."""
@@ -159,6 +162,10 @@ class Routed(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         expert = self.expert_of(t)
         used = expert.unique().tolist()
+        if self.every_expert:
+            for k in set(range(len(self.experts))) - set(used):
+                with torch.no_grad():
+                    self.experts[k](x_t[:1], t[:1], condition.index(torch.tensor([0])))
         if len(used) == 1:
             return self.experts[used[0]](x_t, t, condition)  # type: ignore[no-any-return]
         parts = {k: (expert == k).nonzero()[:, 0] for k in used}

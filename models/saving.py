@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from fewstep.core.files import write_tensors, write_text
 from fewstep.models.denoiser import Denoiser
@@ -13,8 +16,12 @@ from fewstep.models.model_config import ModelConfig
 
 def save_model(denoiser: Denoiser, config: ModelConfig, folder: str | Path) -> None:
     """Writes ``config.json`` and ``model.safetensors``. Raises ``UserError`` if the folder cannot be written."""
-    folder = Path(folder)
+    save_weights(denoiser.backbone.state_dict(), config, Path(folder))
+
+
+def save_weights(tensors: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:
+    """The same for a backbone's state dict."""
     if config.lora is not None and config.base is not None:
         config = config.model_copy(update={"base_sha256": base_sha256(config.base)})
-    write_tensors(denoiser.backbone.state_dict(), folder / "model.safetensors")
+    write_tensors(tensors, folder / "model.safetensors")
     write_text(json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2) + "\n", folder / "config.json")

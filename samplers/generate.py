@@ -76,7 +76,7 @@ def integrate(
 
 
 def _solve(predict: Predictor, initial_sigma: float, plan: Plan, noise: SampleNoise) -> Tensor:
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode, in which networks that are split over processes cannot be gathered
         return plan.solver(predict, initial_sigma * noise(), plan.times, noise).cpu()
 
 

@@ -18,7 +18,7 @@ from worlds import state_of, tiny_config
 from fewstep.core.errors import UserError
 from fewstep.distill import matching
 from fewstep.distill.callback import Callback, Interrupted
-from fewstep.distill.checkpoint import checkpoints, read_checkpoint
+from fewstep.distill.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.loop import LostUpdate
 from fewstep.distill.run_folder import RunFolder, replay_step
@@ -139,10 +139,10 @@ def test_checkpoints_are_complete_and_only_the_last_few_are_kept(tmp_path: Path)
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
     make(tmp_path).train()
-    file = checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json"
-    state = json.loads(file.read_text())
-    del state["evaluations"], state["record_sha256"]
-    file.write_text(json.dumps(state))
+    last = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    tensors, state = read_checkpoint(last)
+    del state["evaluations"]
+    write_checkpoint(last.parent, 12, dict(tensors), state, keep=9)
     with pytest.raises(UserError, match="has no 'evaluations': it is from another version of fewstep"):
         RunFolder.reopen(tmp_path / "run", CPU)
 

@@ -184,12 +184,19 @@ def test_the_best_validation_is_that_of_the_current_stage(tmp_path: Path) -> Non
     assert trainer.best == {"value": 3.0, "step": 3}, "step 1 was better, but belongs to the first stage"
 
 
+class ThreeTimes(World):
+    """A process among others that evaluate as much."""
+
+    def total(self, number: int) -> int:
+        return 3 * number
+
+
 def test_evaluations_are_those_of_all_processes(tmp_path: Path) -> None:
     one, two = trainer_of(tiny_config(tmp_path)), trainer_of(tiny_config(tmp_path))
-    two.world = World(0, 2)
+    two.world = ThreeTimes(0, 1)
     one.advance(2)
     two.advance(2)
-    assert two.evaluations == 2 * one.evaluations > 0
+    assert two.evaluations == 3 * one.evaluations > 0
 
 
 def test_new_networks_depend_on_the_seed_alone(tmp_path: Path) -> None:

@@ -55,24 +55,25 @@ def train_run(
     """The same, returning the run with its trainer."""
     world, device = join_world(config.device)
     with world.together():
-        inputs = build_inputs(config, device, teacher, data)
+        inputs = build_inputs(config, device, teacher, data, world)
     if resume:
         run = RunFolder.reopen(resume, device, world, inputs, config=config)
     else:
         run = RunFolder.create(config, device, world, inputs)
-    with world.together():
-        validation = _validation(config, run) if config.validation.every else None
-    if run.trainer.step < config.steps:
-        with TemporaryDirectory() as folder:
-            run.trainer.rehearse(validation and validation.small(Path(folder)))
-    run.train(validation, callbacks)
+    with TemporaryDirectory() as temporary:
+        with world.together():  # only the first process writes images to the run
+            folder = run.folder if world.rank == 0 else Path(temporary)
+            validation = _validation(config, run, folder) if config.validation.every else None
+        if run.trainer.step < config.steps:
+            run.trainer.rehearse(validation and validation.small(Path(temporary)))
+        run.train(validation, callbacks)
     return run
 
 
-def _validation(config: Config, run: RunFolder) -> Validation | PromptValidation:
+def _validation(config: Config, run: RunFolder, folder: Path) -> Validation | PromptValidation:
     settings, inputs = config.validation, run.trainer.inputs
     sampling = SamplingConfig(settings.solver, settings.steps, settings.guidance)
     if inputs.prompts is not None and inputs.pipeline is not None:
-        return PromptValidation(sampling, settings.images, inputs.pipeline, inputs.prompts, run.folder)
+        return PromptValidation(sampling, settings.images, inputs.pipeline, inputs.prompts, folder)
     reference = load_reference(settings.reference, "train", run.trainer.device)
-    return Validation(sampling, settings.n, reference, run.folder)
+    return Validation(sampling, settings.n, reference, folder)
