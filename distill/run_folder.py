@@ -41,7 +41,11 @@ class RunFolder(Callback):
         self._writes = trainer.world.rank == 0
         self._log: MetricsLogger | None = None
         self._lock = FileLock(folder / ".lock")
-        self._origin: dict[str, Any] = {}  # what checkpoints are bound to
+        self._origin: dict[str, Any] = {  # what checkpoints are bound to
+            "config": trainer.config.model_dump(mode="json"),
+            "teacher_sha256": trainer.inputs.teacher_sha256,
+            "processes": trainer.world.size,
+        }
         self._resumed: dict[str, Any] | None = None  # the line for resumes.jsonl
         self._notes: list[str] = []
 
@@ -109,7 +113,6 @@ class RunFolder(Callback):
         """Claims the folder, and records what resuming changes."""
         self._claim()
         restore_folder(self.folder / "best")
-        self._origin = self._origin or self._bound_to()
         write_text(dump_config(self.trainer.config), self.folder / "config.yaml")
         if self._resumed is not None:
             append_line(self.folder / "resumes.jsonl", self._resumed)
@@ -123,15 +126,6 @@ class RunFolder(Callback):
             raise UserError(f"Another process is training in {self.folder}: wait for it, or stop it.") from None
         except (NotImplementedError, OSError) as error:
             self._notes.append(f"{self.folder} cannot be locked ({error}): start no second training in it.")
-
-    def _bound_to(self) -> dict[str, Any]:
-        """What checkpoints belong to: the config, the weights of the teacher, and the number of processes."""
-        trainer = self.trainer
-        return {
-            "config": trainer.config.model_dump(mode="json"),
-            "teacher_sha256": trainer.inputs.teacher_sha256,
-            "processes": trainer.world.size,
-        }
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -189,7 +183,7 @@ class RunFolder(Callback):
 
     def _check_origin(self, state: Mapping[str, Any]) -> None:
         """Raises ``UserError`` if a checkpoint belongs to another run; records what resuming changes."""
-        self._origin, before = self._bound_to(), state["run"]
+        before = state["run"]
         changed = changes(before["config"], self._origin["config"])
         check_changes(changed, state["stage"])
         if state["step"] > self.trainer.stage_ends[state["stage"]]:

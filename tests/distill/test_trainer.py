@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from several_processes import one_of_several
 from tiny_runs import settings
-from worlds import Points, mlp, state_of, tiny_config, write_idx
+from worlds import Points, mlp, tiny_config, write_idx
 
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
@@ -55,22 +53,6 @@ def test_a_cosine_ends_at_zero_for_a_role_with_fewer_updates_too(tmp_path: Path)
         role = trainer.roles[name]
         assert role.lr_factor(role.updates) == pytest.approx(0)
         assert role.lr_factor(0) == 1
-
-
-def test_two_processes_equal_two_accumulated_shards(tmp_path: Path) -> None:
-    """2 gloo processes x b against 1 process x 2 micro-batches of b: equal to 1e-6 after 20 updates."""
-    steps = 20
-    raw = tiny_config(tmp_path, batch=4, accumulate=2)
-    raw["stages"][0]["steps"] = steps  # type: ignore[index]
-    one = trainer_of(raw)
-    for step in range(steps):
-        one.loop.step(step)
-    port = 20_000 + os.getpid() % 20_000
-    torch.multiprocessing.spawn(one_of_several, args=(2, str(tmp_path), port, steps), nprocs=2)
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
-    for name, value in state_of(one).items():
-        if "/optimizer/" not in name:
-            assert torch.allclose(value.double(), two[name].double(), atol=1e-6), name
 
 
 class Recorder(Callback):

@@ -1,0 +1,123 @@
+"""Several processes, whole and split: equal to one process that accumulates; resuming on another number of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from several_processes import largest_difference, train_on, train_to
+from tiny_pipelines import TINY
+from tiny_runs import settings
+from torch import nn
+
+from fewstep.core.errors import UserError
+from fewstep.distill.config_files import parse_config
+from fewstep.distill.sharding import groups
+from fewstep.models.loading import load_model
+
+STEPS = 20
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "tdm": ("tdm", {"guidance": 2.0}, {}),
+    "tdm, adapters": ("tdm", {"guidance": 2.0}, {"adapters": {"rank": 2}}),
+    "dmd2 with a GAN on the fake": ("dmd2", {"gan": {"weight": 1.0, "critic_weight": 1.0}, "critic_updates": 2}, {}),
+    "cdm": ("cdm", {"max_steps": 6, "blend": 0.01}, {}),
+    "f_distill": ("f_distill", {"gan_weight": 0.1, "critic_updates": 1, "steps": 3}, {}),
+    "phased_dmd": ("phased_dmd", {"phase": 1}, {}),
+}
+
+
+def runs(folder: Path, *suffixes: str) -> dict[str, dict[str, Any]]:
+    """Every case, whole ("") or split ("shard")."""
+    made = {}
+    for name, (objective, options, changes) in CASES.items():
+        place = folder / name
+        place.mkdir()
+        raw = settings(objective, place, "cpu", "float32", **options) | {
+            "batch": 2,
+            "accumulate": 4,
+            "health": {"every": 0},
+        }
+        for role in raw["stages"][0]["roles"].values():
+            role |= {"lr": 0.02, "ema": 0.9}
+        raw["stages"][0]["steps"] = STEPS
+        for suffix in suffixes:
+            shard = {"shard": True} if "shard" in suffix else {}
+            made[f"{name}{suffix}"] = raw | changes | shard | {"out": str(place / f"run{suffix}")}
+    return made
+
+
+def test_processes_equal_one_that_accumulates_split_or_not_and_resume_on_any_number(tmp_path: Path) -> None:
+    """20 steps on 2, then 1, then 4 processes, against 1 process, each with 4 micro-batches of 2 in all."""
+    one = runs(tmp_path, "")
+    several = {
+        f"{name}{suffix}": raw | {"out": raw["out"] + suffix, "shard": suffix == ", split"}
+        for name, raw in one.items()
+        for suffix in (", whole", ", split")
+    }
+    expected = train_to(STEPS, one)
+    train_on(2, 7, several, tmp_path)
+    train_to(13, several)
+    reached = train_on(4, STEPS, several, tmp_path)
+    start = train_to(0, {name: raw | {"out": raw["out"] + "0"} for name, raw in one.items()})
+    for name, state in reached.items():
+        single = expected[name.removesuffix(", whole").removesuffix(", split")]
+        moved = largest_difference(start[name.rpartition(", ")[0]], single, ["weights"])
+        assert moved > 1e-2, name
+        assert largest_difference(state, single, ["weights", "average"]) < 1e-6, name
+    parts = [path.name for path in Path(several["tdm, split"]["out"]).glob("checkpoints/step-0000020/*.safetensors")]
+    assert sorted(parts) == [f"state-{k:05d}-of-00004.safetensors" for k in range(1, 5)]
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "pixart", "sd3", "flux", "qwen_image", "wan"])
+def test_the_groups_of_a_network_have_each_parameter_once_and_the_root_none_of_its_layers(
+    tmp_path: Path, family: str
+) -> None:
+    TINY[family].build().save_pretrained(tmp_path)
+    network = load_model(tmp_path).denoiser.backbone
+    found = list(groups(network))
+    covered: dict[int, int] = {}
+    for group in found:
+        inner = {
+            id(p) for other in found if other is not group and other in set(group.modules()) for p in other.parameters()
+        }
+        for parameter in group.parameters():
+            covered[id(parameter)] = covered.get(id(parameter), 0) + (id(parameter) not in inner)
+    assert set(covered.values()) == {1}
+    outside = [name for name, p in network.named_parameters() if id(p) not in covered]
+    assert all("." not in name.removeprefix("network.").removeprefix("transformer.") for name in outside), outside
+    assert len(found) > 3
+
+
+def test_a_group_is_divided_where_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    network = nn.Module()
+    network.first, network.blocks = nn.Linear(2, 2), nn.ModuleList([block])
+    assert list(groups(network)) == [network.first, block]
+    monkeypatch.setattr("fewstep.distill.sharding.GROUP", 30)
+    assert list(groups(network)) == [network.first, block[0], block[1], block]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offload": True}, "shard and offload both save"),
+        ({"weights": "int8", "adapters": {"rank": 2}}, "shard splits floating-point weights"),
+        ({"optimizer": "adamw8bit"}, "not those of adamw8bit"),
+        ({"full_finetune": True, "adapters": {"rank": 2}}, "no role can have full_finetune"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    raw = settings("tdm", tmp_path, "cpu", "float32") | {"shard": True}
+    role = {name: changes.pop(name) for name in ("optimizer", "full_finetune") if name in changes}
+    raw["stages"][0]["roles"]["fake"] |= role
+    with pytest.raises(UserError, match=message):
+        parse_config(raw | changes, "test")
+
+
+def test_one_process_has_nothing_to_split(tmp_path: Path) -> None:
+    raw = settings("tdm", tmp_path, "cpu", "float32") | {"health": {"every": 0}}
+    split = train_to(3, {"a": raw | {"shard": True, "out": str(tmp_path / "a")}})["a"]
+    plain = train_to(3, {"b": raw | {"out": str(tmp_path / "b")}})["b"]
+    assert all(torch.equal(split[name], plain[name]) for name in plain)
