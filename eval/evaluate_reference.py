@@ -15,7 +15,8 @@ from fewstep.eval.images import ImageSet
 from fewstep.eval.metrics.diversity import cross_seed_diversity
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance, frechet_error, grouped_moments, small_sample_bias
 from fewstep.eval.metrics.jackknife import ERROR_OF
-from fewstep.eval.metrics.kid import SUBSETS, subset_values
+from fewstep.eval.metrics.kid import ERROR_OF as KID_ERROR_OF
+from fewstep.eval.metrics.kid import kid_and_deviation
 from fewstep.eval.metrics.metric import NOTED_BIAS, Direction, Measurement
 from fewstep.eval.metrics.precision_recall import PRECISION_ERROR_OF, precision_error, precision_recall
 from fewstep.eval.networks.features import extract_features
@@ -44,12 +45,12 @@ def metrics(reference: Reference, features: Tensor, conditions: int = 0) -> dict
     distance = frechet_distance(Statistics.of(features), reference.statistics)
     bias = small_sample_bias(reference.statistics, len(features))
     error = frechet_error(grouped_moments(features, conditions), reference.statistics)
-    subsets = subset_values(reference.features, features)
+    kid, deviation = kid_and_deviation(reference.features, features)
     return {
         reference.metric: Measurement(
             distance, error, ERROR_OF if error is not None else None, bias if bias > NOTED_BIAS * distance else None
         ),
-        "kid": Measurement(float(subsets.mean()), float(subsets.std()), f"standard deviation over {SUBSETS} subsets"),
+        "kid": Measurement(kid, deviation, KID_ERROR_OF if deviation is not None else None),
         "precision": Measurement(precision, precision_error(precision, len(features)), PRECISION_ERROR_OF),
         "recall": Measurement(recall),
     }

@@ -162,7 +162,7 @@ def contains_statistics(file: Path) -> bool:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return bool({"mu", "feats"} & set(arrays.files))
-    except (OSError, ValueError, BadZipFile) as error:
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
         raise _unreadable(file, error) from error
 
 
@@ -181,7 +181,7 @@ def read_statistics(file: Path, network: FeatureNetwork) -> FeatureStatistics:
             of_adm = network.name == SPATIAL and "mu_s" in arrays.files  # mu and sigma are those of the pool features
             stored = {name: f"{name}_s" if of_adm and name in ("mu", "sigma") else name for name in known}
             found = {name: arrays[key] for name, key in stored.items() if key in arrays.files}
-    except (OSError, ValueError, BadZipFile) as error:
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
         raise _unreadable(file, error) from error
     if "feats" not in found and not {"mu", "sigma"} <= set(found):
         raise UserError(f"{file} contains neither mu and sigma nor feats.")

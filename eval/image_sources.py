@@ -52,7 +52,7 @@ def list_images(source: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Lis
         readers = {".zip": _list_zip, ".tar": _list_tar, ".npz": _list_npz}
         if (reader := readers.get(source.suffix.lower())) is not None and source.exists():
             return reader(source)
-    except (OSError, ValueError, zipfile.BadZipFile, tarfile.TarError) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise UserError(f"{source} cannot be read ({error}).") from error
     archives = ", ".join(ARCHIVES)
     if not source.exists():

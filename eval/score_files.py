@@ -60,6 +60,11 @@ class Score(BaseModel):
         """Everything that determines the value."""
         return tuple(self.model_dump(exclude=set(RESULTS)).values())
 
+    @property
+    def sampler(self) -> str:
+        """The solver, with the grid of its times unless that is the default; scores on two grids are never pooled."""
+        return self.solver if self.grid == "time" else f"{self.solver} on {self.grid}"
+
     def notes(self) -> list[str]:
         """Remarks on the value for readers."""
         found = list((self.manifest or {}).get("notes", []))

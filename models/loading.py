@@ -79,7 +79,7 @@ def load_model(
     is damaged, or the weights do not match the config.
     """
     if str(source) in TEACHERS:
-        return _own_model(str(source), feature_layers, from_file)
+        return _of_size(_own_model(str(source), feature_layers, from_file), size)
     folder = resolve_path(source)
     if is_pipeline(source):
         return _load_pipeline(folder, feature_layers, size, dtype)
@@ -98,7 +98,21 @@ def load_model(
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     load_weights(denoiser.backbone, folder / "model.safetensors")
-    return Model(denoiser=denoiser, config=config, path=folder)
+    return _of_size(Model(denoiser=denoiser, config=config, path=folder), size)
+
+
+def _of_size(model: Model, size: Size | None) -> Model:
+    """The model. Raises ``UserError`` if its own shape is not that of ``size``, which only a pipeline can follow."""
+    if size is not None:
+        bases = _bases(model.config)
+        of_pipeline = bases and is_pipeline(bases[-1])
+        shape = pipeline_of(model).family.shape(*size) if of_pipeline else None
+        if shape is None or tuple(shape) != tuple(model.config.shape):
+            raise UserError(
+                f"{model.path or 'This model'} has the shape {list(model.config.shape)} for good, so leave size out; "
+                "only a diffusers pipeline is loaded at any size."
+            )
+    return model
 
 
 def _own_model(name: str, feature_layers: tuple[str, ...], from_file: bool) -> Model:

@@ -25,6 +25,7 @@ End = Literal["zero", "minimum", "append"]
 BETA = {"beta": (0.6, 0.6), "beta57": (0.5, 0.7)}
 PUBLISHED = ("linear_quadratic", "bong_tangent", *TABLES)
 T_MAX, T_MIN = 0.999, 1e-3  # replace times 1 and 0 where the log-SNR there is infinite
+START_LOG_SNR = -0.69  # of the noisiest time given by hand: alpha / sigma = 1/2; above, samples lack half of the signal
 
 
 class Node(NamedTuple):
@@ -88,8 +89,10 @@ def grid(
         times = torch.as_tensor(((1 - u) * t_max**0.5 + u * t_min**0.5) ** 2)
     else:
         ends = torch.tensor([t_max, t_min], dtype=torch.float64)
-        if not torch.isfinite(schedule.log_snr(ends)).all():
-            ends = ends.clamp(T_MIN, T_MAX)
+        finite = schedule.log_snr(ends).isfinite()
+        if not finite[1]:
+            raise ValueError(f"its smallest time must lie above 0 on this schedule, got {t_min:g}")
+        ends = ends.where(finite, T_MAX)
         high, low = np.exp(-schedule.log_snr(ends).numpy())
         if spacing in ("log_snr", "exponential"):
             rho = high ** (1 - u) * low**u
@@ -146,7 +149,7 @@ def grid_of(
         raise UserError(f"Unknown grid {name!r}{nearest(name, [*SPACINGS, 'times'])}.")
     try:
         if name == "times":
-            return _custom_times(argument, steps, t_max)
+            return _custom_times(schedule, argument, steps, t_max)
         if colon and (name in PUBLISHED or is_over_time(schedule, name)):
             raise UserError(f"The grid {name!r} ends at 0 here, so it takes no smallest time.")
         t_min = float(argument) if colon else T_MIN
@@ -155,12 +158,15 @@ def grid_of(
         raise UserError(f"The grid {text!r} does not work: {error}.") from error
 
 
-def _custom_times(text: str, steps: int, t_max: float) -> tuple[float, ...]:
+def _custom_times(schedule: NoiseSchedule, text: str, steps: int, t_max: float) -> tuple[float, ...]:
     times = [float(part) for part in text.split(",")]
     times = times if times[-1] == 0 else [*times, 0.0]
     if len(times) != steps + 1:
         raise ValueError(f"it has {len(times) - 1} steps, but {steps} were requested")
-    return check_times([min(times[0], t_max), *times[1:]])
+    times = list(check_times([min(times[0], t_max), *times[1:]]))
+    if times[0] < 1 and schedule.log_snr(torch.tensor(times[0], dtype=torch.float64)) > START_LOG_SNR:
+        raise ValueError(f"sampling starts from noise alone, so its first time must lie near 1, got {times[0]:g}")
+    return tuple(times)
 
 
 def given_steps(text: str) -> int | None:

@@ -52,7 +52,7 @@ def plan(model: Model, config: SamplingConfig) -> Plan:
     guidance, a grid or a solver of higher order for a student.
     """
     few_step = model.config.few_step
-    name = config.solver or ("student" if few_step else "euler")
+    name = config.solver if config.solver is not None else ("student" if few_step else "euler")
     steps = config.steps
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}.")

@@ -9,9 +9,11 @@ from fewstep.eval.metrics.metric import Metric, MetricInput
 from fewstep.eval.networks.features import as_matrices
 
 SUBSETS = 100
+SUBSET_SIZE = 1000
+ERROR_OF = f"standard deviation over {SUBSETS} subsets"
 
 
-def kid(x: Tensor, y: Tensor, subsets: int = SUBSETS, size: int = 1000, seed: int = 0) -> float:
+def kid(x: Tensor, y: Tensor, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0) -> float:
     """Unbiased squared MMD of features [N, D] and [M, D] under ``k(u, v) = (u.v / D + 1)^3``, in float64.
 
     The mean over ``subsets`` pairs of random subsets of min(``size``, N, M) rows, chosen without replacement by
@@ -21,7 +23,7 @@ def kid(x: Tensor, y: Tensor, subsets: int = SUBSETS, size: int = 1000, seed: in
     return float(subset_values(x, y, subsets, size, seed).mean())
 
 
-def subset_values(x: Tensor, y: Tensor, subsets: int = SUBSETS, size: int = 1000, seed: int = 0) -> Tensor:
+def subset_values(x: Tensor, y: Tensor, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0) -> Tensor:
     """The values [``subsets``] whose mean is ``kid``. Their standard deviation, which papers report, is that of one
     subset, not of the mean."""
     x, y = as_matrices(x, y)
@@ -34,6 +36,13 @@ def subset_values(x: Tensor, y: Tensor, subsets: int = SUBSETS, size: int = 1000
     return torch.tensor([_mmd(subset(x), subset(y)) for _ in range(subsets)], dtype=torch.float64)
 
 
+def kid_and_deviation(x: Tensor, y: Tensor) -> tuple[float, float | None]:
+    """The KID and the standard deviation over its subsets; None if each subset is all of both sets, so that their
+    values are one."""
+    values, whole = subset_values(x, y), len(x) == len(y) <= SUBSET_SIZE
+    return float(values.mean()), None if whole else float(values.std())
+
+
 def _mmd(x: Tensor, y: Tensor) -> float:
     """Of two sets of m rows, without the diagonals, which would bias it."""
     m, d = x.shape
@@ -42,14 +51,13 @@ def _mmd(x: Tensor, y: Tensor) -> float:
     return float(within / (m * (m - 1)) - 2 * xy.mean())
 
 
-def _values(inputs: MetricInput) -> Tensor:
-    return subset_values(*inputs.both)
+def _both(inputs: MetricInput) -> tuple[float, float | None]:
+    return kid_and_deviation(*inputs.both)
 
 
 KID = Metric(
     name="kid", network="inception", direction="lower", minimum_n=2, needs_features=True, needs_reference=True,
     needs_real_features=True,
-    compute=lambda inputs: float(inputs.shared(_values).mean()),
-    error=lambda inputs: float(inputs.shared(_values).std()), error_of=f"standard deviation over {SUBSETS} subsets",
+    compute=lambda inputs: inputs.shared(_both)[0], error=lambda inputs: inputs.shared(_both)[1], error_of=ERROR_OF,
     computation=f"unbiased MMD with a cubic kernel, mean over {SUBSETS} subsets of up to 1,000",
 )  # fmt: skip

@@ -42,7 +42,7 @@ def reading_weights(file: Path, network: str) -> Iterator[None]:
     """Raises ``UserError`` if ``file`` turns out not to contain the weights of ``network``."""
     try:
         yield
-    except (RuntimeError, ValueError, OSError, KeyError, AssertionError, UnpicklingError) as error:
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError, AssertionError, UnpicklingError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{file} does not contain the weights of {network} ({reason}).") from error
 

@@ -156,7 +156,7 @@ def _relative_scores(arguments: Sequence[str], folder: Path) -> list[list[str]]:
         below = f"{sum(value < best.value for value in values)} of {len(values)}" if one.role == "student" else ""
         shown = _spread(values) if len(values) > 1 else f"{values[0]:.3f}"
         ratio = statistics.fmean(values) / best.value
-        table.append([one.model, one.solver, f"{one.guidance:g}", str(one.nfe), shown, f"{ratio:.2f}", below])
+        table.append([one.model, one.sampler, f"{one.guidance:g}", str(one.nfe), shown, f"{ratio:.2f}", below])
     return table
 
 

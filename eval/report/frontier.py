@@ -76,17 +76,17 @@ def _draw_training(axes: Axes, seeds: Sequence[Curve], style: _Style) -> None:
 
 
 def _draw_teachers(axes: Axes, scores: Sequence[Score]) -> None:
-    for solver, marker in zip(dict.fromkeys(score.solver for score in scores), cycle("os^vDP"), strict=False):
+    for sampler, marker in zip(dict.fromkeys(score.sampler for score in scores), cycle("os^vDP"), strict=False):
         by_nfe: dict[int, list[Score]] = {}
         for score in scores:
-            if score.solver == solver:
+            if score.sampler == sampler:
                 by_nfe.setdefault(score.nfe, []).append(score)
         direction = direction_of(scores[0])  # unknown: every guidance is shown
         shown = [[best_of(by_nfe[nfe], direction)] if direction else by_nfe[nfe] for nfe in sorted(by_nfe)]
         points = [(score.nfe, score.value) for group in shown for score in group]
         axes.plot(
             *zip(*points, strict=True), f"{marker}-", color="#999999", markersize=3, linewidth=1,
-            label=f"teacher, {solver}",
+            label=f"teacher, {sampler}",
         )  # fmt: skip
     if scores:
         axes.legend(frameon=False, fontsize=8)

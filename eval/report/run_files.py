@@ -102,7 +102,7 @@ def read_results(file: Path, remarks: list[str]) -> list[Result]:
 
 def setting_of(score: Score) -> Setting:
     """What determines the row of a score in the table."""
-    return score.role, score.model, score.solver, score.n, score.nfe, score.steps, score.guidance
+    return score.role, score.model, score.sampler, score.n, score.nfe, score.steps, score.guidance
 
 
 def _origins(scores: Sequence[Score]) -> list[str]:

@@ -109,6 +109,6 @@ def verdict(results: Sequence[Result]) -> list[str]:
 
 
 def _describe(result: Result) -> str:
-    sampling = f"{result.solver}, {result.nfe} NFE, guidance {result.guidance:g}, {result.n:,} samples"
+    sampling = f"{result.sampler}, {result.nfe} NFE, guidance {result.guidance:g}, {result.n:,} samples"
     bias = "" if result.bias is None else f"; as many random real images score about {number(result.bias)}"
     return f"{number(result.value)} ({sampling}{bias})"

@@ -77,7 +77,7 @@ def _groups(scores: Sequence[Score]) -> list[list[Score]]:
 
 def _title(score: Score) -> str:
     guided = f", guidance {score.guidance:g}" if score.guidance != 1 else ""
-    return f"{score.model}, {score.solver}, {score.nfe} NFE{guided}" if score.nfe else score.model
+    return f"{score.model}, {score.sampler}, {score.nfe} NFE{guided}" if score.nfe else score.model
 
 
 def _comparable(a: Score, b: Score) -> str:
@@ -128,8 +128,8 @@ def label_of(score: Score, scores: Sequence[Score]) -> str:
 
 
 def _setting(score: Score) -> tuple[str, str, str, int, float, int, int, tuple[str | None, ...]]:
-    source = (score.source, score.source_sha256, score.protocol, score.protocol_sha256)
-    return score.role, score.model, score.solver, score.n, score.guidance, score.steps, score.nfe, source
+    source = (score.source, score.source_sha256, score.protocol, score.protocol_sha256, score.reference)
+    return score.role, score.model, score.sampler, score.n, score.guidance, score.steps, score.nfe, source
 
 
 def _cell(scores: Sequence[Score]) -> str:

@@ -15,7 +15,8 @@ from worlds import tiny_teacher
 from fewstep.api import data, solvers
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_tensors, write_tensors
-from fewstep.samplers.plan import SamplingConfig
+from fewstep.models.loading import load_model
+from fewstep.samplers.plan import SamplingConfig, plan
 
 
 def test_an_image_depends_only_on_its_seed(finished: Path, tmp_path: Path) -> None:
@@ -164,3 +165,69 @@ def test_folders_of_results_are_created(tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(UserError, match="is a folder; name a file"):
         data.make_ode_pairs(teacher, out, n=2, sampling=two_steps, device="cpu")
+
+
+def test_pairs_of_a_solver_that_adds_noise_are_refused(tmp_path: Path) -> None:
+    """Their samples do not follow from the noise that would be stored beside them."""
+    teacher = tiny_teacher(tmp_path / "teacher")
+    with pytest.raises(UserError, match="The solver 'ddpm' adds noise, so that its samples are no function of the"):
+        data.make_ode_pairs(teacher, tmp_path / "x", n=2, sampling=SamplingConfig("ddpm", 2), device="cpu")
+    assert not (tmp_path / "x").exists()
+
+
+def constant(network: object, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.ones(len(images))
+
+
+def test_a_reward_that_prefers_none_of_the_candidates_is_refused(squares: Path, tmp_path: Path) -> None:
+    """Winner and loser were once the same sample, and the training on them did nothing."""
+    teacher = tiny_teacher(tmp_path / "teacher")
+    with pytest.raises(UserError, match="equal for all candidates of the first 4 pairs: it prefers none"):
+        data.make_preferences(
+            teacher, tmp_path / "x", reward=f"{__name__}:constant", n=4, candidates=2, reference=str(squares),
+            sampling=SamplingConfig("euler", 1), device="cpu",
+        )  # fmt: skip
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--seeds", "1-3"], "--seeds"), (["--batch", "2"], "--batch"), (["--video", "mp4"], "--video"),
+        (["--seeds", "1-3", "--seed", "2"], "--seed"), (["--prompt", "a", "--prompts", "x.txt"], "--prompts"),
+    ],
+)  # fmt: skip
+def test_sample_refuses_options_that_would_have_no_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    message = refused(capsys, "sample", teacher, "--out", tmp_path / "x.png", *arguments)
+    assert f"remove {named}." in message
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_sample_of_prompts_refuses_the_options_of_labels_and_videos(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+    command = ["sample", "fashion-text", "--prompt", "a red coat", "--out", tmp_path / "x"]
+    for option, value in (("--n", 3), ("--labels", "1"), ("--video", "mp4")):
+        assert f"remove {option}." in refused(capsys, *command, option, value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_size_of_a_model_that_has_its_own_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = tiny_teacher(tmp_path / "teacher")
+    for command in (["sample", teacher], ["winrate", teacher, teacher]):
+        assert "has the shape [1, 8, 8] for good, so leave size out" in refused(capsys, *command, "--size", "16x16")
+
+
+@pytest.mark.parametrize("solvers", ["euler,", "", "euler,,ddim"])
+def test_an_empty_name_in_a_list_is_refused(capsys: pytest.CaptureFixture[str], solvers: str) -> None:
+    """``euler,`` was once sampled twice, and the two equal results shown with the deviation 0 over seeds."""
+    assert "--solver takes names separated by commas" in refused(capsys, "eval", "fashion", "--solver", solvers)
+    assert "--rewards takes names" in refused(capsys, "winrate", "fashion", "fashion", "--rewards", solvers)
+    command = ["solver", "compare", "fashion", "--solvers", solvers]
+    assert "--solvers takes names" in refused(capsys, *command)
+    with pytest.raises(UserError, match="Unknown solver ''"):
+        plan(load_model("fashion"), SamplingConfig(""))

@@ -104,9 +104,11 @@ def test_files_that_are_not_statistics_of_the_network_are_refused(tmp_path: Path
     with pytest.raises(UserError, match="neither mu and sigma nor feats"):
         read_statistics(tmp_path / "images.npz", Pixels())
     (tmp_path / "edm.npz").write_bytes(b"\x80\x04pickle")
+    (tmp_path / "empty.npz").touch()
     for read in (contains_statistics, lambda file: read_statistics(file, Pixels())):
-        with pytest.raises(UserError, match="pickles are not read"):
-            read(tmp_path / "edm.npz")
+        for name in ("edm.npz", "empty.npz"):
+            with pytest.raises(UserError, match="pickles are not read"):
+                read(tmp_path / name)
 
 
 def test_a_file_whose_sigma_is_no_covariance_is_refused(tmp_path: Path) -> None:

@@ -241,6 +241,10 @@ def test_archives_are_known_by_any_spelling_and_messages_say_what_is_wrong(tmp_p
     assert is_image_set(tmp_path / "x.tar.gz")
     with pytest.raises(UserError, match="compressed as a whole"):
         ImageSet.open(tmp_path / "x.tar.gz")
+    for empty in ("empty.npz", "empty.zip", "empty.tar"):
+        (tmp_path / empty).touch()
+        with pytest.raises(UserError, match=rf"{empty} (cannot be read|contains no images)"):
+            ImageSet.open(tmp_path / empty)
     with pytest.raises(UserError, match=r"no\.zip does not exist"):
         ImageSet.open(tmp_path / "no.zip")
     assert torch.equal(read(ImageSet.open(tmp_path / "X.ZIP"))[0], read(ImageSet.open(root))[0])

@@ -14,7 +14,17 @@ from worlds import FLOW
 
 from fewstep.core.errors import UserError
 from fewstep.models.schedules import VE, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
-from fewstep.samplers.grids import PUBLISHED, End, Spacing, check_times, given_steps, grid, grid_of, time_uniform
+from fewstep.samplers.grids import (
+    PUBLISHED,
+    T_MAX,
+    End,
+    Spacing,
+    check_times,
+    given_steps,
+    grid,
+    grid_of,
+    time_uniform,
+)
 
 SCHEDULES: dict[str, NoiseSchedule] = {
     "vp": VPLinear(), "flow": RectifiedFlow(), "edm": VE(), "discrete": VPDiscrete.scaled_linear()
@@ -200,3 +210,23 @@ def test_invalid_grids_are_refused() -> None:
     for times in ([0.5, 0.6], [1.0], [1.5, 0.5], [0.5, -0.1]):
         with pytest.raises(ValueError, match="two or more decreasing times within"):
             check_times(times)
+
+
+@pytest.mark.parametrize("spacing", ["log_snr", "karras", "kl_optimal"])
+def test_a_smallest_time_acts_also_where_the_grid_starts_at_pure_noise(spacing: Spacing) -> None:
+    """Together with the time 1, which is replaced there, times below ``T_MIN`` once were."""
+    assert grid(FLOW, 6, spacing, end="minimum", t_min=1e-5)[-1] == pytest.approx(1e-5)
+    assert grid(FLOW, 6, spacing, end="minimum", t_min=1e-5)[0] == T_MAX
+    for schedule in (FLOW, VPLinear()):
+        with pytest.raises(UserError, match="its smallest time must lie above 0 on this schedule, got 0"):
+            grid_of(schedule, 6, f"{spacing}:0")
+    assert grid_of(VE(), 6, f"{spacing}:0")[-1] == 0
+
+
+def test_times_that_start_where_there_is_signal_are_refused() -> None:
+    """A state of noise alone is none of the model's there, and the samples were wrong without a word."""
+    for schedule, text in ((FLOW, "times:0.6,0.3"), (VPLinear(), "times:0.2,0.1"), (VE(), "times:0.3,0.1")):
+        with pytest.raises(UserError, match="sampling starts from noise alone, so its first time must lie near 1"):
+            grid_of(schedule, 2, text)
+    assert grid_of(FLOW, 2, "times:0.9,0.5") == (0.9, 0.5, 0.0)
+    assert grid_of(VE(sigma_max=1.0), 2, "times:1,0.5") == (1.0, 0.5, 0.0), "the noisiest time that it has"

@@ -63,13 +63,17 @@ def make_ode_pairs(
     progress: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
     """Writes ``n`` pairs of noise and what a teacher's solver maps it to, with labels in turn, as a safetensors file.
-    The default is 18 Heun steps."""
+    The default is 18 Heun steps. Raises ``UserError`` on a solver that adds noise, which is no map."""
     if n < 1:
         raise UserError(f"n must be at least 1, got {n}.")
     check_writable(file)
     model = load(source, device)
     labels = model.labels(n)
     sampling = sampling or SamplingConfig("heun", 18)
+    if (solver := plan(model, sampling).solver).noisy:
+        raise UserError(
+            f"The solver {solver.name!r} adds noise, so that its samples are no function of the first noise."
+        )
     samples = generate(model, labels, sampling, progress=progress)
     noise = SampleNoise(sampling.seed, range(n), model.config.shape, torch.device("cpu"))()
     start = float(model.denoiser.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)))
@@ -88,8 +92,8 @@ def make_preferences(
     of its samples in pixels, ``batch`` their number at a time. ``out`` is then a folder in the format of ``encode``,
     with the encoded captions and shards of ``rows`` pairs; existing shards are kept.
 
-    Raises ``UserError`` on an unknown reward, on fewer than two candidates, on captions for a class-conditional model,
-    and on a folder of other pairs.
+    Raises ``UserError`` on an unknown reward, on one that is equal for all candidates, on fewer than two candidates, on
+    captions for a class-conditional model, and on a folder of other pairs.
     """
     judge = find_reward(reward) if captions is None else find_prompt_reward(reward)
     if n < 1 or candidates < 2:
@@ -150,8 +154,10 @@ class _Comparison:
             found = generate(self.model, condition, self.sampling, numbers=own, batch=self.batch, progress=report)
             x0.append(found.x0)
             rewards.append(self.rate(decode(x0[-1]), shown))
-        samples, each = torch.stack(x0), torch.arange(len(numbers))
-        return samples[torch.stack(rewards).argmax(0), each], samples[torch.stack(rewards).argmin(0), each]
+        samples, rated, each = torch.stack(x0), torch.stack(rewards), torch.arange(len(numbers))
+        if numbers.start == 0 and (rated == rated[0]).all():  # each winner would be its own loser
+            raise UserError(f"The reward is equal for all candidates of the first {len(each)} pairs: it prefers none.")
+        return samples[rated.argmax(0), each], samples[rated.argmin(0), each]
 
     def _report(self, before: int, done: int) -> None:
         if self.progress is not None:

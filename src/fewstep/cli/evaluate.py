@@ -21,6 +21,7 @@ from fewstep.cli.options import (
     check_json,
     counting,
     out,
+    parse_names,
     parse_numbers,
     parse_size,
     print_scores,
@@ -118,7 +119,7 @@ def evaluate(
             scores = evaluate_model(
                 source, protocol=settings, locator=locator, reference=reference or "fashion",
                 steps=parse_numbers(steps or "1,2,4", int, "--steps"),
-                nfe=parse_numbers(nfe, int, "--nfe") if nfe else [], solver=solver.split(",") if solver else [],
+                nfe=parse_numbers(nfe, int, "--nfe") if nfe else [], solver=parse_names(solver, "--solver"),
                 guidance=parse_numbers(guidance or "1", float, "--guidance"), grid=grid or "time",
                 n=samples, seed=seed or 0, device=device, json_file=scores_file, name=name, progress=progress,
             )  # fmt: skip
@@ -188,7 +189,7 @@ def winrate(
 
     check_json(file)
     results = win_rates(
-        ours, theirs, n=n, captions=captions, rewards=rewards.split(",") if rewards else (), size=parse_size(size),
+        ours, theirs, n=n, captions=captions, rewards=parse_names(rewards, "--rewards"), size=parse_size(size),
         sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference, batch=batch, device=device,
     )  # fmt: skip
     if file is not None:

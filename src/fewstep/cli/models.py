@@ -13,7 +13,6 @@ from fewstep.cli.options import (
     Grid,
     GuidanceScale,
     ModelName,
-    Seed,
     Solver,
     Steps,
     counting,
@@ -21,6 +20,7 @@ from fewstep.cli.options import (
     parse_numbers,
     parse_seeds,
     parse_size,
+    refuse,
     sampling_of,
 )  # fmt: skip
 from fewstep.core.errors import UserError
@@ -39,19 +39,22 @@ class Video(StrEnum):
 @app.command(epilog="Example: fewstep sample runs/demo --steps 4 --n 80 --out grid.png")
 def sample(
     model_name: ModelName,
-    n: Annotated[int, typer.Option("--n", help="Number of images of class labels; for prompts see --seeds.")] = 80,
+    n: Annotated[
+        int | None,
+        typer.Option("--n", help="Number of images of class labels, by default 80; for prompts see --seeds."),
+    ] = None,
     steps: Steps = None,
     prompt: Annotated[str | None, typer.Option(help="What to show, for a text-conditioned model.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one per line.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds for each prompt: 0-3 or 0,5,7. Default: --seed.")] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for a pipeline.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
+    batch: Annotated[int | None, typer.Option(min=1, help="Prompts per batch. Default: 8.")] = None,
     labels: Annotated[str | None, typer.Option(help="Class labels, for example 0,1,2. Default: all in turn.")] = None,
     solver: Solver = None,
     guidance: GuidanceScale = 1.0,
     grid: Grid = "time",
-    seed: Seed = 0,
-    video: Annotated[Video, typer.Option(help="The format of a video model's files.")] = Video.gif,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise. Default: 0.")] = None,
+    video: Annotated[Video | None, typer.Option(help="The format of a video model's files. Default: gif.")] = None,
     file: Annotated[
         Path | None, typer.Option("--out", help="A PNG file, or a folder for prompts. Default: grid.png, or samples.")
     ] = None,
@@ -65,23 +68,32 @@ def sample(
     from fewstep.core.image_grid import save_grid
 
     numbers = parse_numbers(labels, int, "--labels") if labels is not None else None
-    sampling = sampling_of(solver, steps, guidance, grid, seed)
+    sampling = sampling_of(solver, steps, guidance, grid, seed or 0)
+    if prompt is not None:
+        refuse("--prompt is the only prompt", prompts=prompts)
+    if seeds is not None:
+        refuse("--seeds lists all seeds", seed=seed)
     model = load(model_name, device, parse_size(size))
     if prompt is not None or prompts is not None:
         if model.config.classes:
             raise UserError("This model takes class labels, not prompts: use --labels.")
+        refuse("This model takes prompts, one sample for each of --seeds", n=n, labels=labels)
+        if len(model.config.shape) != 4:
+            refuse("This model generates images", video=video)
         file = file or Path("samples")
         if file.suffix:
             raise UserError(f"--out is a folder for prompts, with one file each; {file} looks like a file.")
         lines = [prompt] if prompt is not None else read_prompts(prompts or Path())
         with counting("sampling") as progress:
             written = sample_files(
-                model, lines, file, seeds=parse_seeds(seeds, seed), batch=batch, sampling=sampling, video=video.value,
-                progress=progress,
+                model, lines, file, seeds=parse_seeds(seeds, sampling.seed), batch=batch or 8, sampling=sampling,
+                video=(video or Video.gif).value, progress=progress,
             )  # fmt: skip
         out.print(f"{len(written)} samples are in {file}.")
         return
-    file = file or Path("grid.png")
+    if model.config.classes:
+        refuse("This model takes class labels", seeds=seeds, size=size, batch=batch, video=video)
+    file, n = file or Path("grid.png"), 80 if n is None else n
     check_writable(file)
     images = sample_labels(model, n=n, labels=numbers, sampling=sampling)
     columns = len(numbers) if numbers and len(numbers) > 1 else min(n, model.config.classes or 10)

@@ -127,6 +127,20 @@ def parse_numbers(text: str, kind: Callable[[str], Number], option: str) -> list
         raise UserError(f"{option} takes numbers separated by commas, got {text!r}.") from error
 
 
+def parse_names(text: str | None, option: str) -> list[str]:
+    """Names separated by commas; none without a text. Raises ``UserError`` on an empty one."""
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise UserError(f"{option} takes names separated by commas, got {text!r}.")
+    return names
+
+
+def refuse(reason: str, **options: object) -> None:
+    """Raises ``UserError`` that names the ``options`` which were given (are not None) although they have no effect."""
+    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]:
+        raise UserError(f"{reason}: remove {', '.join(given)}.")
+
+
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """A table whose first row is the header."""
     head, *body = rows

@@ -14,6 +14,7 @@ from fewstep.cli.options import (
     ModelName,
     counting,
     out,
+    parse_names,
     parse_numbers,
     print_table,
     write_json,
@@ -59,8 +60,9 @@ def compare(
         raise UserError("A guided step costs two evaluations.")
     with counting("sampling") as progress:
         lines = compare_solvers(
-            model_name, solvers=solvers.split(","), nfe=budgets, grids=grids.split(","), guidance=guidance, n=n,
-            long=long, reference=reference, folder=folder, seed=seed, device=device, progress=progress,
+            model_name, solvers=parse_names(solvers, "--solvers"), nfe=budgets,
+            grids=parse_names(grids, "--grids"), guidance=guidance, n=n, long=long, reference=reference, folder=folder,
+            seed=seed, device=device, progress=progress,
         )  # fmt: skip
     print_table(table_rows(best_grids(lines)))
     out.print(f"All grids, the table and the figure are in {folder}.")

@@ -6,7 +6,10 @@ import pytest
 import torch
 from random_sets import normal
 
-from fewstep.eval.metrics.kid import kid
+from fewstep.eval.feature_statistics import FeatureStatistics
+from fewstep.eval.metrics.frechet import Statistics
+from fewstep.eval.metrics.kid import KID, kid, kid_and_deviation
+from fewstep.eval.metrics.metric import MetricInput
 
 
 def test_kid_by_hand() -> None:
@@ -54,3 +57,20 @@ def test_kid_equals_torch_fidelitys() -> None:
     x, y = normal(60, 8), normal(60, 8, seed=1) + 0.3
     theirs = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=60, verbose=False)
     assert kid(x, y, subsets=1) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+
+
+def test_equal_subsets_have_no_deviation() -> None:
+    """Of two sets of one size below that of a subset, each subset is the whole set: 0 was no error of the value."""
+    assert kid_and_deviation(normal(40, 4, seed=0), normal(40, 4, seed=1))[1] is None
+    value, deviation = kid_and_deviation(normal(40, 4, seed=0), normal(60, 4, seed=1))
+    assert value == kid(normal(40, 4, seed=0), normal(60, 4, seed=1))
+    assert deviation is not None
+    assert deviation > 1e-3
+
+
+@pytest.mark.parametrize("n", [60, 100])
+def test_a_score_without_a_deviation_has_no_error_bar(n: int) -> None:
+    real = FeatureStatistics(Statistics.of(normal(60, 4, seed=0)), normal(60, 4, seed=0), None, None)
+    images = FeatureStatistics(Statistics.of(normal(n, 4, seed=1)), normal(n, 4, seed=1), None, None)
+    measured = KID.measure(MetricInput(images, real, {}, 0))
+    assert (measured.error is None) == (measured.error_of is None) == (n == 60)

@@ -51,6 +51,9 @@ def test_weights_of_another_network_are_refused(inception_weights: Path, tmp_pat
     shutil.copy(inception_weights / inception.SCRIPT, tmp_path / inception.PORT)
     with pytest.raises(UserError, match=r"does not contain the weights of Inception-V3"):
         Inception.load("legacy_pytorch", WeightsLocator.from_environment(tmp_path))
+    (tmp_path / inception.PORT).write_bytes(b"")
+    with pytest.raises(UserError, match=r"does not contain the weights of Inception-V3"):
+        Inception.load("legacy_pytorch", WeightsLocator.from_environment(tmp_path))
 
 
 def test_networks_are_built_by_name_and_an_unknown_one_is_refused(inception_weights: Path) -> None:

@@ -184,3 +184,19 @@ def test_scores_by_protocols_of_other_settings_are_never_averaged(tmp_path: Path
     assert [cell.text for cell in row[3:5]] == ["4.000", "6.000"]
     ((_, (row,)),) = table(results(tmp_path, a, a | {"value": 5.0}))
     assert row[3].text == "5.000", "of equal evaluations the last counts"
+
+
+def test_a_solver_on_another_grid_has_its_own_rows_and_its_own_line(tmp_path: Path) -> None:
+    """Of two grids with one seed, the last score once replaced the first."""
+    found = results(
+        tmp_path,
+        *(score("teacher", "euler", nfe, 1.0 * nfe) for nfe in (2, 4, 8)),
+        *(score("teacher", "euler", nfe, 0.5 * nfe, grid="karras") for nfe in (2, 4, 8)),
+    )
+    (plain, rows), (other, other_rows) = table(found)
+    assert (plain, other) == ("teacher fashion · euler", "teacher fashion · euler on karras")
+    assert [row[3].text for row in rows] == ["2.000", "4.000", "8.000"]
+    assert [row[3].text for row in other_rows] == ["1.000", "2.000", "4.000"]
+    assert "euler on karras, 2 NFE" in " ".join(verdict(found))
+    (chart,) = quality_curves(found)
+    assert "euler on karras" in chart.svg

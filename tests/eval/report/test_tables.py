@@ -125,3 +125,16 @@ def test_teachers_are_compared_only_if_a_file_contains_nothing_else() -> None:
     titles = [row[:2] for row in side_by_side([a, b], [a, b])[1:]]
     assert titles == [["tdm, student, 4 NFE"] * 2]
     assert side_by_side([a], [a])[1][0] == "fashion, euler, 4 NFE, guidance 2"
+
+
+def test_scores_on_two_grids_or_two_references_are_not_seeds_of_one_setting() -> None:
+    """They were once averaged, and their distance was shown as the deviation over seeds."""
+    on_karras = score(3.0, grid="karras")
+    body = rows([score(1.0), score(2.0, seed=1), on_karras, score(9.0, reference="fashion/train")])[1:]
+    assert [(row[1], row[4], row[6]) for row in body] == [
+        ("euler", "1.500 ± 0.707", "0 1"), ("euler on karras", "3.000", "0"), ("euler", "9.000", "0"),
+    ]  # fmt: skip
+    compared = side_by_side([score(1.0), on_karras], [score(2.0), on_karras])[1:]
+    assert [(row[0], row[3], row[4]) for row in compared] == [
+        ("fashion, euler, 4 NFE", "1.000", "2.000"), ("fashion, euler on karras, 4 NFE", "3.000", "3.000"),
+    ]  # fmt: skip
