@@ -18,7 +18,8 @@ from fewstep.models.loading import load_weights
 
 WEIGHTS = "classifier.safetensors"
 CONFIG = "classifier.json"
-Widths = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
+Width = Annotated[int, Field(ge=1, le=4_096)]
+Widths = tuple[Width, Width, Width, Width]
 
 
 class Classifier(nn.Module):

@@ -37,6 +37,11 @@ class Manifest(BaseModel):
     guidance_scale: float | None = None
     boundaries: tuple[float, ...] = ()
 
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> Self:
+        _ = self.few_step  # raises ValueError on wrong times
+        return self
+
     @property
     def few_step(self) -> FewStep | None:
         """How the student is sampled; None for a model that is not a student."""

@@ -86,5 +86,5 @@ def test_bad_prompts_are_named_by_line(tmp_path: Path, content: bytes, message: 
 def test_prompts_are_read_in_order_and_stripped(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("  ein Hütchen \na dog\n", encoding="utf-8")
     assert read_prompts(tmp_path / "prompts.txt") == ["ein Hütchen", "a dog"]
-    with pytest.raises(UserError, match="Cannot read the prompts"):
+    with pytest.raises(UserError, match=r"none\.txt does not exist\. Give a text file, one prompt per line"):
         read_prompts(tmp_path / "none.txt")
