@@ -13,7 +13,15 @@ from fewstep.core.errors import nearest
 from fewstep.core.registry import Registry, is_dotted
 from fewstep.distill import objectives
 from fewstep.distill.data.batch import SOURCES
-from fewstep.distill.stage import MAX_COUNT, MAX_GUIDANCE, MAX_STEPS, BaseConfig, ObjectiveConfig, RoleConfig
+from fewstep.distill.stage import (
+    MAX_COUNT,
+    MAX_GUIDANCE,
+    MAX_STEPS,
+    MAX_WEIGHT,
+    BaseConfig,
+    ObjectiveConfig,
+    RoleConfig,
+)
 from fewstep.models.attention import Backend
 from fewstep.models.model_config import ModelConfig
 
@@ -91,7 +99,7 @@ class StageConfig(BaseConfig):
     objective: SerializeAsAny[ObjectiveConfig]
     roles: dict[str, RoleConfig]
     freeze: dict[str, str] = Field(default_factory=dict)
-    clip: float | None = Field(1.0, gt=0)
+    clip: float | None = Field(1.0, gt=0, le=MAX_WEIGHT)
 
     @field_validator("objective", mode="before")
     @classmethod

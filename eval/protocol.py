@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fewstep.core.errors import UserError, nearest
+from fewstep.core.yaml_files import read_yaml
 from fewstep.eval.captions import Captions
 from fewstep.eval.hashes import json_sha256
 from fewstep.eval.images import Crop, Filter, ImageSet

@@ -76,7 +76,11 @@ def test_mistakes_name_key_value_and_the_nearest_key(tmp_path: Path, change: dic
         (("roles", "student", "lr"), float("nan"), "stages.0.roles.student.lr = nan: input should be a finite number"),
         (("roles", "student", "lr"), float("inf"), "stages.0.roles.student.lr = inf: input should be a finite number"),
         (("roles", "student", "betas"), [0.9, 5], "stages.0.roles.student.betas.1 = 5: input should be less than 1"),
-        (("roles", "student", "betas"), [False, 0.9], "stages.0.roles.student.betas = [False, 0.9]: input should be a n"),
+        (
+            ("roles", "student", "betas"),
+            [False, 0.9],
+            "stages.0.roles.student.betas = [False, 0.9]: input sh",
+        ),
         (("objective", "guidance"), "2", "stages.0.objective.guidance = '2': input should be a number"),
         (("objective", "guidance"), -1.0, "stages.0.objective.guidance = -1.0: input should be greater than or equal"),
     ],

@@ -136,5 +136,7 @@ def test_ratios_are_read_or_interpolated_within_the_searched_range(tmp_path: Pat
     with pytest.raises(UserError, match=r"searched on the grid time and do not fit the grid 'karras:0\.02'"):
         read_ratios(file, 6, 1.0, grid="karras:0.02")
     file.write_text("[{}]")
-    with pytest.raises(UserError, match=r"needs the model's ratios in .*dc_solver\.json: run fewstep solver fit-dc"):
+    with pytest.raises(
+        UserError, match=r"dc_solver\.json is not a readable file of ratios .*: run fewstep solver fit-dc"
+    ):
         read_ratios(file, 6, 1.0)

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli import bench, data, demo, evaluate, models, solver, train
-from fewstep.cli.options import err
+from fewstep.cli.options import err, print_text
 from fewstep.core.errors import UserError
 
 RENAMED = {
@@ -70,14 +70,14 @@ def main() -> None:
         _refuse_renamed(arguments)
         app(arguments, standalone_mode=True)
     except KeyboardInterrupt:
-        err.print("\nInterrupted.", style="yellow")
+        print_text("\nInterrupted.", "yellow", err)
         sys.exit(130)
     except Exception as error:
         if debug:
             traceback.print_exc()
         known = isinstance(error, UserError)
         text = str(error) if known else f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)"
-        err.print(f"Error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+        print_text(f"Error: {text}", "red", err)
         sys.exit(1)
 
 

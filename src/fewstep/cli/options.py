@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fewstep.eval.score_files import Score
     from fewstep.samplers.plan import SamplingConfig
 
-out = Console(width=None if Console().is_terminal else 160, markup=False)
-err = Console(stderr=True, markup=False)
+out = Console(width=None if Console().is_terminal else 160, markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 
 Number = TypeVar("Number", int, float)
 
@@ -63,7 +63,7 @@ def sampling_of(solver: str | None, steps: int | None, guidance: float, grid: st
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         yield bar
 
@@ -114,6 +114,12 @@ def parse_numbers(text: str, kind: Callable[[str], Number], option: str) -> list
         raise UserError(f"{option} takes numbers separated by commas, got {text!r}.") from error
 
 
+def print_text(text: str, style: str | None = None, console: Console = out) -> None:
+    """Prints a text as it is: brackets and colons in paths stay, and no line is broken, so that it can be copied."""
+    printable = text.encode(errors="backslashreplace").decode()  # a file's name need not be UTF-8
+    console.print(printable, style=style, highlight=False, soft_wrap=True)
+
+
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """A table whose first row is the header."""
     head, *body = rows
@@ -128,7 +134,7 @@ def print_scores(scores: list[Score]) -> None:
 
     print_table(rows(scores))
     for note in dict.fromkeys(note for score in scores for note in score.notes()):
-        out.print(note, style="yellow", markup=False, highlight=False)
+        print_text(note, "yellow")
 
 
 def check_json(file: Path | None, *inputs: Path) -> None:

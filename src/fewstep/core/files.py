@@ -171,18 +171,6 @@ def read_json_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
     return found, len(lines) - len(found)
 
 
-def append_json_line(file: Path, record: Mapping[str, object]) -> None:
-    """Appends an object to a .jsonl file, on a line of its own even if the last line is not complete. Raises
-    ``UserError`` if it cannot be written."""
-    try:
-        with file.open("a+b") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
-            newline = b"" if stream.read(1) in (b"", b"\n") else b"\n"
-            stream.write(newline + json.dumps(record).encode() + b"\n")
-    except OSError as error:
-        raise _unwritable(file, error) from error
-
-
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises ``UserError`` if it is missing or damaged."""
     with reading(file, "safetensors file"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -27,13 +27,12 @@ SCALARS = {
         [*"-+.0123456789"],
     ),
     "merge": (r"<<", ["<"]),
-}  # type: the plain scalars that belong to it, and their first characters
+}  # for each type the plain scalars that belong to it, and their first characters
 
 
 class _Loader(yaml.SafeLoader):
     """Composes nodes; refuses tags and deep nesting before Python's stack is used up."""
 
-    yaml_implicit_resolvers: ClassVar[Any] = {}  # replaces the rules of YAML 1.1
     depth = nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -53,6 +52,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes every text that either version of YAML would read as something else."""
 
 
+_Loader.yaml_implicit_resolvers = {}  # without the rules of YAML 1.1
 for name, (pattern, first) in SCALARS.items():
     for cls in (_Loader, _Dumper):
         cls.add_implicit_resolver(TAG + name, re.compile(rf"(?:{pattern})\Z"), first)
@@ -137,5 +137,5 @@ def _scalar(node: yaml.Node) -> str | int | float | bool | None:
     return text
 
 
-def _error(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
+def _error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
