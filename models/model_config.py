@@ -75,7 +75,7 @@ class ModelConfig(BaseModel):
     base_sha256: str | None = None
     lora: Lora | None = None
     few_step: FewStep | None = None
-    boundaries: tuple[Time, ...] | None = None
+    boundaries: tuple[Time, ...] | None = Field(None, max_length=16)
 
     def build(self, feature_layers: tuple[str, ...] = (), *, from_file: bool = False) -> Denoiser:
         """A new denoiser in eval mode, randomly initialised. ``from_file``: this config was read from a saved model, so

@@ -19,7 +19,7 @@ from fewstep.models.attention import AttentionLayer, attention
 from fewstep.models.backbone import Backbone
 from fewstep.models.condition import Condition
 
-MAX_BLOCKS, MAX_PARAMETERS = 1_000, 2_000_000_000
+MAX_BLOCKS, MAX_PARAMETERS = 1_000, 500_000_000  # a damaged file must not fill the memory
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
