@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from torch import Tensor
 
 from fewstep.core.errors import UserError
@@ -154,11 +154,17 @@ class SearchedRatios(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     steps: int = Field(ge=1, le=10_000)
-    guidance: float
-    order: int
-    ratios: list[float]
+    guidance: float = Field(ge=-1e3, le=1e3)
+    order: int = Field(ge=1, le=10)
+    ratios: list[Annotated[float, Field(ge=-1e3, le=1e3)]]
     grid: str = "time"
     model: str | None = None
+
+    @model_validator(mode="after")
+    def _one_per_step(self) -> Self:
+        if len(self.ratios) != self.steps:
+            raise ValueError(f"{self.steps} steps need as many ratios, not {len(self.ratios)}")
+        return self
 
 
 @torch.no_grad()

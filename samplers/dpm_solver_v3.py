@@ -62,6 +62,8 @@ class Statistics:
         tensors = read_tensors(file) if file.is_file() else {}
         if set(tensors) != {"log_snr", "l", "s", "b"}:
             raise UserError(f"DPM-Solver-v3 needs the model's statistics in {file}: run {COMMAND}.")
+        if not all(tensor.is_floating_point() for tensor in tensors.values()):
+            raise UserError(f"The statistics in {file} are not real numbers: run {COMMAND}.")
         tensors = {name: tensors[name].double() for name in ("log_snr", "l", "s", "b")}
         log_snr, l = tensors["log_snr"], tensors["l"]  # noqa: E741
         metadata = read_metadata(file)

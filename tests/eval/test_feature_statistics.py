@@ -105,7 +105,7 @@ def test_files_that_are_not_statistics_of_the_network_are_refused(tmp_path: Path
         read_statistics(tmp_path / "images.npz", Pixels())
     (tmp_path / "edm.npz").write_bytes(b"\x80\x04pickle")
     for read in (contains_statistics, lambda file: read_statistics(file, Pixels())):
-        with pytest.raises(UserError, match="pickles are not read"):
+        with pytest.raises(UserError, match="Pickles are not read"):
             read(tmp_path / "edm.npz")
 
 
