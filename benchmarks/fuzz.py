@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from damaged_files import READERS, fuzz  # noqa: E402
+from damaged_files import fuzz  # noqa: E402
+from file_readers import READERS  # noqa: E402
 
 
 def main() -> None:

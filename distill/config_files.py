@@ -39,7 +39,7 @@ def find_config(path: str | Path) -> Path:
     if given.is_file():
         return given
     inside = Path(*given.parts[1:]) if given.parts and given.parts[0] == "configs" else given
-    packaged = CONFIGS / inside.with_suffix(".yaml")
+    packaged = (CONFIGS / inside).with_suffix(".yaml")
     if packaged.is_file():
         return packaged
     known = sorted("configs/" + str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml"))

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from damaged_files import READERS, fuzz
+from damaged_files import fuzz
+from file_readers import READERS
 
 RESULTS = Path(__file__).parents[2] / "results" / "faults" / "fuzz.json"
 EXAMPLES = 50
