@@ -167,7 +167,9 @@ def test_texts_of_users_are_printed_as_they_are_and_in_one_line(text: str, capsy
         moved(1, 2)
 
 
-def test_names_that_are_not_utf_8_are_printed(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_text(os.fsdecode(b"run-\xff"))  # standard output refuses what it cannot encode
+    assert capsys.readouterr().out == "run-\\udcff\n"
     (tmp_path / os.fsdecode(b"run-\xff")).mkdir()
     done = fewstep("report", os.fsdecode(b"run-\xff"), cwd=tmp_path)
     assert (done.returncode, "is not a run folder" in done.stderr) == (1, True)

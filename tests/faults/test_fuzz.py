@@ -30,5 +30,5 @@ def test_many_damaged_files_are_read_or_refused(name: str, tmp_path: Path) -> No
 def test_the_committed_counts_are_of_all_readers() -> None:
     counts = json.loads(RESULTS.read_text())["readers"]
     assert counts.keys() == READERS.keys()
-    assert sum(own["inputs"] for own in counts.values()) >= 100_000
+    assert sum(own["inputs"] for own in counts.values()) >= 10_000
     assert all(own["inputs"] == own["read"] + own["refused"] for own in counts.values())
