@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import replace_folder, sha256, tensor_names, write_tensors, write_text
+from fewstep.core.files import read_json_object, replace_folder, sha256, tensor_names, write_tensors, write_text
 from fewstep.core.finite import first_non_finite
 from fewstep.distill import sharding
 from fewstep.distill.processes import SINGLE_PROCESS, World
@@ -183,13 +183,13 @@ def read_checkpoint(folder: Path, *, verify: bool = True) -> tuple[StoredTensors
     """The tensors and the state of a checkpoint. Raises ``UserError`` if it is incomplete or (with ``verify``) a hash
     of its tensors does not match."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if not isinstance(state, dict) or state.get("record_sha256") != _hash(state):
+        state = read_json_object(folder / "state.json")
+        if state.get("record_sha256") != _hash(state):
             raise UserError(f"{folder} is damaged: the hash of state.json differs.")
         for part in state["parts"] if verify else ():
             if sha256(folder / part["file"]) != part["sha256"]:
                 raise UserError(f"{folder} is damaged: the hash of {part['file']} differs.")
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise UserError(f"{folder} is not a complete checkpoint ({error}).") from error
     return StoredTensors({folder / part["file"]: part["rows"] for part in state["parts"]}), state
 

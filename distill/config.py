@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -13,10 +13,19 @@ from fewstep.core.errors import nearest
 from fewstep.core.registry import Registry, is_dotted
 from fewstep.distill import objectives
 from fewstep.distill.data.batch import SOURCES
-from fewstep.distill.stage import BaseConfig, ObjectiveConfig, RoleConfig
+from fewstep.distill.stage import (
+    MAX_COUNT,
+    MAX_GUIDANCE,
+    MAX_STEPS,
+    MAX_WEIGHT,
+    BaseConfig,
+    ObjectiveConfig,
+    RoleConfig,
+)
 from fewstep.models.attention import Backend
 from fewstep.models.model_config import ModelConfig
 
+Pixels = Annotated[int, Field(ge=1, le=65_536)]
 DATA_KINDS = ("labels", "idx", "folder", "tensors", "prompts")
 
 
@@ -34,7 +43,7 @@ class DataConfig(BaseConfig):
     kind: str = "labels"
     path: str | None = None
     split: Literal["train", "test"] = "train"
-    sizes: tuple[tuple[int, int, int], ...] = ()
+    sizes: tuple[tuple[Pixels, Pixels, Pixels], ...] = ()
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -53,8 +62,8 @@ class DataConfig(BaseConfig):
 class CheckpointConfig(BaseConfig):
     """A checkpoint is written every ``every`` steps, at the end and on Ctrl-C; the last ``keep`` stay."""
 
-    every: int = Field(500, ge=1)
-    keep: int = Field(2, ge=1)
+    every: int = Field(500, ge=1, le=MAX_STEPS)
+    keep: int = Field(2, ge=1, le=MAX_COUNT)
 
 
 class ValidationConfig(BaseConfig):
@@ -63,34 +72,34 @@ class ValidationConfig(BaseConfig):
     the student's own few-step rule), ``steps`` and ``guidance``. A pipeline's student is not scored: it generates
     ``images`` for prompts spread over all."""
 
-    every: int = Field(0, ge=0)
-    n: int = Field(1000, ge=10)
+    every: int = Field(0, ge=0, le=MAX_STEPS)
+    n: int = Field(1000, ge=10, le=MAX_COUNT)
     reference: str = "fashion"
     solver: str = "student"
-    steps: int | None = Field(None, ge=1)
-    guidance: float = 1.0
-    images: int = Field(4, ge=1)
+    steps: int | None = Field(None, ge=1, le=MAX_COUNT)
+    guidance: float = Field(1.0, ge=0, le=MAX_GUIDANCE)
+    images: int = Field(4, ge=1, le=MAX_COUNT)
 
 
 class HealthConfig(BaseConfig):
     """Every ``every`` steps (0: never) the averaged student generates ``seeds`` samples for each of ``conditions``
     conditions. They are compared with the teacher's: ``teacher_steps`` Heun steps with the objective's guidance."""
 
-    every: int = Field(50, ge=0)
-    conditions: int = Field(8, ge=1)
-    seeds: int = Field(8, ge=2)
-    teacher_steps: int = Field(16, ge=1)
+    every: int = Field(50, ge=0, le=MAX_STEPS)
+    conditions: int = Field(8, ge=1, le=MAX_COUNT)
+    seeds: int = Field(8, ge=2, le=MAX_COUNT)
+    teacher_steps: int = Field(16, ge=1, le=MAX_COUNT)
 
 
 class StageConfig(BaseConfig):
     """One stage: its steps, its objective, the roles that it trains, frozen copies (``freeze`` maps new name to role),
     and the maximum gradient norm ``clip``."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=MAX_STEPS)
     objective: SerializeAsAny[ObjectiveConfig]
     roles: dict[str, RoleConfig]
     freeze: dict[str, str] = Field(default_factory=dict)
-    clip: float | None = Field(1.0, gt=0)
+    clip: float | None = Field(1.0, gt=0, le=MAX_WEIGHT)
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -106,8 +115,8 @@ class AdapterConfig(BaseConfig):
     """Trains roles as LoRA adapters on the teacher's frozen network instead of as copies of it. ``alpha`` defaults to
     the rank (a scale of 1, which every loader applies correctly), ``targets`` to the layers that the family adapts."""
 
-    rank: int = Field(64, ge=1)
-    alpha: float | None = Field(None, gt=0)
+    rank: int = Field(64, ge=1, le=65_536)
+    alpha: float | None = Field(None, gt=0, le=65_536)
     targets: tuple[str, ...] | None = None
 
 
@@ -128,7 +137,7 @@ class Config(BaseConfig):
 
     out: str | None = None
     teacher: str | None = None
-    size: tuple[int, int, int] | None = None
+    size: tuple[Pixels, Pixels, Pixels] | None = None
     weights: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
     adapters: AdapterConfig | None = None
     attention: Backend = "sdpa"
@@ -137,13 +146,13 @@ class Config(BaseConfig):
     shard: bool = False
     model: ModelConfig | None = None
     data: DataConfig = DataConfig()
-    batch: int = Field(64, ge=1)
-    accumulate: int = Field(1, ge=1)
-    seed: int = Field(0, ge=0)
+    batch: int = Field(64, ge=1, le=MAX_COUNT)
+    accumulate: int = Field(1, ge=1, le=MAX_COUNT)
+    seed: int = Field(0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
-    max_hours: float | None = Field(None, gt=0)
-    log_every: int = Field(10, ge=1)
+    max_hours: float | None = Field(None, gt=0, le=MAX_STEPS)
+    log_every: int = Field(10, ge=1, le=MAX_STEPS)
     tensorboard: bool = False
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()

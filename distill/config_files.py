@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from fewstep.core.errors import UserError, nearest
+from fewstep.core.yaml_files import dump_yaml, parse_yaml, read_yaml
 from fewstep.distill.config import OBJECTIVES, Config
 from fewstep.distill.stage import ObjectiveConfig
 
@@ -40,7 +39,7 @@ def find_config(path: str | Path) -> Path:
     if given.is_file():
         return given
     inside = Path(*given.parts[1:]) if given.parts and given.parts[0] == "configs" else given
-    packaged = CONFIGS / inside.with_suffix(".yaml")
+    packaged = (CONFIGS / inside).with_suffix(".yaml")
     if packaged.is_file():
         return packaged
     known = sorted("configs/" + str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml"))
@@ -64,12 +63,10 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
     Raises ``UserError`` if the file does not exist, is not valid YAML, or an override does not fit.
     """
     file = find_config(path)
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
+    raw = read_yaml(file)
     if not isinstance(raw, dict):
-        raise UserError(f"{file} must contain a mapping of settings, not a {type(raw).__name__}.")
+        found = "it is empty" if raw is None else f"it contains a {type(raw).__name__}"
+        raise UserError(f"{file} must contain a mapping of settings, key: value; {found}.")
     return raw, str(file), {_override(raw, text): text for text in overrides}
 
 
@@ -124,7 +121,7 @@ def _with_objective(
 
 def dump_config(config: Config) -> str:
     """YAML with all defaults; ``load_config`` returns an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _override(raw: dict[str, Any], text: str) -> str:
@@ -132,24 +129,23 @@ def _override(raw: dict[str, Any], text: str) -> str:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"{text!r} is not an override; write key=value, for example seed=1 or stages.0.steps=200.")
-    parts = key.split(".")
+    parts, parsed = key.split("."), parse_yaml(value, f"The override {text!r}")
     node: Any = raw
-    for depth, part in enumerate(parts[:-1]):
+    for depth, part in enumerate(parts, start=1):
         try:
             place: Any = int(part) if isinstance(node, list) else part
+            if depth == len(parts):
+                node[place] = parsed
+                return key
             child = node[place] if isinstance(node, list) else node.get(part, {})
-            node[place] = node = copy.copy(child)  # a YAML alias may stand for it in several places
+            node[place] = node = child
         except (ValueError, IndexError) as error:
             raise UserError(
-                f"Override {text!r}: {'.'.join(parts[:depth])} is a list of {len(node)}; give the number of an item."
+                f"Override {text!r}: {'.'.join(parts[: depth - 1])} is a list of {len(node)}; give the number of an "
+                "item."
             ) from error
         if not isinstance(node, dict | list):
-            raise UserError(f"Override {text!r}: {'.'.join(parts[: depth + 1])} is a single value without keys.")
-    try:
-        parsed = yaml.safe_load(value)
-        node[int(parts[-1]) if isinstance(node, list) else parts[-1]] = parsed
-    except (yaml.YAMLError, ValueError, IndexError) as error:
-        raise UserError(f"Override {text!r} cannot be applied: {' '.join(str(error).split())}.") from error
+            raise UserError(f"Override {text!r}: {'.'.join(parts[:depth])} is a single value without keys.")
     return key
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ class MetricsLogger:
 
 
 def append_line(file: Path, record: Mapping[str, object]) -> None:
-    """Appends a JSON line. Raises ``UserError`` if it cannot be written."""
+    """Appends a JSON object, on a line of its own even after half a line of a process that was killed. Raises
+    ``UserError`` if it cannot be written."""
     try:
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        with file.open("a+b") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
+            newline = b"" if stream.read(1) in (b"", b"\n") else b"\n"
+            stream.write(newline + json.dumps(record).encode() + b"\n")
     except OSError as error:
         raise UserError(f"Cannot write {file}: {error}.") from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.core.errors import UserError
+from fewstep.core.files import read_json_lines
 
 MAY_CHANGE = (
     "out", "device", "attention", "gradient_checkpointing", "offload", "max_hours", "log_every", "tensorboard",
@@ -75,7 +76,7 @@ def settings_at(folder: Path, now: Mapping[str, Any], first: int, last: int) -> 
 def read_resumes(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's resumptions, in order."""
     file = folder / "resumes.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    return read_json_lines(file)[0] if file.is_file() else []
 
 
 def _set(node: Any, path: Sequence[str], value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from fewstep.core.environment import environment
 from fewstep.core.errors import UserError
-from fewstep.core.files import replace_folder, restore_folder, write_text
+from fewstep.core.files import read_json_lines, replace_folder, restore_folder, write_text
 from fewstep.core.registry import Kind, is_dotted, require_imported
 from fewstep.distill.build import TrainingInputs, build_inputs
 from fewstep.distill.callback import Callback, Interrupted, Validator
@@ -216,7 +217,9 @@ def _require_unused(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names = {name for name in names if name != ".lock" and not name.endswith(".part")}
     if names and names != {"config.yaml", "environment.json"} and names != {"environment.json"}:
-        raise UserError(f"{folder} is not empty. Resume it with --resume {folder}, or set another out=FOLDER.")
+        raise UserError(
+            f"{folder} is not empty. Resume it with --resume {shlex.quote(str(folder))}, or set another out=FOLDER."
+        )
 
 
 def run_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -274,7 +277,7 @@ def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str
     Raises ``UserError`` if the step was not logged, or the run has changed its settings since and a checkpoint between
     is missing.
     """
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines, _ = read_json_lines(folder / "metrics.jsonl")
     logged = {line["step"]: line for line in lines if "validation" not in line}
     if step not in logged:
         every = run_config(folder).log_every

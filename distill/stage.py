@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator, model_validator
 from torch import nn
 
 from fewstep.core.errors import UserError, nearest
@@ -25,11 +25,36 @@ from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.quantized import require_bitsandbytes
 
+MAX_STEPS, MAX_COUNT, MAX_GUIDANCE, MAX_WEIGHT = 10**9, 10**6, 1e3, 1e9  # beyond any sensible value
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
 
 class BaseConfig(BaseModel):
-    """Base class of configs: immutable; an unknown key, a NaN and an infinite number are errors."""
+    """Base class of configs: immutable; an unknown key, a NaN, an infinite number, and a text or a truth value for a
+    number are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _not_converted(cls, given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """Refuses what pydantic would convert: ``"3"`` or ``true`` to a number, ``"yes"`` or 1 to a truth value."""
+        result = validate(given)
+        if _converted(given, result):
+            wanted = "true or false" if isinstance(result, bool) else "a number, neither a text nor a truth value"
+            raise ValueError(f"input should be {wanted}")
+        return result
+
+
+def _converted(given: Any, result: Any) -> bool:
+    """Whether a number or truth value in ``result`` was something else in ``given``."""
+    if isinstance(result, bool):
+        return not isinstance(given, bool)
+    if isinstance(result, int | float):
+        return isinstance(given, bool | str)
+    if isinstance(result, tuple | list) and isinstance(given, tuple | list):
+        return any(map(_converted, given, result))
+    return False
 
 
 @dataclass(frozen=True)
@@ -94,8 +119,8 @@ class MatchingConfig(ObjectiveConfig):
     """Base class of distribution matching: the teacher is evaluated with ``guidance`` (w), and the fake score has
     ``critic_updates`` updates per update of the student."""
 
-    guidance: float = 2.0
-    critic_updates: int = Field(5, ge=1)
+    guidance: float = Field(2.0, ge=0, le=MAX_GUIDANCE)
+    critic_updates: int = Field(5, ge=1, le=MAX_STEPS)
 
 
 class RoleConfig(BaseConfig):
@@ -111,10 +136,10 @@ class RoleConfig(BaseConfig):
     init: str = "teacher"
     full_finetune: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: int = Field(0, ge=0)
+    lr: float = Field(gt=0, le=1)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0, le=100)
+    warmup: int = Field(0, ge=0, le=MAX_STEPS)
     lr_schedule: Literal["constant", "cosine"] = "constant"
     ema: float = Field(0.0, ge=0, lt=1)
 

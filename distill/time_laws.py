@@ -23,7 +23,7 @@ from pydantic import Field, GetJsonSchemaHandler, model_validator
 from torch import Tensor
 
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.stage import BaseConfig
+from fewstep.distill.stage import MAX_COUNT, BaseConfig
 from fewstep.models.schedules import shift
 
 PARAMETERS = {"uniform": (), "logit_normal": ("mean", "std"), "beta": ("alpha", "beta"), "grid": ("steps",)}
@@ -38,15 +38,15 @@ class TimeLaw(BaseConfig):
 
     short: ClassVar[str] = "kind"  # the setting that a single word instead of a mapping stands for
     kind: Literal["uniform", "logit_normal", "beta", "grid"] = "uniform"
-    shift: float = Field(1.0, gt=0)
+    shift: float = Field(1.0, ge=1e-4, le=1e4)
     low: float = Field(0.0, ge=0, le=1)
     high: float = Field(1.0, ge=0, le=1)
     clamp: Literal["before", "after"] = "before"
-    mean: float = 0.0
-    std: float = Field(1.0, gt=0)
-    alpha: float = Field(1.0, ge=0.5)
-    beta: float = Field(1.0, ge=0.5)
-    steps: int | None = Field(None, ge=1)
+    mean: float = Field(0.0, ge=-100, le=100)
+    std: float = Field(1.0, ge=1e-4, le=100)
+    alpha: float = Field(1.0, ge=0.5, le=100)
+    beta: float = Field(1.0, ge=0.5, le=100)
+    steps: int | None = Field(None, ge=1, le=MAX_COUNT)
 
     @model_validator(mode="before")
     @classmethod

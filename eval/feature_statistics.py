@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import atomic_write, sha256
+from fewstep.core.files import atomic_write, reading, sha256
 from fewstep.eval.images import Images, ImageSet
 from fewstep.eval.metrics.frechet import Moments, Statistics
 from fewstep.eval.metrics.jackknife import GROUPS, groups_of
@@ -22,6 +21,7 @@ from fewstep.eval.saved_features import SavedFeatures
 
 MERGE_ROWS = 1000
 SPATIAL = "inception_spatial"  # ADM's files contain its statistics as mu_s and sigma_s
+PICKLES = "Pickles are not read."
 RECORDED = ("network", "sha256", "images_sha256", "preparation")
 
 
@@ -159,15 +159,8 @@ def contains_statistics(file: Path) -> bool:
     """Whether ``file`` is an .npz file of statistics, not of images. Raises ``UserError`` if it cannot be read."""
     if file.suffix != ".npz" or not file.is_file():
         return False
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return bool({"mu", "feats"} & set(arrays.files))
-    except (OSError, EOFError, ValueError, BadZipFile) as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} is not a readable .npz file of statistics ({error}); pickles are not read.")
+    with reading(file, ".npz file of statistics", PICKLES), np.load(file, allow_pickle=False) as arrays:
+        return bool({"mu", "feats"} & set(arrays.files))
 
 
 def read_statistics(file: Path, network: FeatureNetwork) -> FeatureStatistics:
@@ -176,22 +169,22 @@ def read_statistics(file: Path, network: FeatureNetwork) -> FeatureStatistics:
     Raises ``UserError`` if the file is none of these, or if it records another network or other weights.
     """
     known = ("mu", "sigma", "feats", "n", *RECORDED)
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            of_adm = network.name == SPATIAL and "mu_s" in arrays.files  # mu and sigma are those of the pool features
-            stored = {name: f"{name}_s" if of_adm and name in ("mu", "sigma") else name for name in known}
-            found = {name: arrays[key] for name, key in stored.items() if key in arrays.files}
-    except (OSError, EOFError, ValueError, BadZipFile) as error:
-        raise _unreadable(file, error) from error
+    with reading(file, ".npz file of statistics", PICKLES), np.load(file, allow_pickle=False) as arrays:
+        of_adm = network.name == SPATIAL and "mu_s" in arrays.files  # mu and sigma are those of the pool features
+        stored = {name: f"{name}_s" if of_adm and name in ("mu", "sigma") else name for name in known}
+        found = {name: arrays[key] for name, key in stored.items() if key in arrays.files}
     if "feats" not in found and not {"mu", "sigma"} <= set(found):
         raise UserError(f"{file} contains neither mu and sigma nor feats.")
-    rows = torch.from_numpy(found["feats"]).float() if "feats" in found else None
-    if "mu" in found and "sigma" in found:
-        mean, covariance = (torch.from_numpy(found[name]).double() for name in ("mu", "sigma"))
-        statistics = Statistics(mean, covariance, int(found["n"]) if "n" in found else 0)
-    else:
-        assert rows is not None
-        statistics = Statistics.of(rows)
+    with reading(file, ".npz file of statistics", PICKLES):
+        rows = torch.from_numpy(found["feats"]).float() if "feats" in found else None
+        if "mu" in found and "sigma" in found:
+            mean, covariance = (torch.from_numpy(found[name]).double() for name in ("mu", "sigma"))
+            statistics = Statistics(mean, covariance, int(found["n"]) if "n" in found else 0)
+        else:
+            assert rows is not None
+            statistics = Statistics.of(rows)
+        if rows is not None and (rows.ndim != 2 or not rows.isfinite().all()):
+            raise ValueError("feats must be finite and of shape [N, D]")
     statistics.check_semidefinite(str(file))
     texts = {name: str(found[name]) if name in found else None for name in RECORDED}
     recorded, digest = texts["network"], texts["sha256"]

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fewstep.core.errors import UserError
+from fewstep.core.files import reading
 from fewstep.core.image_files import IMAGE_SUFFIXES
 
+MAX_BYTES = 1 << 30  # of one image file in an archive
 ARCHIVES = (".zip", ".tar", ".npz")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar", ".gz")
 MODEL_FILES = ("config.yaml", "config.json", "model_index.json")
@@ -46,14 +48,12 @@ def list_images(source: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Lis
 
     Raises ``UserError`` if the source is missing, unreadable, compressed as a whole, or of another type.
     """
-    try:
+    readers = {".zip": _list_zip, ".tar": _list_tar, ".npz": _list_npz}
+    with reading(source, "folder or archive of images"):
         if source.is_dir():
             return _list_folder(source, suffixes)
-        readers = {".zip": _list_zip, ".tar": _list_tar, ".npz": _list_npz}
         if (reader := readers.get(source.suffix.lower())) is not None and source.exists():
             return reader(source)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise UserError(f"{source} cannot be read ({error}).") from error
     archives = ", ".join(ARCHIVES)
     if not source.exists():
         raise UserError(f"{source} does not exist; give a folder of images or an archive ({archives}).")
@@ -93,6 +93,8 @@ def _list_folder(source: Path, suffixes: tuple[str, ...]) -> Listing:
 
 def _list_zip(source: Path) -> Listing:
     archive = zipfile.ZipFile(source)  # thread-safe for reading
+    if large := [info.filename for info in archive.infolist() if info.file_size > MAX_BYTES]:
+        raise UserError(f"{source}: {large[0]} would unpack to more than {MAX_BYTES:,} bytes.")
     members = [name for name in archive.namelist() if not name.endswith("/")]
     names, left_out = _chosen(members)
     return Listing(names, archive.read, left_out)

@@ -226,7 +226,7 @@ def _decode(content: bytes | np.ndarray, crop: Crop | None) -> tuple[np.ndarray,
             image: Image.Image = Image.open(io.BytesIO(content))
             further = getattr(image, "n_frames", 1) - 1  # an attribute of formats that can have several
             image.load()
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # on damage Pillow raises exceptions of almost every type
             raise UnscorableImage(f"it is damaged or not an image ({_reason(error)})") from error
     else:
         image = Image.fromarray(content)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fewstep.core.errors import UserError, nearest
+from fewstep.core.yaml_files import read_yaml
 from fewstep.eval.captions import Captions
 from fewstep.eval.hashes import json_sha256
 from fewstep.eval.images import Crop, Filter, ImageSet
@@ -40,11 +41,11 @@ class Protocol(BaseModel):
     metrics: tuple[str, ...] = ()
     inception: Mode = "clean"
     clip: str = "ViT-g-14:laion2b_s12b_b42k"
-    n: PositiveInt
-    seeds: tuple[int, ...] = (0,)
-    size: PositiveInt | None = None
+    n: int = Field(ge=1, le=10**9)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field((0,), min_length=1)
+    size: int | None = Field(None, ge=1, le=65_536)
     filter: Filter = "lanczos"
-    frames: PositiveInt | None = None
+    frames: int | None = Field(None, ge=1, le=65_536)
     captions: str | None = None
 
     @model_validator(mode="after")
@@ -124,13 +125,13 @@ def load_protocol(
     file = Path(name) if Path(name).suffix in (".yaml", ".yml") else PROTOCOLS / f"{name}.yaml"
     if not file.is_file():
         raise UserError(f"No protocol {name!r}{nearest(name, bundled_protocols())}.")
+    settings = read_yaml(file)
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} must contain a mapping of settings, key: value.")
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
         arguments = {"reference": reference, "captions": captions, "n": n, "seeds": None if seed is None else (seed,)}
         changed = {key: value for key, value in arguments.items() if value is not None}
         return Protocol.model_validate({"name": file.stem, **settings, **changed})
-    except (yaml.YAMLError, TypeError) as error:
-        raise UserError(f"{file} is not a YAML file of settings ({error}).") from error
     except ValidationError as error:
         first = error.errors()[0]
         key, message = ".".join(map(str, first["loc"])) or "protocol", first["msg"].removeprefix("Value error, ")

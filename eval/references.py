@@ -53,18 +53,27 @@ def load_reference(name: str, split: Split = "test", device: torch.device | str 
     if not (folder / f"{split}.safetensors").is_file():
         raise UserError(f"No reference {name!r}{nearest(name, bundled_references())}.")
     network = ClassifierFeatures.load(folder, device)
-    features = read_tensors(folder / f"{split}.safetensors")["features"]
+    file = folder / f"{split}.safetensors"
+    features = read_tensors(file).get("features", torch.empty(0))
+    if features.ndim != 2 or not features.is_floating_point():
+        raise UserError(f"{file} contains no features [N, D]; create the reference again with fewstep data reference.")
     if features.shape[1] != network.dimension:
         raise UserError(
             f"{folder} contains features of dimension {features.shape[1]}, but its classifier has {network.dimension}."
         )
-    return Reference(name, split, network, features, Statistics.of(features), sha256(folder / f"{split}.safetensors"))
+    return Reference(name, split, network, features, Statistics.of(features), sha256(file))
 
 
 def real_images(name: str) -> tuple[Tensor, Tensor]:
     """Some real images of a reference, uint8 [N, C, H, W], and their labels, int64 [N]."""
-    tensors = read_tensors(_folder(name) / "real.safetensors")
-    return tensors["images"], tensors["labels"].long()
+    file = _folder(name) / "real.safetensors"
+    tensors = read_tensors(file)
+    images, labels = (tensors.get(key, torch.empty(0)) for key in ("images", "labels"))
+    if images.ndim != 4 or images.dtype != torch.uint8 or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{file} contains no images with labels; create the reference again with fewstep data reference."
+        )
+    return images, labels.long()
 
 
 def _folder(name: str) -> Path:

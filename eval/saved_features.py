@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_tensors, write_tensors, write_text
+from fewstep.core.files import read_json_object, read_tensors, write_tensors, write_text
 from fewstep.eval.images import ImageSet, Pass
 from fewstep.eval.networks.features import FeatureNetwork
 
@@ -80,11 +80,11 @@ class SavedFeatures:
     def _read_state(self) -> dict[str, Any] | None:
         """The state, if it belongs to this set and all its parts are readable."""
         try:
-            state: dict[str, Any] = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            state = read_json_object(self.folder / "state.json")
             if state["key"] != self.key:
                 return None
             for part in range(state["parts"]):
                 read_tensors(self._file(part))
-        except (OSError, ValueError, KeyError, TypeError, UserError):
+        except (KeyError, TypeError, UserError):
             return None
         return state

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import write_text
+from fewstep.core.files import reading, write_text
 from fewstep.eval.images import ImageSet
 from fewstep.eval.metrics.metric import Measurement
 from fewstep.samplers.generate import GeneratedSet
@@ -83,10 +83,8 @@ SCORES = TypeAdapter(list[Score])
 
 def read_scores(file: Path) -> list[Score]:
     """The scores of an ``eval.json``. Raises ``UserError`` if it cannot be read."""
-    try:
+    with reading(file, "file of scores", "Move it or choose another file."):
         return SCORES.validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise UserError(f"{file} is not a readable file of scores; move it or choose another file.") from error
 
 
 def to_json(scores: Sequence[Score]) -> list[dict[str, Any]]:

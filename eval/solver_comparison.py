@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import check_writable, read_metadata, read_tensors, write_tensors, write_text
+from fewstep.core.files import check_writable, read_metadata, read_tensors, reading, write_tensors, write_text
 from fewstep.core.image_files import to_bytes
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
 from fewstep.eval.networks.features import extract_features
@@ -52,10 +52,8 @@ Key = tuple[str, str, int]  # solver, grid, budget
 
 def read_results(file: Path) -> list[SolverResult]:
     """The results in a ``solvers.json``. Raises ``UserError`` if it cannot be read."""
-    try:
+    with reading(file, "file of solver results", "Move it or choose another file."):
         return RESULTS.validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise UserError(f"{file} is not a readable file of solver results; move it or choose another file.") from error
 
 
 def compare_solvers(

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from fewstep.core.errors import UserError, nearest
-from fewstep.core.files import read_tensors, tensor_names
+from fewstep.core.files import read_tensors, reading, tensor_names
+from fewstep.core.paths import is_hub_id, nearest_folder
 from fewstep.core.registry import Registry
 from fewstep.models.adapters import AdapterView, share_network
 from fewstep.models.denoiser import Denoiser, routed
@@ -86,10 +87,11 @@ def load_model(
     if (folder / "fewstep.json").is_file():
         return _load_export(folder, feature_layers, size, dtype)
     if not (folder / "config.json").exists():
-        hint = nearest(str(source), bundled_models())
+        if "/" in str(source) and not folder.exists():
+            raise UserError(f"No model at {str(source)!r}: there is no such folder{nearest_folder(folder)}.")
         raise UserError(
             f"No model at {str(source)!r}: neither a folder with config.json (a fewstep model) or model_index.json "
-            f"(a diffusers pipeline) nor a bundled model{hint}."
+            f"(a diffusers pipeline) nor a bundled model{nearest(str(source), bundled_models())}."
         )
     config = _read_config(folder)
     try:
@@ -122,12 +124,6 @@ def _own_model(name: str, feature_layers: tuple[str, ...], from_file: bool) -> M
         raise UserError(f"The teacher {name!r} returns a {type(model).__name__}, not a fewstep.Model.")
     model.denoiser.eval().record_features(feature_layers)
     return model
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a string may be a pipeline's hub id: ``owner/name``, where neither it nor ``owner`` is a local path."""
-    parts = source.split("/")
-    return len(parts) == 2 and all(parts) and not Path(source).exists() and not Path(parts[0]).exists()
 
 
 def pipeline_of(model: Model) -> PipelineFolder:
@@ -169,10 +165,8 @@ def is_pipeline(source: str | Path) -> bool:
 
 def _read_config(folder: Path) -> ModelConfig:
     file = folder / "config.json"
-    try:
-        return ModelConfig.model_validate_json(file.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file} is not a fewstep model config: {_first(error)}.") from error
+    with reading(file, "config of a fewstep model"):
+        return ModelConfig.model_validate_json(file.read_bytes())
 
 
 def _load_export(path: Path, feature_layers: tuple[str, ...], size: Size | None, dtype: torch.dtype) -> Model:
@@ -272,11 +266,3 @@ def load_weights(module: nn.Module, file: Path) -> None:
                 "Check that config.json belongs to these weights."
             )
     module.load_state_dict(tensors)
-
-
-def _first(error: ValidationError | UnicodeDecodeError | OSError) -> str:
-    if not isinstance(error, ValidationError):
-        return "not a text file" if isinstance(error, UnicodeDecodeError) else str(error)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else str(first["msg"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
 from fewstep.core.errors import UserError
@@ -16,6 +17,9 @@ from fewstep.models.schedules import schedule_from_dict
 from fewstep.models.unet import UNet
 
 Size = tuple[int, int, int]  # height, width and frames in pixels
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Time = Annotated[float, Field(ge=0, le=1)]
+Shift = Annotated[float, Field(ge=1e-4, le=1e4)]
 BACKBONES: Registry[type[nn.Module]] = Registry(
     "backbone", lambda: {"unet": UNet}, lambda value: isinstance(value, type) and issubclass(value, nn.Module),
     "a subclass of torch.nn.Module",
@@ -29,19 +33,26 @@ class FewStep(BaseModel):
     the student supports and receives as ``condition["steps"]``; empty: it is not conditioned on the step count.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    times: tuple[float, ...]
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    times: tuple[Time, ...] = Field(min_length=1)
     rule: Literal["renoise", "deterministic"]
-    counts: tuple[int, ...] = ()
-    shift: float = 1.0
+    counts: tuple[Width, ...] = ()
+    shift: Shift = 1.0
+
+    @field_validator("times")
+    @classmethod
+    def _decreasing(cls, times: tuple[float, ...]) -> tuple[float, ...]:
+        if any(after >= before for before, after in pairwise((*times, 0.0))):
+            raise ValueError("times must decrease and be above 0")
+        return times
 
 
 class Lora(BaseModel):
     """An adapter's settings, as in PEFT."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    rank: PositiveInt
-    alpha: float = Field(gt=0)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    rank: Width
+    alpha: float = Field(gt=0, le=65_536)
     targets: tuple[str, ...] = Field(min_length=1)
 
 
@@ -52,19 +63,19 @@ class ModelConfig(BaseModel):
     time grid.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     format: Literal["fewstep-model"] = "fewstep-model"
     backbone: dict[str, Any]
     noise_schedule: dict[str, Any] = {"name": "rectified_flow"}
     prediction: Kind = "velocity"
-    shape: tuple[PositiveInt, ...] = Field(min_length=1)
-    classes: int = Field(0, ge=0)
-    shift: float = Field(1.0, gt=0)
+    shape: tuple[Width, ...] = Field(min_length=1)
+    classes: int = Field(0, ge=0, le=10**6)
+    shift: Shift = 1.0
     base: str | None = None
     base_sha256: str | None = None
     lora: Lora | None = None
     few_step: FewStep | None = None
-    boundaries: tuple[float, ...] | None = None
+    boundaries: tuple[Time, ...] | None = Field(None, max_length=16)
 
     def build(self, feature_layers: tuple[str, ...] = (), *, from_file: bool = False) -> Denoiser:
         """A new denoiser in eval mode, randomly initialised. ``from_file``: this config was read from a saved model, so

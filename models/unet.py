@@ -19,6 +19,8 @@ from fewstep.models.attention import AttentionLayer, attention
 from fewstep.models.backbone import Backbone
 from fewstep.models.condition import Condition
 
+MAX_BLOCKS, MAX_PARAMETERS = 1_000, 500_000_000  # a damaged file must not fill the memory
+
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
     """Sinusoidal features of ``t`` in [0, 1] (shape [B]) -> [B, width]; wavelengths as for 1000 integer steps."""
@@ -79,7 +81,15 @@ class UNet(Backbone):
 
     @classmethod
     def build(cls, shape: tuple[int, ...], classes: int, **settings: Any) -> Self:
-        return cls(channels=shape[0], classes=classes, **settings)
+        """Raises ``ValueError`` on settings of a network that is too large, before any memory is taken."""
+        settings = {"channels": shape[0], "classes": classes, **settings}
+        if sum(settings.get("blocks", ())) > MAX_BLOCKS:
+            raise ValueError(f"blocks = {settings['blocks']} are more than {MAX_BLOCKS}")
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in cls(**settings).parameters())
+        if size > MAX_PARAMETERS:
+            raise ValueError(f"it would have {size:,} parameters, more than {MAX_PARAMETERS:,}")
+        return cls(**settings)
 
     def __init__(
         self,
@@ -93,6 +103,8 @@ class UNet(Backbone):
         step_counts: int = 0,
     ) -> None:
         super().__init__()
+        if min(*widths, *blocks, patch, embedding, heads) < 1 or step_counts < 0 or widths[-1] % heads:
+            raise ValueError("settings must be positive, and the last width a multiple of heads")
         self.patch = patch
         self.steps = step_embedding(step_counts, embedding) if step_counts else None
         self.time = nn.Sequential(nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding))

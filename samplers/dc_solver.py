@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.core.files import reading
 from fewstep.models.denoiser import Denoiser
 from fewstep.samplers.exponential import HistoryEntry
 from fewstep.samplers.multistep import Compensate, states
@@ -151,13 +152,19 @@ class SearchedRatios(BaseModel):
     """The ratios of one number of steps and guidance scale, and what they were searched on: the ``grid`` (as in
     ``SamplingConfig``), and the hash of the ``model``'s weights, which older files lack."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    steps: int
-    guidance: float
-    order: int
-    ratios: list[float]
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    steps: int = Field(ge=1, le=10_000)
+    guidance: float = Field(ge=-1e3, le=1e3)
+    order: int = Field(ge=1, le=10)
+    ratios: list[Annotated[float, Field(ge=-1e3, le=1e3)]]
     grid: str = "time"
     model: str | None = None
+
+    @model_validator(mode="after")
+    def _one_per_step(self) -> Self:
+        if len(self.ratios) != self.steps:
+            raise ValueError(f"{self.steps} steps need as many ratios, not {len(self.ratios)}")
+        return self
 
 
 @torch.no_grad()
@@ -177,10 +184,8 @@ def read_ratios(
     Raises ``UserError`` if the file is missing, invalid or of another model, or if the request lies outside what it
     covers.
     """
-    try:
+    with reading(file, "file of ratios", f"DC-Solver needs the model's: run {COMMAND}."):
         entries = TypeAdapter(list[SearchedRatios]).validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise UserError(f"DC-Solver needs the model's ratios in {file}: run {COMMAND}.") from error
     for model in {entry.model for entry in entries}:
         check_model(file, model, denoiser, COMMAND)
     grids = sorted({entry.grid for entry in entries})

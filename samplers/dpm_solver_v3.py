@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_metadata, read_tensors
+from fewstep.core.files import read_metadata, read_tensors, reading
 from fewstep.models.denoiser import Denoiser
 from fewstep.samplers.exponential import HistoryEntry, advance
 from fewstep.samplers.grids import Node
@@ -62,15 +62,27 @@ class Statistics:
         tensors = read_tensors(file) if file.is_file() else {}
         if set(tensors) != {"log_snr", "l", "s", "b"}:
             raise UserError(f"DPM-Solver-v3 needs the model's statistics in {file}: run {COMMAND}.")
+        if not all(tensor.is_floating_point() for tensor in tensors.values()):
+            raise UserError(f"The statistics in {file} are not real numbers: run {COMMAND}.")
+        tensors = {name: tensors[name].double() for name in ("log_snr", "l", "s", "b")}
+        log_snr, l = tensors["log_snr"], tensors["l"]  # noqa: E741
         metadata = read_metadata(file)
-        measured = json.loads(metadata.get("settings", "{}")).get("guidance", guidance)
+        with reading(file, "file of statistics", f"Run {COMMAND}."):
+            if log_snr.ndim != 1 or not len(log_snr) > 1 or not (log_snr.diff() > 0).all():
+                raise ValueError("its log-SNRs do not increase")
+            if any(tensors[name].shape != l.shape or l.shape[:1] != log_snr.shape for name in "lsb"):
+                raise ValueError("its tensors have different shapes")
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise ValueError("it has values that are not finite")
+            recorded = json.loads(metadata.get("settings", "{}")).get("guidance")
+            measured = guidance if recorded is None else float(recorded)
         if guidance is not None and measured != guidance:
             raise UserError(
                 f"The statistics in {file} were measured at guidance {measured:g} and do not fit guidance "
                 f"{guidance:g}: run {COMMAND} --guidance {guidance:g}."
             )
         check_model(file, metadata.get("model"), denoiser, COMMAND)
-        return Statistics(*(tensors[name].double() for name in ("log_snr", "l", "s", "b")))
+        return Statistics(**tensors)
 
     def at(self, nodes: Sequence[Node]) -> StatisticsAtNodes:
         """The statistics for a grid; cached."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 import gzip
 import math
 import struct
-import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_tensors
+from fewstep.core.files import read_tensors, reading
 from fewstep.core.image_files import IMAGE_SUFFIXES, list_files, read_image, to_unit
 from fewstep.distill.data.sources import Stored
 
 PACKAGE = Path(__file__).resolve().parents[2]
+MAX_BYTES = 1 << 33
 IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -41,18 +42,16 @@ def _read_idx_file(folder: Path, name: str) -> Tensor:
             f"No {name}.gz in {str(folder)!r}. Set data.path to the folder with the four Fashion-MNIST idx files "
             "(Debian's package dataset-fashion-mnist puts them in /usr/share/datasets/fashion-mnist)."
         )
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as handle:
-            content = handle.read()
-        zero, kind, axes = struct.unpack(">HBB", content[:4])
-        shape = struct.unpack(f">{axes}I", content[4 : 4 + 4 * axes])
-        if (zero, kind) != (0, 8) or len(content) != 4 + 4 * axes + math.prod(shape):
+    with reading(file, "idx file"), gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        zero, kind, axes = struct.unpack(">HBB", stream.read(4))
+        shape = struct.unpack(f">{axes}I", stream.read(4 * axes))
+        size = math.prod(shape)
+        if (zero, kind) != (0, 8) or not 0 < size <= MAX_BYTES:
+            raise ValueError(f"its header is that of no array of 1 to {MAX_BYTES:,} bytes")
+        content = bytearray(stream.read(size + 1))  # a bomb expands no further
+        if len(content) != size:
             raise ValueError("its header does not match its length")
-        if 0 in shape:
-            raise ValueError("it is empty")
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise UserError(f"{file} is not a complete idx file: {error}.") from error
-    return torch.frombuffer(bytearray(content[4 + 4 * axes :]), dtype=torch.uint8).reshape(shape)
+    return torch.frombuffer(content, dtype=torch.uint8).reshape(shape)
 
 
 def read_stored(file: Path, classes: int) -> Stored:
@@ -71,11 +70,19 @@ def read_stored(file: Path, classes: int) -> Stored:
         tensors["x0"] = to_unit(tensors.pop("images"))
     labels = tensors.pop("labels", None)
     shapes = {tensor.shape for tensor in tensors.values()}
-    if labels is None or len(shapes) != 1 or len(next(iter(tensors.values()))) != len(labels):
+    if labels is None or labels.ndim != 1 or len(shapes) != 1 or next(iter(shapes))[:1] != labels.shape:
         raise UserError(
             f"{file} must contain labels and samples, equally many and all of one shape. Create it with fewstep data."
         )
+    if not len(labels) or labels.is_floating_point() or labels.is_complex() or not all_finite(tensors.values()):
+        raise UserError(f"{file} needs at least one sample, labels that are integers, and finite, real samples.")
+    if not ((labels >= 0) & (labels < classes)).all():
+        raise UserError(f"{file} has labels outside 0..{classes - 1}, the classes of the model.")
     return Stored({name: tensor.float() for name, tensor in tensors.items()}, labels.long(), classes)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(not tensor.is_complex() and bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def read_folder(folder: str | Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ from fewstep.distill import health, matching
 from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles, blend, require_blendable
 from fewstep.distill.rollouts import add_noise, random_time_rollout
-from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.stage import MAX_GUIDANCE, MAX_STEPS, MAX_WEIGHT, MatchingConfig, StageContext
 from fewstep.distill.time_laws import CappedTimes, RenoiseTimes, TimeLaw
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
 from fewstep.models.guidance import Guidance
@@ -54,15 +54,15 @@ class CDM(MatchingConfig):
         "student.lr": "1e-5",
         "fake.lr": "5e-6",
     }
-    steps: int = Field(4, ge=1)  # of sampling; training has no grid
-    shift: float = Field(1.0, gt=0)  # of sampling
-    guidance: float = 8.0
-    max_steps: int = Field(28, ge=1)
+    steps: int = Field(4, ge=1, le=10_000)  # of sampling; training has no grid
+    shift: float = Field(1.0, ge=1e-4, le=1e4)  # of sampling
+    guidance: float = Field(8.0, ge=0, le=MAX_GUIDANCE)
+    max_steps: int = Field(28, ge=1, le=10_000)
     rollout_times: TimeLaw = TimeLaw(low=0.25, high=0.95)
-    critic_updates: int = Field(2, ge=1)
+    critic_updates: int = Field(2, ge=1, le=MAX_STEPS)
     blend: float = Field(1e-3, ge=0, le=1)
-    floor: float = Field(0.1, gt=0)
-    off_trajectory: float = Field(1.0, ge=0)
+    floor: float = Field(0.1, gt=0, le=MAX_WEIGHT)
+    off_trajectory: float = Field(1.0, ge=0, le=MAX_WEIGHT)
     renoise_times: RenoiseTimes = RenoiseTimes()
     ca_times: CappedTimes = CappedTimes(within="cleaner")
     student_times: RenoiseTimes = RenoiseTimes()

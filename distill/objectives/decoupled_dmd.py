@@ -43,8 +43,8 @@ class DecoupledDMD(MatchingConfig):
         "batch": "128 (SDXL)",
         "student.lr": "5e-7 (SDXL)",
     }
-    steps: int = Field(4, ge=1)
-    shift: float = Field(1.0, gt=0)
+    steps: int = Field(4, ge=1, le=10_000)
+    shift: float = Field(1.0, ge=1e-4, le=1e4)
     dm_times: CappedTimes = CappedTimes(within="all")
     ca_times: CappedTimes = CappedTimes(within="cleaner")
     critic_times: TimeLaw = TimeLaw()

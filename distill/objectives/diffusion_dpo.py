@@ -27,13 +27,15 @@ from torch import Tensor
 from fewstep.core.errors import UserError
 from fewstep.distill.matching import per_sample_mean
 from fewstep.distill.roles import Roles
-from fewstep.distill.stage import ObjectiveConfig, StageContext
+from fewstep.distill.stage import MAX_GUIDANCE, MAX_WEIGHT, ObjectiveConfig, StageContext
 from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import LossTerm, MicroBatch, Objective, Update
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import expand_like
 from fewstep.models.guidance import Guidance
 from fewstep.models.prediction import Coefficients
+
+Level = Annotated[float, Field(ge=0, le=1)]
 
 
 class DiffusionDPO(ObjectiveConfig):
@@ -43,10 +45,10 @@ class DiffusionDPO(ObjectiveConfig):
         "batch": "2048 pairs",
         "student.lr": "2e-5 with warm-up (the launchers' 1e-8 times their scaling)",
     }
-    beta: float = Field(100.0, gt=0)
+    beta: float = Field(100.0, gt=0, le=MAX_WEIGHT)
     error: Literal["noise", "v", "velocity"] = "velocity"
-    guidance: float = 1.0
-    student_times: Annotated[tuple[float, ...], Field(min_length=1)] | TimeLaw = TimeLaw(low=0.001, high=0.999)
+    guidance: float = Field(1.0, ge=0, le=MAX_GUIDANCE)
+    student_times: Annotated[tuple[Level, ...], Field(min_length=1)] | TimeLaw = TimeLaw(low=0.001, high=0.999)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -22,7 +22,7 @@ from fewstep.distill import health, matching
 from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import backward_simulation
-from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.stage import MAX_STEPS, MAX_WEIGHT, MatchingConfig, StageContext
 from fewstep.distill.time_laws import RenoiseTimes, TimeLaw
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
 from fewstep.models.guidance import Guidance
@@ -37,8 +37,8 @@ class DMD(MatchingConfig):
         "batch": "392 (CIFAR-10), 2304 (SD1.5)",
         "student.lr": "5e-5 (CIFAR-10), 2e-6 (ImageNet-64), 1e-5 (SD1.5)",
     }
-    regression: float = Field(0.25, ge=0)
-    critic_updates: int = Field(1, ge=1)
+    regression: float = Field(0.25, ge=0, le=MAX_WEIGHT)
+    critic_updates: int = Field(1, ge=1, le=MAX_STEPS)
     renoise_times: RenoiseTimes = RenoiseTimes()
     critic_times: TimeLaw = TimeLaw()
 

@@ -30,7 +30,7 @@ from fewstep.distill.adversarial import Heads, discriminator_loss, generator_los
 from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import add_noise, backward_simulation
-from fewstep.distill.stage import BaseConfig, MatchingConfig, StageContext
+from fewstep.distill.stage import MAX_WEIGHT, BaseConfig, MatchingConfig, StageContext
 from fewstep.distill.time_laws import RenoiseTimes, TimeLaw
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
 from fewstep.models.condition import Condition
@@ -47,8 +47,8 @@ class GanConfig(BaseConfig):
     score, which the discriminator's loss then trains too, or the frozen teacher (FastGen's choice).
     """
 
-    weight: float = 3e-3
-    critic_weight: float = 1e-2
+    weight: float = Field(3e-3, ge=0, le=MAX_WEIGHT)
+    critic_weight: float = Field(1e-2, ge=0, le=MAX_WEIGHT)
     renoise_times: TimeLaw = TimeLaw()
     features: Literal["fake", "teacher"] = "fake"
     feature_layers: tuple[str, ...] = Field(("auto",), min_length=1)
@@ -63,8 +63,8 @@ class DMD2(MatchingConfig):
         "batch": "280 (ImageNet-64), 2048 (SD1.5), 128 (SDXL)",
         "student.lr": "2e-6 (ImageNet-64), 1e-5 (SD1.5), 5e-7 (SDXL)",
     }
-    steps: int = Field(4, ge=1)
-    shift: float = Field(1.0, gt=0)
+    steps: int = Field(4, ge=1, le=10_000)
+    shift: float = Field(1.0, ge=1e-4, le=1e4)
     renoise_times: RenoiseTimes = RenoiseTimes()
     critic_times: TimeLaw = TimeLaw()
     gan: GanConfig | None = None

@@ -30,7 +30,7 @@ from fewstep.distill.adversarial import Heads, density_ratio, discriminator_loss
 from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import add_noise, backward_simulation
-from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.stage import MAX_WEIGHT, MatchingConfig, StageContext
 from fewstep.distill.time_laws import RenoiseTimes, TimeLaw
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
 from fewstep.models.condition import Condition
@@ -83,13 +83,13 @@ class FDistill(MatchingConfig):
     divergence: Literal[
         "reverse_kl", "softened_reverse_kl", "jensen_shannon", "squared_hellinger", "forward_kl", "jeffreys", "neyman"
     ] = "jensen_shannon"
-    steps: int = Field(1, ge=1)
-    shift: float = Field(1.0, gt=0)
+    steps: int = Field(1, ge=1, le=10_000)
+    shift: float = Field(1.0, ge=1e-4, le=1e4)
     renoise_times: RenoiseTimes = RenoiseTimes()  # of the student and of the discriminator
     critic_times: TimeLaw = TimeLaw()
-    bins: int = Field(10, ge=1)
+    bins: int = Field(10, ge=1, le=10_000)
     decay: float = Field(0.9, ge=0, lt=1)  # of the running means, per update of the student
-    gan_weight: float = 1e-3
+    gan_weight: float = Field(1e-3, ge=0, le=MAX_WEIGHT)
     feature_layers: tuple[str, ...] = Field(("auto",), min_length=1)
 
     @property

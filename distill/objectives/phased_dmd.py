@@ -27,7 +27,7 @@ from fewstep.distill import health, matching
 from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import phased_rollout
-from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.stage import MAX_WEIGHT, MatchingConfig, StageContext
 from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
 from fewstep.models.denoiser import expand_like
@@ -47,11 +47,11 @@ class PhasedDMD(MatchingConfig):
         "student.lr": "5e-5 (adapter)",
         "fake.lr": "4e-7",
     }
-    steps: int = Field(4, ge=1)
-    phases: int = Field(2, ge=1)
-    phase: int = Field(1, ge=1)
-    shift: float = Field(1.0, gt=0)
-    clamp: float = Field(10.0, gt=0)
+    steps: int = Field(4, ge=1, le=10_000)
+    phases: int = Field(2, ge=1, le=10_000)
+    phase: int = Field(1, ge=1, le=10_000)
+    shift: float = Field(1.0, ge=1e-4, le=1e4)
+    clamp: float = Field(10.0, gt=0, le=MAX_WEIGHT)
     match_on: Literal["x0", "x_s"] = "x0"
     renoise_times: TimeLaw | None = None  # None: uniform with the grid's shift
     critic_times: TimeLaw | None = None  # None: those of the student

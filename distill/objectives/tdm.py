@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -45,7 +45,7 @@ from fewstep.distill import health, matching
 from fewstep.distill.critics import critic_term, importance_critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import segment_rollout
-from fewstep.distill.stage import MatchingConfig, StageContext
+from fewstep.distill.stage import MAX_STEPS, MAX_WEIGHT, MatchingConfig, StageContext
 from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, StudentSample, Update
 from fewstep.models.backbone import Backbone
@@ -79,15 +79,15 @@ class TDM(MatchingConfig):
         "student.lr": "2e-6 (SD1.5, PixArt), 1e-6 (SDXL)",
         "fake.lr": "2e-5 (SD1.5, PixArt), 5e-6 (SDXL)",
     }
-    steps: int = Field(4, ge=1)
-    shift: float = Field(1.0, gt=0)
+    steps: int = Field(4, ge=1, le=10_000)
+    shift: float = Field(1.0, ge=1e-4, le=1e4)
     critic: Literal["bridge", "importance"] = "bridge"
-    critic_updates: int = Field(1, ge=1)
+    critic_updates: int = Field(1, ge=1, le=MAX_STEPS)
     renoise_times: SegmentTimes = SegmentTimes()
     critic_times: SegmentTimes | None = None  # None: those of the student
-    huber: float = Field(1e-3, ge=0)
+    huber: float = Field(1e-3, ge=0, le=MAX_WEIGHT)
     margin: float = Field(0.02, ge=0, lt=0.2)
-    unify: tuple[int, ...] = ()
+    unify: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = ()
 
     @model_validator(mode="after")
     def _unifies(self) -> Self:

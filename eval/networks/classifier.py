@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from fewstep.core.errors import UserError
-from fewstep.core.files import write_tensors, write_text
+from fewstep.core.files import reading, write_tensors, write_text
 from fewstep.models.loading import load_weights
 
 WEIGHTS = "classifier.safetensors"
 CONFIG = "classifier.json"
-Widths = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
+Width = Annotated[int, Field(ge=1, le=4_096)]
+Widths = tuple[Width, Width, Width, Width]
 
 
 class Classifier(nn.Module):
@@ -137,10 +137,10 @@ class ClassifierConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: Literal["fewstep-classifier"] = "fewstep-classifier"
     name: str
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
-    classes: PositiveInt
+    shape: tuple[Width, Width, Width]
+    classes: int = Field(ge=1, le=65_536)
     widths: Widths
-    dimension: PositiveInt
+    dimension: Width
     training: dict[str, Any] = {}
 
 
@@ -174,14 +174,8 @@ def load_classifier(folder: str | Path) -> tuple[Classifier, ClassifierConfig]:
     Raises ``UserError`` if a file is missing or damaged or if they do not belong together.
     """
     file = Path(folder) / CONFIG
-    try:
+    with reading(file, "description of a classifier"):
         config = ClassifierConfig.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"Cannot read the evaluator's {file}: {error.strerror}.") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = ": ".join([*map(str, first["loc"]), first["msg"]])
-        raise UserError(f"{file} does not describe a classifier ({reason}).") from error
     network = Classifier(config.shape[0], config.classes, config.widths, config.dimension)
     load_weights(network, Path(folder) / WEIGHTS)
     return network.eval(), config

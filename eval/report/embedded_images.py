@@ -27,7 +27,7 @@ def embed_image(file: Path, caption: str, remarks: list[str]) -> EmbeddedImage |
         with Image.open(file) as image:
             image.load()
             return EmbeddedImage(caption, base64.b64encode(file.read_bytes()).decode(), *image.size)
-    except OSError:
+    except Exception:  # on damage Pillow raises exceptions of almost every type
         remarks.append(f"There is no {'readable ' * file.exists()}image samples/{file.name}.")
         return None
 

@@ -15,6 +15,7 @@ import yaml
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import write_text
+from fewstep.core.yaml_files import parse_yaml
 from fewstep.eval.report.curves import MINIMUM_POINTS, incomparable, quality_curves, training_curves, validation_curves
 from fewstep.eval.report.diagnosis import MINIMUM_VALUES, diagnose
 from fewstep.eval.report.embedded_images import embed_image, embed_samples, embed_video
@@ -70,7 +71,7 @@ def write_report(run: str | Path) -> Path:
 def facts(config: str, environment: str) -> list[str]:
     """Method, teacher, seed, device and start of the run, as far as the two files contain them."""
     try:
-        run, machine = yaml.safe_load(config), json.loads(environment or "{}")
+        run, machine = parse_yaml(config, "config.yaml"), json.loads(environment or "{}")
         known = {
             "method": " then ".join(name for name, _ in groupby(stage["objective"]["name"] for stage in run["stages"])),
             "teacher": run.get("teacher"),
@@ -78,7 +79,7 @@ def facts(config: str, environment: str) -> list[str]:
             "device": machine.get("processor"),
             "started": machine.get("started"),
         }
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError):
+    except (UserError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return []
     return [f"{name} {value}" for name, value in known.items() if value is not None]
 

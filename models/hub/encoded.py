@@ -8,18 +8,17 @@ numbers; preference pairs in ``pairs-00000.safetensors`` etc.: latents ``winner`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_tensors, sha256
+from fewstep.core.files import read_tensors, reading, sha256
 from fewstep.models.condition import Condition
 from fewstep.models.hub.folder import PipelineFolder
 
@@ -39,11 +38,11 @@ class Index(BaseModel):
     pipeline: str
     encoders: str
     prompts: str
-    count: int
-    rows: int
-    images: int = 0
+    count: int = Field(ge=1)
+    rows: int = Field(ge=1)
+    images: int = Field(0, ge=0)
     sizes: tuple[tuple[int, int], ...] = ()
-    pairs: int = 0
+    pairs: int = Field(0, ge=0)
     source: str = ""
 
 
@@ -62,10 +61,9 @@ def fingerprint(folder: PipelineFolder) -> str:
 
 def read_index(folder: Path) -> Index:
     """The index of a folder of encoded prompts. Raises ``UserError`` if it is missing or damaged."""
-    try:
-        return Index.model_validate_json((folder / "index.json").read_text(encoding="utf-8"))
-    except (OSError, ValidationError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} contains no encoded prompts: create it with fewstep data encode.") from error
+    file = folder / "index.json"
+    with reading(file, "index of encoded prompts", "Create it with fewstep data encode."):
+        return Index.model_validate_json(file.read_bytes())
 
 
 class EncodedPrompts:
@@ -119,7 +117,8 @@ class EncodedPrompts:
         found: list[dict[str, Tensor]] = []
         for row in rows.tolist():
             shard, offset = divmod(row, self.index.rows)
-            with safe_open(self._folder / f"shard-{shard:05d}.safetensors", framework="pt") as file:
+            path = self._folder / f"shard-{shard:05d}.safetensors"
+            with reading(path, "shard of encoded prompts"), safe_open(path, framework="pt") as file:
                 found.append({name: file.get_slice(name)[offset : offset + 1] for name in self._null})
         return Condition({name: torch.cat([one[name] for one in found]) for name in self._null}, self._null)
 
@@ -134,7 +133,7 @@ def _read_buckets(folder: Path, prompts: int) -> list[Bucket]:
             if not sound or len({tensor.shape for name, tensor in part.items() if name != "prompt"}) != 1:
                 raise UserError(f"{file} is damaged: it needs prompt, and {' and '.join(names)} of one shape.")
             number, latents = part["prompt"], part[names[0]]
-            if number.shape != latents.shape[:1] or not ((number >= 0) & (number < prompts)).all():
+            if number.ndim != 1 or number.shape != latents.shape[:1] or not ((number >= 0) & (number < prompts)).all():
                 raise UserError(f"{file} is damaged: prompt must be one of the {prompts} numbers for each sample.")
             if not all(part[name].isfinite().all() for name in names):
                 raise UserError(f"{file} is damaged: a latent is not finite.")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import write_text
+from fewstep.core.files import read_json_object, replace_folder, write_text
 from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, Routed
@@ -77,9 +77,7 @@ def export(model: Model, form: ExportFormat, out: Path, card: str = "") -> Path:
             _compare(expert, theirs, folder, model)
         write_text(json.dumps(manifest.content(), indent=2) + "\n", part / MANIFEST)
         write_text(model_card(manifest, folder.family, card), part / "README.md")
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
+        replace_folder(part, out)
     except OSError as error:
         raise UserError(f"Cannot write {out}: {error}. Free some space or choose another folder.") from error
     finally:
@@ -133,8 +131,8 @@ def _write_network(network: Any, folder: Path) -> None:
 
 def _remove_origin(file: Path) -> None:
     """Removes the path from which a component was loaded, which diffusers and transformers write into its config."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+    config = read_json_object(file)
+    if config.pop("_name_or_path", None) is not None:
         write_text(json.dumps(config, indent=2) + "\n", file)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.core.files import read_json_object
 from fewstep.core.image_files import to_bytes
+from fewstep.core.paths import is_hub_id, nearest_folder
 from fewstep.core.torchvision_compat import prepare_torchvision
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import AUTO, Denoiser, GuidanceStyle
@@ -52,15 +53,15 @@ class PipelineFolder:
     @cached_property
     def index(self) -> dict[str, Any]:
         """``model_index.json``."""
-        return _read(self.path / "model_index.json")
+        return read_json_object(self.path / "model_index.json")
 
     @cached_property
     def family(self) -> Family:
         cls = family_of(str(self.index.get("_class_name")))
         if self.has_component("transformer_2"):
             raise UserError(f"{self.path} has two experts by noise level (Wan 2.2), which is not supported yet.")
-        vae = _read(self.path / "vae" / "config.json") if self.has_component("vae") else {}
-        return cls(_read(self.path / cls.part / "config.json"), vae)
+        vae = read_json_object(self.path / "vae" / "config.json") if self.has_component("vae") else {}
+        return cls(read_json_object(self.path / cls.part / "config.json"), vae)
 
     @cached_property
     def noise_process(self) -> NoiseProcess:
@@ -75,7 +76,7 @@ class PipelineFolder:
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
         """``scheduler_config.json``."""
-        return _read(self.path / "scheduler" / "scheduler_config.json")
+        return read_json_object(self.path / "scheduler" / "scheduler_config.json")
 
     def has_component(self, component: str) -> bool:
         """Whether the folder has a component; components that it was saved without are null in the index."""
@@ -174,8 +175,9 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _download(name: str) -> Path:
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"{name} is not a diffusers pipeline: model_index.json is missing.")
+    if not is_hub_id(name):
+        hint = "" if Path(name).exists() else nearest_folder(Path(name))
+        raise UserError(f"{name} is not a diffusers pipeline: model_index.json is missing{hint}.")
     diffusers = require_diffusers()
     try:
         return Path(diffusers.DiffusionPipeline.download(name, use_safetensors=True))
@@ -184,16 +186,6 @@ def _download(name: str) -> Path:
             f"{name!r} is neither a folder nor a pipeline in the hub's cache, and the download failed: "
             f"{_first_line(error)} Download it yourself and pass the folder."
         ) from error
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is missing or damaged ({_first_line(error)}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must contain a JSON object, not a {type(content).__name__}.")
-    return content
 
 
 def _first_line(error: Exception) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from fewstep.core.errors import UserError
+from fewstep.core.files import reading
 from fewstep.models.hub.export_format import ExportFormat
 from fewstep.models.hub.family import Family
 from fewstep.models.model_config import FewStep
@@ -36,6 +36,11 @@ class Manifest(BaseModel):
     shift: float | None = None
     guidance_scale: float | None = None
     boundaries: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> Self:
+        _ = self.few_step  # raises ValueError on wrong times
+        return self
 
     @property
     def few_step(self) -> FewStep | None:
@@ -77,7 +82,5 @@ def read_manifest(folder: Path) -> Manifest | None:
     file = folder / MANIFEST
     if not file.is_file():
         return None
-    try:
+    with reading(file, "manifest of an export", "It is damaged, or from an earlier version: export the student again."):
         return Manifest.model_validate_json(file.read_bytes())
-    except (ValidationError, OSError) as error:
-        raise UserError(f"{file} is damaged, or from an earlier version: export the student again.") from error

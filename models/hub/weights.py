@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import sha256
+from fewstep.core.files import read_json, reading, sha256
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -34,10 +33,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS}.index.json"
     files = [folder / WEIGHTS]
     if index.is_file():
-        try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is damaged: {error!r}.") from error
+        with reading(index, "index of weights"):
+            files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(f"{missing[0]} is missing, so {folder} has no weights that can be loaded.")
     return files

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,8 +18,9 @@ from commands import fewstep, refused, succeeds, write_config
 
 from fewstep.cli import main as cli_main
 from fewstep.cli.main import RENAMED, app
-from fewstep.cli.options import parse_seeds
+from fewstep.cli.options import counting, parse_seeds, print_table, print_text
 from fewstep.core.errors import UserError
+from fewstep.core.paths import is_hub_id
 
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "matplotlib", "PIL", "yaml")
 
@@ -148,6 +151,81 @@ def test_a_range_of_seeds_that_ends_before_it_starts_is_refused() -> None:
 
 def test_file_names_are_not_taken_for_markup(tmp_path: Path) -> None:
     assert "[/b].png" in succeeds("sample", "fashion", "--n", 1, "--steps", 1, "--out", "[/b].png", cwd=tmp_path)
+
+
+UGLY = ["a/[/b]", "[final]", "{}", "{0!r}", ":smiley:", "%s", "a" * 300, "it's $HOME; rm", "\\[bold]"]
+
+
+@pytest.mark.parametrize("text", UGLY)
+def test_texts_of_users_are_printed_as_they_are_and_in_one_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    print_text(f"The student is in {text}.")
+    assert capsys.readouterr().out == f"The student is in {text}.\n"
+    print_table([("head", text[:20]), (text[:20], "x")])
+    table = capsys.readouterr().out
+    assert table.count(text[:20]) == 2
+    with counting(text) as moved:  # the description of a progress bar
+        moved(1, 2)
+
+
+def test_names_that_are_not_utf_8_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_text(os.fsdecode(b"run-\xff"))  # standard output refuses what it cannot encode
+    assert capsys.readouterr().out == "run-\\udcff\n"
+    (tmp_path / os.fsdecode(b"run-\xff")).mkdir()
+    done = fewstep("report", os.fsdecode(b"run-\xff"), cwd=tmp_path)
+    assert (done.returncode, "is not a run folder" in done.stderr) == (1, True)
+    assert "unexpected" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [("[/b]",), ("report", "[/b]"), ("sample", "fashion", "--[/b]"), ("train", "[/b]")])
+def test_arguments_with_brackets_are_refused_without_a_traceback(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "[/b]" in refused(capsys, *command)
+
+
+def test_the_command_that_resumes_a_run_can_be_pasted_into_a_shell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / f"it's [/b] {'long ' * 20}name"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("seed: 1\n")
+    message = refused(capsys, "sample", run)
+    words = shlex.split(message.partition("Resume it with ")[2].removesuffix("."))
+    assert words == ["fewstep", "train", "--resume", str(run)]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("runs/tdn", "there is no such folder; did you mean 'runs/tdm'?"),
+        ("runs/a/b/c", "there is no such folder; the nearest folder that exists is"),
+        ("./tdm", "there is no such folder"),
+        ("../tdm", "there is no such folder"),
+        ("~/tdm", "there is no such folder"),
+        ("/nowhere/tdm", "there is no such folder"),
+        ("mine/tdm", "there is no such folder"),
+        ("a/b/c", "there is no such folder"),
+    ],
+)
+def test_what_looks_like_a_path_is_not_looked_for_on_the_hub(
+    path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tdm").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    assert message in refused(capsys, "sample", path)
+    assert "does not exist" in refused(capsys, "eval", path)
+
+
+def test_owner_and_name_are_a_hub_id_unless_they_look_like_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("stabilityai/sd-turbo")
+    for path in ("runs/tdm", "./tdm", "../tdm", "~/tdm", ".cache/tdm", "/tdm", "a/b/c", "tdm", "tdm/", ""):
+        assert not is_hub_id(path)
+    (tmp_path / "stabilityai").mkdir()
+    assert not is_hub_id("stabilityai/sd-turbo")
 
 
 def test_a_prompt_for_a_class_conditional_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,9 @@ def test_a_config_that_is_missing_or_not_yaml(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "bad.yaml").write_text("a: [1, 2\nb: 3")
     assert "is not valid YAML" in refused(capsys, "train", tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
-    assert "must contain a mapping of settings, not a list" in refused(capsys, "train", tmp_path / "list.yaml")
+    assert "must contain a mapping of settings, key: value; it contains a list" in refused(
+        capsys, "train", tmp_path / "list.yaml"
+    )
     assert "Name a config" in refused(capsys, "train")
     message = refused(capsys, "explain", "configs/fashion/objectives.yaml")
     assert "use fewstep bench objectives configs/fashion/objectives.yaml" in message

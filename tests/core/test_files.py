@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import struct
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,13 +17,19 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import (
     atomic_write,
     check_writable,
+    read_json_lines,
+    read_json_object,
     read_metadata,
     read_prompts,
     read_tensors,
+    replace_folder,
+    restore_folder,
     tensor_names,
     write_tensors,
     write_text,
 )  # fmt: skip
+from fewstep.core.image_grid import save_grid
+from fewstep.distill.metrics_logger import append_line
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -36,6 +48,159 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
         fail()
     assert file.read_text() == "old"
     assert [path.name for path in file.parent.iterdir()] == ["b.txt"]
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_of_files_are_those_of_the_umask(tmp_path: Path, mask: int, expected: int) -> None:
+    before = os.umask(mask)
+    try:
+        write_tensors({"a": torch.zeros(3)}, tmp_path / "a.safetensors")
+        write_text("text", tmp_path / "a.txt")
+        save_grid(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), tmp_path / "a.png", columns=1)
+        with atomic_write(tmp_path / "a.npz") as temporary, temporary.open("wb") as stream:
+            np.savez(stream, a=np.zeros(3))
+    finally:
+        os.umask(before)
+    assert {file.name: mode(file) for file in tmp_path.iterdir()} == dict.fromkeys(
+        ("a.safetensors", "a.txt", "a.png", "a.npz"), expected
+    )
+
+
+def test_contents_are_on_the_disk_before_the_name_and_the_name_before_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power cut can leave an empty file under the final name."""
+    events: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def record(descriptor: int) -> None:
+        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        sync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        events.append(f"rename {path.name}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(Path, "replace", renamed)
+    write_text("text", tmp_path / "a.txt")
+    assert events == ["sync a.txt.part", "rename a.txt.part", f"sync {tmp_path.name}"]
+
+
+def folder_of(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "sub").mkdir()
+    (path / "sub" / "file.txt").write_text(text)
+    return path
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    final = tmp_path / "student"
+    for text in ("first", "second"):
+        replace_folder(folder_of(tmp_path / "part", text), final)
+        assert (final / "sub" / "file.txt").read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    with pytest.raises(UserError, match="Cannot write"):
+        replace_folder(tmp_path / "none", final)
+    assert (final / "sub" / "file.txt").read_text() == "second"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that comes later runs."""
+
+
+@pytest.mark.parametrize("calls", range(12))
+def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """The process dies before its call number ``calls`` of the functions that change or flush anything."""
+    final = folder_of(tmp_path / "student", "old")
+    partial = folder_of(tmp_path / "part", "new")
+    left = iter(range(calls))
+
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **settings: object) -> object:
+            if next(left, None) is None:
+                raise Killed
+            return function(*arguments, **settings)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((os, "fsync"), (Path, "rename"), (os, "unlink"), (os, "rmdir")):
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        with suppress(Killed):
+            replace_folder(partial, final)
+    restore_folder(final)
+    assert (final / "sub" / "file.txt").read_text() in ("old", "new")
+    rest = {path.name for path in tmp_path.iterdir()}
+    assert rest <= {"student", "part"}
+    if (final / "sub" / "file.txt").read_text() == "old":
+        assert "part" in rest  # the new one is not lost either
+    replace_folder(folder_of(tmp_path / "again", "third"), final)
+    assert (final / "sub" / "file.txt").read_text() == "third"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not a readable JSON file"),
+        (b"{", "is not a readable JSON file"),
+        (b'{"a": "\xff"}', "is not a readable JSON file .*utf-8"),
+        (b"[" * 100_000, "is not a readable JSON file .*recursion"),
+        (b"9" * 5_000, "is not a readable JSON file .*digits"),
+        (b"3", "must contain a JSON object, not a int"),
+        (b"null", "must contain a JSON object, not a NoneType"),
+    ],
+)
+def test_json_files_that_hold_no_object_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "state.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"state\.json {message}"):
+        read_json_object(tmp_path / "state.json")
+
+
+def test_half_a_last_line_is_skipped_counted_and_does_not_swallow_the_next(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    append_line(file, {"step": 1})
+    with file.open("a") as stream:
+        stream.write('{"step": 2, "lo')
+    append_line(file, {"step": 3})
+    append_line(file, {"step": 4})
+    assert read_json_lines(file) == ([{"step": 1}, {"step": 3}, {"step": 4}], 1)
+    file.write_bytes(b'3\n\xff\n[]\n\n{"step": 5}')
+    assert read_json_lines(file) == ([{"step": 5}], 3)
+    with pytest.raises(UserError, match="does not exist"):
+        read_json_lines(tmp_path / "none.jsonl")
+
+
+def header(entries: dict[str, object], data: bytes = b"") -> bytes:
+    """A safetensors file with any header."""
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 8,
+        struct.pack("<Q", 1 << 40) + b"{}",
+        header({"a": {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 4]}}, b"\0" * 4),
+        header({"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4),
+        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"\0" * 4),
+        header({"a": 3}),
+    ],
+)
+def test_safetensors_with_wrong_headers_are_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+    for read in (read_tensors, tensor_names, read_metadata):
+        with pytest.raises(UserError, match=r"x\.safetensors is not a readable safetensors file"):
+            read(file)
 
 
 def test_tensors_and_metadata_are_read_back(tmp_path: Path) -> None:
@@ -86,5 +251,5 @@ def test_bad_prompts_are_named_by_line(tmp_path: Path, content: bytes, message: 
 def test_prompts_are_read_in_order_and_stripped(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("  ein Hütchen \na dog\n", encoding="utf-8")
     assert read_prompts(tmp_path / "prompts.txt") == ["ein Hütchen", "a dog"]
-    with pytest.raises(UserError, match="Cannot read the prompts"):
+    with pytest.raises(UserError, match=r"none\.txt does not exist\. Give a text file, one prompt per line"):
         read_prompts(tmp_path / "none.txt")

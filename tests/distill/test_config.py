@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from worlds import tiny_config
 import fewstep
 from fewstep.core.errors import UserError
 from fewstep.distill.build import build_inputs
-from fewstep.distill.config import Config
+from fewstep.distill.config import OBJECTIVES, Config
 from fewstep.distill.config_files import dump_config, load_config, parse_config
 from fewstep.distill.objectives.dmd2 import DMD2
 from fewstep.distill.trainer import Trainer
@@ -48,6 +49,15 @@ def test_a_config_survives_the_round_trip_through_yaml(tmp_path: Path) -> None:
         ({"bach": 3}, "unknown key 'bach'; did you mean 'batch'"),
         ({"batch": 0}, "batch = 0: input should be greater than or equal to 1"),
         ({"batch": "many"}, "batch = 'many': input should be a valid integer"),
+        ({"batch": True}, "batch = True: input should be a number, neither a text nor a truth value"),
+        ({"batch": "3"}, "batch = '3': input should be a number, neither a text nor a truth value"),
+        ({"batch": 10**12}, "batch = 1000000000000: input should be less than or equal to 1000000"),
+        ({"tensorboard": "yes"}, "tensorboard = 'yes': input should be true or false"),
+        ({"tensorboard": 1}, "tensorboard = 1: input should be true or false"),
+        ({"seed": -1}, "seed = -1: input should be greater than or equal to 0"),
+        ({"size": [64, 0, 1]}, "size.1 = 0: input should be greater than or equal to 1"),
+        ({"size": [64, True, 1]}, "size = [64, True, 1]: input should be a number"),
+        ({"validation": {"guidance": float("nan")}}, "validation.guidance = nan: input should be a finite number"),
         ({"stages": []}, "stages = []: tuple should have at least 1 item"),
     ],
 )
@@ -63,6 +73,16 @@ def test_mistakes_name_key_value_and_the_nearest_key(tmp_path: Path, change: dic
         (("objective", "steps"), 0, "stages.0.objective.steps = 0: input should be greater"),
         (("roles", "student", "learning_rate"), 1, "unknown key 'stages.0.roles.student.learning_rate'"),
         (("roles", "student", "lr"), -1, "stages.0.roles.student.lr = -1"),
+        (("roles", "student", "lr"), float("nan"), "stages.0.roles.student.lr = nan: input should be a finite number"),
+        (("roles", "student", "lr"), float("inf"), "stages.0.roles.student.lr = inf: input should be a finite number"),
+        (("roles", "student", "betas"), [0.9, 5], "stages.0.roles.student.betas.1 = 5: input should be less than 1"),
+        (
+            ("roles", "student", "betas"),
+            [False, 0.9],
+            "stages.0.roles.student.betas = [False, 0.9]: input sh",
+        ),
+        (("objective", "guidance"), "2", "stages.0.objective.guidance = '2': input should be a number"),
+        (("objective", "guidance"), -1.0, "stages.0.objective.guidance = -1.0: input should be greater than or equal"),
     ],
 )
 def test_mistakes_below_the_stages_are_one_line_each(
@@ -133,6 +153,62 @@ def test_an_override_changes_its_key_alone_not_what_shares_a_yaml_anchor(tmp_pat
     )
     roles = load_config(file, ["stages.0.roles.student.lr=0.5"]).stages[0].roles
     assert (roles["student"].lr, roles["fake"].lr) == (0.5, 1e-3)
+
+
+def bounds(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, bool, bool]]:
+    """Every number in a JSON schema, and whether it has a lower and an upper bound."""
+    if schema.get("type") in ("integer", "number"):
+        lower, upper = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+        yield path, any(name in schema for name in lower), any(name in schema for name in upper)
+    for name, value in schema.items():
+        for node in value if isinstance(value, list) else [value]:
+            if isinstance(node, dict):
+                yield from bounds(node, f"{path}/{name}")
+
+
+def test_every_number_of_every_config_has_a_range() -> None:
+    classes = [Config, *map(OBJECTIVES.resolve, OBJECTIVES.names())]
+    numbers = [number for cls in classes for number in bounds(cls.model_json_schema(), cls.__name__)]
+    assert len(numbers) > 60
+    assert [path for path, lower, upper in numbers if not (lower and upper)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "must contain a mapping of settings, key: value; it is empty"),
+        (b"- 1", "must contain a mapping of settings, key: value; it contains a list"),
+        (b"seed: 1\nseed: 2", "line 2: the key 'seed' is repeated"),
+        (b"seed: \xff", "is not a readable YAML file"),
+        (b"seed: 2020-13-45", "seed = '2020-13-45': input should be a valid integer"),
+        (b"batch: 1:30", "batch = '1:30': input should be a valid integer"),
+        (b"batch: 1_000", "batch = '1_000': input should be a number, neither"),
+        (b"1: 2", "unknown key '1'"),
+    ],
+)
+def test_files_that_are_not_configs_are_named(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(text)
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "run.yaml")
+    assert f"{tmp_path / 'run.yaml'}" in str(caught.value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=[1", "The override 'seed=[1' is not valid YAML: line 1"),
+        ("seed=yes", "the override 'seed=yes': seed = 'yes': input should be a valid integer"),
+        ("stages.x.steps=1", "stages is a list of 1; give the number of an item"),
+        ("stages.7=1", "stages is a list of 1; give the number of an item"),
+        ("seed.a.b=1", "seed is a single value without keys"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_named(tmp_path: Path, override: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(dump_config(parse_config(tiny_config(tmp_path), "test")))
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "a.yaml", [override])
+    assert message in str(caught.value)
 
 
 def test_a_config_from_a_mapping_has_objectives_of_their_own_class() -> None:

@@ -86,7 +86,7 @@ def test_damaged_files_are_named(tmp_path: Path, images: bytes, zipped: bool) ->
     write(tmp_path, *GOOD)
     file = tmp_path / (IMAGES_FILE + ".gz" * zipped)
     file.write_bytes(gzip.compress(images) if zipped else images)
-    with pytest.raises(UserError, match="is not a complete idx file") as caught:
+    with pytest.raises(UserError, match="is not a readable idx file") as caught:
         read_idx(tmp_path)
     assert str(file) in str(caught.value)
 

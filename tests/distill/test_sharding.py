@@ -28,10 +28,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def runs(folder: Path, *suffixes: str) -> dict[str, dict[str, Any]]:
-    """Every case, whole ("") or split ("shard")."""
+def runs(folder: Path, *names: str) -> dict[str, dict[str, Any]]:
+    """The raw settings of these cases."""
     made = {}
-    for name, (objective, options, changes) in CASES.items():
+    for name in names:
+        objective, options, changes = CASES[name]
         place = folder / name
         place.mkdir()
         raw = settings(objective, place, "cpu", "float32", **options) | {
@@ -42,15 +43,18 @@ def runs(folder: Path, *suffixes: str) -> dict[str, dict[str, Any]]:
         for role in raw["stages"][0]["roles"].values():
             role |= {"lr": 0.02, "ema": 0.9}
         raw["stages"][0]["steps"] = STEPS
-        for suffix in suffixes:
-            shard = {"shard": True} if "shard" in suffix else {}
-            made[f"{name}{suffix}"] = raw | changes | shard | {"out": str(place / f"run{suffix}")}
+        made[name] = raw | changes | {"out": str(place / "run")}
     return made
 
 
-def test_processes_equal_one_that_accumulates_split_or_not_and_resume_on_any_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names", [("tdm, adapters", "cdm"), pytest.param(tuple(CASES), marks=pytest.mark.slow)], ids=["two", "all"]
+)
+def test_processes_equal_one_that_accumulates_split_or_not_and_resume_on_any_number(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
     """20 steps on 2, then 1, then 4 processes, against 1 process, each with 4 micro-batches of 2 in all."""
-    one = runs(tmp_path, "")
+    one = runs(tmp_path, *names)
     several = {
         f"{name}{suffix}": raw | {"out": raw["out"] + suffix, "shard": suffix == ", split"}
         for name, raw in one.items()
@@ -66,7 +70,7 @@ def test_processes_equal_one_that_accumulates_split_or_not_and_resume_on_any_num
         moved = largest_difference(start[name.rpartition(", ")[0]], single, ["weights"])
         assert moved > 1e-2, name
         assert largest_difference(state, single, ["weights", "average"]) < 1e-6, name
-    parts = [path.name for path in Path(several["tdm, split"]["out"]).glob("checkpoints/step-0000020/*.safetensors")]
+    parts = [path.name for path in Path(several["cdm, split"]["out"]).glob("checkpoints/step-0000020/*.safetensors")]
     assert sorted(parts) == [f"state-{k:05d}-of-00004.safetensors" for k in range(1, 5)]
 
 

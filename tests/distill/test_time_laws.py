@@ -166,7 +166,7 @@ def test_capped_times_stay_below_the_students() -> None:
         ({"kind": "grid", "steps": 2, "low": 0.6, "high": 0.9}, "none of the 2 times"),
         ({"shift": math.inf}, "finite"),
         ({"mean": math.nan}, "finite"),
-        ({"shift": 0.0}, "greater than 0"),
+        ({"shift": 0.0}, "greater than or equal to 0.0001"),
         ({"low": -0.1}, "greater than or equal to 0"),
     ],
 )

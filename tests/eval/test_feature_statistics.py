@@ -107,7 +107,7 @@ def test_files_that_are_not_statistics_of_the_network_are_refused(tmp_path: Path
     (tmp_path / "empty.npz").touch()
     for read in (contains_statistics, lambda file: read_statistics(file, Pixels())):
         for name in ("edm.npz", "empty.npz"):
-            with pytest.raises(UserError, match="pickles are not read"):
+            with pytest.raises(UserError, match="Pickles are not read"):
                 read(tmp_path / name)
 
 

@@ -243,7 +243,7 @@ def test_archives_are_known_by_any_spelling_and_messages_say_what_is_wrong(tmp_p
         ImageSet.open(tmp_path / "x.tar.gz")
     for empty in ("empty.npz", "empty.zip", "empty.tar"):
         (tmp_path / empty).touch()
-        with pytest.raises(UserError, match=rf"{empty} (cannot be read|contains no images)"):
+        with pytest.raises(UserError, match=rf"{empty} (is not a readable folder|contains no images)"):
             ImageSet.open(tmp_path / empty)
     with pytest.raises(UserError, match=r"no\.zip does not exist"):
         ImageSet.open(tmp_path / "no.zip")

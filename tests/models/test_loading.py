@@ -119,12 +119,12 @@ def test_damaged_weights_are_reported_by_file(saved: Path, damage: Callable[[Pat
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (b"", "is not a fewstep model config: Invalid JSON"),
-        (b'{"backbone": {"name": "unet"}', "is not a fewstep model config: Invalid JSON"),
-        (b"\xff\xfe\x00", "is not a fewstep model config: not a text file"),
+        (b"", "is not a readable config of a fewstep model .Invalid JSON"),
+        (b'{"backbone": {"name": "unet"}', "is not a readable config of a fewstep model .Invalid JSON"),
+        (b"\xff\xfe\x00", "config of a fewstep model .Invalid JSON"),
         (b'{"backbone": {"name": "unet"}}', "shape: Field required"),
         (b'{"backbone": {"name": "unet"}, "shape": []}', "shape: Tuple should have at least 1 item"),
-        (b'{"backbone": {"name": "unet"}, "shape": [1, 0, 8]}', "shape.1: Input should be greater than 0"),
+        (b'{"backbone": {"name": "unet"}, "shape": [1, 0, 8]}', "shape.1: Input should be greater than or equal to 1"),
         (b'{"backbone": {"name": "unet"}, "shape": [1, 8, 8], "clases": 3}', "clases: Extra inputs are not permitted"),
         (b'{"backbone": {"name": "unt"}, "shape": [1, 8, 8]}', "Unknown backbone 'unt'; did you mean 'unet'"),
         (b'{"backbone": {"name": "unet", "widths": []}, "shape": [1, 8, 8]}', "Cannot build a network"),
@@ -146,7 +146,7 @@ def test_an_invalid_config_is_reported_by_file(saved: Path, config: bytes, messa
 def test_an_unreadable_config_is_reported_by_file(saved: Path) -> None:
     (saved / "config.json").unlink()
     (saved / "config.json").mkdir()
-    with pytest.raises(UserError, match=r"config.json is not a fewstep model config: .*Is a directory"):
+    with pytest.raises(UserError, match=r"config.json is not a readable config of a fewstep model .*Is a directory"):
         load_model(saved)
 
 

@@ -135,6 +135,11 @@ def test_ratios_are_read_or_interpolated_within_the_searched_range(tmp_path: Pat
             read_ratios(file, steps, guidance, order)
     with pytest.raises(UserError, match=r"searched on the grid time and do not fit the grid 'karras:0\.02'"):
         read_ratios(file, 6, 1.0, grid="karras:0.02")
+    file.write_text('[{"steps": 3, "guidance": 1.0, "order": 2, "ratios": [1.0, 1.0]}]')
+    with pytest.raises(UserError, match=r"dc_solver\.json is not a readable .*3 steps need as many ratios, not 2"):
+        read_ratios(file, 3, 1.0)
     file.write_text("[{}]")
-    with pytest.raises(UserError, match=r"needs the model's ratios in .*dc_solver\.json: run fewstep solver fit-dc"):
+    with pytest.raises(
+        UserError, match=r"dc_solver\.json is not a readable file of ratios .*: run fewstep solver fit-dc"
+    ):
         read_ratios(file, 6, 1.0)

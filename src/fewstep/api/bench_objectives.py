@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
@@ -18,7 +18,7 @@ from fewstep.api.evaluate import evaluate, known_teacher_scores
 from fewstep.api.models import Source
 from fewstep.api.train import train_run
 from fewstep.core.errors import UserError
-from fewstep.core.files import write_text
+from fewstep.core.files import read_json_lines, write_text
 from fewstep.distill.callback import Callback
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import describe, parse_config, read_settings
@@ -36,7 +36,7 @@ class MethodConfig(BaseConfig):
 
     stages: list[dict[str, Any]] = Field(min_length=1)
     data: dict[str, Any] = Field(default_factory=dict)
-    spent: int = Field(0, ge=0)
+    spent: int = Field(0, ge=0, le=10**15)
 
 
 class ObjectivesBenchmark(BaseConfig):
@@ -45,10 +45,10 @@ class ObjectivesBenchmark(BaseConfig):
     ``steps``, by default with their own number of steps."""
 
     out: str
-    evaluations: int = Field(ge=1)
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
-    steps: tuple[int, ...] = ()
-    n: int = Field(10_000, ge=20)
+    evaluations: int = Field(ge=1, le=10**15)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field((0, 1, 2), min_length=1)
+    steps: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = ()
+    n: int = Field(10_000, ge=20, le=10**7)
     reference: str = "fashion"
     base: dict[str, Any]
     methods: dict[str, MethodConfig] = Field(min_length=1)
@@ -105,13 +105,21 @@ def run_all(
     return runs
 
 
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of a finished run's ``metrics.jsonl``. Raises ``UserError`` if there are none."""
+    lines, _ = read_json_lines(folder / "metrics.jsonl")
+    lines = [line for line in lines if {"step", "seconds"} <= line.keys()]
+    if not lines:
+        raise UserError(f"{folder / 'metrics.jsonl'} contains no log of training; delete {folder} to train again.")
+    return lines
+
+
 def curve(benchmark: ObjectivesBenchmark, method: str, folder: Path) -> list[tuple[float, float]]:
     """(training evaluations so far, validation) of a finished run."""
     config = run_config(folder)
     costs = [stage.evaluations_per_step * config.batch * config.accumulate for stage in explain(config)]
     ends = [0, *accumulate(stage.steps for stage in config.stages)]
-    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    found = {line["step"]: line["validation"] for line in lines if "validation" in line}
+    found = {line["step"]: line["validation"] for line in logged(folder) if "validation" in line}
 
     def evaluations(step: int) -> float:
         inside = (min(max(step - first, 0), last - first) for first, last in pairwise(ends))
@@ -148,8 +156,7 @@ def bench_objectives(
         missing = [k for k in wanted if (k, settings.n) not in {(score.steps, score.n) for score in own}]
         if missing:
             own += evaluate(folder, reference=settings.reference, steps=missing, n=settings.n, device=device)
-        last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        training = {"training_seconds": last["seconds"], "training_evaluations": settings.evaluations}
+        training = {"training_seconds": logged(folder)[-1]["seconds"], "training_evaluations": settings.evaluations}
         entries += [
             score.model_copy(update=several_models | {"model": method, "seed": seed}).model_dump(exclude_none=True)
             | training

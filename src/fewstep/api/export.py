@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import yaml
-
 from fewstep.api.models import Source, load
+from fewstep.core.yaml_files import dump_yaml
 from fewstep.distill.config_files import read_settings
 from fewstep.eval.report.tables import markdown
 from fewstep.eval.score_files import read_scores
@@ -21,7 +20,7 @@ def export(run: Source, form: ExportFormat, out: Source, device: str = "cpu") ->
     card, without absolute paths. Raises ``UserError`` if the model cannot be exported so."""
     folder, card = Path(run), ""
     if (folder / "config.yaml").is_file():
-        config = yaml.safe_dump(_without_folders(read_settings(folder / "config.yaml")[0]), sort_keys=False)
+        config = dump_yaml(_without_folders(read_settings(folder / "config.yaml")[0]))
         card = f"## Config\n\n```yaml\n{config}```\n"
         if (folder / "eval.json").is_file():
             card += f"\n## Scores\n\n{markdown(read_scores(folder / 'eval.json'))}"

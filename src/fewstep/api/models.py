@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ def load(source: Source, device: str = "auto", size: Size | None = None, *, from
     if (folder / "config.yaml").is_file():
         if not (folder / "student" / "config.json").is_file():
             raise UserError(
-                f"The run {folder} has no student yet: it is not finished. Resume it with --resume {folder}."
+                f"The run {folder} has no student yet: it is not finished. Resume it with "
+                f"fewstep train --resume {shlex.quote(str(folder))}"
             )
         source = folder / "student"
     model = load_model(source, size=size, from_file=from_file)

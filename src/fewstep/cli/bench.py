@@ -14,8 +14,8 @@ from fewstep.cli.options import (
     ModelName,
     Overrides,
     check_json,
-    out,
     print_scores,
+    print_text,
     progress_bar,
     write_json,
 )  # fmt: skip
@@ -86,6 +86,6 @@ def memory(config: ConfigFile, overrides: Overrides = None, file: JsonFile = Non
 def _print(result: dict[str, Any], file: Path | None) -> None:
     if file is None or str(file) != "-":
         for name, value in result.items():
-            out.print(f"{name}: {value}")
+            print_text(f"{name}: {value}")
     if file is not None:
         write_json(result, file)

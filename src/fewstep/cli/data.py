@@ -18,8 +18,8 @@ from fewstep.cli.options import (
     Solver,
     Steps,
     counting,
-    out,
     parse_size,
+    print_text,
     progress_bar,
     sampling_of,
 )  # fmt: skip
@@ -56,7 +56,7 @@ def encode(
             teacher, prompts, folder, sizes=wanted, frames=frames, batch=batch, rows=rows, device=device,
             progress=progress,
         )  # fmt: skip
-    out.print(f"{n} are encoded in {folder}.")
+    print_text(f"{n} are encoded in {folder}.")
 
 
 @app.command(epilog="Example: fewstep data reference DIR --out squares")
@@ -75,7 +75,7 @@ def reference(
             data_folder, folder, epochs=epochs, seed=seed,
             progress=lambda step, steps, loss: bar.update(task, completed=step, total=steps),
         )  # fmt: skip
-    out.print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
+    print_text("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
 
 
 @app.command("ode-pairs", epilog="Example: fewstep data ode-pairs fashion --n 10000 --out runs/pairs.safetensors")
@@ -98,7 +98,7 @@ def ode_pairs(
             model_name, file, n=n, sampling=sampling_of(solver, steps, guidance, "time", seed), device=device,
             progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
-    out.print(f"{n} pairs are in {file}.")
+    print_text(f"{n} pairs are in {file}.")
 
 
 @app.command(
@@ -140,4 +140,4 @@ def preferences(
             sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference, batch=batch,
             device=device, progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
-    out.print(f"{n} pairs are in {file}.")
+    print_text(f"{n} pairs are in {file}.")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import counting, out, print_scores, sampling_bar
+from fewstep.cli.options import counting, print_scores, print_text, sampling_bar
 from fewstep.cli.train import run_training
 from fewstep.core.errors import UserError
 
@@ -44,16 +44,16 @@ def demo(
     if (folder / "config.yaml").is_file():
         if run_config(folder) != load_config(config, [f"out={folder}", *overrides]):
             raise UserError(f"{folder} contains another run than the demo; choose another folder with --out.")
-        out.print(f"{folder} contains an unfinished demo: resuming it.")
+        print_text(f"{folder} contains an unfinished demo: resuming it.")
         run_training(None, [], folder)
     else:
         run_training(config, [f"out={folder}", *overrides], None)
     with sampling_bar(n) as progress:
         evaluate(folder, n=n, progress=progress)
     images = compare_images(folder)
-    out.print("Teacher (its best setting within each number of evaluations) and student:")
+    print_text("Teacher (its best setting within each number of evaluations) and student:")
     print_scores(best_teacher(read_scores(folder / "eval.json")))
-    out.print(f"Teacher and student side by side: {images}\nThe report: {report(folder)}")
+    print_text(f"Teacher and student side by side: {images}\nThe report: {report(folder)}")
 
 
 def unfinished(folder: Path) -> Path:

@@ -20,12 +20,12 @@ from fewstep.cli.options import (
     Steps,
     check_json,
     counting,
-    out,
     parse_names,
     parse_numbers,
     parse_size,
     print_scores,
     print_table,
+    print_text,
     sampling_bar,
     sampling_of,
     write_json,
@@ -105,7 +105,7 @@ def evaluate(
                 Path(source), settings, str(stats), locator, pick_device(device), skip_bad, count
             )
         for text in (*(f"The statistics are in {written}." for written in files), *remarks):
-            out.print(text, markup=False, highlight=False)
+            print_text(text)
         return
     if settings is not None and images:
         with sampling_bar(settings.n) as progress:
@@ -131,14 +131,15 @@ def evaluate(
 
 def _check_exists(source: str) -> None:
     """Raises ``UserError`` if ``source`` is certainly a path, of nothing."""
+    from fewstep.core.paths import is_hub_id, nearest_folder
     from fewstep.core.registry import is_dotted
-    from fewstep.models.loading import bundled_models, is_hub_id
+    from fewstep.models.loading import bundled_models
 
     if not Path(source).exists() and not is_dotted(source) and not is_hub_id(source) and source not in bundled_models():
-        known = ", ".join(bundled_models())
+        known, hint = ", ".join(bundled_models()), nearest_folder(Path(source)) if "/" in source else ""
         raise UserError(
             f"{source} does not exist: give a run, a model or pipeline folder, a bundled model ({known}), or images (a "
-            "folder, .zip, .tar or .npz)."
+            f"folder, .zip, .tar or .npz){hint}."
         )
 
 
@@ -148,7 +149,7 @@ def compare(
     theirs: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.")],
     file: JsonFile = None,
 ) -> None:
-    """Compare two files of scores, and say whether their values are comparable."""
+    """Compare two files of scores, and print_text whether their values are comparable."""
     from fewstep.eval.report.tables import side_by_side
     from fewstep.eval.score_files import read_scores
 

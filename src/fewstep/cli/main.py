@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli import bench, data, demo, evaluate, models, solver, train
-from fewstep.cli.options import FIRST, err, leave
+from fewstep.cli.options import FIRST, err, leave, print_text
 from fewstep.core.errors import UserError
 
 RENAMED = {
@@ -70,7 +70,7 @@ def main() -> None:
         _refuse_renamed(arguments)
         app(arguments, standalone_mode=True)
     except KeyboardInterrupt:
-        err.print("\nInterrupted.", style="yellow")
+        print_text("\nInterrupted.", "yellow", err)
         sys.exit(130)
     except Exception as error:
         if debug:
@@ -84,7 +84,7 @@ def main() -> None:
 def _show(error: Exception, text: str) -> None:
     """Shows an error. Of several processes, the first one shows what all share, and another one its own."""
     if FIRST:
-        err.print(f"Error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+        print_text(f"Error: {text}", "red", err)
         return
     from fewstep.distill.processes import SharedError, have_met
 

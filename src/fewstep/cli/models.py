@@ -16,10 +16,10 @@ from fewstep.cli.options import (
     Solver,
     Steps,
     counting,
-    out,
     parse_numbers,
     parse_seeds,
     parse_size,
+    print_text,
     refuse,
     sampling_of,
 )  # fmt: skip
@@ -89,7 +89,7 @@ def sample(
                 model, lines, file, seeds=parse_seeds(seeds, sampling.seed), batch=batch or 8, sampling=sampling,
                 video=(video or Video.gif).value, progress=progress,
             )  # fmt: skip
-        out.print(f"{len(written)} samples are in {file}.")
+        print_text(f"{len(written)} samples are in {file}.")
         return
     if model.config.classes:
         refuse("This model takes class labels", seeds=seeds, size=size, batch=batch, video=video)
@@ -98,7 +98,7 @@ def sample(
     images = sample_labels(model, n=n, labels=numbers, sampling=sampling)
     columns = len(numbers) if numbers and len(numbers) > 1 else min(n, model.config.classes or 10)
     save_grid(images, file, columns=columns)
-    out.print(f"{n} images are in {file}.")
+    print_text(f"{n} images are in {file}.")
 
 
 @app.command(epilog="Example: fewstep export runs/mine --to lora --out my_lora")
@@ -112,4 +112,4 @@ def export(
     from fewstep.api.export import export as export_model
 
     written = export_model(model_name, form, folder, device)
-    out.print(f"The student is in {written}. It was reloaded and gives the same output.")
+    print_text(f"The student is in {written}. It was reloaded and gives the same output.")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun), only the first one speaks
 SPEAKING_SECONDS = 10
-out = Console(width=None if Console().is_terminal else 160, markup=False, quiet=not FIRST)
-err = Console(stderr=True, markup=False, quiet=not FIRST)
+out = Console(width=None if Console().is_terminal else 160, markup=False, emoji=False, quiet=not FIRST)
+err = Console(stderr=True, markup=False, emoji=False, quiet=not FIRST)
 
 Number = TypeVar("Number", int, float)
 
@@ -76,7 +76,7 @@ def sampling_of(solver: str | None, steps: int | None, guidance: float, grid: st
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         yield bar
 
@@ -141,6 +141,12 @@ def refuse(reason: str, **options: object) -> None:
         raise UserError(f"{reason}: remove {', '.join(given)}.")
 
 
+def print_text(text: str, style: str | None = None, console: Console = out) -> None:
+    """Prints a text as it is: brackets and colons in paths stay, and no line is broken, so that it can be copied."""
+    printable = text.encode(errors="backslashreplace").decode()  # a file's name need not be UTF-8
+    console.print(printable, style=style, highlight=False, soft_wrap=True)
+
+
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """A table whose first row is the header."""
     head, *body = rows
@@ -155,7 +161,7 @@ def print_scores(scores: list[Score]) -> None:
 
     print_table(rows(scores))
     for note in dict.fromkeys(note for score in scores for note in score.notes()):
-        out.print(note, style="yellow", markup=False, highlight=False)
+        print_text(note, "yellow")
 
 
 def check_json(file: Path | None, *inputs: Path) -> None:

@@ -13,10 +13,10 @@ from fewstep.cli.options import (
     JsonFile,
     ModelName,
     counting,
-    out,
     parse_names,
     parse_numbers,
     print_table,
+    print_text,
     write_json,
 )  # fmt: skip
 from fewstep.core.errors import UserError
@@ -65,7 +65,7 @@ def compare(
             seed=seed, device=device, progress=progress,
         )  # fmt: skip
     print_table(table_rows(best_grids(lines)))
-    out.print(f"All grids, the table and the figure are in {folder}.")
+    print_text(f"All grids, the table and the figure are in {folder}.")
 
 
 @app.command("fit-v3", epilog="Example: fewstep solver fit-v3 fashion --n 512 --out statistics.safetensors")
@@ -85,7 +85,7 @@ def fit_v3(
         solvers.fit_v3(
             model_name, file, n=n, intervals=intervals, guidance=guidance, seed=seed, device=device, progress=progress
         )
-    out.print(f"The statistics are in {file}.")
+    print_text(f"The statistics are in {file}.")
 
 
 @app.command("fit-dc", epilog="Example: fewstep solver fit-dc fashion --steps 5,8 --out dc_solver.json")
@@ -109,4 +109,4 @@ def fit_dc(
             guidance=parse_numbers(guidance, float, "--guidance"), n=n, grid=grid, seed=seed, device=device,
             progress=progress,
         )  # fmt: skip
-    out.print(f"The ratios are in {file}.")
+    print_text(f"The ratios are in {file}.")

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.options import ConfigFile, JsonFile, Overrides, RunFolder, err, leave, out, print_table, write_json
+from fewstep.cli.options import (
+    ConfigFile,
+    JsonFile,
+    Overrides,
+    RunFolder,
+    err,
+    leave,
+    print_table,
+    print_text,
+    write_json,
+)  # fmt: skip
 from fewstep.core.errors import UserError
 
 app = typer.Typer()
@@ -43,21 +53,19 @@ def run_training(config: str | None, overrides: list[str], resume: Path | None) 
             raise UserError(f"With --resume the run's own config is used, so {config!r} is not: leave it out.")
         overrides, config = [config, *overrides], None
     settings = run_config(resume, overrides) if resume is not None else load_config(config or "", overrides)
-    out.print(f"Device: {pick_device(settings.device).type}. Attention: {settings.attention}.")
+    print_text(f"Device: {pick_device(settings.device).type}. Attention: {settings.attention}.")
     try:
         with TrainingProgress(settings.steps) as progress:
             run = train_run(settings, resume, callbacks=[progress])
     except Interrupted as stop:
-        err.print(
-            f"\nInterrupted: {stop}. Continue with: fewstep train --resume {shlex.quote(str(stop.folder))}",
-            style="yellow", markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        command = f"fewstep train --resume {shlex.quote(str(stop.folder))}"
+        print_text(f"\nInterrupted: {stop}. Continue with: {command}", "yellow", err)
         leave(130)
     trained, student = run.trainer, run.folder / "student"
     if progress.steps_done:
-        out.print(f"Trained {trained.step} steps in {trained.seconds:.0f} s. The student is in {student}.")
+        print_text(f"Trained {trained.step} steps in {trained.seconds:.0f} s. The student is in {student}.")
     else:
-        out.print(f"All {trained.step} steps of this run were done already. The student is in {student}.")
+        print_text(f"All {trained.step} steps of this run were done already. The student is in {student}.")
     return run.folder
 
 
@@ -75,7 +83,7 @@ def explain(config: ConfigFile, overrides: Overrides = None, file: JsonFile = No
         write_json([stage.as_dict() for stage in stages], file)
         return
     for number, stage in enumerate(stages):
-        out.print(f"stages.{number}: {stage.text}\n", markup=False, highlight=False)
+        print_text(f"stages.{number}: {stage.text}\n")
         rows = [("update", "trains", "due", "evaluations per sample and update: role without + with gradient")]
         for update in stage.updates:
             costs = ", ".join(
@@ -84,11 +92,11 @@ def explain(config: ConfigFile, overrides: Overrides = None, file: JsonFile = No
             due = "every step" if update.due.n == 1 else f"every {update.due.n} steps"
             rows.append((update.name, ", ".join(update.roles), due, costs))
         print_table(rows)
-        out.print(f"Forward passes per sample and step, over all roles: {stage.evaluations_per_step:.3g}.")
+        print_text(f"Forward passes per sample and step, over all roles: {stage.evaluations_per_step:.3g}.")
         if stage.settings:
             print_table([("setting", "here", "default", "published"), *stage.settings])
         else:
-            out.print("All settings of the objective are its defaults.")
+            print_text("All settings of the objective are its defaults.")
 
 
 @app.command(epilog="Example: fewstep replay runs/demo --step 200")
@@ -108,7 +116,7 @@ def replay(run: RunFolder, step: Annotated[int, typer.Option(help="A logged step
             f"Step {step} did not replay bit for bit: other versions, another machine or another number of threads?"
         )
     if file is None:
-        out.print(f"Step {step} replayed bit for bit ({len(computed)} numbers).")
+        print_text(f"Step {step} replayed bit for bit ({len(computed)} numbers).")
 
 
 @app.command(epilog="Example: fewstep report runs/demo")
@@ -116,4 +124,4 @@ def report(run: RunFolder) -> None:
     """Write report.html into a run folder: scores, curves, images, diagnostics, config."""
     from fewstep.api.report import report as write_report
 
-    out.print(f"The report is {write_report(run)}.")
+    print_text(f"The report is {write_report(run)}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
-from fewstep.cli.options import out, progress_bar
+from fewstep.cli.options import out, print_text, progress_bar
 from fewstep.distill.callback import Callback
 from fewstep.distill.loop import LostUpdate
 from fewstep.distill.trainer import Trainer
@@ -33,14 +33,14 @@ class TrainingProgress(Callback):
         self._context.__exit__(kind, error, trace)
 
     def on_note(self, trainer: Trainer, text: str) -> None:
-        out.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        print_text(text, "yellow")
 
     def on_step(self, trainer: Trainer) -> None:
         self.steps_done += 1
         self._bar.update(self._task, completed=trainer.step)
 
     def on_lost_update(self, trainer: Trainer, lost: LostUpdate) -> None:
-        out.print(str(lost), style="yellow", markup=False, highlight=False)
+        print_text(str(lost), "yellow")
 
     def on_log(self, trainer: Trainer, values: dict[str, float]) -> None:
         losses = "  ".join(
@@ -49,10 +49,10 @@ class TrainingProgress(Callback):
         best = f"  best {trainer.best['value']:.2f}" if trainer.best else ""
         self._bar.update(self._task, description=losses + best)
         if not out.is_terminal and trainer.step % (20 * trainer.config.log_every) == 0:
-            out.print(f"step {trainer.step}/{self._steps}  {trainer.seconds:.0f} s  {losses}{best}")
+            print_text(f"step {trainer.step}/{self._steps}  {trainer.seconds:.0f} s  {losses}{best}")
         self._logged.append(values)
         for finding in diagnose(self._logged):
             if finding.name not in self._warned:
                 self._warned.add(finding.name)
                 text = f"step {trainer.step}: {finding.text}"
-                out.print(text, style="yellow", markup=False, highlight=False)
+                print_text(text, "yellow")

@@ -1,4 +1,4 @@
-"""Files written atomically and read with clear errors: text, safetensors, prompts, tables, hashes."""
+"""Files and folders written atomically, and read with clear errors: JSON, safetensors, prompts, tables, hashes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,17 +25,25 @@ from fewstep.core.finite import first_non_finite
 def atomic_write(file: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``file`` that is renamed to it on success. Creates the parent folder.
 
-    A full disk or a killed process never leaves a partial file. Raises ``UserError`` if the file cannot be written.
+    A full disk, a killed process or a power cut leaves the old file or the new one, never a part of one. The file's
+    permissions are those that the umask gives, whatever wrote it. Raises ``UserError`` if it cannot be written.
     """
     temporary = file.with_name(file.name + ".part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        permissions = temporary.stat().st_mode & 0o777
         yield temporary
+        temporary.chmod(permissions)  # safetensors allows only the owner to read
+        _sync(temporary)
         temporary.replace(file)
+        _sync(file.parent)
     except (OSError, SafetensorError) as error:
+        raise _unwritable(file, error) from error
+    finally:
         with suppress(OSError):
             temporary.unlink()
-        raise _unwritable(file, error) from error
 
 
 def replace_folder(partial: Path, final: Path) -> None:
@@ -113,41 +123,79 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str,
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
+@contextmanager
+def reading(file: Path, kind: str, advice: str = "Restore it or regenerate it.") -> Iterator[None]:
+    """Turns whatever is raised inside into a ``UserError`` that names ``file``, what ``kind`` of file it should be, and
+    the reason. Only the parser belongs inside: on damaged bytes parsers raise exceptions of almost every type."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{file} does not exist. {advice}") from error
+    except Exception as error:
+        raise UserError(f"{file} is not a readable {kind} ({_reason(error)}). {advice}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The message of an error in one line; of several mistakes the first, with its place."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ": ".join([*([".".join(map(str, first["loc"]))] if first["loc"] else []), first["msg"]])
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def read_json(file: Path) -> Any:
+    """The value in a JSON file. Raises ``UserError`` if it is missing or damaged."""
+    with reading(file, "JSON file"):
+        return json.loads(file.read_bytes().decode("utf-8"))
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ``UserError`` if it is missing, damaged, or holds something else."""
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise UserError(f"{file} must contain a JSON object, not a {type(value).__name__}. Restore it.")
+    return value
+
+
+def read_json_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a .jsonl file, one per line, and the number of other lines, which are skipped: a process that was
+    killed may leave half a line. Raises ``UserError`` if the file cannot be read."""
+    with reading(file, "text file"):
+        lines = file.read_bytes().splitlines()
+    found: list[dict[str, Any]] = []
+    lines = [line for line in lines if line.strip()]
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                found.append(value)
+    return found, len(lines) - len(found)
+
+
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises ``UserError`` if it is missing or damaged."""
-    if not file.is_file():
-        raise UserError(f"{file} does not exist.")
-    try:
+    with reading(file, "safetensors file"):
         return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(file, error) from error
 
 
 def tensor_names(file: Path) -> set[str]:
     """The tensor names in a safetensors file. Raises ``UserError`` if it is missing or damaged."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return set(handle.keys())
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
+    with reading(file, "safetensors file"), safe_open(file, framework="pt") as handle:
+        return set(handle.keys())
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The string metadata of a safetensors file."""
-    with safe_open(file, framework="pt") as handle:
+    """The string metadata of a safetensors file. Raises ``UserError`` if it is missing or damaged."""
+    with reading(file, "safetensors file"), safe_open(file, framework="pt") as handle:
         return handle.metadata() or {}
-
-
-def _damaged(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} is not a readable safetensors file ({error}). Restore it or regenerate it.")
 
 
 def read_prompts(file: Path) -> list[str]:
     """The prompts of a UTF-8 text file, one per line. Raises ``UserError`` that names an empty or unreadable line."""
-    try:
+    with reading(file, "text file of prompts", "Give a text file, one prompt per line."):
         content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"Cannot read the prompts in {file}: {error}.") from error
     prompts = []
     for number, raw in enumerate(content.splitlines(), start=1):
         try:
@@ -166,17 +214,14 @@ def read_table(file: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
     """The cells of these columns, row by row, of a UTF-8 table: .csv with a header, or .jsonl with one object per line.
     Other columns are ignored. Raises ``UserError`` that names a row without one of them, and if there are no rows."""
     rows: list[tuple[str, ...]] = []
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            lines = csv.DictReader(stream) if file.suffix.lower() == ".csv" else map(json.loads, stream)
-            for number, row in enumerate(lines, start=1):
-                cells = [row.get(name) for name in columns] if isinstance(row, dict) else [None]
-                if not all(isinstance(cell, str) and cell.strip() for cell in cells):
-                    raise UserError(f"{file}, row {number} has no {' or no '.join(columns)}.")
-                rows.append(tuple(map(str, cells)))
-                "".join(rows[-1]).encode()  # a lone surrogate, which JSON can escape, raises ValueError
-    except (OSError, ValueError, csv.Error, RecursionError) as error:
-        raise UserError(f"{file} is not a readable table, .csv or .jsonl ({error}).") from error
+    with reading(file, "table, .csv or .jsonl"), file.open(encoding="utf-8-sig", newline="") as stream:
+        lines = csv.DictReader(stream) if file.suffix.lower() == ".csv" else map(json.loads, stream)
+        for number, row in enumerate(lines, start=1):
+            cells = [row.get(name) for name in columns] if isinstance(row, dict) else [None]
+            if not all(isinstance(cell, str) and cell.strip() for cell in cells):
+                raise UserError(f"{file}, row {number} has no {' or no '.join(columns)}.")
+            rows.append(tuple(map(str, cells)))
+            "".join(rows[-1]).encode()  # a lone surrogate, which JSON can escape, raises ValueError
     if not rows:
         raise UserError(f"{file} contains no {columns[-1]}s.")
     return rows

@@ -13,10 +13,10 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.core.files import reading
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".gif")
-UNREADABLE = (ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damage besides OSError
 Cover = tuple[int, int]
 
 
@@ -42,17 +42,14 @@ def read_image(file: Path, channels: int = 3, cover: Cover | None = None) -> Ten
 
     Raises ``UserError`` that names a damaged file.
     """
-    try:
-        with Image.open(file) as image:
-            pixels = _covering(image.convert("L" if channels == 1 else "RGB"), cover)
-    except (*UNREADABLE, OSError) as error:
-        raise UserError(f"{file} is not a readable image ({error}).") from error
+    with reading(file, "image"), Image.open(file) as image:
+        pixels = _covering(image.convert("L" if channels == 1 else "RGB"), cover)
     return torch.from_numpy(np.array(pixels)).reshape(pixels.height, pixels.width, channels).permute(2, 0, 1)
 
 
 def image_size(file: Path) -> Cover:
     """Height and width of an image or video file, from its header. Raises ``UserError`` that names a damaged file."""
-    try:
+    with reading(file, "image or video"):
         if file.suffix.lower() == ".mp4":
             require_av()
             import av
@@ -61,8 +58,6 @@ def image_size(file: Path) -> Cover:
                 return container.streams.video[0].height, container.streams.video[0].width
         with Image.open(file) as opened:
             return opened.height, opened.width
-    except (*UNREADABLE, OSError, IndexError) as error:
-        raise UserError(f"{file} is not a readable image or video ({error}).") from error
 
 
 def read_video(file: Path, frames: int, cover: Cover | None = None) -> Tensor:
@@ -70,10 +65,8 @@ def read_video(file: Path, frames: int, cover: Cover | None = None) -> Tensor:
 
     Raises ``UserError`` that names a damaged or shorter file, or what MP4 needs.
     """
-    try:
+    with reading(file, "video"):
         shown = [np.array(_covering(frame, cover)) for frame in islice(_frames(file), frames)]
-    except (*UNREADABLE, OSError) as error:
-        raise UserError(f"{file} is not a readable video ({error}).") from error
     if len(shown) < frames:
         raise UserError(f"{file} has {len(shown)} frames, {frames} are needed.")
     return torch.from_numpy(np.stack(shown)).permute(3, 0, 1, 2)

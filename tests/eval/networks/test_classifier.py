@@ -123,7 +123,7 @@ def test_a_missing_file_is_named(folder: Path) -> None:
     with pytest.raises(UserError, match=f"{WEIGHTS} does not exist"):
         ClassifierFeatures.load(folder)
     (folder / CONFIG).unlink()
-    with pytest.raises(UserError, match=rf"{CONFIG}: No such file"):
+    with pytest.raises(UserError, match=f"{CONFIG} does not exist"):
         ClassifierFeatures.load(folder)
 
 
@@ -141,7 +141,7 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
 )
 def test_a_damaged_description_is_refused(folder: Path, text: str, reason: str) -> None:
     (folder / CONFIG).write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=rf"{CONFIG} does not describe a classifier \({reason}"):
+    with pytest.raises(UserError, match=rf"{CONFIG} is not a readable description of a classifier \({reason}"):
         ClassifierFeatures.load(folder)
 
 

@@ -99,7 +99,7 @@ def test_encodings_of_other_prompts_or_encoders_are_refused(saved: Saved, prompt
 
 
 def test_a_folder_without_encoded_prompts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="contains no encoded prompts: create it with fewstep data encode"):
+    with pytest.raises(UserError, match=r"index\.json does not exist\. Create it with fewstep data encode"):
         EncodedPrompts(tmp_path)
 
 
