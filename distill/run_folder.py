@@ -62,6 +62,7 @@ class RunFolder(Callback):
         with world.together():
             run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device, world=world), device, world))
         world.once(run._start)
+        run._lock.release()
         return run
 
     def _start(self) -> None:
@@ -108,7 +109,7 @@ class RunFolder(Callback):
             text = str(stop) or f"stopped within step {trainer.step + 1}, whose work is lost"
             raise Interrupted(text, folder=self.folder) from None
         finally:
-            self._lock.release(force=True)  # also what create has claimed
+            self._lock.release()
 
     def _begin(self) -> None:
         """Claims the folder, and records what resuming changes."""

@@ -37,7 +37,6 @@ def train_to(step: int, runs: Runs, world: World = SINGLE_PROCESS) -> dict[str, 
             run = opened(config if new else config.out, CPU, world, inputs)  # type: ignore[operator]
             run.trainer.advance(step)
             run.on_checkpoint(run.trainer)
-            run._lock.release(force=True)
             states[name] = {key: value.clone() for key, value in whole(run.trainer.state()[0], keep=True).items()}
     finally:
         torch.optim.AdamW = adamw  # type: ignore[misc]

@@ -127,8 +127,11 @@ def test_a_config_needs_a_run_folder_and_something_to_train(tmp_path: Path, caps
     assert not (tmp_path / "run").exists()
 
 
-def test_resume_takes_no_config_and_no_overrides(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "neither CONFIG nor key=value" in refused(capsys, "train", "--resume", finished, "seed=1")
+def test_resume_takes_no_config_and_no_change_that_makes_another_run(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "leave it out" in refused(capsys, "train", "--resume", finished, "configs/fashion/demo.yaml")
+    assert "cannot change this when it is resumed: seed" in refused(capsys, "train", "--resume", finished, "seed=1")
 
 
 def test_a_run_is_not_overwritten_and_a_folder_that_is_not_one_is_named(
@@ -186,7 +189,7 @@ def test_a_replay_that_differs_is_reported(finished: Path, tmp_path: Path, capsy
 
 
 def test_python_refuses_a_config_beside_a_run_to_resume(finished: Path) -> None:
-    with pytest.raises(UserError, match="neither a config nor key=value"):
+    with pytest.raises(UserError, match="give changes as key=value"):
         fewstep.train("configs/fashion/demo.yaml", resume=finished)
     with pytest.raises(UserError, match="Give a config, or a run folder"):
         fewstep.train()

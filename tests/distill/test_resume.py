@@ -172,10 +172,13 @@ def test_a_run_on_another_number_of_processes_says_so(tmp_path: Path) -> None:
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
+    class Second(Callback):
+        def on_checkpoint(self, trainer: Trainer) -> None:
+            with pytest.raises(UserError, match="Another process is training in"):
+                RunFolder.reopen(tmp_path / "run", CPU).train()
+
     run = RunFolder.create(parse_config(tiny_config(tmp_path), "test"), CPU)
-    with pytest.raises(UserError, match="Another process is training in"):
-        RunFolder.reopen(tmp_path / "run", CPU).train()
-    run.train()
+    run.train(callbacks=[Second()])
     RunFolder.reopen(tmp_path / "run", CPU).train()  # the end of training frees the folder
 
 

@@ -164,7 +164,7 @@ def test_an_error_of_one_process_is_raised_in_all(tmp_path: Path) -> None:
         "    try:\n"
         f"        fewstep.train({str(config(tmp_path))!r}, callbacks=[Fails()])\n"
         "    except fewstep.UserError as error:\n"
-        "        print(os.environ['RANK'], 'saw:', error, flush=True)\n"
+        "        os.write(1, f\"{os.environ['RANK']}-saw-{error}\\n\".encode())\n"
     )
     command = [sys.executable, "-m", *TORCHRUN, "--master-port", str(20_000 + os.getpid() % 20_000)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -172,4 +172,4 @@ def test_an_error_of_one_process_is_raised_in_all(tmp_path: Path) -> None:
         [*command, str(tmp_path / "own.py")], capture_output=True, text=True, env=environment, timeout=150, check=False
     )
     for rank in "01":
-        assert f"{rank} saw: Process 1: no space here" in done.stdout, done.stdout + done.stderr
+        assert f"{rank}-saw-Process 1: no space here\n" in done.stdout, done.stdout + done.stderr

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from commands import refused
+from safetensors.torch import save_file
 from torch import Tensor
 from worlds import FLOW, MIXTURE, NOISE, VP, by_log_snr, mixture, tiny_teacher
 
 from fewstep.api import solvers
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_tensors, write_tensors
+from fewstep.core.files import read_tensors
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.mixture import MixtureBackbone
@@ -66,7 +67,7 @@ def test_weights_that_are_not_finite_give_an_error_and_no_image(
     file = teacher / "model.safetensors"
     tensors = read_tensors(file)
     tensors["enter.weight"][0] = math.nan
-    write_tensors(tensors, file)
+    save_file(tensors, file)
     message = refused(capsys, "sample", teacher, "--solver", "unipc_2", "--steps", 3, "--out", tmp_path / "x.png")
     assert "Sampling with unipc_2 failed: the model's output is not finite in step 1 of 3" in message
     assert not (tmp_path / "x.png").exists()
@@ -156,7 +157,7 @@ def test_statistics_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     teacher = tiny_teacher(tmp_path / "teacher")
     tensors = read_tensors(teacher / "model.safetensors")
     tensors["enter.weight"][0] = math.nan
-    write_tensors(tensors, teacher / "model.safetensors")
+    save_file(tensors, teacher / "model.safetensors")
     with pytest.raises(UserError, match="not finite"):
         solvers.fit_v3(teacher, tmp_path / "statistics.safetensors", n=2, intervals=2, device="cpu")
     assert not (tmp_path / "statistics.safetensors").exists()

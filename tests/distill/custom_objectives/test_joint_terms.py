@@ -73,7 +73,8 @@ def joint_loop(base: Denoiser, beta: float, *terms: str) -> Loop:
 
 def test_joint_terms_add_their_gradients_and_both_have_their_effect(base: Denoiser) -> None:
     loops = [joint_loop(base, 2.0, *terms) for terms in (("match", "preference"), ("match",), ("preference",))]
-    first = [loop.step(0) for loop in loops]
+    students = [next(u for u in loop.objective.updates if "student" in u.roles) for loop in loops]
+    first = [loop.update(student, 0, {0: {}}) for loop, student in zip(loops, students, strict=True)]
     torch.testing.assert_close(first[0]["loss/preference"], torch.tensor(2.0).log())  # the policy is the reference
     for both, match, preference in zip(*(gradients(loop.roles["student"]) for loop in loops), strict=True):
         assert match.abs().sum() > 0

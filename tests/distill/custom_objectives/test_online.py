@@ -9,8 +9,9 @@ import torch
 from plane import NO_CONDITION, flow_matching, is_unchanged, loop_of, snapshot, trained
 from torch import Tensor
 
+from fewstep.core.files import write_tensors
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.checkpoint import restore_role, role_tensors
+from fewstep.distill.checkpoint import StoredTensors, restore_role, role_tensors
 from fewstep.distill.data.batch import Batch
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Roles
@@ -44,7 +45,7 @@ def online(base: Denoiser) -> Loop:
     return loop_of(roles, Objective((update,), state={"buffer": buffer}), data=source)
 
 
-def test_the_policy_refills_its_own_source_and_resumes_exactly(base: Denoiser) -> None:
+def test_the_policy_refills_its_own_source_and_resumes_exactly(base: Denoiser, tmp_path: Path) -> None:
     loop = online(base)
     buffer, role = loop.objective.state["buffer"], loop.roles["student"]
     contents, rewards = [], []
@@ -59,7 +60,8 @@ def test_the_policy_refills_its_own_source_and_resumes_exactly(base: Denoiser) -
     assert rewards[-1] > rewards[0] + 0.5
 
     resumed = online(base)
-    restore_role("student", resumed.roles["student"], saved)
+    write_tensors(saved, tmp_path / "state.safetensors")
+    restore_role("student", resumed.roles["student"], StoredTensors({tmp_path / "state.safetensors": {}}))
     resumed.objective.state["buffer"].copy_(saved_buffer)
     for step in range(71, 201):
         resumed.step(step)

@@ -16,10 +16,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from preference_tables import COLUMNS, Row, write_images, write_table
+from safetensors.torch import save_file
 
 import fewstep
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_tensors, write_tensors
+from fewstep.core.files import read_tensors
 from fewstep.core.image_files import image_size, read_image
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.data.sources import Prompts
@@ -219,6 +220,6 @@ def test_damaged_shards_are_refused(
     table, out = write_table(images / "pairs.csv", ROWS[:2], COLUMNS), tmp_path / "out"
     fewstep.encode(saved("sd"), table, out, device="cpu")
     file = out / "pairs-00000.safetensors"
-    write_tensors(read_tensors(file) | change, file)
+    save_file(read_tensors(file) | change, file)
     with pytest.raises(UserError, match=message):
         EncodedPrompts(out)

@@ -131,7 +131,9 @@ def test_pairs_that_cannot_be_made_are_refused_before_sampling(
     )
     label_model = ["data", "preferences", "fashion", "--out", out, "--n", 2, "--reward", "symmetry"]
     assert "takes class labels" in refused(capsys, *label_model, "--captions", captions)
-    assert "Cannot read" in refused(capsys, *command, "--reward", "symmetry", "--captions", tmp_path / "none.txt")
+    assert "does not exist. Give a text file" in refused(
+        capsys, *command, "--reward", "symmetry", "--captions", tmp_path / "none.txt"
+    )
     assert "has no few-step rule" in refused(
         capsys, *command, *size, "--reward", "symmetry", "--captions", captions, "--solver", "student"
     )
@@ -243,7 +245,7 @@ def test_what_cannot_work_is_refused_before_training(saved: Saved, captions: Pat
 
     run = tmp_path / "run"
     assert "encoded by other text encoders" in message(dpo(saved, "sdxl", pairs, run, None))
-    assert "contains no encoded prompts" in message(dpo(saved, "sd", tmp_path, run, None))
+    assert "does not exist. Create it with fewstep data encode" in message(dpo(saved, "sd", tmp_path, run, None))
     assert "needs ['loser', 'winner'] with each condition" in message(
         dpo(saved, "sd", saved("sd") / "prompts", run, None)
     )
