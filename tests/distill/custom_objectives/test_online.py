@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from plane import NO_CONDITION, flow_matching, is_unchanged, loop_of, snapshot, trained
