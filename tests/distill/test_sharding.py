@@ -48,7 +48,7 @@ def runs(folder: Path, *names: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "names", [("tdm, adapters", "cdm"), pytest.param(tuple(CASES), marks=pytest.mark.slow)], ids=["two", "all"]
+    "names", [("tdm, adapters", "cdm"), pytest.param(tuple(CASES), marks=pytest.mark.long)], ids=["two", "all"]
 )
 def test_processes_equal_one_that_accumulates_split_or_not_and_resume_on_any_number(
     tmp_path: Path, names: tuple[str, ...]

@@ -21,7 +21,7 @@ def test_a_damaged_file_is_read_or_refused(name: str, tmp_path: Path) -> None:
     assert counts.refused > EXAMPLES // 10 or name.startswith(("report", "JSON lines"))  # these skip what is damaged
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", READERS)
 def test_many_damaged_files_are_read_or_refused(name: str, tmp_path: Path) -> None:
     fuzz(READERS[name], tmp_path, SLOW_EXAMPLES)
