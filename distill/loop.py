@@ -92,10 +92,11 @@ class Loop:
                 "is input_grad=True missing in an evaluation between the loss and the student?"
             )
         self.world.mean_([gradient for gradient in gradients if not sharding.is_sharded(gradient)])
-        limit = self.clip if self.clip is not None else float("inf")
-        norm = sharding.clip_gradients(parameters, limit, lambda x: self.world.sum_([x]))
+        norm = sharding.gradient_norm(parameters, lambda x: self.world.sum_([x]))
         metrics[f"grad_norm/{update.name}"] = norm.detach()
         if self._is_finite(update, norm, step, metrics):
+            if self.clip is not None:
+                sharding.clip_gradients(parameters, self.clip, norm)
             for role in update.roles:
                 self.roles[role].step()
             if update.after is not None:
@@ -179,7 +180,7 @@ class Loop:
             f"{role}.{name}"
             for role in update.roles
             for name, parameter in self.roles[role].module.named_parameters()
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
+            if parameter.grad is not None and not sharding.local(parameter.grad).isfinite().all()
         ]
         if not parameters:
             return "the norm of its gradient overflows"

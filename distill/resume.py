@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -55,21 +54,21 @@ def check_changes(changed: Changes, stage: int) -> None:
         )
 
 
-def settings_at(folder: Path, now: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
+def settings_at(folder: Path, now: Mapping[str, Any], first: int, last: int) -> Mapping[str, Any]:
     """The settings of the steps after ``first`` up to ``last``, of a run whose settings are ``now``.
 
     Raises ``UserError`` if the run changed them in between.
     """
-    settings: dict[str, Any] = json.loads(json.dumps(now))
+    settings = now
     for record in reversed(read_resumes(folder)):
-        if record["step"] >= last:
-            for key, (old, _) in record["changed"].items():
-                _set(settings, key.split("."), old)
-        elif record["step"] > first and record["changed"]:
-            raise UserError(
-                f"The run changed {', '.join(record['changed'])} at step {record['step']}, and no checkpoint between "
-                f"that step and step {last} is left."
-            )
+        if record["step"] < last:  # what came before was trained again from here
+            if record["step"] > first and record["changed"]:
+                raise UserError(
+                    f"The run changed {', '.join(record['changed'])} at step {record['step']}, and no checkpoint "
+                    f"between that step and step {last} is left."
+                )
+            break
+        settings = record["before"]
     return settings
 
 
@@ -77,10 +76,3 @@ def read_resumes(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's resumptions, in order."""
     file = folder / "resumes.jsonl"
     return read_json_lines(file)[0] if file.is_file() else []
-
-
-def _set(node: Any, path: Sequence[str], value: Any) -> None:
-    *parents, last = path
-    for part in parents:
-        node = node[int(part)] if isinstance(node, list) else node[part]
-    node[int(last) if isinstance(node, list) else last] = value

@@ -197,8 +197,10 @@ class RunFolder(Callback):
                 f"The run had {before['processes']} processes and has {self._origin['processes']} now: they share the "
                 "same micro-batches, so results differ by rounding alone."
             )
-        processes = {"processes": self._origin["processes"]}
-        self._resumed = {"step": state["step"], **processes, "changed": changed, "version": version("fewstep")}
+        self._resumed = {
+            "step": state["step"], "processes": self._origin["processes"], "version": version("fewstep"),
+            "changed": changed, "before": before["config"],
+        }  # fmt: skip
 
 
 @contextmanager
@@ -286,7 +288,7 @@ def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str
     before = max((other for other in logged if other < step), default=0)
     first = max((step_of(path) for path in checkpoints(folder / "checkpoints", before)), default=0)
     settings = settings_at(folder, run_config(folder).model_dump(mode="json"), first, step)
-    config = parse_config(settings, str(folder / "config.yaml"))
+    config = parse_config(dict(settings), str(folder / "config.yaml"))
     trainer = RunFolder.reopen(folder, device, before=before, config=config).trainer
     trainer.advance(before)
     computed = {name: value for name, value in trainer.advance(step).items() if name in logged[step]}

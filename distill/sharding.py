@@ -83,7 +83,8 @@ def split(denoiser: Denoiser, mesh: DeviceMesh) -> None:
             raise UserError("shard: true cannot split quantized weights; set weights: bfloat16 or float32.")
         tensor.data = tensor.data.contiguous()
     if network is backbone:
-        denoiser.__dict__["unsplit"] = _without_memory(network), mesh  # what copies are made from
+        # what copies are made from; not as an attribute, which would make it a submodule with parameters
+        denoiser.__dict__["unsplit"] = _without_memory(network), mesh
     done: set[int] = set()
     for group in (*groups(network), network):
         if id(group) not in done:  # a module may be used in two places
@@ -161,18 +162,23 @@ def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return result
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, total: Callable[[Tensor], None]) -> Tensor:
-    """Scales the gradients to a norm of at most ``limit``; returns the norm before. ``total`` sums a tensor over the
-    processes, for the norms of split gradients."""
+def gradient_norm(parameters: Sequence[nn.Parameter], total: Callable[[Tensor], None]) -> Tensor:
+    """The norm of all gradients. ``total`` sums a tensor over the processes, for the parts of split gradients."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    pieces = [g for g in gradients if is_sharded(g)]
+    pieces = [local(g) for g in gradients if is_sharded(g)]
     if not pieces:
-        return nn.utils.clip_grad_norm_(parameters, limit)
-    squares = torch.stack([local(g).float().square().sum() for g in pieces]).sum()
+        return nn.utils.get_total_norm(gradients)
+    squares = torch.stack([g.float().square().sum() for g in pieces]).sum()
     total(squares)
-    squares = squares + sum(g.float().square().sum() for g in gradients if not is_sharded(g))
-    norm = squares.sqrt()
+    return (squares + sum(g.float().square().sum() for g in gradients if not is_sharded(g))).sqrt()
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scales the gradients, whose norm is ``norm``, to a norm of at most ``limit``."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not any(is_sharded(g) for g in gradients):
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         local(gradient).mul_(scale)
-    return norm

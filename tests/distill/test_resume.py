@@ -209,3 +209,24 @@ def test_a_best_student_that_was_being_replaced_is_restored(tmp_path: Path) -> N
 def test_changes_are_listed_by_key() -> None:
     before, now = {"a": 1, "b": {"c": [1, 2]}, "d": None}, {"a": 1, "b": {"c": [1, 3, 4]}, "d": 0}
     assert changes(before, now) == {"b.c.1": (2, 3), "d": (None, 0), "b.c.2": (None, 4)}
+
+
+def test_a_step_before_a_stage_was_added_replays_without_it(tmp_path: Path) -> None:
+    stage = tiny_config(tmp_path)["stages"][0] | {"steps": 3}  # type: ignore[index]
+    made(tmp_path, stages=[stage])
+    config = parse_config(tiny_config(tmp_path, stages=[stage, stage | {"objective": "dmd2"}]), "test")
+    RunFolder.reopen(tmp_path / "run", CPU, config=config).train()
+    for step in (2, 5):
+        recorded, computed = replay_step(tmp_path / "run", step, CPU)
+        assert recorded == computed, step
+
+
+def test_a_step_that_was_trained_again_replays_with_the_later_settings(tmp_path: Path) -> None:
+    made(tmp_path)
+    resumed(tmp_path, "stages.0.roles.student.lr=2e-2", "stages.0.steps=13").train()
+    for step in (12, 13):
+        flip(tmp_path / "run" / "checkpoints" / f"step-{step:07d}" / "state.safetensors")
+    resumed(tmp_path, "stages.0.roles.student.lr=3e-2", "stages.0.steps=13").train()  # from step 8
+    for step in (7, 10, 13):
+        recorded, computed = replay_step(tmp_path / "run", step, CPU)
+        assert recorded == computed, step

@@ -185,3 +185,15 @@ def test_a_damaged_student_is_not_saved(tmp_path: Path) -> None:
     next(iter(model.denoiser.parameters())).data.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
         save_model(model.denoiser, model.config, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_only_the_parameter_whose_gradient_is_not_finite_is_named(clip: float | None) -> None:
+    trainer, lost = trainer_of(), Lost()
+    trainer.loop.clip, trainer.callbacks = clip, [lost]
+    bias = dict(trainer.roles["student"].module.named_parameters())["backbone.layers.0.bias"]
+    bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(UserError, match="in a row"):
+        trainer.train()
+    assert "not the gradient of student.backbone.layers.0.bias" in lost.causes[0]
+    assert "other parameters" not in lost.causes[0]

@@ -9,7 +9,7 @@ from fewstep.cli.options import out, print_text, progress_bar
 from fewstep.distill.callback import Callback
 from fewstep.distill.loop import LostUpdate
 from fewstep.distill.trainer import Trainer
-from fewstep.eval.report.diagnosis import diagnose
+from fewstep.eval.report.diagnosis import WINDOW, diagnose
 
 
 class TrainingProgress(Callback):
@@ -50,7 +50,9 @@ class TrainingProgress(Callback):
         self._bar.update(self._task, description=losses + best)
         if not out.is_terminal and trainer.step % (20 * trainer.config.log_every) == 0:
             print_text(f"step {trainer.step}/{self._steps}  {trainer.seconds:.0f} s  {losses}{best}")
-        self._logged.append(values)
+        config = trainer.config
+        kept = max(WINDOW, -(-config.health.every // config.log_every) + 1)  # lines; one of them has a health check
+        self._logged = [*self._logged, values][-kept:]
         for finding in diagnose(self._logged):
             if finding.name not in self._warned:
                 self._warned.add(finding.name)
