@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from torch import Tensor
@@ -113,7 +113,10 @@ class ExponentialWeights(NamedTuple):
 def exponential_weights(
     s: Node, t: Node, log_snrs: tuple[float, ...], form: Form, relaxation: Relaxation, tau: float = 1.0
 ) -> ExponentialWeights:
-    """The weights of a step from outputs at ``log_snrs``, the first at ``s``; cached across batches."""
+    """The weights of a step from outputs at ``log_snrs``, the first at ``s``; cached across batches. Raises
+    ``ValueError`` on an unknown form or relaxation."""
+    if form not in get_args(Form) or relaxation not in get_args(Relaxation):
+        raise ValueError(f"there is no form {form!r} or no relaxation {relaxation!r}")
     h = t.log_snr - s.log_snr
     count = 1 if math.isinf(h) else len(log_snrs)
     if form == "noise" and count == 1:
