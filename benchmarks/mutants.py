@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "mutants"
-CACHE = re.compile(r"^@lru_cache\(.*\)\n", re.MULTILINE)
+CACHE = re.compile(r"^@(lru_cache\(.*\)|cache)\n", re.MULTILINE)
 COPIED = ("tests", "benchmarks", "examples", "docs", "results", "configs", "pyproject.toml", "README.md")
 SETTINGS = """
 [tool.mutmut]

@@ -115,16 +115,16 @@ def exponential_weights(
 ) -> ExponentialWeights:
     """The weights of a step from outputs at ``log_snrs``, the first at ``s``; cached across batches. Raises
     ``ValueError`` on an unknown form or relaxation."""
-    if form not in get_args(Form) or relaxation not in get_args(Relaxation):
-        raise ValueError(f"there is no form {form!r} or no relaxation {relaxation!r}")
     h = t.log_snr - s.log_snr
     count = 1 if math.isinf(h) else len(log_snrs)
     if form == "noise" and count == 1:
         form = "data"  # the same step, and defined at both ends
     if form == "sde" and tau == 0:
         form = "data"
+    if form not in get_args(Form) or relaxation not in get_args(Relaxation):
+        raise ValueError(f"there is no form {form!r} or no relaxation {relaxation!r}")
     a = relax(form_integrals(form, h, count, tau), h, relaxation)
-    w = solve_weights(a, [value - s.log_snr for value in log_snrs[:count]] if count > 1 else [0.0])
+    w = solve_weights(a, [value - s.log_snr for value in log_snrs[:count]])
     if form == "noise":
         return ExponentialWeights(t.alpha / s.alpha, tuple(-t.sigma * weight for weight in w), 0.0, form)
     state, noise = t.sigma / s.sigma, 0.0

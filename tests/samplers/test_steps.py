@@ -244,7 +244,9 @@ def test_without_noise_the_noise_term_is_left_out(name: str) -> None:
 
 
 def test_rules_that_add_no_noise_draw_none() -> None:
-    times = CENTRE[1]
+    schedule, times = CENTRE
+    for form in ("data", "noise"):
+        multistep(mixture(schedule), NOISE, times, [Step(2, form)] * 4, no_noise)  # type: ignore[arg-type]
     tcd(mixture(FLOW), NOISE, times, no_noise, gamma=0.0)
     sa_solver(mixture(FLOW), NOISE, times, no_noise, tau=lambda t: 0.0)
     heun_edm(mixture(FLOW), NOISE, times, no_noise)
