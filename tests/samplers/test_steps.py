@@ -17,20 +17,20 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.schedules import VE, NoiseSchedule
 from fewstep.samplers.ddim import ddim
 from fewstep.samplers.dpm_solver import dpm_solver
-from fewstep.samplers.dpm_solver_pp import multistep_pp, multistep_sde, singlestep_pp
+from fewstep.samplers.dpm_solver_pp import multistep_pp, multistep_sde, pp_steps, singlestep_pp
 from fewstep.samplers.er_sde import er_sde
 from fewstep.samplers.euler import euler
-from fewstep.samplers.exponential import HistoryEntry, advance
+from fewstep.samplers.exponential import HistoryEntry, advance, exponential_integrals, relax
 from fewstep.samplers.few_step import renoise
 from fewstep.samplers.grids import Node
 from fewstep.samplers.heun import Churn, heun, heun_edm
-from fewstep.samplers.multistep import Step, falling_orders, multistep
+from fewstep.samplers.multistep import Step, falling_orders, multistep, states
 from fewstep.samplers.predictor import Predictor
 from fewstep.samplers.sa_solver import middle_times, sa_solver
 from fewstep.samplers.seeds import seeds
 from fewstep.samplers.solvers import SOLVERS
 from fewstep.samplers.tcd import tcd
-from fewstep.samplers.unipc import unipc
+from fewstep.samplers.unipc import unipc, unipc_steps
 
 Z = [torch.randn(200, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in range(1, 9)]
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
@@ -105,6 +105,18 @@ def test_2m_and_its_exact_weights_extrapolate_x0() -> None:
         before = multistep_pp(mixture(), NOISE, times, relaxation=relaxation)  # type: ignore[arg-type]
         x_c = linear + c.alpha * weight * slope
         close(before, advance(x_c, *mixture().nodes(times)[2:], [HistoryEntry(c, mixture()(x_c, c.t))]))
+
+
+@pytest.mark.parametrize("h", [0.7, -0.3])
+def test_the_published_relaxations_of_the_integrals(h: float) -> None:
+    """UniPC (arXiv 2302.04867): bh2 takes (e^h - 1) h / 2, bh1 h^2 / 2 (see also its predictor of order 2)."""
+    a = exponential_integrals(h, 3)
+    for relaxation, first in (("midpoint", a[0] * h / 2), ("published", a[0] * h / 2),
+                              ("bh1", math.copysign(h * h / 2, h)), ("none", a[1])):  # fmt: skip
+        assert relax(a[:2], h, relaxation) == [a[0], first]  # type: ignore[arg-type]
+        expected = [*a[:2], a[2] / 2 if relaxation == "published" else a[2]]
+        assert relax(a, h, relaxation) == expected  # type: ignore[arg-type]
+        assert relax(a[:1], h, relaxation) == a[:1]  # type: ignore[arg-type]
 
 
 def test_heun_and_euler_on_a_linear_equation() -> None:
@@ -260,13 +272,26 @@ def test_sa_solver_is_stochastic_in_the_middle() -> None:
 def test_unipc_corrects_every_step_but_those_that_it_is_told() -> None:
     times = by_log_snr(VP, 6)
     by_default = [Step(p, "data", "midpoint", True, "midpoint") for p in falling_orders(2, 6)]
+    assert unipc_steps(6) == by_default
     close(unipc(mixture(), NOISE, times), multistep(mixture(), NOISE, times, by_default))
     some = [Step(p, "data", "bh1", i != 2, "bh1") for i, p in enumerate(falling_orders(3, 6))]
     got = unipc(mixture(), NOISE, times, order=3, variant="bh1", uncorrected=[2])
     close(got, multistep(mixture(), NOISE, times, some))
+    corrected, partly = (list(states(mixture(), NOISE, times, steps)) for steps in (unipc_steps(6, 3, "bh1"), some))
+    assert [torch.equal(a, b) for a, b in zip(corrected, partly, strict=True)] == [True, True, *[False] * 4]
     never = unipc(mixture(), NOISE, times, correct=False)
     close(never, multistep_pp(mixture(), NOISE, times))
     assert not torch.allclose(unipc(mixture(), NOISE, times), never)
+
+
+def test_2m_is_the_default_multistep_rule() -> None:
+    assert pp_steps(6) == [Step(p, "data", "published") for p in falling_orders(2, 6)]
+
+
+def test_the_noise_form_returns_x0_at_the_end() -> None:
+    schedule, times = CENTRE
+    *_, before, last = states(mixture(schedule), NOISE, times, [Step(2, "noise", "none")] * 4)
+    close(last, mixture(schedule)(before, times[-2]).x0)
 
 
 @pytest.mark.parametrize("step", [Step(2, "date"), Step(2, "data", "midpiont")])  # type: ignore[arg-type]

@@ -180,3 +180,38 @@ def test_a_sigma_that_is_no_covariance_is_refused() -> None:
             Statistics(zero, sigma, 10).check_semidefinite("a.npz")
     rounded = Statistics.of(normal(5, 40)).covariance.float().double()
     Statistics(torch.zeros(40).double(), rounded, 5).check_semidefinite("singular, in single precision")
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_a_sigma_may_be_wrong_by_a_thousandth_of_its_size(scale: float) -> None:
+    """That is rounding: asymmetry relative to the largest entry, eigenvalues below 0 to the largest eigenvalue."""
+    rotation = torch.tensor([[1.0, 0.0, 1.0], [0.0, 2**0.5, 0.0], [-1.0, 0.0, 1.0]], dtype=torch.float64) / 2**0.5
+    for share, allowed in ((8e-4, True), (1.2e-3, False)):
+        skewed = torch.eye(3, dtype=torch.float64)
+        skewed[0, 2] = share
+        values = torch.tensor([-4 * share, 1.0, 4.0], dtype=torch.float64)
+        for sigma in (skewed, rotation @ torch.diag(values) @ rotation.T):
+            statistics = gaussian(torch.zeros(3).double(), scale * sigma)
+            if allowed:
+                statistics.check_semidefinite("rounded")
+            else:
+                with pytest.raises(UserError, match="sigma is not a covariance"):
+                    statistics.check_semidefinite("a.npz")
+
+
+def test_the_extreme_eigenvalues_of_a_wrong_sigma_are_named_and_a_constant_feature_is_allowed() -> None:
+    sigma = torch.tensor([[1.0, 3.0, 0.0], [3.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    with pytest.raises(UserError, match=r"eigenvalues from -2 to 4, asymmetry 0\)"):
+        gaussian(torch.zeros(3).double(), sigma).check_semidefinite("a.npz")
+    gaussian(torch.zeros(3).double(), 0 * sigma).check_semidefinite("constant")
+
+
+def test_the_bias_of_one_feature_is_that_of_chi_square() -> None:
+    """D = 1: E (sqrt(l) - s)^2 + l / n = 2 l (1 - E chi_k / sqrt(k)) + l / n, k = n - 1; without variance, 0."""
+    for n in (2, 3, 10):
+        k = n - 1
+        mean_root = math.sqrt(2 / k) * math.exp(math.lgamma((k + 1) / 2) - math.lgamma(k / 2))
+        reference = gaussian(torch.zeros(1).double(), torch.tensor([[0.3]]).double())
+        expected = 0.3 * (2 * (1 - mean_root) + 1 / n)
+        assert small_sample_bias(reference, n) == pytest.approx(expected, rel=0.05)
+    assert small_sample_bias(gaussian(torch.zeros(2).double(), torch.zeros(2, 2).double()), 5) == 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from random_sets import normal
+from torch import Tensor
 
-from fewstep.eval.metrics.kid import kid
+from fewstep.eval.metrics.kid import kid, subset_values
 
 
 def test_kid_by_hand() -> None:
@@ -30,6 +31,24 @@ def test_kid_of_one_distribution_averages_to_zero() -> None:
     )
     assert abs(values.mean()) < 3 * values.std() / 20
     assert values.min() < 0 < values.max()
+
+
+@pytest.mark.parametrize(("n", "m"), [(6, 14), (14, 6), (14, 14)])
+def test_subsets_of_the_smaller_set_average_to_the_unbiased_value_of_all(n: int, m: int) -> None:
+    """U-statistics: the mean over random subsets is the value with all pairs, each within-mean without its diagonal."""
+    x, y = normal(n, 2), normal(m, 2, seed=1) + 0.5
+
+    def mean(a: Tensor, b: Tensor, pairs: int) -> float:
+        kernel = (a @ b.T / 2 + 1) ** 3
+        return float((kernel.sum() - (kernel.trace() if a is b else 0)) / pairs)
+
+    exact = mean(x, x, n * (n - 1)) + mean(y, y, m * (m - 1)) - 2 * mean(x, y, n * m)
+    values = subset_values(x, y, subsets=4000, size=6)
+    assert values.mean().item() == pytest.approx(exact, abs=4 * values.std().item() / 4000**0.5)
+    assert values.std() > 0
+    assert values.dtype == torch.float64, "the features, too, are summed in double precision"
+    whole = subset_values(x, y, subsets=2)
+    assert torch.allclose(whole[0], whole[1]) == (n == m), "up to 1,000 rows"
 
 
 def test_kid_grows_with_the_distance() -> None:
