@@ -143,8 +143,8 @@ def advance(
     first order; all forms but ``sde`` agree there. Only ``sde`` uses ``tau`` and ``noise``; without ``noise``, its
     noise term is left out.
     """
-    if len(history) > 1:  # an output at an infinite log-SNR gives no derivative
-        history = [history[0], *(entry for entry in history[1:] if math.isfinite(entry.node.log_snr))]
+    # an output at an infinite log-SNR gives no derivative
+    history = [history[0], *(entry for entry in history[1:] if math.isfinite(entry.node.log_snr))]
     weights = exponential_weights(s, t, tuple(entry.node.log_snr for entry in history), form, relaxation, tau)
     out = x * weights.state
     for weight, entry in zip(weights.outputs, history, strict=False):
