@@ -49,6 +49,17 @@ def test_ratios_of_one_give_unipc(order: int) -> None:
     got = dc_solver(mixture(), NOISE, times, [1.0] * 8, order=order)
     assert torch.equal(got, unipc(mixture(), NOISE, times, order=order))
     assert not torch.equal(got, dc_solver(mixture(), NOISE, times, [1.0] * 7 + [0.9], order=order))
+    without_history = [0.5, 0.5, *[1.0] * 6]  # two outputs do not exist yet
+    assert torch.equal(got, dc_solver(mixture(), NOISE, times, without_history, order=order))
+    third = [1.0, 1.0, 0.5, *[1.0] * 5]
+    assert not torch.equal(got, dc_solver(mixture(), NOISE, times, third, order=order))
+
+
+def test_unipc_2_is_shifted_by_default() -> None:
+    times, ratios = by_log_snr(VP, 5), [1.0, 1.0, 0.9, 1.1, 0.8]
+    assert torch.equal(dc_solver(mixture(), NOISE, times, ratios), dc_solver(mixture(), NOISE, times, ratios, order=2))
+    with pytest.raises(ValueError, match="5 steps need as many ratios, got 1"):
+        dc_solver(mixture(), NOISE, times, [1.0])
 
 
 def test_searched_ratios_reduce_the_error() -> None:
@@ -113,6 +124,33 @@ def test_a_rule_of_order_one_also_shifts_by_three_outputs() -> None:
 
 def test_golden_section_finds_the_minimum() -> None:
     assert golden_section(lambda r: (r - 0.73) ** 2, 0, 2, 30) == pytest.approx(0.73, abs=1e-4)
+
+
+@pytest.mark.parametrize("minimum", [-0.9, 0.3, 1.4, 2.8])
+@pytest.mark.parametrize("rounds", [2, 3, 12])
+def test_golden_section_shrinks_the_interval_by_its_ratio_per_evaluation(minimum: float, rounds: int) -> None:
+    at: list[float] = []
+
+    def f(x: float) -> float:
+        at.append(x)
+        return abs(x - minimum)
+
+    found = golden_section(f, -1.0, 3.0, rounds)
+    assert len(at) == rounds
+    assert found == min(at, key=lambda x: abs(x - minimum)), "the best of the evaluated"
+    assert abs(found - minimum) <= 4 * 0.6181 ** (rounds - 1)
+    assert all(-1 < x < 3 for x in at)
+
+
+def test_the_features_are_products_of_powers() -> None:
+    """fraction^i, i < 4; guidance / 12 and steps / 50, each squared, itself and 1."""
+    features = RatioPolynomial.features(25, 3.0)
+    assert features.shape == (25, 36)
+    for k in (0, 7, 24):
+        expected = [
+            ((k + 1) / 25) ** i * w * n for i in range(4) for w in (1 / 16, 1 / 4, 1) for n in (1 / 4, 1 / 2, 1)
+        ]
+        assert features[k].tolist() == pytest.approx(expected)
 
 
 def test_the_ratio_polynomial_is_recovered_from_its_values() -> None:

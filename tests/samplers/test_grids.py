@@ -14,7 +14,18 @@ from worlds import FLOW
 
 from fewstep.core.errors import UserError
 from fewstep.models.schedules import VE, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
-from fewstep.samplers.grids import PUBLISHED, End, Spacing, check_times, given_steps, grid, grid_of, time_uniform
+from fewstep.samplers.grids import (
+    PUBLISHED,
+    End,
+    Spacing,
+    check_times,
+    given_steps,
+    grid,
+    grid_of,
+    respace,
+    time_uniform,
+)
+from fewstep.samplers.published_levels import bong_tangent, linear_quadratic
 
 SCHEDULES: dict[str, NoiseSchedule] = {
     "vp": VPLinear(), "flow": RectifiedFlow(), "edm": VE(), "discrete": VPDiscrete.scaled_linear()
@@ -140,6 +151,13 @@ def test_bong_tangent_joins_two_arctangents() -> None:
     assert grid(FLOW, 1, "bong_tangent") == (1.0, 0.0)
 
 
+def test_published_levels_run_from_1_to_0() -> None:
+    assert linear_quadratic(1) == bong_tangent(1) == [1.0, 0.0]
+    for levels in (linear_quadratic(7), bong_tangent(7)):
+        assert (len(levels), levels[0], levels[-1]) == (8, 1.0, 0.0)
+        assert levels == sorted(levels, reverse=True)
+
+
 def test_align_your_steps_takes_its_tables_and_interpolates_them_in_the_logarithm() -> None:
     schedule = VPDiscrete.scaled_linear()
     diffusers = pytest.importorskip("diffusers")
@@ -157,6 +175,18 @@ def test_align_your_steps_takes_its_tables_and_interpolates_them_in_the_logarith
     svd = VE(0.002, 700.0)
     rho = svd.sigma(torch.tensor(grid(svd, 10, "ays_svd")[:-1], dtype=torch.float64))
     assert rho.tolist() == pytest.approx(diffusers.schedulers.AysSchedules["StableDiffusionVideoSigmas"][:-1])
+
+
+def test_the_levels_of_a_flow_are_spaced_again_over_sigma_between_their_ends() -> None:
+    """diffusers' FlowMatchEulerDiscreteScheduler: of 0.9 to 0.1 in five levels, whatever lies between them."""
+    levels = torch.tensor([0.9, 0.89, 0.88, 0.87, 0.1], dtype=torch.float64)
+    karras = [(0.9 ** (1 / 7) + k / 4 * (0.1 ** (1 / 7) - 0.9 ** (1 / 7))) ** 7 for k in range(5)]
+    assert respace(levels, "karras").tolist() == pytest.approx(karras)
+    assert respace(levels, "exponential").tolist() == pytest.approx([0.9 * 9 ** (-k / 4) for k in range(5)])
+    quantiles = [1.0, 0.824320, 0.5, 0.175680, 0.0]
+    assert respace(levels, "beta").tolist() == pytest.approx([0.1 + 0.8 * q for q in quantiles], abs=1e-6)
+    with pytest.raises(ValueError, match="the spacing 'log_snr' does not apply to a flow's sigmas"):
+        respace(levels, "log_snr")
 
 
 @pytest.mark.parametrize("name", ["beta57", *PUBLISHED])

@@ -16,6 +16,7 @@ from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.mixture import GaussianMixture, MixtureBackbone
 from fewstep.models.schedules import RectifiedFlow
+from fewstep.samplers import search
 from fewstep.samplers.adjoint import ddim_step, midpoint_step, sampler_gradients
 from fewstep.samplers.ddim import ddim
 from fewstep.samplers.dpm_solver_pp import multistep_pp, singlestep_pp
@@ -115,6 +116,21 @@ def test_evolution_scores_one_schedule_per_round_and_keeps_the_best_parents() ->
     assert evolve(start, score, rounds=60, parents=5) == found, "the seed decides"
     assert evolve(start, score, rounds=60, parents=5, seed=1) != found
     assert len(evolve(start, score, rounds=60)) == 15
+    worst_first = evolve(start, lambda s: math.nan if s == start[0] else 1.0, rounds=1)
+    assert worst_first[0][0] == 1.0
+    assert worst_first[-1] == (math.inf, start[0])
+
+
+def test_three_of_ten_children_are_crosses(monkeypatch: pytest.MonkeyPatch) -> None:
+    crossed: list[int] = []
+
+    def counted(a: SolverSchedule, b: SolverSchedule, rng: random.Random) -> SolverSchedule:
+        crossed.append(1)
+        return cross(a, b, rng)
+
+    monkeypatch.setattr(search, "cross", counted)
+    evolve([SolverSchedule(TIMES, tuple(unipc_steps(6)))], lambda schedule: schedule.times[1], rounds=1000)
+    assert len(crossed) / 1000 == pytest.approx(0.3, abs=0.05)
 
 
 def test_evolution_finds_a_better_schedule_and_never_loses_the_best() -> None:
@@ -138,6 +154,7 @@ class TinyNetwork(nn.Module):
         super().__init__()
         self.a = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
         self.b = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        self.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return torch.tanh(self.b * x_t + self.a * t[:, None])
@@ -156,7 +173,9 @@ def test_the_discrete_adjoint_equals_the_gradient_of_the_unrolled_sampler(rule: 
     x = NOISE[:5].clone().requires_grad_()
     value = loss(unrolled(predict, x, times))
     expected = torch.autograd.grad(value, [x, model.a, model.b])
-    got = sampler_gradients(predict, NOISE[:5], times, loss, [model.a, model.b], step(predict))
+    parameters = [model.a, model.b, model.unused]
+    got = sampler_gradients(predict, NOISE[:5], times, loss, parameters, step(predict))
+    assert got.parameters.pop().tolist() == [0, 0, 0], "a parameter without effect"
     torch.testing.assert_close(got.loss, value.detach(), rtol=1e-12, atol=0)
     for ours, theirs in zip([got.x, *got.parameters], expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)

@@ -16,6 +16,7 @@ from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.schedules import VE, NoiseSchedule
 from fewstep.samplers.ddim import ddim
+from fewstep.samplers.deis import deis
 from fewstep.samplers.dpm_solver import dpm_solver
 from fewstep.samplers.dpm_solver_pp import multistep_pp, multistep_sde, pp_steps, singlestep_pp
 from fewstep.samplers.er_sde import er_sde
@@ -284,7 +285,9 @@ def test_unipc_corrects_every_step_but_those_that_it_is_told() -> None:
     assert not torch.allclose(unipc(mixture(), NOISE, times), never)
 
 
-def test_2m_is_the_default_multistep_rule() -> None:
+def test_2m_is_the_default_multistep_rule_and_deis_3_the_default_deis() -> None:
+    times = by_log_snr(VP, 6)
+    close(deis(mixture(), NOISE, times), deis(mixture(), NOISE, times, order=3))
     assert pp_steps(6) == [Step(p, "data", "published") for p in falling_orders(2, 6)]
 
 
