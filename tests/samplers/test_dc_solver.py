@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from worlds import NOISE, VP, by_log_snr, mixture, tiny_teacher
+from worlds import FLOW, NOISE, VP, by_log_snr, mixture, tiny_teacher
 
 from fewstep.api import solvers
 from fewstep.core.errors import UserError
@@ -105,7 +105,11 @@ def test_ratios_are_used_with_the_grid_and_the_weights_that_they_were_searched_o
 
 def test_the_bundled_ratios_belong_to_the_bundled_model() -> None:
     model = load_model("fashion")
-    plan(model, SamplingConfig("dc_solver_2", 5))
+    request = plan(model, SamplingConfig("dc_solver_2", 5))
+    assert model.path is not None
+    ratios = read_ratios(model.path / "dc_solver.json", 5, 1.0)
+    expected = dc_solver(mixture(FLOW), NOISE, request.times, ratios)
+    assert torch.equal(request.solver(mixture(FLOW), NOISE, request.times, lambda: NOISE), expected)
     with pytest.raises(UserError, match=r"do not fit the grid 'karras:0\.02'"):
         plan(model, SamplingConfig("dc_solver_2", 5, grid="karras:0.02"))
 

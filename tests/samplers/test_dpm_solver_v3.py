@@ -207,7 +207,14 @@ def test_statistics_are_used_at_the_guidance_and_with_the_weights_that_they_were
     assert other.path is not None
     file = teacher.path / "statistics.safetensors"
     solvers.fit_v3(teacher.path, file, n=2, intervals=4, guidance=2.0, device="cpu")
-    plan(teacher, SamplingConfig("dpm_solver_v3_2", 3, 2.0))
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for order in (2, 3):
+        request = plan(teacher, SamplingConfig(f"dpm_solver_v3_{order}", 4, 2.0))
+        predict = Predictor(teacher.denoiser, Condition.of_labels(torch.tensor([3, 5]), 10), Guidance(2.0))
+        rule = partial(dpm_solver_v3, statistics=Statistics.read(file), order=order, pseudo=True)
+        with torch.inference_mode():
+            got = request.solver(predict, x, request.times, lambda: x)
+            assert torch.equal(got, rule(predict, x, request.times))
     with pytest.raises(UserError, match="measured at guidance 2 and do not fit guidance 1: run fewstep solver fit-v3"):
         plan(teacher, SamplingConfig("dpm_solver_v3_2", 3))
     solvers.fit_v3(teacher.path, teacher.path / "statistics-1.safetensors", n=2, intervals=4, device="cpu")

@@ -80,6 +80,15 @@ def test_mutations_change_each_decision_with_their_probability() -> None:
     assert share([step.correct for step in default]) == pytest.approx(0.3, abs=0.03)
 
 
+def test_by_default_times_change_by_eight_percent() -> None:
+    start, rng = SolverSchedule((1.0, 0.5, 0.0), (Step(), Step())), random.Random(0)
+    factors = torch.tensor([mutate(start, rng).times[1] / 0.5 for _ in range(20_000)])
+    moved = factors[factors != 1]
+    assert len(moved) / len(factors) == pytest.approx(0.3, abs=0.01)
+    assert moved.mean().item() == pytest.approx(1.0, abs=3e-3)
+    assert moved.std().item() == pytest.approx(0.08, abs=2e-3)
+
+
 def test_mutated_times_that_meet_are_kept_apart_and_within_the_ends() -> None:
     start = SolverSchedule((1.0, 0.5, 0.4999, 0.4998, 0.001, 0.0), tuple([Step()] * 5))
     rng = random.Random(1)
@@ -94,6 +103,8 @@ def test_a_cross_takes_times_of_one_parent_and_steps_of_both() -> None:
     b = SolverSchedule((*TIMES[:-1], TIMES[-1] / 2), tuple([Step(3)] * 6))
     rng = random.Random(0)
     children = [cross(a, b, rng) for _ in range(300)]
+    with pytest.raises(ValueError, match="shorter"):
+        cross(a, SolverSchedule(TIMES[:-1], tuple([Step(3)] * 5)), rng)
     assert sum(child.times == a.times for child in children) / 300 == pytest.approx(0.5, abs=0.1)
     assert sum(step.order == 1 for child in children for step in child.steps) / 1800 == pytest.approx(0.5, abs=0.05)
 
