@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from fewstep.core.errors import UserError
@@ -219,6 +219,18 @@ def test_a_word_stands_for_a_laws_kind_or_its_range() -> None:
     assert str(clamped) == "beta(2, 0.5) shifted by 5 clamped to 0.02 to 0.98"
     with pytest.raises(UserError, match=r"ca_times\.within = 'late'.*'all' or 'cleaner'"):
         parse_config(run({"name": "cdm", "ca_times": "late"}), "test")
+
+
+@pytest.mark.parametrize(
+    ("law", "words"), [(TimeLaw, ["uniform", "logit_normal", "beta", "grid"]), (CappedTimes, ["all", "cleaner"])]
+)
+def test_the_schema_of_a_law_allows_its_words_and_a_mapping(law: type[TimeLaw], words: list[str]) -> None:
+    schema = TypeAdapter(dict[str, law]).json_schema()["additionalProperties"]  # type: ignore[valid-type]
+    definitions = TypeAdapter(dict[str, law]).json_schema().get("$defs", {})  # type: ignore[valid-type]
+    options = (definitions[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema)["anyOf"]
+    assert options[0] == {"enum": words}
+    assert options[1]["type"] == "object"
+    assert {"shift", "low", "high", law.short} <= set(options[1]["properties"])
 
 
 @pytest.mark.parametrize(
