@@ -208,6 +208,14 @@ def test_a_smallest_time_out_of_range_is_refused(spacing: Spacing, smallest: flo
         grid(FLOW, 5, spacing, t_min=smallest)
 
 
+def test_a_grid_in_words_is_the_one_of_its_spacing() -> None:
+    assert grid_of(FLOW, 4, "time") == time_uniform(4)
+    assert grid_of(FLOW, 4, "quadratic:0.1", factor=3.0, t_max=0.9) == grid(
+        FLOW, 4, "quadratic", factor=3.0, t_max=0.9, t_min=0.1
+    )
+    assert grid_of(FLOW, 4, "quadratic") == grid(FLOW, 4, "quadratic")
+
+
 def test_a_grid_can_be_given_as_its_times() -> None:
     assert grid_of(FLOW, 4, "times:1,0.9,0.75,0.5") == (1.0, 0.9, 0.75, 0.5, 0.0)
     assert grid_of(FLOW, 4, "times:1,0.9,0.75,0.5,0", factor=3.0) == (1.0, 0.9, 0.75, 0.5, 0.0), "after the shift"

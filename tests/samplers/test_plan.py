@@ -93,6 +93,25 @@ def test_the_schedule_shift_of_a_teacher_applies_to_its_grid() -> None:
 
 
 @pytest.mark.parametrize(
+    ("schedule", "prediction", "solver", "first"),
+    [
+        ("rectified_flow", "velocity", "euler", 1.0),
+        ("rectified_flow", "velocity", "dpmpp_2m", 0.999),  # divides by differences in log-SNR
+        ("rectified_flow", "noise", "euler", 0.999),  # which does not determine x0 at alpha = 0
+        ("rectified_flow", "score", "euler", 0.999),
+        ("vp_linear", "noise", "dpmpp_2m", 1.0),  # a finite log-SNR
+        ("ve", "noise", "euler", 1.0),
+    ],
+)
+def test_a_grid_starts_below_1_only_where_pure_noise_needs_it(
+    schedule: str, prediction: str, solver: str, first: float
+) -> None:
+    config = CONFIG.model_copy(update={"noise_schedule": {"name": schedule}, "prediction": prediction})
+    times = plan(Model(denoiser=TEACHER.denoiser, config=config), SamplingConfig(solver, 4)).times
+    assert times == (first, *(first * k / 4 for k in (3, 2, 1)), 0.0)
+
+
+@pytest.mark.parametrize(
     ("model", "config", "message"),
     [
         (TEACHER, SamplingConfig("student", 4), "not a distilled student .* choose a solver: .*ddim.*unipc_2"),
