@@ -24,7 +24,7 @@ def mean_cosine(inputs: MetricInput, prefix: str) -> float:
 
 def mean_cosine_error(inputs: MetricInput, prefix: str) -> float:
     """The standard error of the mean over images."""
-    return float(cosines(inputs, prefix).std()) / inputs.images.statistics.count**0.5
+    return float(cosines(inputs, prefix).std() / inputs.images.statistics.count**0.5)
 
 
 CLIP_SCORE = Metric(
