@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -47,6 +49,16 @@ def test_every_kind_is_recovered_from_every_other(
     prediction = predict(schedule, t, x_t, source, truth[source])
     for target in KINDS:
         assert_close(prediction.view(target), truth[target], rtol=1e-9, atol=1e-9)
+
+
+@every_schedule
+def test_a_row_holds_the_shares_of_x0_and_noise(schedule: NoiseSchedule) -> None:
+    x0, noise = tensor(0.7), tensor(-1.3)
+    _, truth = quantities(schedule, 0.4, x0, noise)
+    coefficients = Coefficients.at(schedule, tensor(0.4))
+    for kind in KINDS:
+        a, b = coefficients.row(kind)
+        assert_close(a * x0 + b * noise, truth[kind])
 
 
 @every_schedule
@@ -144,8 +156,11 @@ def test_conversions_are_affine_in_the_raw_output() -> None:
 def test_split_separates_a_batched_prediction() -> None:
     """Times per sample [2B] are split with the samples; one time for all [1] is kept."""
     x_t, raw = torch.arange(4.0)[:, None], torch.arange(4.0, 8.0)[:, None]
-    for t in (tensor(0.1, 0.2, 0.3, 0.4)[:, None], tensor(0.5)[:, None]):
+    for t in (tensor(0.1, 0.2, 0.3, 0.4)[:, None], tensor(0.5)[:, None], tensor(0.5)[0]):
         whole = predict(RectifiedFlow(), t, x_t, "velocity", raw)
-        first, second = whole.split(2)
+        features = {"middle": torch.arange(12.0).reshape(4, 3)}
+        first, second = replace(whole, features=features).split(2)
+        assert first.features.keys() == {"middle"}
+        assert torch.equal(torch.cat([first.features["middle"], second.features["middle"]]), features["middle"])
         assert_close(torch.cat([first.x0, second.x0]), whole.x0)
         assert first.x_t.tolist() == [[0], [1]]

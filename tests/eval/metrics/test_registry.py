@@ -181,6 +181,15 @@ def test_a_value_that_is_not_finite_is_an_error_and_not_a_score() -> None:
             wrong.measure(inputs(fid, 10))
 
 
+@pytest.mark.parametrize(("share", "noted"), [(0.004, False), (0.006, True)])
+def test_a_bias_above_a_twentieth_of_the_value_is_noted(share: float, noted: bool) -> None:
+    """Here, of 20 images: the bias is 20 times ``share``, the value 2."""
+    metric = replace(METRICS.resolve("fid"), compute=lambda _: 2.0, bias=lambda _, n: n * share)
+    measured = metric.measure(inputs(metric, 20))
+    assert measured.bias == (pytest.approx(20 * share) if noted else None)
+    assert replace(metric, bias=None).measure(inputs(metric, 20)).bias is None
+
+
 def test_error_bars_are_the_deviations_that_their_names_say() -> None:
     """KID: its subsets. Inception Score: its splits. CLIP score: its mean. FID-infinity: its fit. Others: images."""
     measured = {}
