@@ -142,6 +142,14 @@ def test_coefficients_are_float64_and_images_stay_float32() -> None:
     p = predict(RectifiedFlow(), 1 - 1e-9, torch.tensor([1.0]), "noise", torch.tensor([1.0]))
     assert p.x0.dtype == torch.float32
     assert p.x0.isfinite()
+    batch = predict(RectifiedFlow(), tensor(0.3, 0.8), torch.ones(2), "noise", torch.ones(2))
+    assert {batch.view(kind).dtype for kind in KINDS} == {torch.float32}
+
+
+@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+def test_the_conversion_to_the_same_kind_is_exactly_the_identity(t: float) -> None:
+    for kind in KINDS:
+        assert Coefficients.at(RectifiedFlow(), tensor(t)).convert(kind, kind) == (0, 1)
 
 
 def test_conversions_are_affine_in_the_raw_output() -> None:

@@ -25,7 +25,7 @@ from fewstep.samplers.grids import (
     respace,
     time_uniform,
 )
-from fewstep.samplers.published_levels import bong_tangent, linear_quadratic
+from fewstep.samplers.published_levels import align_your_steps, bong_tangent, linear_quadratic
 
 SCHEDULES: dict[str, NoiseSchedule] = {
     "vp": VPLinear(), "flow": RectifiedFlow(), "edm": VE(), "discrete": VPDiscrete.scaled_linear()
@@ -156,6 +156,8 @@ def test_published_levels_run_from_1_to_0() -> None:
     for levels in (linear_quadratic(7), bong_tangent(7)):
         assert (len(levels), levels[0], levels[-1]) == (8, 1.0, 0.0)
         assert levels == sorted(levels, reverse=True)
+    svd = align_your_steps("ays_svd", 5)
+    assert (len(svd), svd[0], svd[-1]) == (6, pytest.approx(700), 0.0)
 
 
 def test_align_your_steps_takes_its_tables_and_interpolates_them_in_the_logarithm() -> None:
@@ -189,7 +191,7 @@ def test_the_levels_of_a_flow_are_spaced_again_over_sigma_between_their_ends() -
         respace(levels, "log_snr")
 
 
-@pytest.mark.parametrize("name", ["beta57", *PUBLISHED])
+@pytest.mark.parametrize("name", ["time", "beta57", *PUBLISHED])
 def test_a_published_grid_takes_no_smallest_time(name: str) -> None:
     with pytest.raises(UserError, match=f"The grid '{name}' ends at 0 here, so it takes no smallest time"):
         grid_of(FLOW, 5, f"{name}:0.02")
@@ -214,6 +216,15 @@ def test_a_grid_in_words_is_the_one_of_its_spacing() -> None:
         FLOW, 4, "quadratic", factor=3.0, t_max=0.9, t_min=0.1
     )
     assert grid_of(FLOW, 4, "quadratic") == grid(FLOW, 4, "quadratic")
+    vp = VPDiscrete.scaled_linear()
+    for name in ("beta", "log_snr"):
+        assert grid_of(vp, 4, f"{name}:0.02") == grid(vp, 4, name, t_min=0.02)  # type: ignore[arg-type]
+    assert grid(FLOW, 4) == grid(FLOW, 4, "time")
+
+
+def test_uniform_times_are_exact_in_float64() -> None:
+    for times in (time_uniform(3), grid(FLOW, 3)):
+        assert times == pytest.approx((1, 2 / 3, 1 / 3, 0), abs=1e-15)
 
 
 def test_a_grid_can_be_given_as_its_times() -> None:
@@ -235,6 +246,6 @@ def test_a_grid_can_be_given_as_its_times() -> None:
 def test_invalid_grids_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one step, got 0"):
         time_uniform(0)
-    for times in ([0.5, 0.6], [1.0], [1.5, 0.5], [0.5, -0.1]):
+    for times in ([0.5, 0.6], [0.5, 0.5], [1.0], [1.5, 0.5], [0.5, -0.1], [0.5, 0.2, -0.1]):
         with pytest.raises(ValueError, match="two or more decreasing times within"):
             check_times(times)

@@ -14,7 +14,15 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.eval.metrics.frechet import Moments, Statistics, frechet_distance, small_sample_bias
+from fewstep.eval.metrics.frechet import (
+    Moments,
+    Statistics,
+    frechet_distance,
+    frechet_error,
+    grouped_moments,
+    small_sample_bias,
+)
+from fewstep.eval.metrics.jackknife import GROUPS, groups_of, jackknife_error
 from fewstep.eval.references import load_reference
 
 
@@ -109,9 +117,9 @@ def test_statistics_of_different_networks_are_refused() -> None:
 
 
 def test_invalid_statistics_are_refused() -> None:
-    with pytest.raises(UserError, match="covariance"):
+    with pytest.raises(UserError, match=r"A mean \[D\] and a covariance \[D, D\] are needed, got \[3\] and \[3, 2\]"):
         Statistics(torch.zeros(3), torch.zeros(3, 2), 10)
-    with pytest.raises(UserError, match="NaN"):
+    with pytest.raises(UserError, match="^The mean or covariance of the features contains NaN"):
         Statistics(torch.zeros(2), torch.tensor([[1.0, math.nan], [0.0, 1.0]]), 10)
 
 
@@ -215,3 +223,24 @@ def test_the_bias_of_one_feature_is_that_of_chi_square() -> None:
         expected = 0.3 * (2 * (1 - mean_root) + 1 / n)
         assert small_sample_bias(reference, n) == pytest.approx(expected, rel=0.05)
     assert small_sample_bias(gaussian(torch.zeros(2).double(), torch.zeros(2, 2).double()), 5) == 0
+
+
+@pytest.mark.parametrize("conditions", [0, 3])
+def test_the_error_is_the_jackknife_over_the_groups(conditions: int) -> None:
+    features, reference = normal(60, 3) + 1, gaussian(torch.zeros(3).double(), torch.eye(3).double())
+    groups = groups_of(torch.arange(60), conditions or 1)
+    moments = grouped_moments(features, conditions) if conditions else grouped_moments(features)
+    for group in range(GROUPS):
+        part = Moments.of(features[groups == group])
+        assert moments[group].count == part.count
+        torch.testing.assert_close(moments[group].mean, part.mean)
+    left_out = [frechet_distance(Statistics.of(features[groups != group]), reference) for group in range(GROUPS)]
+    assert frechet_error(moments, reference) == pytest.approx(jackknife_error(left_out), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [3, 4, 9])
+def test_the_bias_of_unequal_features_is_the_mean_distance_of_small_sets(n: int) -> None:
+    reference = gaussian(torch.zeros(3).double(), torch.diag(torch.tensor([1.0, 0.3, 0.05])).double())
+    x = normal(2000 * n, 3).reshape(2000, n, 3) * reference.covariance.diagonal().sqrt()
+    measured = sum(frechet_distance(Statistics.of(each), reference) for each in x) / 2000
+    assert small_sample_bias(reference, n) == pytest.approx(measured, rel=0.06)

@@ -40,6 +40,8 @@ def test_the_seed_shuffles_the_images_into_splits() -> None:
         expected = [(part * (part / part.mean(0)).log()).sum(1).mean().exp().item() for part in parts]
         assert split_scores(p, 3, seed).tolist() == pytest.approx(expected)
         assert inception_score(p, 3, seed) == pytest.approx(sum(expected) / 3)
+    assert torch.equal(split_scores(p), split_scores(p, 10, seed=0)), "the seed of every score is the same"
+    assert inception_score(p) == inception_score(p, 10, seed=0)
 
 
 def test_the_inception_score_equals_torch_fidelitys() -> None:

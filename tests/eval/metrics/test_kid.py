@@ -47,6 +47,9 @@ def test_subsets_of_the_smaller_set_average_to_the_unbiased_value_of_all(n: int,
     assert values.mean().item() == pytest.approx(exact, abs=4 * values.std().item() / 4000**0.5)
     assert values.std() > 0
     assert values.dtype == torch.float64, "the features, too, are summed in double precision"
+    thousand = normal(1001, 1)
+    assert torch.equal(subset_values(thousand, thousand, 1), subset_values(thousand, thousand, 1, size=1000))
+    assert kid(thousand, thousand, 1) == kid(thousand, thousand, 1, size=1000, seed=0)
     whole = subset_values(x, y, subsets=2)
     assert torch.allclose(whole[0], whole[1]) == (n == m), "up to 1,000 rows"
 
