@@ -26,7 +26,7 @@ def vendi_score(features: Tensor) -> float:
     return _effective_number(unit @ unit.T if n < d else unit.T @ unit)  # both have the same eigenvalues above 0
 
 
-def vendi_error(features: Tensor, conditions: int) -> float | None:
+def vendi_error(features: Tensor, conditions: int = 0) -> float | None:
     """The standard error of the Vendi score by the jackknife; None if there are too few images. Row k belongs to class
     or caption ``k % conditions``; 0: unknown."""
     if len(features) < MINIMUM_N:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fewstep.core.files import read_tensors
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.update import MicroBatch, StudentSample
+from fewstep.distill.update import LossTerm, MicroBatch, StudentSample
 from fewstep.models.denoiser import Denoiser, Routed
 from fewstep.models.loading import load_model
 from fewstep.models.model_config import FewStep
@@ -78,8 +79,17 @@ def test_the_student_is_trained_at_the_shifted_times_of_its_sampler(match_on: st
         seen.append(rollout(micro))
         return seen[-1]
 
-    loop = Loop(roles, replace(objective, rollout=record), {"data": Points(2)}, batch=64)
-    losses = [loop.step(k)["loss/match"] for k in range(8)]
+    update, losses = objective.updates[0], []
+
+    def terms(micro: MicroBatch) -> Iterator[LossTerm]:
+        for term in update.terms(micro):
+            losses.append(term.loss)
+            yield term
+
+    watched = replace(objective, updates=(replace(update, terms=terms),), rollout=record)
+    loop = Loop(roles, watched, {"data": Points(2)}, batch=64)
+    for k in range(8):
+        loop.step(k)
     levels = {
         (t, level) for each in seen for t, level in zip(each.t_student.tolist(), each.level.tolist(), strict=True)
     }

@@ -119,7 +119,7 @@ def test_statistics_of_different_networks_are_refused() -> None:
 def test_invalid_statistics_are_refused() -> None:
     with pytest.raises(UserError, match=r"A mean \[D\] and a covariance \[D, D\] are needed, got \[3\] and \[3, 2\]"):
         Statistics(torch.zeros(3), torch.zeros(3, 2), 10)
-    with pytest.raises(UserError, match="^The mean or covariance of the features contains NaN"):
+    with pytest.raises(UserError, match=r"^The mean or covariance of the features contains NaN"):
         Statistics(torch.zeros(2), torch.tensor([[1.0, math.nan], [0.0, 1.0]]), 10)
 
 

@@ -187,7 +187,7 @@ def test_features_that_only_one_group_has_leave_no_negative_variance() -> None:
 def test_so_few_images_that_a_group_has_no_spread_have_no_error_bar() -> None:
     for n in (2, 9, 19):
         assert frechet_error(grouped_moments(normal(n, 3)), reference(3)) is None
-        assert vendi_error(normal(n, 3), 0) is None
+        assert vendi_error(normal(n, 3)) is None
     assert frechet_error(grouped_moments(normal(20, 3)), reference(3)) is not None
     assert vendi_error(normal(20, 3)) is not None
     assert frechet_error((), reference(3)) is None
