@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -86,9 +86,20 @@ def test_only_updates_lost_in_a_row_end_training() -> None:
 
 
 def test_an_update_that_reaches_no_parameter_is_an_error() -> None:
-    message = "'student' reached no parameter of student: is input_grad=True missing in an evaluation"
+    loop = loop_of(lambda network, step: {})
+    loop.roles = Roles({name: loop.roles["student"] for name in ("student", "other")})
+    loop.objective = Objective((replace(loop.objective.updates[0], roles=("student", "other")),))
+    message = "'student' reached no parameter of student, other: is input_grad=True missing in an evaluation"
     with pytest.raises(RuntimeError, match=message):
-        loop_of(lambda network, step: {}).step(0)
+        loop.step(0)
+
+
+def test_the_error_of_many_lost_updates_names_all_roles() -> None:
+    loop = loop_of(at_steps({0}), max_lost={"student": 1})
+    loop.roles = Roles({name: loop.roles["student"] for name in ("student", "other")})
+    loop.objective = Objective((replace(loop.objective.updates[0], roles=("student", "other")),))
+    with pytest.raises(UserError, match=r"Lower the learning rate of student, other or the guidance"):
+        loop.step(0)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,9 @@ def test_ratios_are_used_with_the_grid_and_the_weights_that_they_were_searched_o
         plan(teacher, SamplingConfig("dc_solver_2", 3, grid="karras:0.02"))
     assert other.path is not None
     (other.path / "dc_solver.json").write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match="fitted to other weights than this model's: run fewstep solver fit-dc"):
+    with pytest.raises(
+        UserError, match=r"dc_solver\.json was fitted to other weights than this model's: run fewstep solver fit-dc"
+    ):
         plan(other, SamplingConfig("dc_solver_2", 3, 2.0, grid="karras:0.02"))
 
 
@@ -172,9 +174,17 @@ def test_ratios_are_read_or_interpolated_within_the_searched_range(tmp_path: Pat
     file.write_text(json.dumps(entries))
     assert read_ratios(file, 6, 1.0) == entries[1]["ratios"]
     assert read_ratios(file, 5, 1.0) == pytest.approx([1.0, 1.0, 0.9, 0.9, 0.9], abs=1e-3)
-    for steps, guidance, order in ((9, 1.0, 2), (6, 2.0, 2), (6, 1.0, 3)):
-        with pytest.raises(UserError, match=f"has no ratios near {steps} steps at guidance {guidance:g}"):
+    all_of_it = "4 steps at 1, 6 steps at 1, 8 steps at 1"
+    for steps, guidance, order, has in (
+        (9, 1.0, 2, all_of_it), (3, 1.0, 2, all_of_it), (6, 2.0, 2, all_of_it), (6, 1.0, 3, "none")
+    ):  # fmt: skip
+        message = rf"has no ratios near {steps} steps at guidance {guidance:g} \(it has {has}\)"
+        with pytest.raises(UserError, match=message):
             read_ratios(file, steps, guidance, order)
+    more = [{**entry, "guidance": 3.0} for entry in entries]
+    file.write_text(json.dumps(entries + more))
+    for steps, guidance in ((4, 2.0), (8, 1.5), (5, 1.0), (5, 3.0)):  # the ends belong to the range
+        assert read_ratios(file, steps, guidance) == pytest.approx([1.0, 1.0, *[0.9] * (steps - 2)], abs=1e-3)
     with pytest.raises(UserError, match=r"searched on the grid time and do not fit the grid 'karras:0\.02'"):
         read_ratios(file, 6, 1.0, grid="karras:0.02")
     file.write_text("[{}]")

@@ -113,6 +113,10 @@ def test_a_fitted_solver_of_your_own_reads_the_models_folder(tmp_path: Path) -> 
         return SOLVERS[(request.folder / "rule.txt").read_text()].run
 
     fewstep.register("solver", "fitted")(FittedSolver(build, 2, "none"))
+    found = find_solver("fitted", FitRequest(folder, 3))
+    assert (found.order, found.evaluations_per_step, found.paper, found.name) == (2, 1, "none", "fitted")
+    assert found.by_log_snr
+    assert not found.noisy
     assert torch.equal(images(folder, "fitted"), images(folder, "unipc_2"))
 
 

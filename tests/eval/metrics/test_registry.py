@@ -177,7 +177,7 @@ def test_features_of_different_networks_are_refused(metric: Callable[[Tensor, Te
 def test_a_value_that_is_not_finite_is_an_error_and_not_a_score() -> None:
     fid = METRICS.resolve("fid")
     for wrong in (replace(fid, compute=lambda _: math.nan), replace(fid, error=lambda _: math.inf, error_of="error")):
-        with pytest.raises(UserError, match=r"fid is .* no score is written"):
+        with pytest.raises(UserError, match=r"fid is .* no score is written\. Check the images and the reference\.$"):
             wrong.measure(inputs(fid, 10))
 
 
