@@ -150,6 +150,18 @@ def test_an_interrupted_estimation_continues(tmp_path: Path) -> None:
         )
 
     run(tmp_path / "full.safetensors")
+    for last, first_missing in ((17, 16), (27, 26)):  # after all slopes; after ten rows more
+
+        def stop_later(done: int, total: int, last: int = last) -> None:
+            if done == last:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            run(tmp_path / "late.safetensors", stop_later)
+        continued: list[tuple[int, int]] = []
+        run(tmp_path / "late.safetensors", lambda *progress, seen=continued: seen.append(progress))
+        assert continued == [(k, 30) for k in range(first_missing, 31)]
+        (tmp_path / "late.safetensors").unlink()
     with pytest.raises(Interrupted):
         run(tmp_path / "half.safetensors", stop)
     with pytest.raises(UserError, match="statistics with other settings"):

@@ -211,6 +211,12 @@ def test_the_slope_is_the_mean_of_the_jacobians_diagonal(batch: int) -> None:
     torch.testing.assert_close(own.slope(log_snr), expected)
 
 
+def test_a_single_sample_has_a_mean() -> None:
+    own = means(Square(), 8)
+    own.x0 = own.x0[:1]
+    assert own.slope(torch.tensor(0.0, dtype=torch.float64)).shape == (2,)
+
+
 def test_random_signs_average_out_the_other_entries_of_the_jacobian() -> None:
     class Mixing(nn.Module):
         def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
