@@ -165,3 +165,5 @@ def test_an_own_solver_that_adds_noise_is_not_compared_with_a_long_run(teacher: 
 def test_evaluations_are_counted_without_a_model(installed: str) -> None:
     assert find_solver(installed, FitRequest(Path(), 3)).count_evaluations(FLOW, (1.0, 0.5, 0.2, 0.0)) == 6
     assert SOLVERS["heun"].count_evaluations(FLOW, (1.0, 0.5, 0.2, 0.0)) == 5
+    assert SOLVERS["ddpm"].count_evaluations(FLOW, (1.0, 0.5, 0.2, 0.0)) == 3
+    assert SOLVERS["seeds_2"].count_evaluations(FLOW, (0.9, 0.5, 0.2, 0.0)) == 5, "noise, too"
