@@ -116,7 +116,7 @@ class VPCosine:
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         alpha = torch.exp(-0.5 * torch.logaddexp(-2 * log_snr, torch.zeros_like(log_snr)))
-        angle = torch.arccos((alpha * self._start).clamp(-1, 1))
+        angle = torch.arccos(alpha * self._start)
         return (angle / (math.pi / 2) * (1 + self.offset) - self.offset) / self.cut
 
 
@@ -178,7 +178,7 @@ class VPDiscrete:
         log_alpha = -0.5 * torch.logaddexp(-2 * log_snr, torch.zeros_like(log_snr))
         n = len(self.betas)
         falling = self._log_alphas.neg()
-        i = (torch.searchsorted(falling, -log_alpha.contiguous(), right=True) - 1).clamp(0, n - 1)
+        i = (torch.searchsorted(falling, -log_alpha.contiguous(), right=True) - 1).clamp(max=n - 1)
         left, right = self._log_alphas[i], self._log_alphas[i + 1]
         return (i + (log_alpha - left) / (right - left)) / n
 

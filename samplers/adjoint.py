@@ -50,13 +50,11 @@ def sampler_gradients(
         value = loss(last)
         (adjoint,) = torch.autograd.grad(value, last)
     totals = [torch.zeros_like(p) for p in parameters]
-    for s, t in zip(grid[-2::-1], grid[:0:-1], strict=True):
+    for t, s in pairwise(reversed(grid)):
         with torch.enable_grad():
             state = states.pop().requires_grad_()
             output = step(state, s, t)
-            adjoint, *grads = torch.autograd.grad(
-                output, [state, *parameters], adjoint, allow_unused=True, materialize_grads=True
-            )
+            adjoint, *grads = torch.autograd.grad(output, [state, *parameters], adjoint, materialize_grads=True)
         for total, grad in zip(totals, grads, strict=True):
             total += grad
     return Gradients(value.detach(), adjoint, totals)

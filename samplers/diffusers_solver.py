@@ -31,7 +31,7 @@ def solver_from_diffusers(scheduler: Any) -> Rule:
     name, config = type(scheduler).__name__, dict(scheduler.config)
     if name not in SUPPORTED:
         raise UserError(f"A {name} does not work as a solver{nearest(name, SUPPORTED)}.")
-    if config.get("stochastic_sampling") or str(config.get("algorithm_type", "")).startswith("sde"):
+    if config.get("stochastic_sampling") or str(config.get("algorithm_type")).startswith("sde"):
         raise UserError(f"This {name} adds noise, which a solver from diffusers cannot: use ddpm or sde_dpmpp_2m.")
     if config.get("use_dynamic_shifting"):
         raise UserError(f"This {name} shifts by resolution: set use_dynamic_shifting to False and a shift.")
@@ -46,7 +46,7 @@ def solver_from_diffusers(scheduler: Any) -> Rule:
             t = (float(timestep) + offset) / steps_trained
             scaled = x if flow else scheduler.scale_model_input(x, timestep)
             output = predict(scaled, min(t, 1.0)).view(kind)
-            x = scheduler.step(output.to(x.dtype), timestep, x, return_dict=False)[0]
+            x = scheduler.step(output.to(x.dtype), timestep, x).prev_sample
         return x
 
     return rule

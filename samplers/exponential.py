@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from torch import Tensor
@@ -113,15 +113,18 @@ class ExponentialWeights(NamedTuple):
 def exponential_weights(
     s: Node, t: Node, log_snrs: tuple[float, ...], form: Form, relaxation: Relaxation, tau: float = 1.0
 ) -> ExponentialWeights:
-    """The weights of a step from outputs at ``log_snrs``, the first at ``s``; cached across batches."""
+    """The weights of a step from outputs at ``log_snrs``, the first at ``s``; cached across batches. Raises
+    ``ValueError`` on an unknown form or relaxation."""
     h = t.log_snr - s.log_snr
     count = 1 if math.isinf(h) else len(log_snrs)
     if form == "noise" and count == 1:
         form = "data"  # the same step, and defined at both ends
     if form == "sde" and tau == 0:
         form = "data"
+    if form not in get_args(Form) or relaxation not in get_args(Relaxation):
+        raise ValueError(f"there is no form {form!r} or no relaxation {relaxation!r}")
     a = relax(form_integrals(form, h, count, tau), h, relaxation)
-    w = solve_weights(a, [value - s.log_snr for value in log_snrs[:count]] if count > 1 else [0.0])
+    w = solve_weights(a, [value - s.log_snr for value in log_snrs[:count]])
     if form == "noise":
         return ExponentialWeights(t.alpha / s.alpha, tuple(-t.sigma * weight for weight in w), 0.0, form)
     state, noise = t.sigma / s.sigma, 0.0
@@ -140,8 +143,8 @@ def advance(
     first order; all forms but ``sde`` agree there. Only ``sde`` uses ``tau`` and ``noise``; without ``noise``, its
     noise term is left out.
     """
-    if len(history) > 1:  # an output at an infinite log-SNR gives no derivative
-        history = [history[0], *(entry for entry in history[1:] if math.isfinite(entry.node.log_snr))]
+    # an output at an infinite log-SNR gives no derivative
+    history = [history[0], *(entry for entry in history[1:] if math.isfinite(entry.node.log_snr))]
     weights = exponential_weights(s, t, tuple(entry.node.log_snr for entry in history), form, relaxation, tau)
     out = x * weights.state
     for weight, entry in zip(weights.outputs, history, strict=False):

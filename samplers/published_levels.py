@@ -52,5 +52,5 @@ def bong_tangent(steps: int) -> list[float]:
 
 
 def _arctangent(count: int, slope: float, pivot: int, high: float, low: float) -> list[float]:
-    values = [-math.atan(slope * (k - pivot)) for k in range(count)]
+    values = [math.atan(slope * (k - pivot)) for k in range(count)]
     return [low + (high - low) * (value - values[-1]) / (values[0] - values[-1]) for value in values]

@@ -19,7 +19,7 @@ def tcd(predict: Predictor, x: Tensor, times: Sequence[float], noise: Noise, *, 
     for now, t in pairwise(predict.nodes(times)):
         p = predict(x, now.t)
         s = predict.nodes([(1 - gamma) * t.t])[0]
-        x = s.alpha * p.x0 + s.sigma * p.noise if s.sigma else s.alpha * p.x0
+        x = s.alpha * p.x0 + s.sigma * p.noise
         if s.t < t.t:
             scale, std = bridge(predict.schedule, *torch.tensor([s.t, t.t], dtype=torch.float64))
             x = scale.item() * x + std.item() * noise()

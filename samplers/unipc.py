@@ -6,7 +6,7 @@ weight is set to 1/2 by convention: in the predictor of order 2 and the correcto
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -15,9 +15,12 @@ from fewstep.samplers.exponential import Relaxation
 from fewstep.samplers.multistep import Compensate, Step, falling_orders, multistep
 from fewstep.samplers.predictor import Predictor
 
+Variant = Literal["bh1", "bh2"]
+RELAXATIONS: Mapping[Variant, Relaxation] = {"bh1": "bh1", "bh2": "midpoint"}
+
 
 def unipc(
-    predict: Predictor, x: Tensor, times: Sequence[float], *, order: int = 2, variant: Literal["bh1", "bh2"] = "bh2",
+    predict: Predictor, x: Tensor, times: Sequence[float], *, order: int = 2, variant: Variant = "bh2",
     correct: bool = True, uncorrected: Collection[int] = (), compensate: Compensate | None = None,
 ) -> Tensor:  # fmt: skip
     """UniPC-p: UniP-p, and UniC-p after every step except the last and the indices ``uncorrected``. N evaluations."""
@@ -26,11 +29,11 @@ def unipc(
 
 
 def unipc_steps(
-    steps: int, order: int = 2, variant: Literal["bh1", "bh2"] = "bh2", correct: bool = True,
+    steps: int, order: int = 2, variant: Variant = "bh2", correct: bool = True,
     uncorrected: Collection[int] = (),
 ) -> list[Step]:  # fmt: skip
     """The steps of ``unipc``, for ``multistep``."""
-    relaxation: Relaxation = "bh1" if variant == "bh1" else "midpoint"
+    relaxation = RELAXATIONS[variant]
     return [
         Step(p, "data", relaxation, correct and i not in uncorrected, relaxation)
         for i, p in enumerate(falling_orders(order, steps))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,15 +18,22 @@ def cosines(inputs: MetricInput, prefix: str) -> Tensor:
     return (images * texts[torch.arange(len(images)) % len(texts)]).sum(1).double()
 
 
-def _metric(name: str, prefix: str) -> Metric:
-    return Metric(
-        name=name, network="clip", direction="higher", minimum_n=2, needs_features=True, caption_prefix=prefix,
-        compute=lambda inputs: float(cosines(inputs, prefix).mean()),
-        error=lambda inputs: float(cosines(inputs, prefix).std()) / inputs.images.statistics.count**0.5,
-        error_of="standard error of the mean over images",
-        computation="cosine of image and caption" + (f", which follows '{prefix.strip()}'" if prefix else ""),
-    )  # fmt: skip
+def mean_cosine(inputs: MetricInput, prefix: str) -> float:
+    return float(cosines(inputs, prefix).mean())
 
 
-CLIP_SCORE = _metric("clip_score", "")
-CLIP_SCORE_DMD2 = _metric("clip_score_dmd2", PREFIX)  # as DMD2's evaluation code computes it
+def mean_cosine_error(inputs: MetricInput, prefix: str) -> float:
+    """The standard error of the mean over images."""
+    return float(cosines(inputs, prefix).std() / inputs.images.statistics.count**0.5)
+
+
+CLIP_SCORE = Metric(
+    name="clip_score", network="clip", direction="higher", minimum_n=2, needs_features=True, caption_prefix="",
+    compute=partial(mean_cosine, prefix=""), error=partial(mean_cosine_error, prefix=""),
+    error_of="standard error of the mean over images", computation="cosine of image and caption",
+)  # fmt: skip
+CLIP_SCORE_DMD2 = replace(  # as DMD2's evaluation code computes it
+    CLIP_SCORE, name="clip_score_dmd2", caption_prefix=PREFIX,
+    compute=partial(mean_cosine, prefix=PREFIX), error=partial(mean_cosine_error, prefix=PREFIX),
+    computation=f"cosine of image and caption, which follows '{PREFIX.strip()}'",
+)  # fmt: skip

@@ -30,7 +30,7 @@ def split_scores(probabilities: Tensor, splits: int = SPLITS, seed: int = 0) -> 
     scores = []
     for k in range(splits):
         part = p[k * len(p) // splits : (k + 1) * len(p) // splits]
-        marginal = part.mean(0, keepdim=True)
+        marginal = part.mean(0)
         divergence = (part * ((part + 1e-30).log() - (marginal + 1e-30).log())).sum(1)
         scores.append(divergence.mean().exp())
     return torch.stack(scores)

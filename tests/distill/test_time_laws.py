@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from fewstep.core.errors import UserError
@@ -111,12 +111,41 @@ def test_the_grid_of_a_four_step_sampler() -> None:
     assert inside.unique().tolist() == pytest.approx([0.75, 0.9])
 
 
+RESTRICTED = {"logit_normal": {"mean": 0.4, "std": 1.4}, "beta": {"alpha": 2.0, "beta": 3.0}, "grid": {"steps": 200}}
+
+
+class Fixed(KeyedRandom):
+    """The same number every time."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(0, 0, "fixed", 0)
+        self.value = value
+
+    def uniform(self, size: int, low: float = 0.0, high: float = 1.0, stream: str = "time") -> Tensor:
+        return torch.full((size,), low + (high - low) * self.value, dtype=torch.float64)
+
+
+def test_the_times_of_a_grid_are_exact_at_its_bounds() -> None:
+    """Each time k / N has the probabilities from (k - 1) / N to k / N, and counts as within bounds equal to it."""
+    for u, time in ((0.0, 0.1), (0.05, 0.1), (0.3, 0.3), (0.30001, 0.4), (1.0, 1.0)):
+        assert TimeLaw(kind="grid", steps=10).sample(Fixed(u), 1).item() == pytest.approx(time)
+    for k in range(1, 11):
+        law = TimeLaw(kind="grid", steps=10, low=k / 10, high=k / 10)
+        assert times(law, 100).unique().tolist() == [k / 10]
+
+
+def test_logit_normal_times_stay_within_a_millionth_of_the_probability() -> None:
+    """Random numbers of 0 and 1 give finite logits, the quantiles of 1e-6 and 1 - 1e-6."""
+    for u, quantile in ((0.0, -4.753424), (1.0, 4.753424)):
+        t = TimeLaw(kind="logit_normal", mean=0.4, std=1.4).sample(Fixed(u), 1)
+        assert torch.logit(t).item() == pytest.approx(0.4 + 1.4 * quantile, abs=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["uniform", "logit_normal", "beta", "grid"])
 @pytest.mark.parametrize("factor", [1.0, 5.0])
 def test_a_range_restricts_a_law_to_its_conditional_distribution(kind: str, factor: float) -> None:
     """The times between .4 and .8 are distributed as those of the free law that lie there."""
-    settings: dict[str, object] = {"beta": {"alpha": 2.0, "beta": 3.0}, "grid": {"steps": 200}}.get(kind, {})  # type: ignore[assignment]
-    law = TimeLaw.model_validate({"kind": kind, "shift": factor, **settings})
+    law = TimeLaw.model_validate({"kind": kind, "shift": factor, **RESTRICTED.get(kind, {})})
     free, restricted = times(law), times(law, above=0.4, below=0.8)
     inside = free[(free >= 0.4) & (free <= 0.8)]
     assert restricted.min() >= 0.4
@@ -186,8 +215,22 @@ def test_a_word_stands_for_a_laws_kind_or_its_range() -> None:
     parsed = parse_config(run({"name": "dmd2", "critic_times": "logit_normal"}), "test").stages[0].objective
     assert parsed.critic_times.kind == "logit_normal"  # type: ignore[attr-defined]
     assert str(parsed.critic_times) == "logit_normal(0, 1) on 0 to 1"  # type: ignore[attr-defined]
+    clamped = TimeLaw(kind="beta", alpha=2.0, beta=0.5, shift=5, low=0.02, high=0.98, clamp="after")
+    assert str(clamped) == "beta(2, 0.5) shifted by 5 clamped to 0.02 to 0.98"
     with pytest.raises(UserError, match=r"ca_times\.within = 'late'.*'all' or 'cleaner'"):
         parse_config(run({"name": "cdm", "ca_times": "late"}), "test")
+
+
+@pytest.mark.parametrize(
+    ("law", "words"), [(TimeLaw, ["uniform", "logit_normal", "beta", "grid"]), (CappedTimes, ["all", "cleaner"])]
+)
+def test_the_schema_of_a_law_allows_its_words_and_a_mapping(law: type[TimeLaw], words: list[str]) -> None:
+    schema = TypeAdapter(dict[str, law]).json_schema()["additionalProperties"]  # type: ignore[valid-type]
+    definitions = TypeAdapter(dict[str, law]).json_schema().get("$defs", {})  # type: ignore[valid-type]
+    options = (definitions[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema)["anyOf"]
+    assert options[0] == {"enum": words}
+    assert options[1]["type"] == "object"
+    assert {"shift", "low", "high", law.short} <= set(options[1]["properties"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -47,6 +49,16 @@ def test_every_kind_is_recovered_from_every_other(
     prediction = predict(schedule, t, x_t, source, truth[source])
     for target in KINDS:
         assert_close(prediction.view(target), truth[target], rtol=1e-9, atol=1e-9)
+
+
+@every_schedule
+def test_a_row_holds_the_shares_of_x0_and_noise(schedule: NoiseSchedule) -> None:
+    x0, noise = tensor(0.7), tensor(-1.3)
+    _, truth = quantities(schedule, 0.4, x0, noise)
+    coefficients = Coefficients.at(schedule, tensor(0.4))
+    for kind in KINDS:
+        a, b = coefficients.row(kind)
+        assert_close(a * x0 + b * noise, truth[kind])
 
 
 @every_schedule
@@ -130,6 +142,14 @@ def test_coefficients_are_float64_and_images_stay_float32() -> None:
     p = predict(RectifiedFlow(), 1 - 1e-9, torch.tensor([1.0]), "noise", torch.tensor([1.0]))
     assert p.x0.dtype == torch.float32
     assert p.x0.isfinite()
+    batch = predict(RectifiedFlow(), tensor(0.3, 0.8), torch.ones(2), "noise", torch.ones(2))
+    assert {batch.view(kind).dtype for kind in KINDS} == {torch.float32}
+
+
+@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+def test_the_conversion_to_the_same_kind_is_exactly_the_identity(t: float) -> None:
+    for kind in KINDS:
+        assert Coefficients.at(RectifiedFlow(), tensor(t)).convert(kind, kind) == (0, 1)
 
 
 def test_conversions_are_affine_in_the_raw_output() -> None:
@@ -144,8 +164,11 @@ def test_conversions_are_affine_in_the_raw_output() -> None:
 def test_split_separates_a_batched_prediction() -> None:
     """Times per sample [2B] are split with the samples; one time for all [1] is kept."""
     x_t, raw = torch.arange(4.0)[:, None], torch.arange(4.0, 8.0)[:, None]
-    for t in (tensor(0.1, 0.2, 0.3, 0.4)[:, None], tensor(0.5)[:, None]):
+    for t in (tensor(0.1, 0.2, 0.3, 0.4)[:, None], tensor(0.5)[:, None], tensor(0.5)[0]):
         whole = predict(RectifiedFlow(), t, x_t, "velocity", raw)
-        first, second = whole.split(2)
+        features = {"middle": torch.arange(12.0).reshape(4, 3)}
+        first, second = replace(whole, features=features).split(2)
+        assert first.features.keys() == {"middle"}
+        assert torch.equal(torch.cat([first.features["middle"], second.features["middle"]]), features["middle"])
         assert_close(torch.cat([first.x0, second.x0]), whole.x0)
         assert first.x_t.tolist() == [[0], [1]]

@@ -105,6 +105,20 @@ def test_discrete_nodes_equal_the_cumulative_products(schedule: VPDiscrete, beta
     assert_close(schedule.alpha(nodes) ** 2, torch.from_numpy(np.cumprod(1 - betas)), rtol=1e-11, atol=0)
 
 
+def test_betas_are_linear_in_themselves_or_in_their_roots() -> None:
+    """In float64: Stable Diffusion's and DDPM's defaults, and others."""
+    for scaled, linear, (start, end, steps) in (
+        (VPDiscrete.scaled_linear(), None, (0.00085, 0.012, 1000)),
+        (None, VPDiscrete.linear(), (1e-4, 0.02, 1000)),
+        (VPDiscrete.scaled_linear(0.01, 0.2, 7), VPDiscrete.linear(0.01, 0.2, 7), (0.01, 0.2, 7)),
+    ):
+        if scaled is not None:
+            expected = np.linspace(start**0.5, end**0.5, steps) ** 2
+            np.testing.assert_allclose(scaled.betas, expected, rtol=1e-13)
+        if linear is not None:
+            np.testing.assert_allclose(linear.betas, np.linspace(start, end, steps), rtol=1e-13)
+
+
 @pytest.mark.parametrize(
     ("schedule", "t", "alpha_squared"),
     [
@@ -188,6 +202,13 @@ def test_the_bridge_to_the_next_float_is_finite(schedule: NoiseSchedule) -> None
     assert ((std >= 0) & (std < 1e-4)).all()
 
 
+@every_schedule
+def test_a_level_above_the_next_by_rounding_counts_as_equal(schedule: NoiseSchedule) -> None:
+    t = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)
+    _, std = bridge(schedule, torch.nextafter(t, torch.ones_like(t)), t)
+    assert (std == 0).all()
+
+
 # ---- the flow shift
 
 
@@ -213,11 +234,13 @@ def test_a_schedule_round_trips_through_json(schedule: NoiseSchedule) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "vp_linaer"}, "unknown noise schedule 'vp_linaer'; known: rectified_flow"),
+        ({"name": "vp_linaer"}, "unknown noise schedule 'vp_linaer'; known: rectified_flow, vp_linear"),
         ({}, "unknown noise schedule None"),
         ({"name": "ve", "sigma_mx": 3.0}, r"'ve' has no setting \['sigma_mx'\]"),
         ({"name": "vp_discrete"}, "needs betas between 0 and 1"),
-        ({"name": "vp_discrete", "betas": [0.1, 1.5]}, "needs betas between 0 and 1"),
+        ({"name": "vp_discrete", "betas": [0.1, 1.5]}, "^noise schedule 'vp_discrete' needs betas between 0 and 1$"),
+        ({"name": "vp_discrete", "betas": [0.1, 1.0]}, "needs betas between 0 and 1"),
+        ({"name": "vp_discrete", "betas": [0.0, 0.1]}, "needs betas between 0 and 1"),
     ],
 )
 def test_invalid_settings_are_reported(settings: dict[str, Any], message: str) -> None:

@@ -23,7 +23,7 @@ from fewstep.samplers.deis import adams_bashforth_weights, deis
 from fewstep.samplers.dpm_solver import dpm_solver
 from fewstep.samplers.dpm_solver_pp import singlestep_pp
 from fewstep.samplers.grids import Node
-from fewstep.samplers.ipndm import gradient_estimation, ipndm
+from fewstep.samplers.ipndm import combine_noise, gradient_estimation, ipndm
 from fewstep.samplers.multistep import Step, falling_orders, multistep
 from fewstep.samplers.predictor import Predictor
 from fewstep.samplers.solvers import SOLVERS, Rule
@@ -124,6 +124,21 @@ def test_gradient_estimation_extrapolates_the_noise_by_gamma() -> None:
         torch.testing.assert_close(
             gradient_estimation(mixture(), NOISE, times, gamma=gamma), rule(mixture(), NOISE, times)
         )
+
+
+def test_every_prediction_has_a_weight() -> None:
+    with pytest.raises(ValueError, match="longer"):
+        combine_noise(mixture(), NOISE, [0.8, 0.6, 0.45], ((1,), (1,)))
+
+
+def test_deis_2_combines_two_predictions_by_their_weights() -> None:
+    times = (0.9, 0.75, 0.6, 0.45)
+    before, (_, _, s, t) = deis(mixture(), NOISE, times[:3], order=2), mixture().nodes(times)
+    old = mixture()(deis(mixture(), NOISE, times[:2], order=2), times[1]).noise
+    new = mixture()(before, times[2]).noise
+    a, b = adams_bashforth_weights(VP, (times[2], times[1]), times[3])
+    expected = t.alpha * (before / s.alpha + a * new + b * old)
+    torch.testing.assert_close(deis(mixture(), NOISE, times, order=2), expected)
 
 
 def test_res_2s_takes_the_papers_weights() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from worlds import NOISE, VP, by_log_snr, mixture, tiny_teacher
+from worlds import FLOW, NOISE, VP, by_log_snr, mixture, tiny_teacher
 
 from fewstep.api import solvers
 from fewstep.core.errors import UserError
@@ -49,6 +49,17 @@ def test_ratios_of_one_give_unipc(order: int) -> None:
     got = dc_solver(mixture(), NOISE, times, [1.0] * 8, order=order)
     assert torch.equal(got, unipc(mixture(), NOISE, times, order=order))
     assert not torch.equal(got, dc_solver(mixture(), NOISE, times, [1.0] * 7 + [0.9], order=order))
+    without_history = [0.5, 0.5, *[1.0] * 6]  # two outputs do not exist yet
+    assert torch.equal(got, dc_solver(mixture(), NOISE, times, without_history, order=order))
+    third = [1.0, 1.0, 0.5, *[1.0] * 5]
+    assert not torch.equal(got, dc_solver(mixture(), NOISE, times, third, order=order))
+
+
+def test_unipc_2_is_shifted_by_default() -> None:
+    times, ratios = by_log_snr(VP, 5), [1.0, 1.0, 0.9, 1.1, 0.8]
+    assert torch.equal(dc_solver(mixture(), NOISE, times, ratios), dc_solver(mixture(), NOISE, times, ratios, order=2))
+    with pytest.raises(ValueError, match="5 steps need as many ratios, got 1"):
+        dc_solver(mixture(), NOISE, times, [1.0])
 
 
 def test_searched_ratios_reduce_the_error() -> None:
@@ -88,13 +99,19 @@ def test_ratios_are_used_with_the_grid_and_the_weights_that_they_were_searched_o
         plan(teacher, SamplingConfig("dc_solver_2", 3, grid="karras:0.02"))
     assert other.path is not None
     (other.path / "dc_solver.json").write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match="fitted to other weights than this model's: run fewstep solver fit-dc"):
+    with pytest.raises(
+        UserError, match=r"dc_solver\.json was fitted to other weights than this model's: run fewstep solver fit-dc"
+    ):
         plan(other, SamplingConfig("dc_solver_2", 3, 2.0, grid="karras:0.02"))
 
 
 def test_the_bundled_ratios_belong_to_the_bundled_model() -> None:
     model = load_model("fashion")
-    plan(model, SamplingConfig("dc_solver_2", 5))
+    request = plan(model, SamplingConfig("dc_solver_2", 5))
+    assert model.path is not None
+    ratios = read_ratios(model.path / "dc_solver.json", 5, 1.0)
+    expected = dc_solver(mixture(FLOW), NOISE, request.times, ratios)
+    assert torch.equal(request.solver(mixture(FLOW), NOISE, request.times, lambda: NOISE), expected)
     with pytest.raises(UserError, match=r"do not fit the grid 'karras:0\.02'"):
         plan(model, SamplingConfig("dc_solver_2", 5, grid="karras:0.02"))
 
@@ -115,6 +132,33 @@ def test_golden_section_finds_the_minimum() -> None:
     assert golden_section(lambda r: (r - 0.73) ** 2, 0, 2, 30) == pytest.approx(0.73, abs=1e-4)
 
 
+@pytest.mark.parametrize("minimum", [-0.9, 0.3, 1.4, 2.8])
+@pytest.mark.parametrize("rounds", [2, 3, 12])
+def test_golden_section_shrinks_the_interval_by_its_ratio_per_evaluation(minimum: float, rounds: int) -> None:
+    at: list[float] = []
+
+    def f(x: float) -> float:
+        at.append(x)
+        return abs(x - minimum)
+
+    found = golden_section(f, -1.0, 3.0, rounds)
+    assert len(at) == rounds
+    assert found == min(at, key=lambda x: abs(x - minimum)), "the best of the evaluated"
+    assert abs(found - minimum) <= 4 * 0.6181 ** (rounds - 1)
+    assert all(-1 < x < 3 for x in at)
+
+
+def test_the_features_are_products_of_powers() -> None:
+    """fraction^i, i < 4; guidance / 12 and steps / 50, each squared, itself and 1."""
+    features = RatioPolynomial.features(25, 3.0)
+    assert features.shape == (25, 36)
+    for k in (0, 7, 24):
+        expected = [
+            ((k + 1) / 25) ** i * w * n for i in range(4) for w in (1 / 16, 1 / 4, 1) for n in (1 / 4, 1 / 2, 1)
+        ]
+        assert features[k].tolist() == pytest.approx(expected)
+
+
 def test_the_ratio_polynomial_is_recovered_from_its_values() -> None:
     truth = RatioPolynomial(torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(0)).double().numpy())
     searched = {(n, w): truth.ratios(n, w) for n in (5, 8, 12, 20) for w in (1.0, 4.0, 7.5)}
@@ -130,9 +174,17 @@ def test_ratios_are_read_or_interpolated_within_the_searched_range(tmp_path: Pat
     file.write_text(json.dumps(entries))
     assert read_ratios(file, 6, 1.0) == entries[1]["ratios"]
     assert read_ratios(file, 5, 1.0) == pytest.approx([1.0, 1.0, 0.9, 0.9, 0.9], abs=1e-3)
-    for steps, guidance, order in ((9, 1.0, 2), (6, 2.0, 2), (6, 1.0, 3)):
-        with pytest.raises(UserError, match=f"has no ratios near {steps} steps at guidance {guidance:g}"):
+    all_of_it = "4 steps at 1, 6 steps at 1, 8 steps at 1"
+    for steps, guidance, order, has in (
+        (9, 1.0, 2, all_of_it), (3, 1.0, 2, all_of_it), (6, 2.0, 2, all_of_it), (6, 1.0, 3, "none")
+    ):  # fmt: skip
+        message = rf"has no ratios near {steps} steps at guidance {guidance:g} \(it has {has}\)"
+        with pytest.raises(UserError, match=message):
             read_ratios(file, steps, guidance, order)
+    more = [{**entry, "guidance": 3.0} for entry in entries]
+    file.write_text(json.dumps(entries + more))
+    for steps, guidance in ((4, 2.0), (8, 1.5), (5, 1.0), (5, 3.0)):  # the ends belong to the range
+        assert read_ratios(file, steps, guidance) == pytest.approx([1.0, 1.0, *[0.9] * (steps - 2)], abs=1e-3)
     with pytest.raises(UserError, match=r"searched on the grid time and do not fit the grid 'karras:0\.02'"):
         read_ratios(file, 6, 1.0, grid="karras:0.02")
     file.write_text('[{"steps": 3, "guidance": 1.0, "order": 2, "ratios": [1.0, 1.0]}]')

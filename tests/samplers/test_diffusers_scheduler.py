@@ -20,9 +20,9 @@ from fewstep.core.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.loading import load_model
-from fewstep.models.schedules import VPDiscrete
+from fewstep.models.schedules import RectifiedFlow, VPDiscrete
 from fewstep.samplers.dpm_solver_pp import multistep_pp, singlestep_pp
-from fewstep.samplers.grids import T_MAX, grid
+from fewstep.samplers.grids import T_MAX, grid, grid_of
 from fewstep.samplers.predictor import Predictor
 from fewstep.samplers.solvers import SOLVERS
 from fewstep.samplers.unipc import unipc
@@ -113,6 +113,88 @@ def test_our_scheduler_keeps_its_settings_when_saved_and_loaded(tmp_path: Path) 
     assert loaded.timesteps.tolist() == pytest.approx([1000 * T_MAX, 750.0])
     with pytest.raises(UserError, match="did you mean 'unipc_2'"):
         FewstepScheduler.from_scheduler(diffusers.DDIMScheduler(), "unipc2")
+
+
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler
+
+
+def test_a_new_scheduler_has_no_timesteps_and_a_thousand_training_timesteps() -> None:
+    ours = FewstepScheduler(shift=2.0)
+    assert len(ours) == 1000
+    assert (len(ours.timesteps), len(ours.sigmas)) == (0, 0)
+    assert ours.begin_index is ours.step_index is None
+    again, unused = FewstepScheduler.from_config(ours.config, return_unused_kwargs=True)
+    assert (again.config["shift"], unused) == (2.0, {})
+    ours.set_timesteps(4)
+    ours.set_begin_index()
+    assert ours.begin_index == 0
+
+
+def test_noise_levels_are_computed_in_float64_and_stored_in_float32() -> None:
+    for spacing in (None, "time", "log_snr"):
+        ours = FewstepScheduler.from_scheduler(FLOW(shift=3.0), "ddim", spacing)
+        ours.set_timesteps(7)
+        times = grid_of(RectifiedFlow(), 7, spacing or "time", factor=3.0)
+        assert torch.equal(ours.sigmas, torch.tensor(times))
+        assert torch.equal(ours.timesteps, torch.tensor([1000 * t for t in times[:-1]]))
+        assert ours.num_inference_steps == 7
+        ours.set_timesteps(sigmas=[1 - k / 7 for k in range(7)])
+        assert torch.equal(ours.sigmas, torch.tensor(times)), "uniform sigmas are a number of steps"
+    rounded = FewstepScheduler.from_scheduler(FLOW(), spacing="karras")
+    rounded.set_timesteps(sigmas=[1.0, 0.6667, 0.3333])
+    assert rounded.num_inference_steps == 3
+    own = FewstepScheduler.from_scheduler(FLOW(), "ddim", "time")
+    own.set_timesteps(sigmas=[1.0, 0.4])
+    assert own.timesteps.tolist() == [1000, 400]
+
+
+def test_levels_of_a_discrete_schedule_lie_within_its_range() -> None:
+    ours = FewstepScheduler.from_scheduler(diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear"))
+    ours.set_timesteps(sigmas=[1000.0, 1.0])
+    assert ours.timesteps[0] == pytest.approx(999), "the noisiest"
+    ours.set_timesteps(timesteps=[500, 0.25])
+    assert ours.timesteps.tolist() == pytest.approx([500, 0.25], abs=1e-4)
+
+
+def test_a_run_starts_at_the_begin_index_whatever_the_timestep() -> None:
+    ours = FewstepScheduler.from_scheduler(FLOW(), "ddim")
+    ours.set_timesteps(8)
+    assert ours.index_for_timestep(500, torch.tensor([900.0, 510.0])) == 1
+    ours.set_begin_index(5)
+    ours.step(torch.zeros(1, 2), ours.timesteps[0], torch.zeros(1, 2))
+    assert ours.step_index == 6
+
+
+def test_samples_are_noised_each_to_its_own_level_and_keep_their_type() -> None:
+    ours = FewstepScheduler.from_scheduler(FLOW(), "ddim")
+    ours.set_timesteps(4)
+    x, noise = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    noisy = ours.add_noise(x, noise, torch.tensor([250.0, 750.0]))
+    torch.testing.assert_close(noisy[:, 0, 0, 0], torch.tensor([0.75, 0.25]))
+    assert (noisy == noisy[:, :1, :1, :1]).all()
+    half = ours.step(x.half(), ours.timesteps[0], x.half()).prev_sample
+    assert half.dtype == torch.float16
+
+
+def one_step(x0: Tensor, **settings: Any) -> Tensor:
+    """What a single step to clean data returns: x0 itself, limited by the settings."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    ours = FewstepScheduler("ddim", prediction_type="sample", **betas, **settings)
+    ours.set_timesteps(1)
+    result: Tensor = ours.step(x0, ours.timesteps[0], torch.zeros_like(x0)).prev_sample
+    return result
+
+
+def test_x0_is_limited_sample_by_sample() -> None:
+    x0 = torch.stack([torch.linspace(-0.5, 0.5, 101), torch.linspace(-1.5, 1.5, 101), torch.linspace(-4, 4, 101)])
+    limits = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 2.0}
+    got = one_step(x0, **limits)
+    torch.testing.assert_close(got[0], x0[0], msg="within -1..1")
+    torch.testing.assert_close(got[1], x0[1] / 1.5, msg="the quantile, here the largest value")
+    torch.testing.assert_close(got[2], x0[2].clamp(-2, 2) / 2, msg="the largest limit")
+    torch.testing.assert_close(one_step(x0, clip_sample=True), x0.clamp(-1, 1))
+    torch.testing.assert_close(one_step(x0, clip_sample=True, clip_sample_range=3.0), x0.clamp(-3, 3))
+    torch.testing.assert_close(one_step(x0, clip_sample=False), x0)
 
 
 def test_a_step_takes_at_most_half_the_time_of_diffusers() -> None:

@@ -58,6 +58,17 @@ def test_timesteps_are_fractions_of_the_training_timesteps(steps_trained: int) -
     assert (rule(flow, NOISE, grid(RectifiedFlow(), 250)) - truth(True)).square().mean().sqrt() < 0.03
 
 
+def test_eulers_scheduler_of_a_flow_is_euler() -> None:
+    """Its timesteps are the training timesteps times the time itself."""
+    for steps_trained in (100, 1000):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(steps_trained)
+        rule = solver_from_diffusers(scheduler)
+        got = rule(mixture(RectifiedFlow()), NOISE, grid(RectifiedFlow(), 8))
+        times = (scheduler.timesteps.double() / steps_trained).tolist()
+        expected = SOLVERS["euler"](mixture(RectifiedFlow()), NOISE, (*times, 0.0), lambda: NOISE)
+        assert (got - expected).abs().max() < 1e-4
+
+
 def test_every_other_class_is_refused_by_name() -> None:
     classes = {name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")} - set(SUPPORTED)
     assert {"CMStochasticIterativeScheduler", "EDMEulerScheduler", "IPNDMScheduler"} <= classes

@@ -150,6 +150,18 @@ def test_an_interrupted_estimation_continues(tmp_path: Path) -> None:
         )
 
     run(tmp_path / "full.safetensors")
+    for last, first_missing in ((17, 16), (27, 26)):  # after all slopes; after ten rows more
+
+        def stop_later(done: int, total: int, last: int = last) -> None:
+            if done == last:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            run(tmp_path / "late.safetensors", stop_later)
+        continued: list[tuple[int, int]] = []
+        run(tmp_path / "late.safetensors", lambda *progress, seen=continued: seen.append(progress))
+        assert continued == [(k, 30) for k in range(first_missing, 31)]
+        (tmp_path / "late.safetensors").unlink()
     with pytest.raises(Interrupted):
         run(tmp_path / "half.safetensors", stop)
     with pytest.raises(UserError, match="statistics with other settings"):
@@ -216,6 +228,24 @@ def test_statistics_are_used_at_the_guidance_and_with_the_weights_that_they_were
     (other.path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(UserError, match="fitted to other weights than this model's"):
         plan(other, SamplingConfig("dpm_solver_v3_2", 3, 2.0))
+
+
+def test_the_solvers_of_a_model_run_with_its_statistics_and_pseudo_orders(tmp_path: Path) -> None:
+    teacher = load_model(tiny_teacher(tmp_path))
+    log_snr = torch.linspace(-7.0, 7.0, 60, dtype=torch.float64)
+    columns = {"l": torch.sigmoid(-2 * log_snr), "s": -0.2 * torch.ones(60), "b": 0.1 * torch.cos(log_snr)}
+    tensors = {name: value.float()[:, None, None, None].repeat(1, 1, 8, 8) for name, value in columns.items()}
+    write_tensors({"log_snr": log_snr, **tensors}, tmp_path / "statistics.safetensors")
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    predict = Predictor(teacher.denoiser, Condition.of_labels(torch.tensor([3, 5]), 10))
+    for order in (2, 3):
+        request = plan(teacher, SamplingConfig(f"dpm_solver_v3_{order}", 5))
+        stats = Statistics.read(tmp_path / "statistics.safetensors")
+        with torch.inference_mode():
+            got = request.solver(predict, x, request.times, lambda: x)
+            assert torch.equal(got, dpm_solver_v3(predict, x, request.times, stats, order=order, pseudo=True))
+            assert got.isfinite().all()
+            assert not torch.equal(got, dpm_solver_v3(predict, x, request.times, stats, order=order, pseudo=False))
 
 
 def test_a_step_costs_at_most_three_times_one_of_unipc(estimated: Statistics) -> None:

@@ -23,8 +23,10 @@ from fewstep.samplers.grids import (
     given_steps,
     grid,
     grid_of,
+    respace,
     time_uniform,
 )
+from fewstep.samplers.published_levels import align_your_steps, bong_tangent, linear_quadratic
 
 SCHEDULES: dict[str, NoiseSchedule] = {
     "vp": VPLinear(), "flow": RectifiedFlow(), "edm": VE(), "discrete": VPDiscrete.scaled_linear()
@@ -150,6 +152,15 @@ def test_bong_tangent_joins_two_arctangents() -> None:
     assert grid(FLOW, 1, "bong_tangent") == (1.0, 0.0)
 
 
+def test_published_levels_run_from_1_to_0() -> None:
+    assert linear_quadratic(1) == bong_tangent(1) == [1.0, 0.0]
+    for levels in (linear_quadratic(7), bong_tangent(7)):
+        assert (len(levels), levels[0], levels[-1]) == (8, 1.0, 0.0)
+        assert levels == sorted(levels, reverse=True)
+    svd = align_your_steps("ays_svd", 5)
+    assert (len(svd), svd[0], svd[-1]) == (6, pytest.approx(700), 0.0)
+
+
 def test_align_your_steps_takes_its_tables_and_interpolates_them_in_the_logarithm() -> None:
     schedule = VPDiscrete.scaled_linear()
     diffusers = pytest.importorskip("diffusers")
@@ -169,7 +180,19 @@ def test_align_your_steps_takes_its_tables_and_interpolates_them_in_the_logarith
     assert rho.tolist() == pytest.approx(diffusers.schedulers.AysSchedules["StableDiffusionVideoSigmas"][:-1])
 
 
-@pytest.mark.parametrize("name", ["beta57", *PUBLISHED])
+def test_the_levels_of_a_flow_are_spaced_again_over_sigma_between_their_ends() -> None:
+    """diffusers' FlowMatchEulerDiscreteScheduler: of 0.9 to 0.1 in five levels, whatever lies between them."""
+    levels = torch.tensor([0.9, 0.89, 0.88, 0.87, 0.1], dtype=torch.float64)
+    karras = [(0.9 ** (1 / 7) + k / 4 * (0.1 ** (1 / 7) - 0.9 ** (1 / 7))) ** 7 for k in range(5)]
+    assert respace(levels, "karras").tolist() == pytest.approx(karras)
+    assert respace(levels, "exponential").tolist() == pytest.approx([0.9 * 9 ** (-k / 4) for k in range(5)])
+    quantiles = [1.0, 0.824320, 0.5, 0.175680, 0.0]
+    assert respace(levels, "beta").tolist() == pytest.approx([0.1 + 0.8 * q for q in quantiles], abs=1e-6)
+    with pytest.raises(ValueError, match="the spacing 'log_snr' does not apply to a flow's sigmas"):
+        respace(levels, "log_snr")
+
+
+@pytest.mark.parametrize("name", ["time", "beta57", *PUBLISHED])
 def test_a_published_grid_takes_no_smallest_time(name: str) -> None:
     with pytest.raises(UserError, match=f"The grid '{name}' ends at 0 here, so it takes no smallest time"):
         grid_of(FLOW, 5, f"{name}:0.02")
@@ -186,6 +209,23 @@ def test_an_unknown_spacing_is_refused_with_the_nearest_name(spacing: str, near:
 def test_a_smallest_time_out_of_range_is_refused(spacing: Spacing, smallest: float) -> None:
     with pytest.raises(ValueError, match="smallest time must lie between 0 and 1, got"):
         grid(FLOW, 5, spacing, t_min=smallest)
+
+
+def test_a_grid_in_words_is_the_one_of_its_spacing() -> None:
+    assert grid_of(FLOW, 4, "time") == time_uniform(4)
+    assert grid_of(FLOW, 4, "quadratic:0.1", factor=3.0, t_max=0.9) == grid(
+        FLOW, 4, "quadratic", factor=3.0, t_max=0.9, t_min=0.1
+    )
+    assert grid_of(FLOW, 4, "quadratic") == grid(FLOW, 4, "quadratic")
+    vp = VPDiscrete.scaled_linear()
+    for name in ("beta", "log_snr"):
+        assert grid_of(vp, 4, f"{name}:0.02") == grid(vp, 4, name, t_min=0.02)  # type: ignore[arg-type]
+    assert grid(FLOW, 4) == grid(FLOW, 4, "time")
+
+
+def test_uniform_times_are_exact_in_float64() -> None:
+    for times in (time_uniform(3), grid(FLOW, 3)):
+        assert times == pytest.approx((1, 2 / 3, 1 / 3, 0), abs=1e-15)
 
 
 def test_a_grid_can_be_given_as_its_times() -> None:
@@ -207,7 +247,7 @@ def test_a_grid_can_be_given_as_its_times() -> None:
 def test_invalid_grids_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one step, got 0"):
         time_uniform(0)
-    for times in ([0.5, 0.6], [1.0], [1.5, 0.5], [0.5, -0.1]):
+    for times in ([0.5, 0.6], [0.5, 0.5], [1.0], [1.5, 0.5], [0.5, -0.1], [0.5, 0.2, -0.1]):
         with pytest.raises(ValueError, match="two or more decreasing times within"):
             check_times(times)
 

@@ -113,6 +113,10 @@ def test_a_fitted_solver_of_your_own_reads_the_models_folder(tmp_path: Path) -> 
         return SOLVERS[(request.folder / "rule.txt").read_text()].run
 
     fewstep.register("solver", "fitted")(FittedSolver(build, 2, "none"))
+    found = find_solver("fitted", FitRequest(folder, 3))
+    assert (found.order, found.evaluations_per_step, found.paper, found.name) == (2, 1, "none", "fitted")
+    assert found.by_log_snr
+    assert not found.noisy
     assert torch.equal(images(folder, "fitted"), images(folder, "unipc_2"))
 
 
@@ -161,3 +165,5 @@ def test_an_own_solver_that_adds_noise_is_not_compared_with_a_long_run(teacher: 
 def test_evaluations_are_counted_without_a_model(installed: str) -> None:
     assert find_solver(installed, FitRequest(Path(), 3)).count_evaluations(FLOW, (1.0, 0.5, 0.2, 0.0)) == 6
     assert SOLVERS["heun"].count_evaluations(FLOW, (1.0, 0.5, 0.2, 0.0)) == 5
+    assert SOLVERS["ddpm"].count_evaluations(FLOW, (1.0, 0.5, 0.2, 0.0)) == 3
+    assert SOLVERS["seeds_2"].count_evaluations(FLOW, (0.9, 0.5, 0.2, 0.0)) == 5, "noise, too"

@@ -38,6 +38,8 @@ RENOISE = STUDENT_SOLVERS["renoise"]
 def test_by_default_a_student_uses_its_own_rule_and_a_teacher_32_euler_steps() -> None:
     assert plan(STUDENT, SamplingConfig()) == plan(STUDENT, SamplingConfig("student")) == (RENOISE, (1.0, 0.6, 0.0))
     assert plan(TEACHER, SamplingConfig()) == (SOLVERS["euler"], time_uniform(32))
+    assert plan(TEACHER, SamplingConfig("euler", 1)) == (SOLVERS["euler"], (1.0, 0.0))
+    assert plan(STUDENT, SamplingConfig("euler")) == (SOLVERS["euler"], time_uniform(2))
 
 
 def test_a_student_takes_other_numbers_of_steps_with_the_spacing_of_its_times() -> None:
@@ -90,6 +92,25 @@ def test_heun_edm_does_not_diverge_on_its_default_grid() -> None:
 def test_the_schedule_shift_of_a_teacher_applies_to_its_grid() -> None:
     shifted = Model(denoiser=TEACHER.denoiser, config=CONFIG.model_copy(update={"shift": 3.0}))
     assert plan(shifted, SamplingConfig("euler", 4)).times == time_uniform(4, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "solver", "first"),
+    [
+        ("rectified_flow", "velocity", "euler", 1.0),
+        ("rectified_flow", "velocity", "dpmpp_2m", 0.999),  # divides by differences in log-SNR
+        ("rectified_flow", "noise", "euler", 0.999),  # which does not determine x0 at alpha = 0
+        ("rectified_flow", "score", "euler", 0.999),
+        ("vp_linear", "noise", "dpmpp_2m", 1.0),  # a finite log-SNR
+        ("ve", "noise", "euler", 1.0),
+    ],
+)
+def test_a_grid_starts_below_1_only_where_pure_noise_needs_it(
+    schedule: str, prediction: str, solver: str, first: float
+) -> None:
+    config = CONFIG.model_copy(update={"noise_schedule": {"name": schedule}, "prediction": prediction})
+    times = plan(Model(denoiser=TEACHER.denoiser, config=config), SamplingConfig(solver, 4)).times
+    assert times == (first, *(first * k / 4 for k in (3, 2, 1)), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +173,14 @@ def test_student_and_fitted_solvers_evaluate_once_per_step() -> None:
     for solver in ("student", "dc_solver_2", "dpm_solver_v3_3"):
         assert steps_within(solver, 7, False, CONFIG) == 7
         assert steps_within(solver, 7, True, CONFIG) == 3
+
+
+def test_a_last_step_of_lower_order_is_taken_only_if_no_whole_step_would_fit() -> None:
+    """Heun's step to 0 is Euler's: 2N - 1 evaluations, so that 2 would be spent on one of Euler's."""
+    assert [steps_within("heun", nfe, False, CONFIG) for nfe in (1, 3, 4, 5)] == [1, 2, 2, 3]
+    with pytest.raises(UserError, match=r"2 evaluations are too few for one step of 'heun'\."):
+        steps_within("heun", 2, False, CONFIG)
+    assert steps_within("euler", 1, False, CONFIG) == 1
 
 
 def test_a_budget_below_one_step_is_refused() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from fewstep.core.files import read_tensors
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
+from fewstep.distill.update import LossTerm, MicroBatch, StudentSample
 from fewstep.models.denoiser import Denoiser, Routed
 from fewstep.models.loading import load_model
+from fewstep.models.model_config import FewStep
 
 M, S, END = 1.0, 0.8, 0.5  # the teacher, and the noise level at which phase 1 of 2 ends
 
@@ -54,6 +58,43 @@ def test_the_expected_gradient_at_the_noisy_end() -> None:
     law = (1 - t) / (1 - END) * (1 - t) / ((1 - t) ** 2 * S**2 + t**2)
     expected = (1 - END) * (mu - M) * law.mean().item()
     assert gradients(mu, 0.5, "x_s", batch=20_000)[0] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("match_on", ["x0", "x_s"])
+def test_the_student_is_trained_at_the_shifted_times_of_its_sampler(match_on: str) -> None:
+    roles = Roles(
+        {
+            name: Role(gaussian(M, S, 2)) if name == "teacher" else trained(Denoiser(Affine(0.0, 1.0), FLOW, "x0"))
+            for name in ("teacher", "student", "fake")
+        }
+    )
+    settings = {"steps": 4, "phases": 2, "phase": 1, "shift": 3.0, "critic_updates": 1, "match_on": match_on}
+    objective = build_objective("phased_dmd", roles, **settings)
+    assert objective.few_step == FewStep(times=(1.0, 0.9, 0.75, 0.5), rule="deterministic", shift=3.0)
+    seen: list[StudentSample] = []
+    rollout = objective.rollout
+    assert rollout is not None
+
+    def record(micro: MicroBatch) -> StudentSample:
+        seen.append(rollout(micro))
+        return seen[-1]
+
+    update, losses = objective.updates[0], []
+
+    def terms(micro: MicroBatch) -> Iterator[LossTerm]:
+        for term in update.terms(micro):
+            losses.append(term.loss)
+            yield term
+
+    watched = replace(objective, updates=(replace(update, terms=terms),), rollout=record)
+    loop = Loop(roles, watched, {"data": Points(2)}, batch=64)
+    for k in range(8):
+        loop.step(k)
+    levels = {
+        (t, level) for each in seen for t, level in zip(each.t_student.tolist(), each.level.tolist(), strict=True)
+    }
+    assert levels == {(1.0, 0.75), (0.9, 0.75)}
+    assert {loss.dtype for loss in losses} == {torch.float32}
 
 
 def phased(folder: Path, steps: int = 2) -> dict[str, Any]:

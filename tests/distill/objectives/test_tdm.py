@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from worlds import Points, build_objective, mlp_roles, tiny_config, tiny_teacher
+from worlds import Points, build_objective, gaussian, mlp_roles, tiny_config, tiny_teacher
 
 import fewstep
 from fewstep.core.errors import UserError
@@ -16,11 +16,15 @@ from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill import matching
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.loop import Loop
+from fewstep.distill.objectives.tdm import TDM
 from fewstep.distill.update import StudentSample
 from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser, GuidanceStyle
 from fewstep.models.loading import load_model
+from fewstep.models.model_config import FewStep
 from fewstep.models.schedules import NoiseSchedule
 from fewstep.models.unet import UNet
+from fewstep.samplers.grids import time_uniform
 
 
 def unified(folder: Path) -> dict[str, Any]:
@@ -108,7 +112,27 @@ def test_no_update_is_lost_and_every_time_lies_in_its_range(
         assert (t >= level + margin).all(), update
         assert (t <= top - margin).all(), update
         assert (t > t_student).any() == (within == "nested")
+        assert set(t_student.tolist()) <= set(time_uniform(steps, factor)[:-1]), "the times of the shifted sampler"
     assert loop.roles["student"].updates == loop.roles["fake"].updates == 30
+    few_step = FewStep(times=time_uniform(steps, factor)[:-1], rule="deterministic", shift=factor)
+    assert loop.objective.few_step == few_step
+
+
+def test_the_critic_is_updated_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, loop = renoised(monkeypatch, critic_updates=3)
+    assert (loop.roles["student"].updates, loop.roles["fake"].updates) == (10, 30)
+
+
+def test_the_networks_of_unify_keep_the_teachers_kind_and_guidance_style(tmp_path: Path) -> None:
+    plain = load_model(tiny_teacher(tmp_path)).denoiser
+    teacher = Denoiser(plain.backbone, plain.schedule, "noise", style=GuidanceStyle(True, None))
+    networks = TDM(steps=4, unify=(2, 4)).networks(teacher, (1, 8, 8), Condition())
+    assert set(networks) == {"student", "fake"}
+    for network in networks.values():
+        assert isinstance(network, Denoiser)
+        assert (network.kind, network.schedule, network.style) == ("noise", teacher.schedule, teacher.style)
+    with pytest.raises(UserError, match="A MixtureBackbone cannot be conditioned on a step count"):
+        TDM(steps=4, unify=(2, 4)).networks(gaussian(0.0, 1.0, 2), (2,), Condition())
 
 
 def test_the_critic_can_have_its_own_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,3 +33,10 @@ def test_the_error_of_the_fit_is_zero_on_a_line_and_grows_with_noise(monkeypatch
     line = linregress((1 / counts).double().numpy(), (3 + 50 / counts.double() + 0.1 * normal(15)).numpy())
     assert value == pytest.approx(line.intercept)
     assert error == pytest.approx(line.intercept_stderr)
+
+
+def test_the_seed_alone_shuffles_the_features() -> None:
+    reference, x = Statistics(torch.zeros(2).double(), torch.eye(2).double(), 0), normal(40, 2)
+    values = [frechet_infinity(x, reference, seed=seed) for seed in (0, 0, 1)]
+    assert values[0] == values[1] == frechet_infinity(x, reference)
+    assert values[2] != values[0]

@@ -14,7 +14,15 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.eval.metrics.frechet import Moments, Statistics, frechet_distance, small_sample_bias
+from fewstep.eval.metrics.frechet import (
+    Moments,
+    Statistics,
+    frechet_distance,
+    frechet_error,
+    grouped_moments,
+    small_sample_bias,
+)
+from fewstep.eval.metrics.jackknife import GROUPS, groups_of, jackknife_error
 from fewstep.eval.references import load_reference
 
 
@@ -109,9 +117,9 @@ def test_statistics_of_different_networks_are_refused() -> None:
 
 
 def test_invalid_statistics_are_refused() -> None:
-    with pytest.raises(UserError, match="covariance"):
+    with pytest.raises(UserError, match=r"A mean \[D\] and a covariance \[D, D\] are needed, got \[3\] and \[3, 2\]"):
         Statistics(torch.zeros(3), torch.zeros(3, 2), 10)
-    with pytest.raises(UserError, match="NaN"):
+    with pytest.raises(UserError, match=r"^The mean or covariance of the features contains NaN"):
         Statistics(torch.zeros(2), torch.tensor([[1.0, math.nan], [0.0, 1.0]]), 10)
 
 
@@ -180,3 +188,59 @@ def test_a_sigma_that_is_no_covariance_is_refused() -> None:
             Statistics(zero, sigma, 10).check_semidefinite("a.npz")
     rounded = Statistics.of(normal(5, 40)).covariance.float().double()
     Statistics(torch.zeros(40).double(), rounded, 5).check_semidefinite("singular, in single precision")
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_a_sigma_may_be_wrong_by_a_thousandth_of_its_size(scale: float) -> None:
+    """That is rounding: asymmetry relative to the largest entry, eigenvalues below 0 to the largest eigenvalue."""
+    rotation = torch.tensor([[1.0, 0.0, 1.0], [0.0, 2**0.5, 0.0], [-1.0, 0.0, 1.0]], dtype=torch.float64) / 2**0.5
+    for share, allowed in ((8e-4, True), (1.2e-3, False)):
+        skewed = torch.eye(3, dtype=torch.float64)
+        skewed[0, 2] = share
+        values = torch.tensor([-4 * share, 1.0, 4.0], dtype=torch.float64)
+        for sigma in (skewed, rotation @ torch.diag(values) @ rotation.T):
+            statistics = gaussian(torch.zeros(3).double(), scale * sigma)
+            if allowed:
+                statistics.check_semidefinite("rounded")
+            else:
+                with pytest.raises(UserError, match="sigma is not a covariance"):
+                    statistics.check_semidefinite("a.npz")
+
+
+def test_the_extreme_eigenvalues_of_a_wrong_sigma_are_named_and_a_constant_feature_is_allowed() -> None:
+    sigma = torch.tensor([[1.0, 3.0, 0.0], [3.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    with pytest.raises(UserError, match=r"eigenvalues from -2 to 4, asymmetry 0\)"):
+        gaussian(torch.zeros(3).double(), sigma).check_semidefinite("a.npz")
+    gaussian(torch.zeros(3).double(), 0 * sigma).check_semidefinite("constant")
+
+
+def test_the_bias_of_one_feature_is_that_of_chi_square() -> None:
+    """D = 1: E (sqrt(l) - s)^2 + l / n = 2 l (1 - E chi_k / sqrt(k)) + l / n, k = n - 1; without variance, 0."""
+    for n in (2, 3, 10):
+        k = n - 1
+        mean_root = math.sqrt(2 / k) * math.exp(math.lgamma((k + 1) / 2) - math.lgamma(k / 2))
+        reference = gaussian(torch.zeros(1).double(), torch.tensor([[0.3]]).double())
+        expected = 0.3 * (2 * (1 - mean_root) + 1 / n)
+        assert small_sample_bias(reference, n) == pytest.approx(expected, rel=0.05)
+    assert small_sample_bias(gaussian(torch.zeros(2).double(), torch.zeros(2, 2).double()), 5) == 0
+
+
+@pytest.mark.parametrize("conditions", [0, 3])
+def test_the_error_is_the_jackknife_over_the_groups(conditions: int) -> None:
+    features, reference = normal(60, 3) + 1, gaussian(torch.zeros(3).double(), torch.eye(3).double())
+    groups = groups_of(torch.arange(60), conditions or 1)
+    moments = grouped_moments(features, conditions) if conditions else grouped_moments(features)
+    for group in range(GROUPS):
+        part = Moments.of(features[groups == group])
+        assert moments[group].count == part.count
+        torch.testing.assert_close(moments[group].mean, part.mean)
+    left_out = [frechet_distance(Statistics.of(features[groups != group]), reference) for group in range(GROUPS)]
+    assert frechet_error(moments, reference) == pytest.approx(jackknife_error(left_out), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [3, 4, 9])
+def test_the_bias_of_unequal_features_is_the_mean_distance_of_small_sets(n: int) -> None:
+    reference = gaussian(torch.zeros(3).double(), torch.diag(torch.tensor([1.0, 0.3, 0.05])).double())
+    x = normal(2000 * n, 3).reshape(2000, n, 3) * reference.covariance.diagonal().sqrt()
+    measured = sum(frechet_distance(Statistics.of(each), reference) for each in x) / 2000
+    assert small_sample_bias(reference, n) == pytest.approx(measured, rel=0.06)

@@ -24,6 +24,26 @@ def test_the_order_of_images_does_not_change_the_inception_score() -> None:
     assert inception_score(ordered) == inception_score(ordered)
 
 
+def test_rows_that_are_no_probabilities_are_refused() -> None:
+    for rows in (torch.full((20, 2), 0.49), torch.tensor([[1.5, -0.5]]).repeat(20, 1), torch.full((9, 2), 0.5)):
+        with pytest.raises(UserError, match="rows of probabilities"):
+            split_scores(rows)
+    assert split_scores(torch.full((20, 2), 0.5002)).mean().item() == pytest.approx(1), "rounding is allowed"
+
+
+def test_the_seed_shuffles_the_images_into_splits() -> None:
+    """Each split's score by hand: exp of the mean of sum p log(p / mean p)."""
+    p = normal(23, 4).softmax(1)
+    for seed in (0, 5):
+        shuffled = p[torch.randperm(23, generator=torch.Generator().manual_seed(seed))]
+        parts = [shuffled[k * 23 // 3 : (k + 1) * 23 // 3] for k in range(3)]
+        expected = [(part * (part / part.mean(0)).log()).sum(1).mean().exp().item() for part in parts]
+        assert split_scores(p, 3, seed).tolist() == pytest.approx(expected)
+        assert inception_score(p, 3, seed) == pytest.approx(sum(expected) / 3)
+    assert torch.equal(split_scores(p), split_scores(p, 10, seed=0)), "the seed of every score is the same"
+    assert inception_score(p) == inception_score(p, 10, seed=0)
+
+
 def test_the_inception_score_equals_torch_fidelitys() -> None:
     """In one split, because the two shuffle by different generators."""
     from torch_fidelity.metric_isc import isc_features_to_metric

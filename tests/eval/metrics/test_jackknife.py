@@ -102,6 +102,12 @@ def test_the_error_of_a_mean_is_the_deviation_of_the_groups_over_the_root_of_the
     assert jackknife_error(left_out) == pytest.approx(float(means.std()) / GROUPS**0.5, rel=1e-9)
 
 
+def test_groups_are_always_the_same() -> None:
+    """Error bars are comparable between runs and versions."""
+    first = torch.rand(1009, 10, generator=torch.Generator().manual_seed(0)).argsort(1)[:2]
+    assert torch.equal(groups_of(torch.arange(20)), first.flatten())
+
+
 @pytest.mark.parametrize("n", [20, 27, 10_090, 25_003])
 def test_groups_are_of_equal_size(n: int) -> None:
     counts = groups_of(torch.arange(n)).bincount(minlength=GROUPS)

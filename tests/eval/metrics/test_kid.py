@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from random_sets import normal
+from torch import Tensor
 
 from fewstep.eval.feature_statistics import FeatureStatistics
 from fewstep.eval.metrics.frechet import Statistics
-from fewstep.eval.metrics.kid import KID, kid, kid_and_deviation
+from fewstep.eval.metrics.kid import KID, kid, kid_and_deviation, subset_values
 from fewstep.eval.metrics.metric import MetricInput
 
 
@@ -33,6 +34,27 @@ def test_kid_of_one_distribution_averages_to_zero() -> None:
     )
     assert abs(values.mean()) < 3 * values.std() / 20
     assert values.min() < 0 < values.max()
+
+
+@pytest.mark.parametrize(("n", "m"), [(6, 14), (14, 6), (14, 14)])
+def test_subsets_of_the_smaller_set_average_to_the_unbiased_value_of_all(n: int, m: int) -> None:
+    """U-statistics: the mean over random subsets is the value with all pairs, each within-mean without its diagonal."""
+    x, y = normal(n, 2), normal(m, 2, seed=1) + 0.5
+
+    def mean(a: Tensor, b: Tensor, pairs: int) -> float:
+        kernel = (a @ b.T / 2 + 1) ** 3
+        return float((kernel.sum() - (kernel.trace() if a is b else 0)) / pairs)
+
+    exact = mean(x, x, n * (n - 1)) + mean(y, y, m * (m - 1)) - 2 * mean(x, y, n * m)
+    values = subset_values(x, y, subsets=4000, size=6)
+    assert values.mean().item() == pytest.approx(exact, abs=4 * values.std().item() / 4000**0.5)
+    assert values.std() > 0
+    assert values.dtype == torch.float64, "the features, too, are summed in double precision"
+    thousand = normal(1001, 1)
+    assert torch.equal(subset_values(thousand, thousand, 1), subset_values(thousand, thousand, 1, size=1000))
+    assert kid(thousand, thousand, 1) == kid(thousand, thousand, 1, size=1000, seed=0)
+    whole = subset_values(x, y, subsets=2)
+    assert torch.allclose(whole[0], whole[1]) == (n == m), "up to 1,000 rows"
 
 
 def test_kid_grows_with_the_distance() -> None:

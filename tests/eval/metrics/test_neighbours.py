@@ -8,7 +8,7 @@ from random_sets import normal
 
 from fewstep.core.errors import UserError
 from fewstep.eval.metrics.density_coverage import density_coverage
-from fewstep.eval.metrics.precision_recall import precision_recall
+from fewstep.eval.metrics.precision_recall import precision_error, precision_recall
 
 
 def test_precision_and_recall_of_disjoint_clusters_are_zero() -> None:
@@ -49,7 +49,27 @@ def test_values_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch)
     assert 0 < precision < recall <= 1  # too wide a generator is less precise than complete
 
 
+def test_a_point_at_the_radius_is_inside_for_precision_and_recall() -> None:
+    """Real 0, 1, 2, 3 and generated -1, 6, 7 with k = 1, balls of radius 1: -1 touches that of 0; 0 that of -1, of
+    radius 7, which reaches all."""
+    real, generated = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([[-1.0], [6.0], [7.0]])
+    assert precision_recall(real, generated, k=1) == (1 / 3, 1)
+    assert precision_recall(real, torch.tensor([[4.0], [5.0]]), k=1) == (1 / 2, 1 / 4)
+
+
+def test_the_error_of_precision_is_that_of_a_share() -> None:
+    assert precision_error(0.2, 400) == pytest.approx(0.02)
+
+
+def test_distances_keep_their_digits_far_from_the_origin() -> None:
+    real, generated = normal(50, 2), normal(50, 2, seed=1) * 1.5
+    offset = torch.tensor([1e8, -1e8], dtype=torch.float64)
+    assert precision_recall(real + offset, generated + offset) == precision_recall(real, generated)
+
+
 def test_too_few_points_for_k_are_refused() -> None:
+    with pytest.raises(UserError, match="k = 0"):
+        precision_recall(normal(50, 2), normal(50, 2), k=0)
     with pytest.raises(UserError, match="k = 3"):
         precision_recall(normal(50, 2), normal(3, 2))
     with pytest.raises(UserError, match="k = 5"):

@@ -106,6 +106,38 @@ def test_the_images_of_an_unknown_number_of_conditions_have_no_diversity() -> No
             METRICS.resolve(name).check_count(1000, 0)
 
 
+def test_images_in_turn_are_ordered_by_seed_and_condition() -> None:
+    """Image k shows condition k % 3; an incomplete last turn is left out."""
+    own = inputs(METRICS.resolve("diversity"), 8)
+    features = own.images.features()
+    torch.testing.assert_close(own.features_by_seed(), torch.stack([features[:3], features[3:6]]))
+    for n, conditions in ((5, CONDITIONS), (8, 0)):
+        few = replace(inputs(METRICS.resolve("diversity"), n), conditions=conditions)
+        message = f"{n} images of {conditions} conditions: two images per condition are needed"
+        with pytest.raises(UserError, match=message):
+            few.features_by_seed()
+
+
+def test_too_few_images_are_counted_in_words() -> None:
+    with pytest.raises(UserError, match=r"^kid needs at least 2 images, got 1\.$"):
+        METRICS.resolve("kid").check_count(1, 0)
+    with pytest.raises(UserError, match=r"^diversity needs at least 6 images, 2 of each class or caption, got 5\.$"):
+        METRICS.resolve("diversity").check_count(5, 3)
+
+
+def test_the_clip_score_is_the_cosine_with_the_caption_in_turn() -> None:
+    metric = METRICS.resolve("clip_score")
+    assert replace(metric, caption_prefix="a painting of ").needs_captions
+    own = inputs(metric, 7)
+    images, texts = own.images.features(), own.texts[""]
+    expected = torch.tensor([float(images[k] @ texts[k % CONDITIONS]) for k in range(7)], dtype=torch.float64)
+    torch.testing.assert_close(cosines(own, ""), expected, rtol=1e-6, atol=1e-6)
+    measured = metric.measure(own)
+    assert (measured.value, measured.error) == pytest.approx((expected.mean().item(), expected.std().item() / 7**0.5))
+    other = replace(own, texts={"": texts, PREFIX: -texts})
+    assert METRICS.resolve("clip_score_dmd2").measure(other).value == pytest.approx(-measured.value)
+
+
 def test_metrics_that_are_results_of_one_computation_compute_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -145,8 +177,17 @@ def test_features_of_different_networks_are_refused(metric: Callable[[Tensor, Te
 def test_a_value_that_is_not_finite_is_an_error_and_not_a_score() -> None:
     fid = METRICS.resolve("fid")
     for wrong in (replace(fid, compute=lambda _: math.nan), replace(fid, error=lambda _: math.inf, error_of="error")):
-        with pytest.raises(UserError, match=r"fid is .* no score is written"):
+        with pytest.raises(UserError, match=r"fid is .* no score is written\. Check the images and the reference\.$"):
             wrong.measure(inputs(fid, 10))
+
+
+@pytest.mark.parametrize(("share", "noted"), [(0.004, False), (0.006, True)])
+def test_a_bias_above_a_twentieth_of_the_value_is_noted(share: float, noted: bool) -> None:
+    """Here, of 20 images: the bias is 20 times ``share``, the value 2."""
+    metric = replace(METRICS.resolve("fid"), compute=lambda _: 2.0, bias=lambda _, n: n * share)
+    measured = metric.measure(inputs(metric, 20))
+    assert measured.bias == (pytest.approx(20 * share) if noted else None)
+    assert replace(metric, bias=None).measure(inputs(metric, 20)).bias is None
 
 
 def test_error_bars_are_the_deviations_that_their_names_say() -> None:

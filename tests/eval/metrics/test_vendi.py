@@ -9,7 +9,8 @@ import torch
 from random_sets import normal
 
 from fewstep.core.errors import UserError
-from fewstep.eval.metrics.vendi import mean_vendi_score, vendi_score
+from fewstep.eval.metrics.jackknife import GROUPS, groups_of, jackknife_error
+from fewstep.eval.metrics.vendi import mean_vendi_score, vendi_error, vendi_score
 
 
 @pytest.mark.parametrize("dimension", [8, 40], ids=["fewer dimensions than images", "more"])
@@ -48,6 +49,21 @@ def test_per_condition_it_is_the_mean_over_conditions() -> None:
     kinds = torch.tensor([[0, 1, 3], [0, 1, 4], [0, 2, 5], [0, 2, 6]])  # [seeds, conditions]
     features = torch.eye(7).double()[kinds]
     assert mean_vendi_score(features) == pytest.approx((1 + 2 + 4) / 3)
+
+
+@pytest.mark.parametrize("conditions", [0, 3])
+def test_the_error_is_the_jackknife_over_the_groups(conditions: int) -> None:
+    features = normal(60, 5) + 1
+    groups = groups_of(torch.arange(60), conditions or 1)
+    left_out = [vendi_score(features[groups != group]) for group in range(GROUPS)]
+    assert vendi_error(features, conditions) == pytest.approx(jackknife_error(left_out), rel=1e-6)
+    assert vendi_error(features[:19], conditions) is None
+
+
+@pytest.mark.parametrize("shape", [(4, 2_000_000), (2_000_000, 4)])
+def test_the_smaller_of_the_two_products_is_computed(shape: tuple[int, int]) -> None:
+    """The larger one would need 32 TB."""
+    assert vendi_score(torch.eye(4).repeat(shape[0] // 4, shape[1] // 4)) == pytest.approx(4)
 
 
 def test_features_without_a_direction_are_refused() -> None:

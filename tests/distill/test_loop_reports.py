@@ -1,0 +1,129 @@
+"""The loop's reports: the cause of a lost update, when training ends, means over processes, and what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from worlds import Points
+
+from fewstep.core.errors import UserError
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill.loop import Loop
+from fewstep.distill.processes import World
+from fewstep.distill.roles import Role, Roles
+from fewstep.distill.update import LossTerm, MicroBatch, Objective, Update
+
+
+class Three(nn.Module):
+    """Three parameters, of which ``unused`` belongs to no loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.unused = (nn.Parameter(torch.ones(2)) for _ in range(3))
+
+
+Losses = Callable[[Three, int], Mapping[str, Tensor]]
+After = Callable[[KeyedRandom, Mapping[str, Tensor]], None]
+
+
+def loop_of(losses: Losses, *, after: After | None = None, **settings: object) -> Loop:
+    """A loop with one update, of the losses of the network and the step."""
+    network = Three()
+    role = Role(network, torch.optim.SGD(network.parameters(), lr=1.0))
+    role.optimizer.param_groups[0]["initial_lr"] = 1.0  # type: ignore[union-attr]
+
+    def terms(micro: MicroBatch) -> Iterator[LossTerm]:
+        micro.log("steps", torch.tensor(float(micro.step)))
+        micro.total("images", torch.tensor(3.0))
+        for name, loss in losses(network, micro.step).items():
+            yield LossTerm(name, loss)
+
+    update = Update("student", ("student",), terms, after=after)
+    return Loop(Roles({"student": role}), Objective((update,)), {"data": Points(2)}, batch=4, **settings)  # type: ignore[arg-type]
+
+
+def root_of_zero(parameter: Tensor) -> Tensor:
+    """0, with an infinite gradient."""
+    return (parameter - parameter.detach()).sqrt().sum()
+
+
+@pytest.mark.parametrize(
+    ("losses", "cause"),
+    [
+        (lambda n, _: {"x": n.a.sum() * torch.nan}, "loss/x is nan"),
+        (lambda n, _: {"x": n.a.sum() * torch.inf, "y": n.b.sum(), "z": -n.b.sum() * torch.inf},
+         "loss/x is inf and loss/z is -inf"),
+        (lambda n, _: {"x": root_of_zero(n.a)}, "its losses are finite, but not the gradient of student.a"),
+        (lambda n, _: {"x": n.a.sum() + root_of_zero(n.b)},
+         "its losses are finite, but not the gradient of student.b"),
+        (lambda n, _: {"x": root_of_zero(n.a) + root_of_zero(n.b)},
+         "its losses are finite, but not the gradient of student.a and of 1 other parameters"),
+        (lambda n, _: {"x": (n.a[0] - n.a[1]) * 3e38}, "the norm of its gradient overflows"),
+    ],
+)  # fmt: skip
+def test_the_cause_of_a_lost_update_names_all_that_is_not_finite(losses: Losses, cause: str) -> None:
+    loop = loop_of(losses, clip=1.0)
+    loop.step(0)
+    (lost,) = loop.lost
+    assert str(lost) == f"The update 'student' of step 1 was not applied: {cause}."
+
+
+def at_steps(broken: set[int]) -> Losses:
+    return lambda network, step: {"x": network.a.sum() * (torch.nan if step in broken else 1.0)}
+
+
+def test_only_updates_lost_in_a_row_end_training() -> None:
+    loop = loop_of(at_steps({0, 2, 4, 6, 7}), max_lost={"student": 2})
+    for step in range(7):
+        loop.step(step)
+        assert len(loop.lost) == (step % 2 == 0)
+    with pytest.raises(UserError, match=r"2 times in a row\. Lower the learning rate of student or the guidance"):
+        loop.step(7)
+
+
+def test_an_update_that_reaches_no_parameter_is_an_error() -> None:
+    loop = loop_of(lambda network, step: {})
+    loop.roles = Roles({name: loop.roles["student"] for name in ("student", "other")})
+    loop.objective = Objective((replace(loop.objective.updates[0], roles=("student", "other")),))
+    message = "'student' reached no parameter of student, other: is input_grad=True missing in an evaluation"
+    with pytest.raises(RuntimeError, match=message):
+        loop.step(0)
+
+
+def test_the_error_of_many_lost_updates_names_all_roles() -> None:
+    loop = loop_of(at_steps({0}), max_lost={"student": 1})
+    loop.roles = Roles({name: loop.roles["student"] for name in ("student", "other")})
+    loop.objective = Objective((replace(loop.objective.updates[0], roles=("student", "other")),))
+    with pytest.raises(UserError, match=r"Lower the learning rate of student, other or the guidance"):
+        loop.step(0)
+
+
+@dataclass(frozen=True)
+class Twins(World):
+    """Two processes, of which the other has zeros everywhere."""
+
+    rank: int = 1
+    size: int = 2
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        assert all(isinstance(tensor, Tensor) for tensor in tensors)
+
+
+def test_gradients_and_metrics_are_means_and_totals_sums_over_the_processes() -> None:
+    seen: list[tuple[tuple[object, ...], torch.device, dict[str, float]]] = []
+
+    def after(random: KeyedRandom, totals: Mapping[str, Tensor]) -> None:
+        seen.append((random.key, random.device, {name: total.item() for name, total in totals.items()}))
+
+    device = torch.device("cpu")
+    loop = loop_of(lambda n, _: {"x": n.a.sum()}, after=after, accumulate=2, world=Twins(), seed=7, device=device)
+    metrics = loop.step(5)
+    assert metrics["grad_norm/student"].item() == pytest.approx(0.5 * 2**0.5)
+    assert metrics["steps"].item() == pytest.approx(5.0), "sums and counts are divided alike"
+    assert seen == [((7, 5, "after/student", 0), device, {"images": 3.0})]
+    parameter = loop.roles["student"].parameters[0]
+    torch.testing.assert_close(parameter.detach(), torch.full((2,), 0.5))
