@@ -91,7 +91,7 @@ def load_model(
             f"No model at {str(source)!r}: neither a folder with config.json (a fewstep model) or model_index.json "
             f"(a diffusers pipeline) nor a bundled model{hint}."
         )
-    config = _read_config(folder)
+    config = read_config(folder)
     try:
         stored = tensor_names(folder / "model.safetensors") if config.base else set()
         denoiser = _network(config, feature_layers, dtype, stored)
@@ -139,7 +139,7 @@ def _bases(config: ModelConfig) -> list[str]:
         folder = resolve_path(config.base)
         if config.base in TEACHERS or is_pipeline(config.base) or not (folder / "config.json").is_file():
             break
-        config = _read_config(folder)
+        config = read_config(folder)
     return bases
 
 
@@ -153,7 +153,8 @@ def is_pipeline(source: str | Path) -> bool:
     return (resolve_path(source) / "model_index.json").is_file() or is_hub_id(str(source))
 
 
-def _read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path) -> ModelConfig:
+    """``config.json`` of a model folder. Raises ``UserError`` if it is missing or damaged."""
     file = folder / "config.json"
     try:
         return ModelConfig.model_validate_json(file.read_text(encoding="utf-8"))
