@@ -99,7 +99,7 @@ def _cast(network: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def encoded_lengths(folder: str | Path | None) -> dict[str, tuple[int, ...]]:
+def encoded_shapes(folder: str | Path | None) -> dict[str, tuple[int, ...]]:
     """The shapes of the condition's tensors in a folder of ``fewstep data encode``, without the batch axis; empty if
     there is none yet."""
     from safetensors import safe_open
