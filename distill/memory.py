@@ -2,19 +2,18 @@
 
     total = weights + moments + averages of all roles + the most at any moment of gradients, activations and temporaries
 
-Roles are built on the meta device by the code that training uses, so that weights, float32 copies, adapters and averages
-are counted, not estimated. The moments of a step (which evaluations happen, with which graphs alive and which gradients
-held) are those of the training loop with stand-in networks; what each evaluation costs is counted on fake tensors.
+Roles are built on the meta device by the code that training uses, so that weights, float32 copies, adapters and
+averages are counted, not estimated. What happens in a step (which evaluations, with which graphs alive and which
+gradients held) is observed in the training loop with stand-in networks; what an evaluation costs is counted on fake
+tensors.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +22,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fewstep.core.errors import UserError
 from fewstep.distill.build import DTYPES
 from fewstep.distill.config import Config
-from fewstep.distill.explain import BATCH, CYCLES, stand_in_trainer
+from fewstep.distill.explain import stand_in_trainer
 from fewstep.distill.processes import GROUP
 from fewstep.distill.roles import Role
+from fewstep.distill.snapshots import Evaluated, Snapshot, snapshots
 from fewstep.distill.stage import roles_of_stage
-from fewstep.distill.trainer import Trainer
-from fewstep.distill.update import StudentSample
 from fewstep.models.adapters import AdapterView, checkpoint_gradients, share_network
 from fewstep.models.attention import set_attention
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.live_memory import EvaluationMemory, Graph, evaluation_memory, to_fake
+from fewstep.models.live_memory import EvaluationMemory, evaluation_memory, to_fake
 from fewstep.models.quantized import is_quantized, quantized_bytes
 from fewstep.models.skeleton import META, Skeleton, encoded_shapes, skeleton, skeleton_of
 
@@ -52,33 +50,33 @@ class RoleMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per device in a stage. ``moments_of_a_step`` holds what is needed besides the weights, moments and averages
-    that ``resident`` counts, by what happens: gradients, activations, temporaries, and weights fetched from the host."""
+    """Bytes per device in a stage. ``resident`` are weights, moments and averages; ``peaks`` is what is needed besides,
+    by what happens: gradients, activations, temporaries, and weights fetched from host memory."""
 
     stage: int
     roles: Mapping[str, RoleMemory]
     resident: int
-    moments_of_a_step: Mapping[str, int]
+    peaks: Mapping[str, int]
 
     @property
     def total(self) -> int:
-        return self.resident + max(self.moments_of_a_step.values())
+        return self.resident + max(self.peaks.values())
 
     @property
     def worst(self) -> str:
         """What happens when the most memory is needed."""
-        return max(self.moments_of_a_step, key=lambda name: self.moments_of_a_step[name])
+        return max(self.peaks, key=lambda name: self.peaks[name])
 
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON types, in bytes."""
         roles = {name: dict(vars(role)) for name, role in self.roles.items()}
         return {
             "stage": self.stage, "roles": roles, "resident": self.resident,
-            "moments_of_a_step": dict(self.moments_of_a_step), "total": self.total,
+            "peaks": dict(self.peaks), "total": self.total,
         }  # fmt: skip
 
 
-def plan_memory(config: Config, devices: int = 1, shards: int = 1, costs: Costs | None = None) -> MemoryPlan:
+def plan_memory(config: Config, devices: int = 1, shards: int = 1, costs: Cost | None = None) -> MemoryPlan:
     """The plan of the stage that needs the most. ``shards`` divides the weights, gradients and moments of copies.
     ``costs`` remembers evaluations between calls.
 
@@ -112,8 +110,9 @@ def own_tensors(roles: Mapping[str, Role]) -> dict[str, list[Tensor]]:
     seen: set[int] = set()
 
     def new(module: nn.Module) -> list[Tensor]:
-        tensors = [*module.parameters(), *module.buffers()]
-        return [tensor for tensor in tensors if not (id(tensor) in seen or seen.add(id(tensor)))]
+        tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in seen]
+        seen.update(map(id, tensors))
+        return tensors
 
     own = {name: new(role.module) for name, role in roles.items()}
     for name, role in roles.items():
@@ -137,7 +136,7 @@ class PlannedStage:
     network: Skeleton
     roles: dict[str, Role]
     frozen: frozenset[str]
-    moments: frozenset[Moment]
+    snapshots: frozenset[Snapshot]
     updates: Mapping[str, tuple[str, ...]]
 
 
@@ -156,7 +155,7 @@ def _stages(config: Config) -> Iterator[PlannedStage]:
             roles = roles_of_stage(before, configs, stage.freeze, networks)
         frozen = roles.keys() - stage.roles.keys() - dict(trainer.objective.experts).keys()
         updates = {update.name: update.roles for update in trainer.objective.updates}
-        yield PlannedStage(number, network, roles, frozenset(frozen), moments(trainer), updates)
+        yield PlannedStage(number, network, roles, frozenset(frozen), snapshots(trainer), updates)
         before = roles
 
 
@@ -179,7 +178,7 @@ def _network(config: Config) -> Skeleton:
     return Skeleton(denoiser, network.shape, condition)
 
 
-def _plan_stage(config: Config, stage: PlannedStage, devices: int, shards: int, costs: Costs) -> MemoryPlan:
+def _plan_stage(config: Config, stage: PlannedStage, devices: int, shards: int, costs: Cost) -> MemoryPlan:
     roles, settings = stage.roles, config.stages[stage.number].roles
     memory: dict[str, RoleMemory] = {}
     own = own_tensors(roles)
@@ -202,23 +201,30 @@ def _plan_stage(config: Config, stage: PlannedStage, devices: int, shards: int, 
     return MemoryPlan(stage.number, memory, resident, _needs(config, stage, memory, offloaded, devices, costs))
 
 
-def _base_bytes(role: Role, weights: str) -> int:
+def _base_bytes(role: Role, weights: Literal["float32", "bfloat16", "int8", "nf4"]) -> int:
     """Bytes of a quantized base, for the role that holds it; 0 for others."""
     backbone = role.module.backbone if isinstance(role.module, Denoiser) else None
-    if weights not in ("int8", "nf4") or not isinstance(backbone, AdapterView) or list(backbone.parameters()):
+    if (
+        weights == "float32"
+        or weights == "bfloat16"
+        or not isinstance(backbone, AdapterView)
+        or list(backbone.parameters())
+    ):
         return 0
     modules = backbone.shared_network.named_modules()
-    layers = [layer for path, layer in modules if is_quantized(path, layer) and not layer.weight.requires_grad]
-    linear = {id(tensor) for layer in layers for tensor in layer.parameters()}
-    rest = [p for p in backbone.shared_network.parameters() if id(p) not in linear and not p.requires_grad]
-    return nbytes(rest) + sum(quantized_bytes(layer, weights) for layer in layers)
+    linear = [(path, layer) for path, layer in modules if isinstance(layer, nn.Linear)]
+    layers = [layer for path, layer in linear if is_quantized(path, layer) and not layer.weight.requires_grad]
+    quantized = {id(tensor) for layer in layers for tensor in layer.parameters()}
+    rest = [p for p in backbone.shared_network.parameters() if id(p) not in quantized and not p.requires_grad]
+    sizes = [quantized_bytes(layer, weights) for layer in layers]
+    return nbytes(rest) + sum(sizes)
 
 
 def _needs(
     config: Config, stage: PlannedStage, memory: Mapping[str, RoleMemory], offloaded: frozenset[str], devices: int,
-    costs: Costs,
+    costs: Cost,
 ) -> dict[str, int]:  # fmt: skip
-    """The bytes that each moment of a step needs besides what is resident."""
+    """The bytes that are needed besides what is resident, by what happens."""
     needs: dict[str, int] = {}
 
     def need(what: str, size: int) -> None:
@@ -227,17 +233,17 @@ def _needs(
     def cost(evaluation: Evaluated, with_gradients: bool) -> EvaluationMemory:
         return costs(config, stage, evaluation, with_gradients)
 
-    for moment in stage.moments:
-        trained = moment.evaluation.graph == "parameters"
-        held = moment.gradients & memory.keys()
+    for snapshot in stage.snapshots:
+        trained = snapshot.evaluation.graph == "parameters"
+        held = snapshot.gradients & memory.keys()
         size = sum(memory[role].gradients for role in held)
-        size += sum(cost(other, True).kept for other in moment.alive)
-        size += cost(moment.evaluation, not trained or moment.evaluation.role in held).peak
-        used = {evaluation.role for evaluation in (moment.evaluation, *moment.alive)}
+        size += sum(cost(other, True).kept for other in snapshot.alive)
+        size += cost(snapshot.evaluation, not trained or snapshot.evaluation.role in held).peak
+        used = {evaluation.role for evaluation in (snapshot.evaluation, *snapshot.alive)}
         size += sum(memory[role].weights for role in used & offloaded)
-        need(f"{moment.evaluation.role} evaluated in the update {moment.update}", size)
+        need(f"{snapshot.evaluation.role} evaluated in the update {snapshot.update}", size)
     foreach = config.device != "cpu"
-    held = frozenset().union(*(moment.gradients for moment in stage.moments))
+    held = frozenset(role for snapshot in stage.snapshots for role in snapshot.gradients)
     for update, names in stage.updates.items():
         gradients = sum(memory[role].gradients for role in held | set(names))
         for name in names:
@@ -246,88 +252,18 @@ def _needs(
             need(f"optimizer step of {name}", gradients + (0 if bits8 else step_bytes(sizes, foreach)))
         if devices > 1:
             need(f"mean over devices in the update {update}", gradients + min(gradients, FLOAT * GROUP))
-    if config.health.every or config.validation.every:
-        # the averaged weights are in use, and the trained ones waiting
-        student = sum(map(_gradients_of(memory), held)) + memory["student"].average if "student" in memory else 0
-        if student:
-            need("samples of the averaged student", student + cost(Evaluated("student", 1, "none"), True).peak)
+    if "student" in memory and (config.health.every or config.validation.every):  # two sets of its weights are held
+        size = sum(memory[role].gradients for role in held & memory.keys()) + memory["student"].average
+        need("samples of the averaged student", size + cost(Evaluated("student", 1, "none"), True).peak)
     if offloaded:
         frozen = sum(memory[role].weights for role in offloaded)
         need("start of the stage", frozen - sum(role.moments for role in memory.values()))
     return needs
 
 
-def _gradients_of(memory: Mapping[str, RoleMemory]) -> Any:
-    return lambda role: memory[role].gradients
+# --- costs ----------------------------------------------------------------------------------------------------------
 
-
-# --- what happens in a step -------------------------------------------------------------------------------------------
-
-
-class Evaluated(NamedTuple):
-    """An evaluation of a role on ``batches`` micro-batches at once (2 with guidance)."""
-
-    role: str
-    batches: int
-    graph: Graph
-
-
-class Moment(NamedTuple):
-    """An evaluation in an update, with the graphs alive and the roles that hold gradients at that moment."""
-
-    update: str
-    evaluation: Evaluated
-    alive: tuple[Evaluated, ...]
-    gradients: frozenset[str]
-
-
-class _Keep(torch.autograd.Function):
-    """The identity; it saves a marker that lives until the backward pass, as activations do."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, marker: Tensor) -> Tensor:
-        ctx.save_for_backward(marker)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def moments(trainer: Trainer) -> frozenset[Moment]:
-    """The different moments in some cycles of the current stage of a trainer with stand-in networks."""
-    roles, found, alive = trainer.roles, set[Moment](), list[tuple[Evaluated, weakref.ref[Tensor]]]()
-    current = ""
-
-    def hook(role: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        graph: Graph = "none" if not output.requires_grad else "parameters" if roles.is_updating(role) else "input"
-        evaluation = Evaluated(role, math.ceil(len(inputs[0]) / BATCH), graph)
-        others = tuple(sorted(other for other, marker in alive if marker() is not None))
-        held = frozenset(name for name, other in roles.items() if any(p.grad is not None for p in other.parameters))
-        found.add(Moment(current, evaluation, others, held))
-        if graph == "none":
-            return output
-        marker = torch.empty(())
-        alive.append((evaluation, weakref.ref(marker)))
-        kept: Tensor = _Keep.apply(output, marker)
-        return kept
-
-    denoisers = {name: role.module for name, role in roles.items() if isinstance(role.module, Denoiser)}
-    handles = [module.backbone.register_forward_hook(partial(hook, name)) for name, module in denoisers.items()]
-    updates = trainer.objective.updates
-    shards = range(trainer.loop.accumulate)
-    try:
-        for step in range(CYCLES * max(update.due.n for update in updates)):
-            shared: dict[int, dict[str, StudentSample]] = {shard: {} for shard in shards}
-            for update in updates:
-                if update.due(step):
-                    current = update.name
-                    trainer.loop.update(update, step, shared)
-                    alive.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return frozenset(found)
+Cost = Callable[[Config, PlannedStage, Evaluated, bool], EvaluationMemory]
 
 
 class Costs:

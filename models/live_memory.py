@@ -67,7 +67,7 @@ def to_fake(modules: Iterable[nn.Module], mode: FakeTensorMode) -> None:
             made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
         return made[id(tensor)]
 
-    for module in (part for module in modules for part in module.modules()):
+    for module in (part for whole in modules for part in whole.modules()):
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
@@ -88,7 +88,7 @@ def evaluation_memory(
 ) -> EvaluationMemory:  # fmt: skip
     """The memory of evaluating a fake ``denoiser`` on ``batch`` samples, and of the backward pass if it has a graph.
 
-    The peak contains the gradients of parameters, unless they exist before, ``with_gradients``. Weights are not counted.
+    The peak contains gradients of parameters, unless they exist before, ``with_gradients``. Weights are not counted.
     """
     parameters = list(denoiser.parameters())
     network = getattr(denoiser.backbone, "shared_network", denoiser)

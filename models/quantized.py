@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 from torch import nn
 
@@ -21,7 +21,7 @@ def quantize(network: nn.Module, bits: Bits) -> None:
     """
     bnb = require_bitsandbytes()
     for path, layer in list(network.named_modules()):
-        if not is_quantized(path, layer):
+        if not isinstance(layer, nn.Linear) or not is_quantized(path, layer):
             continue
         size, bias = (layer.in_features, layer.out_features), layer.bias is not None
         if bits == "int8":
@@ -36,7 +36,7 @@ def quantize(network: nn.Module, bits: Bits) -> None:
         setattr(network.get_submodule(parent), name, small.requires_grad_(False).to(layer.weight.device))
 
 
-def is_quantized(path: str, layer: nn.Module) -> TypeGuard[nn.Linear]:
+def is_quantized(path: str, layer: nn.Module) -> bool:
     """Whether ``quantize`` replaces the layer at this path: a linear one inside a block."""
     return type(layer) is nn.Linear and any(part.isdigit() for part in path.split(".")[:-1])  # blocks: a ModuleList
 

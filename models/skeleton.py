@@ -74,7 +74,7 @@ def _of_pipeline(
     from fewstep.models.hub.folder import require_diffusers
 
     cls = family_of(pipeline)
-    build = cls.classes.get(network) or getattr(require_diffusers(), network)
+    build: Any = cls.classes.get(network) or getattr(require_diffusers(), network)
     with META:
         module = build.from_config(dict(settings))
     family = cls(dict(module.config), vae)
@@ -108,4 +108,4 @@ def encoded_shapes(folder: str | Path | None) -> dict[str, tuple[int, ...]]:
     if folder is None or not file.is_file():
         return {}
     with safe_open(file, "pt") as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()[1:]) for name in tensors.keys()}
+        return {name: tuple(tensors.get_slice(name).get_shape()[1:]) for name in tensors.keys()}  # noqa: SIM118, a file's names, not a dict
