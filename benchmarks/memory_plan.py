@@ -7,6 +7,7 @@ Weights are copied once before, because safetensors files are mapped into memory
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -103,6 +104,7 @@ def measured_peak(config: Config) -> int:
     network = module.backbone.shared_network if isinstance(module.backbone, AdapterView) else module
     tensors = [*network.parameters(), *network.buffers()]
     before = [tensor.data for tensor in tensors]  # alive until the end, so that no release of them is counted
+    gc.collect()  # or the release of an earlier run's tensors would be counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for tensor, data in zip(tensors, before, strict=True):
             tensor.data = data.clone()
