@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -99,10 +100,10 @@ def adamw_bytes(sizes: Iterable[int], bits8: bool) -> int:
 
 
 def step_bytes(sizes: Iterable[int], foreach: bool) -> int:
-    """Temporaries of an AdamW step: one more copy of all parameters where torch updates them together (on a GPU), two
-    of the largest where it updates one after the other."""
+    """Temporaries of an AdamW step: one more copy of all parameters where torch updates them together (on a GPU); two
+    of one, beside one of that before it, where it updates one after the other."""
     sizes = list(sizes)
-    return FLOAT * sum(sizes) if foreach else 2 * FLOAT * max(sizes)
+    return FLOAT * (sum(sizes) if foreach else max(2 * n + before for before, n in pairwise([0, *sizes])))
 
 
 def own_tensors(roles: Mapping[str, Role]) -> dict[str, list[Tensor]]:
