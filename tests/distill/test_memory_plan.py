@@ -189,6 +189,18 @@ def test_a_plan_of_copies_in_closed_form() -> None:
     assert plan.as_dict()["total"] == plan.total
 
 
+def test_an_evaluation_is_added_to_the_graphs_alive_and_the_gradients_held() -> None:
+    """Each evaluation keeps 1 MiB per micro-batch from forward to backward pass and needs 5 at its peak."""
+
+    def cost(settings: Config, stage: object, evaluation: Evaluated, with_gradients: bool) -> EvaluationMemory:
+        return EvaluationMemory(evaluation.batches * 2**20, 5 * evaluation.batches * 2**20)
+
+    peaks = plan_memory(config(accumulate=2), costs=cost).peaks
+    both = 2 * FASHION  # the gradients of student and fake
+    assert peaks["teacher evaluated in the update student"] == both + (1 + 10) * 2**20
+    assert peaks["fake evaluated in the update fake"] == both + 5 * 2**20
+
+
 def test_settings_change_what_they_should() -> None:
     def planned(**changes: Any) -> Any:
         return plan_memory(config(**changes), costs=free)
