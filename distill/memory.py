@@ -238,7 +238,7 @@ def _needs(
         trained = snapshot.evaluation.graph == "parameters"
         held = snapshot.gradients & memory.keys()
         size = sum(memory[role].gradients for role in held)
-        pass
+        size += sum(cost(other, True).kept for other in snapshot.alive)
         size += cost(snapshot.evaluation, not trained or snapshot.evaluation.role in held).peak
         used = {evaluation.role for evaluation in (snapshot.evaluation, *snapshot.alive)}
         size += sum(memory[role].weights for role in used & offloaded)
