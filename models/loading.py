@@ -93,7 +93,7 @@ def load_model(
             f"No model at {str(source)!r}: neither a folder with config.json (a fewstep model) or model_index.json "
             f"(a diffusers pipeline) nor a bundled model{nearest(str(source), bundled_models())}."
         )
-    config = _read_config(folder)
+    config = read_config(folder)
     try:
         stored = tensor_names(folder / "model.safetensors") if config.base else set()
         denoiser = _network(config, feature_layers, dtype, stored)
@@ -149,7 +149,7 @@ def _bases(config: ModelConfig) -> list[str]:
         folder = resolve_path(config.base)
         if config.base in TEACHERS or is_pipeline(config.base) or not (folder / "config.json").is_file():
             break
-        config = _read_config(folder)
+        config = read_config(folder)
     return bases
 
 
@@ -163,7 +163,8 @@ def is_pipeline(source: str | Path) -> bool:
     return (resolve_path(source) / "model_index.json").is_file() or is_hub_id(str(source))
 
 
-def _read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path) -> ModelConfig:
+    """``config.json`` of a model folder. Raises ``UserError`` if it is missing or damaged."""
     file = folder / "config.json"
     with reading(file, "config of a fewstep model"):
         return ModelConfig.model_validate_json(file.read_bytes())

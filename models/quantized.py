@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from torch import nn
@@ -20,8 +21,7 @@ def quantize(network: nn.Module, bits: Bits) -> None:
     """
     bnb = require_bitsandbytes()
     for path, layer in list(network.named_modules()):
-        in_a_block = any(part.isdigit() for part in path.split(".")[:-1])  # blocks are in a ModuleList
-        if type(layer) is not nn.Linear or not in_a_block:
+        if not isinstance(layer, nn.Linear) or not is_quantized(path, layer):
             continue
         size, bias = (layer.in_features, layer.out_features), layer.bias is not None
         if bits == "int8":
@@ -34,6 +34,22 @@ def quantize(network: nn.Module, bits: Bits) -> None:
             small.bias.data = small.bias.data.to(layer.weight.dtype)
         parent, _, name = path.rpartition(".")
         setattr(network.get_submodule(parent), name, small.requires_grad_(False).to(layer.weight.device))
+
+
+def is_quantized(path: str, layer: nn.Module) -> bool:
+    """Whether ``quantize`` replaces the layer at this path: a linear one inside a block."""
+    return type(layer) is nn.Linear and any(part.isdigit() for part in path.split(".")[:-1])  # blocks: a ModuleList
+
+
+def quantized_bytes(layer: nn.Linear, bits: Bits) -> int:
+    """Bytes of a layer after ``quantize``: 8 bits and a float32 scale per row, or 4 bits and an 8-bit scale for each 64
+    weights, which have a float32 scale for each 256 of them, a float32 mean and two tables of 16 and 256 values."""
+    n = layer.weight.numel()
+    bias = layer.bias.numel() * layer.bias.element_size() if layer.bias is not None else 0
+    if bits == "int8":
+        return n + 4 * layer.out_features + bias
+    scales = math.ceil(n / 64)
+    return math.ceil(n / 2) + scales + 4 * math.ceil(scales / 256) + 4 * (1 + 16 + 256) + bias
 
 
 def require_bitsandbytes() -> Any:

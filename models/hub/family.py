@@ -37,6 +37,7 @@ class Family(ABC):
     ``guidance_argument`` and ``step_callback``: the arguments of its call for the guidance scale and for a function to
     call after each step. ``two_experts``: the setting in its index for the boundary between two denoisers, empty if it
     supports only one. ``comfyui_shift``: the node that sets the shift of a flow in ComfyUI.
+    ``prompt_tokens``: the length of an encoded prompt, for planning memory.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -49,6 +50,7 @@ class Family(ABC):
     two_experts: ClassVar[str] = ""
     step_callback: ClassVar[str] = "callback_on_step_end"
     comfyui_shift: ClassVar[str] = "ModelSamplingAuraFlow"
+    prompt_tokens: ClassVar[int] = 512
 
     def __init__(self, network: Settings, vae: Settings) -> None:
         self.network = network

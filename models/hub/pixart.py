@@ -15,6 +15,7 @@ from fewstep.models.hub.family import Family, discrete_timestep, layers_at_depth
 class PixArt(Family):
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     loads_lora = False
+    prompt_tokens = 120
     step_callback = "callback"
 
     @property

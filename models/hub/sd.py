@@ -14,6 +14,7 @@ from fewstep.models.hub.family import Family, discrete_timestep
 class StableDiffusion(Family):
     pipelines = ("StableDiffusionPipeline",)
     part = "unet"
+    prompt_tokens = 77
 
     @property
     def feature_layers(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ class StableDiffusion3(Family):
     pipelines = ("StableDiffusion3Pipeline",)
     lora_targets = (*JOINT_ATTENTION, *ADDED_ATTENTION)
     comfyui_shift = "ModelSamplingSD3"
+    prompt_tokens = 333  # 77 of CLIP and 256 of T5
 
     @property
     def feature_layers(self) -> tuple[str, ...]:

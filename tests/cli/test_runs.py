@@ -44,6 +44,36 @@ def test_explain_counts_evaluations_without_weights(tmp_path: Path) -> None:
     assert "student.lr │ 0.001 │ │ 2e-6 (ImageNet-64), 1e-5 (SD1.5), 5e-7 (SDXL)" in text
 
 
+def test_explain_plans_memory_and_prints_overrides_that_it_accepts(tmp_path: Path) -> None:
+    base = ["explain", "configs/fashion/demo.yaml", "batch=16", "device=cpu"]
+    text = " ".join(succeeds(*base, "--memory", "0.04,1").split())
+    assert "1 GiB: fits." in text
+    overrides = (
+        text.partition("0.04 GiB: does not fit as it is; ")[2].partition(" with ")[2].partition(" 1 GiB:")[0].split()
+    )
+    assert overrides[0].startswith("batch=")
+    (stage,) = json.loads(succeeds(*base, *overrides, "--memory", "0.04", "--devices", 2, "--json", "-"))
+    memory = stage["memory"]
+    assert memory["total"] == memory["resident"] + max(memory["peaks"].values())
+    assert memory["fits"] == [{"gib": 0.04, "overrides": [], "total": memory["total"]}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "24,x"], "numbers separated by commas"),
+        (["--memory", "-1"], "sizes in GiB above 0"),
+        (["--memory", "nan"], "sizes in GiB above 0"),
+        (["--devices", "2"], "--devices is for --memory"),
+        (["--memory", "24", "teacher=owner/unknown"], "give a folder with them"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, "explain", "configs/fashion/demo.yaml", *arguments)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES.names())
 def test_published_values_belong_to_settings_that_exist(objective: str) -> None:
     config = OBJECTIVES.resolve(objective)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,11 +16,16 @@ from fewstep.cli.options import (
     RunFolder,
     err,
     leave,
+    parse_numbers,
     print_table,
     print_text,
     write_json,
 )  # fmt: skip
 from fewstep.core.errors import UserError
+
+if TYPE_CHECKING:
+    from fewstep.distill.memory import MemoryPlan
+    from fewstep.distill.memory_fit import Fit
 
 app = typer.Typer()
 Resume = Annotated[
@@ -69,8 +75,16 @@ def run_training(config: str | None, overrides: list[str], resume: Path | None) 
     return run.folder
 
 
-@app.command(epilog="Example: fewstep explain configs/fashion/demo.yaml")
-def explain(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None) -> None:
+@app.command(epilog="Example: fewstep explain configs/sdxl/dmd2.yaml --memory 24,80")
+def explain(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="GiB[,GiB]...", help="Plan the memory, for devices of these sizes.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="With --memory: the number of devices, one process each.")] = 1,
+    file: JsonFile = None,
+) -> None:
     """Explain a config: the method's equations, its updates and what they cost, where it departs from the paper.
 
     Needs neither weights nor data nor internet access.
@@ -78,9 +92,25 @@ def explain(config: ConfigFile, overrides: Overrides = None, file: JsonFile = No
     from fewstep.distill.config_files import load_config
     from fewstep.distill.explain import explain as explain_config
 
-    stages = explain_config(load_config(config, overrides or []))
+    sizes = parse_numbers(memory, float, "--memory") if memory is not None else []
+    if not all(0 < size < float("inf") for size in sizes):
+        raise UserError(f"--memory takes sizes in GiB above 0, got {memory!r}.")
+    if devices > 1 and memory is None:
+        raise UserError("--devices is for --memory, which takes the sizes of a device in GiB, for example 24,80.")
+    settings = load_config(config, overrides or [])
+    stages = explain_config(settings)
+    if memory is not None:
+        from fewstep.distill.memory import Costs, plan_memory
+        from fewstep.distill.memory_fit import first_fit
+
+        counted = Costs()
+        plan = plan_memory(settings, devices, costs=counted)
+        fits = [first_fit(settings, size, devices, counted) for size in sizes]
     if file is not None:
-        write_json([stage.as_dict() for stage in stages], file)
+        found = [stage.as_dict() for stage in stages]
+        if memory is not None:
+            found[plan.stage]["memory"] = plan.as_dict() | {"fits": [fit.as_dict() for fit in fits]}
+        write_json(found, file)
         return
     for number, stage in enumerate(stages):
         print_text(f"stages.{number}: {stage.text}\n")
@@ -97,6 +127,31 @@ def explain(config: ConfigFile, overrides: Overrides = None, file: JsonFile = No
             print_table([("setting", "here", "default", "published"), *stage.settings])
         else:
             print_text("All settings of the objective are its defaults.")
+    if memory is not None:
+        print_memory(plan, fits, settings.batch * settings.accumulate)
+
+
+def print_memory(plan: MemoryPlan, fits: Sequence[Fit], samples: int) -> None:
+    """Per device: the roles, the most that is needed, and for each size whether it fits or with which overrides."""
+    gib = 2**30
+    columns = ("weights", "gradients", "moments", "average")
+    rows: list[tuple[str, ...]] = [(f"GiB, stages.{plan.stage}", *columns)]
+    for name, role in plan.roles.items():
+        rows.append((name, *(f"{getattr(role, column) / gib:.3f}" for column in columns)))
+    print_table(rows)
+    print_text(
+        f"At most {plan.total / gib:.2f} GiB per device: {plan.resident / gib:.2f} stay, and "
+        f"{(plan.total - plan.resident) / gib:.2f} are gradients, activations and temporaries ({plan.worst}). "
+        f"{samples} samples per update over all devices.",
+    )
+    for fit in fits:
+        if fit.overrides is None:
+            text = f"does not fit; the least found is {fit.plan.total / gib:.2f} GiB."
+        elif fit.overrides:
+            text = f"does not fit as it is; {fit.plan.total / gib:.2f} GiB with {shlex.join(fit.overrides)}"
+        else:
+            text = "fits."
+        print_text(f"{fit.gib:g} GiB: {text}")
 
 
 @app.command(epilog="Example: fewstep replay runs/demo --step 200")

@@ -1,0 +1,292 @@
+"""The memory of a run, planned: closed forms, what torch holds, and the peak of training."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors
+from fewstep.distill.config import Config
+from fewstep.distill.config_files import load_config
+from fewstep.distill.explain import stand_in_trainer
+from fewstep.distill.memory import Costs, adamw_bytes, plan_memory, step_bytes
+from fewstep.distill.memory_fit import MARGIN, changed, changes, first_fit
+from fewstep.distill.snapshots import Evaluated, snapshots
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.live_memory import EvaluationMemory, LiveMemory, evaluation_memory, to_fake
+from fewstep.models.loading import BUNDLED
+from fewstep.models.quantized import quantize, quantized_bytes
+from fewstep.models.schedules import RectifiedFlow
+from fewstep.models.skeleton import META
+
+GiB = 2**30
+FASHION = sum(t.nbytes for t in read_tensors(BUNDLED / "fashion/model.safetensors").values())  # in float32
+FREE = EvaluationMemory(0, 0)
+
+
+def config(**changes: Any) -> Config:
+    stage = {
+        "steps": 4, "objective": {"name": "tdm", "steps": 2, "critic_updates": 2},
+        "roles": {"student": {"lr": 1e-5, "ema": 0.9}, "fake": {"lr": 1e-5}},
+    }  # fmt: skip
+    return Config.model_validate({"teacher": "fashion", "batch": 8, "device": "cpu", "stages": [stage], **changes})
+
+
+def free(*_: object) -> EvaluationMemory:
+    return FREE
+
+
+# --- counting ---------------------------------------------------------------------------------------------------------
+
+
+def test_storages_are_counted_once_and_until_they_are_freed() -> None:
+    before = torch.ones(100)
+    with LiveMemory([before]) as live:
+        first = torch.ones(10)
+        second = first.reshape(2, 5)[1:]
+        assert live.now == 40
+        third = before[3:] + 1
+        assert live.now == live.peak == 40 + 4 * 97
+        del first
+        assert live.now == 40 + 4 * 97, "a view of it is alive"
+        del second, third
+        gc.collect()
+    assert (live.now, live.peak) == (0, 40 + 4 * 97)
+
+
+class TwoLayers(nn.Module):
+    """[B, 8] -> [B, 8] by way of 32 features."""
+
+    sizes: ClassVar = (8, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32, bias=False), nn.Linear(32, 8, bias=False)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        out: Tensor = self.down(torch.sigmoid(self.up(x)))
+        return out
+
+
+def test_an_evaluation_keeps_what_autograd_saves() -> None:
+    """Of a batch of 16: sigmoid's output is kept, of 32 features; the output has 8. In the backward pass, the gradients
+    of the weights of ``down``, then of sigmoid's output and input are added."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with META:
+        denoiser = Denoiser(TwoLayers(), RectifiedFlow())
+    to_fake([denoiser], mode)
+    found = {
+        (graph, held): evaluation_memory(denoiser, (8,), {}, 16, graph, with_gradients=held, mode=mode)
+        for graph in ("none", "parameters", "input")
+        for held in (False, True)
+    }
+    wide, narrow, weights = 16 * 32 * 4, 16 * 8 * 4, 8 * 32 * 4
+    assert found["parameters", False].kept == wide + narrow
+    assert found["none", True] == found["none", False] == EvaluationMemory(narrow, 2 * wide)
+    # the output and its gradient, sigmoid's output, the gradients of sigmoid's output and input
+    assert found["input", False].peak == 3 * wide + 2 * narrow
+    assert found["parameters", True].peak == 3 * wide + 2 * narrow, "a new gradient is added to the one held, and freed"
+    assert found["parameters", False].peak == 3 * wide + 2 * narrow + weights, "the gradient of down is held"
+
+
+@pytest.mark.parametrize("sizes", [[10], [4095, 4096, 5000, 70_000]])
+def test_moments_are_those_of_the_optimizers(sizes: list[int]) -> None:
+    parameters = [nn.Parameter(torch.ones(size)) for size in sizes]
+    optimizers = [torch.optim.AdamW(parameters)]
+    if find_spec("bitsandbytes"):
+        import bitsandbytes
+
+        optimizers.append(bitsandbytes.optim.AdamW8bit(parameters))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    for bits8, optimizer in enumerate(optimizers):
+        optimizer.step()
+        held = [t for state in optimizer.state.values() for name, t in state.items() if isinstance(t, Tensor)
+                and name not in ("step", "qmap1", "qmap2")]  # fmt: skip
+        assert sum(t.nbytes for t in held) == adamw_bytes(sizes, bool(bits8))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_an_optimizer_step_needs_a_copy_of_all_parameters_or_two_of_the_largest(foreach: bool) -> None:
+    sizes = [30_000, 50_000, 20_000]
+    parameters = [nn.Parameter(torch.ones(size)) for size in sizes]
+    optimizer = torch.optim.AdamW(parameters, foreach=foreach)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # creates the moments
+    known = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
+    known += [t for state in optimizer.state.values() for t in state.values()]
+    with LiveMemory(known) as live, torch.no_grad():
+        optimizer.step()
+    assert live.peak == pytest.approx(step_bytes(sizes, foreach), rel=0.01)
+
+
+@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_quantized_layers_have_the_planned_size(bits: Any) -> None:
+    network = nn.Sequential(nn.ModuleList([nn.Linear(128, 640)]))
+    layer: Any = network[0][0]  # type: ignore[index]
+    planned = quantized_bytes(layer.to(torch.bfloat16), bits)
+    quantize(network, bits)
+    small: Any = network[0][0]  # type: ignore[index]
+    if bits == "int8":
+        held = [small.weight, small.bias, torch.empty(640)]  # the scales are made at the first call
+    else:
+        state = small.weight.quant_state
+        assert state.nested
+        held = [
+            small.weight,
+            small.bias,
+            state.absmax,
+            state.code,
+            state.offset,
+            state.state2.absmax,
+            state.state2.code,
+        ]
+    assert planned == sum(tensor.nbytes for tensor in held)
+
+
+# --- what happens in a step -------------------------------------------------------------------------------------------
+
+
+def test_the_rollouts_graph_is_alive_while_teacher_and_fake_are_evaluated() -> None:
+    found = snapshots(stand_in_trainer(config(accumulate=2)))
+    student = Evaluated("student", 1, "parameters")
+    guided = [s for s in found if s.update == "student" and s.evaluation == Evaluated("teacher", 2, "none")]
+    assert guided
+    assert all(s.alive == (student,) for s in guided), "two micro-batches at once, because the teacher is guided"
+    critic = [s for s in found if s.update == "fake" and s.evaluation.graph == "parameters"]
+    assert {(s.evaluation.role, s.alive) for s in critic} == {("fake", ())}
+    assert any("fake" in s.gradients for s in critic), "the second micro-batch adds to the first one's gradients"
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_of_copies_in_closed_form() -> None:
+    plan = plan_memory(config(), costs=free)
+    assert plan.roles["teacher"].weights == FASHION
+    assert vars(plan.roles["student"]) == {
+        "weights": FASHION, "gradients": FASHION, "moments": 2 * FASHION, "average": FASHION,
+    }  # fmt: skip
+    assert vars(plan.roles["fake"]) == {"weights": FASHION, "gradients": FASHION, "moments": 2 * FASHION, "average": 0}
+    assert plan.resident == 8 * FASHION
+    # a student's average in use holds two sets of its weights; only the role updated last holds gradients
+    assert plan.peaks["samples of the averaged student"] == 2 * FASHION
+    assert plan.total == 10 * FASHION
+    assert plan.as_dict()["total"] == plan.total
+
+
+def test_an_evaluation_is_added_to_the_graphs_alive_and_the_gradients_held() -> None:
+    """Each evaluation keeps 1 MiB per micro-batch from forward to backward pass and needs 5 at its peak."""
+
+    def cost(settings: Config, stage: object, evaluation: Evaluated, with_gradients: bool) -> EvaluationMemory:
+        return EvaluationMemory(evaluation.batches * 2**20, 5 * evaluation.batches * 2**20)
+
+    peaks = plan_memory(config(accumulate=2), costs=cost).peaks
+    # the second micro-batch of an update meets the gradients of the first, those of the update before are freed
+    assert peaks["teacher evaluated in the update student"] == FASHION + (1 + 10) * 2**20
+    assert peaks["fake evaluated in the update fake"] == FASHION + 5 * 2**20
+
+
+def test_settings_change_what_they_should() -> None:
+    def planned(**changes: Any) -> Any:
+        return plan_memory(config(**changes), costs=free)
+
+    plain, gpu = planned(), planned(device="cuda")
+    assert plain.peaks["optimizer step of fake"] < 1.3 * FASHION
+    assert gpu.peaks["optimizer step of fake"] == 2 * FASHION, "torch updates all parameters together on a GPU"
+    assert planned(offload=True).resident == plain.resident - FASHION
+    shared = plan_memory(config(accumulate=2), devices=2, costs=free)
+    assert shared.peaks["mean over devices in the update student"] == 2 * FASHION
+    for wrong, devices in (({"accumulate": 3}, 2), ({"shard": True}, 1)):
+        with pytest.raises(UserError, match=r"must be a multiple of the 2 devices|does not count what"):
+            plan_memory(config(**wrong), devices, costs=free)
+    assert "samples of the averaged student" not in planned(health={"every": 0}).peaks
+
+
+def test_adapters_share_one_base() -> None:
+    pytest.importorskip("peft")
+    plan = plan_memory(config(adapters={"rank": 4}), costs=free)
+    assert plan.roles["teacher"].weights == FASHION
+    student = plan.roles["student"]
+    assert 0 < student.weights < 0.2 * FASHION
+    assert (student.gradients, student.moments) == (student.weights, 2 * student.weights)
+
+
+def test_a_plan_is_near_the_peak_of_training() -> None:
+    benchmark = load_benchmark()
+    assert 0.85 < benchmark.compare("bundled", "copies", config(batch=4, health={"every": 2}))["ratio"] < 1.15
+
+
+def load_benchmark() -> ModuleType:
+    file = Path(__file__).parents[2] / "benchmarks/memory_plan.py"
+    spec = importlib.util.spec_from_file_location("memory_plan", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_all_committed_comparisons_are_within_15_percent() -> None:
+    records = json.loads((Path(__file__).parents[2] / "results/memory_plan.json").read_text())
+    assert len(records) >= 20
+    assert all(0.85 < record["ratio"] < 1.15 for record in records)
+
+
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_fits_needs_no_change_and_nothing_helps_a_tiny_device() -> None:
+    assert first_fit(config(batch=2), 1.0, 1, Costs()).overrides == ()
+    assert first_fit(config(batch=2), 0.001, 1, Costs()).overrides is None
+
+
+def test_the_first_change_that_suffices_is_found() -> None:
+    """The micro-batch is halved as often as needed, with as many samples per update as before."""
+    costs, plain = Costs(), config(batch=8)
+    whole = plan_memory(plain, costs=costs).total
+    fit = first_fit(plain, MARGIN * 0.8 * whole / GiB, 1, costs)
+    assert fit.overrides is not None
+    assert len(fit.overrides) == 2
+    batch, accumulate = (int(text.partition("=")[2]) for text in fit.overrides)
+    assert batch * accumulate == 8
+    assert fit.plan.total < 0.8 * whole
+    assert load_config("configs/fashion/tdm.yaml", fit.overrides).batch == batch, "the overrides can be pasted"
+    twice = plan_memory(changed(plain, [{"batch": 2 * batch, "accumulate": accumulate // 2}]), costs=costs)
+    assert twice.total > 0.8 * whole, "a larger micro-batch would not fit"
+
+
+def test_changes_that_are_not_needed_are_left_out() -> None:
+    """Moments in 8 bits suffice, though smaller micro-batches were tried first."""
+    plain = config(batch=8)
+    whole = plan_memory(plain, costs=free).total
+    fit = first_fit(plain, MARGIN * (whole - 2 * FASHION) / GiB, 1, free)
+    assert fit.overrides is not None
+    assert set(fit.overrides) == {f"stages.0.roles.{role}.optimizer=adamw8bit" for role in ("student", "fake")}
+
+
+def test_options_that_are_set_already_are_not_proposed() -> None:
+    pytest.importorskip("peft")
+    full = config(batch=1, gradient_checkpointing=True, precision="bfloat16", adapters={"rank": 4}, weights="nf4")
+    assert [list(change) for change in changes(full)] == [
+        ["stages.0.roles.student.optimizer", "stages.0.roles.fake.optimizer"]
+    ]
+
+
+def test_a_config_without_a_network_is_refused() -> None:
+    with pytest.raises(UserError, match="neither teacher"):
+        plan_memory(config(teacher=None))
