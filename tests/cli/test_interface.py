@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -19,8 +20,10 @@ from commands import fewstep, refused, succeeds, write_config
 from fewstep.cli import main as cli_main
 from fewstep.cli.main import RENAMED, app
 from fewstep.cli.options import counting, parse_seeds, print_table, print_text
+from fewstep.cli.training_progress import TrainingProgress
 from fewstep.core.errors import UserError
 from fewstep.core.paths import is_hub_id
+from fewstep.distill.config_files import parse_config
 
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "matplotlib", "PIL", "yaml")
 
@@ -269,3 +272,14 @@ def test_long_work_is_refused_if_its_result_cannot_be_written(
 
 def test_steps_and_nfe_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--steps or --nfe, not both" in refused(capsys, "eval", "fashion", "--steps", 2, "--nfe", 4)
+
+
+def test_the_progress_of_a_long_run_keeps_a_constant_part_of_its_log() -> None:
+    """Else each log line would cost more than the one before."""
+    raw = {"stages": [{"steps": 1, "objective": "flow_matching", "roles": {"student": {"lr": 1e-3}}}]}
+    config = parse_config(raw | {"log_every": 10, "health": {"every": 500}}, "test")
+    trainer = SimpleNamespace(config=config, best={}, step=1, seconds=1.0)
+    with TrainingProgress(1000) as progress:
+        for _ in range(300):
+            progress.on_log(trainer, {"loss/match": 1.0})  # type: ignore[arg-type]
+    assert len(progress._logged) == 51, "from one health check to the next"
