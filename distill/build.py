@@ -104,7 +104,11 @@ def _pretraining(
 ) -> TrainingInputs:
     with torch.random.fork_rng():  # torch's initialisers use the global generator
         torch.manual_seed(config.seed)
-        roles = {"model": Role(_placed(model_config.build(), config, device, world))}
+        denoiser = model_config.build()
+    set_attention(denoiser.backbone, config.attention, device)
+    if config.gradient_checkpointing:
+        checkpoint_gradients(denoiser.backbone)
+    roles = {"model": Role(_placed(denoiser, config, device, world))}
     source = data or _source(config.data, model_config, None, None)
     _check_shape(source, model_config)
     return TrainingInputs(roles, {"data": source}, model_config)

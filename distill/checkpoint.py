@@ -102,14 +102,15 @@ def restore_role(name: str, role: Role, tensors: StoredTensors) -> None:
         present = {moment: path for moment, path in present.items() if path in tensors}
         if present:
             role.optimizer.state[parameter] = {
-                moment: _moment(moment, parameter, tensors, path, eight_bit="qmap1" in present)
+                moment: _moment(moment, parameter, tensors, path, "qmap1" in present, role.skips)
                 for moment, path in present.items()
             }
 
 
-def _moment(moment: str, parameter: Tensor, tensors: StoredTensors, path: str, eight_bit: bool) -> Any:
-    if moment == "step":  # a host tensor in AdamW, a number in its 8-bit version
-        return tensors[path].item() if eight_bit else tensors[path]
+def _moment(moment: str, parameter: Tensor, tensors: StoredTensors, path: str, eight_bit: bool, fused: bool) -> Any:
+    if moment == "step":  # a number in 8-bit AdamW; on the device in a fused one, else on the host
+        count = tensors[path]
+        return count.item() if eight_bit else count.to(parameter.device if fused else "cpu")
     if not sharding.is_sharded(parameter):
         return tensors[path].to(parameter.device)
     value = torch.zeros_like(parameter)

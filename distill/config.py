@@ -127,6 +127,7 @@ class Config(BaseConfig):
     For pipelines: ``size`` is height, width and frames in pixels; ``weights`` is the type of the teacher's weights
     (with adapters also ``int8`` or ``nf4`` for linear layers); trained weights are float32, and all networks compute in
     ``precision``; ``gradient_checkpointing`` saves memory.
+    ``compile`` saves time: blocks of networks are compiled on their first evaluations, which takes minutes.
     ``offload`` keeps frozen copies in host memory between their evaluations. ``shard`` splits every copied network, and
     the network that adapters share, over the processes.
 
@@ -142,6 +143,7 @@ class Config(BaseConfig):
     adapters: AdapterConfig | None = None
     attention: Backend = "sdpa"
     gradient_checkpointing: bool = False
+    compile: bool = False
     offload: bool = False
     shard: bool = False
     model: ModelConfig | None = None
@@ -163,6 +165,10 @@ class Config(BaseConfig):
     def _consistent(self) -> Self:
         if self.teacher is not None and self.model is not None:
             raise ValueError("give either teacher (to distil) or model (to pretrain), not both")
+        if self.model is not None and (self.adapters is not None or self.weights != "float32"):
+            raise ValueError(
+                "adapters and weights are for a teacher: a new network (model) is trained whole in float32"
+            )
         if self.data.kind == "prompts" and self.model is not None:
             raise ValueError("data.kind: prompts needs a teacher that is a diffusers pipeline")
         if self.weights in ("int8", "nf4") and self.adapters is None:

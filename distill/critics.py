@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewstep.core.transfer import like
 from fewstep.distill import matching
 from fewstep.distill.roles import Roles
 from fewstep.distill.update import LossTerm, MicroBatch, StudentSample
@@ -47,10 +48,11 @@ def denoising_loss(
     """
     x0, noise, weight = denoising_target(schedule, sample, t, n)
     if clamp is not None:
-        weight = (clamp * expand_like(bridge(schedule, sample.level, t)[1], n).square()).clamp(max=1).to(n)
+        std = expand_like(bridge(schedule, sample.level, t)[1], n)
+        (weight,) = like(n, (clamp * std.square()).clamp(max=1))
     c = Coefficients.at(schedule, expand_like(t, n))
-    a, b = c.row(fake.kind)
-    target = a.to(n) * x0 + b.to(n) * noise
+    a, b = like(n, *c.row(fake.kind))
+    target = a * x0 + b * noise
     return (weight * (fake.raw - target).square()).mean()
 
 
@@ -62,8 +64,8 @@ def denoising_target(
     _, std = bridge(schedule, s, t)
     alpha_s, sigma_s, alpha_t, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.alpha(t), schedule.sigma(t)
     k = alpha_t * sigma_s**2 / (alpha_s**2 * std)
-    x0 = sample.x.detach() / alpha_s.to(n) - k.to(n) * n
-    return x0, (sigma_t / std).to(n) * n, (std / sigma_t).square().to(n)
+    alpha_s, k, ratio, weight = like(n, alpha_s, k, sigma_t / std, (std / sigma_t).square())
+    return sample.x.detach() / alpha_s - k * n, ratio * n, weight
 
 
 def importance_weight(
@@ -77,15 +79,16 @@ def importance_weight(
     """
     scale, std = (expand_like(value, n) for value in bridge(schedule, sample.level, t))
     times = expand_like(t, n)
-    sigma = schedule.sigma(times)
-    x_t = scale.to(n) * sample.x.detach() + std.to(n) * n
-    m = (x_t - schedule.alpha(times).to(n) * x0.detach()) / sigma.to(n)
-    log_ratio = torch.log(std / sigma).to(n) + 0.5 * matching.per_sample_mean(n.square() - m.square())
+    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    scale, std, alpha, sigma, log_std = like(n, scale, std, alpha, sigma, torch.log(std / sigma))
+    x_t = scale * sample.x.detach() + std * n
+    m = (x_t - alpha * x0.detach()) / sigma
+    log_ratio = log_std + 0.5 * matching.per_sample_mean(n.square() - m.square())
     return torch.exp(log_ratio if tempered else log_ratio * n[0].numel())
 
 
 def weighted_clean_loss(fake: Prediction, sample: StudentSample, weight: Tensor, snr_cap: float = 5.0) -> Tensor:
     """TDM's critic: regression to the x0 that the sample came from, times ``weight`` and ``min(SNR, cap)``."""
     c = fake.coefficients
-    snr = (c.alpha / c.sigma).square().clamp(max=snr_cap).to(fake.raw)
+    (snr,) = like(fake.raw, (c.alpha / c.sigma).square().clamp(max=snr_cap))
     return (weight * snr * (fake.x0 - sample.output.detach()).square()).mean()

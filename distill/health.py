@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep.core.transfer import like
 from fewstep.distill.config import HealthConfig
 from fewstep.distill.critics import denoising_target
 from fewstep.distill.matching import l1_weight, per_sample_mean
@@ -45,8 +46,9 @@ def observe(
     guidance (CA) and distribution matching (DM); the standard deviation of the samples."""
     gap = (per_sample_mean((teacher.out.x0 - fake).abs()) * l1_weight(sample.output, teacher.out.x0)).flatten()
     micro.log("health/gap", gap)
-    for low, high in pairwise(BUCKETS):
-        inside = ((t > low) & (t <= high)).to(gap)
+    buckets = list(pairwise(BUCKETS))
+    inside_each = like(gap, *((t > low) & (t <= high) for low, high in buckets))
+    for (low, high), inside in zip(buckets, inside_each, strict=True):
         micro.log(f"health/gap at t {low:g} to {high:g}", gap * inside, inside)
     dm = teacher.cond.x0 - fake
     x0, _, weight = denoising_target(schedule, sample, t, n)

@@ -35,11 +35,24 @@ class LostUpdate:
         return f"The update {self.update!r} of step {self.step} was not applied: {self.cause}."
 
 
+@dataclass(frozen=True)
+class Skippable:
+    """An update that the device skipped if ``lost``, a 0-d tensor there, is 1. The host has not read it yet."""
+
+    update: Update
+    step: int
+    metrics: Mapping[str, Tensor]
+    lost: Tensor
+
+
 @dataclass
 class Loop:
     """Runs the updates of one stage. ``batch`` is the size of a micro-batch, ``accumulate`` the number of them per
-    update, which the processes share equally. ``lost`` lists the updates of the last step that were not applied.
-    Training stops when an update is lost ``max_lost`` times in a row (by default ``MAX_LOST``).
+    update, which the processes share equally.
+
+    An update without a finite gradient is not applied. ``lost`` lists those that were found since the last step began.
+    Training stops when an update is lost ``max_lost`` times in a row (by default ``MAX_LOST``). An optimizer that can
+    skip a step on the device (``Role.skips``) does so; the host reads only every ``read_every`` steps what was skipped.
 
     Raises ``UserError`` if the processes cannot share the micro-batches equally.
     """
@@ -54,6 +67,7 @@ class Loop:
     device: torch.device = CPU
     world: World = SINGLE_PROCESS
     max_lost: Mapping[str, int] = field(default_factory=dict)
+    read_every: int = 1
     lost: list[LostUpdate] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -63,6 +77,7 @@ class Loop:
                 f"update, so it must be a multiple of {self.world.size}, for example accumulate={self.world.size}."
             )
         self._in_a_row: dict[str, int] = {}
+        self._unread: list[Skippable] = []
         self._batches: dict[int, Mapping[str, Batch]] = {}  # of one step, by shard, in host memory
         self._batches_step = -1
 
@@ -74,11 +89,14 @@ class Loop:
         for update in self.objective.updates:
             if update.due(step):
                 metrics.update(self.update(update, step, shared))
+        if (step + 1) % self.read_every == 0:
+            self._read_skipped()
         return metrics
 
     @property
     def sound(self) -> bool:
         """Whether the latest update of each kind was applied."""
+        self._read_skipped()
         return not any(self._in_a_row.values())
 
     def update(self, update: Update, step: int, shared: dict[int, dict[str, StudentSample]]) -> dict[str, Tensor]:
@@ -94,13 +112,21 @@ class Loop:
         self.world.mean_([gradient for gradient in gradients if not sharding.is_sharded(gradient)])
         norm = sharding.gradient_norm(parameters, lambda x: self.world.sum_([x]))
         metrics[f"grad_norm/{update.name}"] = norm.detach()
-        if self._is_finite(update, norm, step, metrics):
-            if self.clip is not None:
-                sharding.clip_gradients(parameters, self.clip, norm)
-            for role in update.roles:
-                self.roles[role].step()
-            if update.after is not None:
-                update.after(KeyedRandom(self.seed, step, f"after/{update.name}", 0, self.device), totals)
+        lost = (~torch.isfinite(norm)).float()
+        if skipped_there := all(self.roles[role].skips for role in update.roles):
+            self._unread.append(Skippable(update, step, metrics, lost))
+            totals = {name: torch.where(lost > 0, 0, total) for name, total in totals.items()}
+        elif lost:
+            self._add_lost(update, step, self._cause(update, metrics))
+            return metrics
+        else:
+            self._in_a_row[update.name] = 0
+        if self.clip is not None:
+            sharding.clip_gradients(parameters, self.clip, norm)
+        for role in update.roles:
+            self.roles[role].step(lost if skipped_there else None)
+        if update.after is not None:
+            update.after(KeyedRandom(self.seed, step, f"after/{update.name}", 0, self.device), totals)
         return metrics
 
     def _gradients(
@@ -145,13 +171,19 @@ class Loop:
         random = KeyedRandom(self.seed, step, update.name, shard, self.device)
         return MicroBatch(batches, random, step, self.roles, self.objective.rollout, shared)
 
-    def _is_finite(self, update: Update, norm: Tensor, step: int, metrics: Mapping[str, Tensor]) -> bool:
-        """Whether the update can be applied; if not, it is added to ``lost``. Raises ``UserError`` after too many lost
-        updates in a row."""
-        if torch.isfinite(norm):
-            self._in_a_row[update.name] = 0
-            return True
-        cause = self._cause(update, metrics)
+    def _read_skipped(self) -> None:
+        """Reads which updates the device skipped; adds them to ``lost``."""
+        unread, self._unread = self._unread, []
+        flags = torch.stack([one.lost for one in unread]).cpu().tolist() if unread else []
+        for one, lost in zip(unread, flags, strict=True):
+            if lost:
+                losses = _not_finite(one.metrics)
+                self._add_lost(one.update, one.step, losses or "its losses are finite, but not its gradient")
+            else:
+                self._in_a_row[one.update.name] = 0
+
+    def _add_lost(self, update: Update, step: int, cause: str) -> None:
+        """Adds an update to ``lost``. Raises ``UserError`` after too many lost updates in a row."""
         if not self._in_a_row.get(update.name) and (origin := self._origin(update, step)):
             cause = f"{cause}; {origin}"
         self.lost.append(LostUpdate(update.name, step + 1, cause))
@@ -161,7 +193,6 @@ class Loop:
                 f"{self.lost[-1]} It had no finite gradient {self._in_a_row[update.name]} times in a row. Lower the "
                 f"learning rate of {', '.join(update.roles)} or the guidance; the last checkpoint is intact."
             )
-        return False
 
     def _origin(self, update: Update, step: int) -> str | None:
         """The layer and sample of the first number that is not finite, found by repeating the update."""
@@ -173,9 +204,8 @@ class Loop:
 
     def _cause(self, update: Update, metrics: Mapping[str, Tensor]) -> str:
         """What is not finite: losses, or else the gradients of parameters, or else only their norm."""
-        losses = [f"{name} is {value.item()}" for name, value in metrics.items() if name.startswith("loss/")]
-        if broken := [text for text in losses if text.endswith(("nan", "inf"))]:
-            return " and ".join(broken)
+        if losses := _not_finite(metrics):
+            return losses
         parameters = [
             f"{role}.{name}"
             for role in update.roles
@@ -186,3 +216,9 @@ class Loop:
             return "the norm of its gradient overflows"
         others = f" and of {len(parameters) - 1} other parameters" if len(parameters) > 1 else ""
         return f"its losses are finite, but not the gradient of {parameters[0]}{others}"
+
+
+def _not_finite(metrics: Mapping[str, Tensor]) -> str:
+    """The losses that are not finite, in words; empty if there are none."""
+    losses = [f"{name} is {value.item()}" for name, value in metrics.items() if name.startswith("loss/")]
+    return " and ".join(text for text in losses if text.endswith(("nan", "inf")))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.keyed_random import KeyedRandom
+from fewstep.core.transfer import like
 from fewstep.distill.update import StudentSample
 from fewstep.models.denoiser import expand_like
 from fewstep.models.schedules import NoiseSchedule, bridge
@@ -19,7 +20,8 @@ def renoise(schedule: NoiseSchedule, sample: StudentSample, t: Tensor, random: K
     """``x_t = scale x_s + std n`` at times ``t`` [B], and the noise ``n``; both shaped like x_s."""
     scale, std = bridge(schedule, sample.level, t)
     x, n = sample.x, random.normal(sample.x.shape, "bridge")
-    return expand_like(scale, x).to(x) * x + expand_like(std, x).to(x) * n, n
+    scale, std = like(x, expand_like(scale, x), expand_like(std, x))
+    return scale * x + std * n, n
 
 
 def per_sample_mean(x: Tensor) -> Tensor:

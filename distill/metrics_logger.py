@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from fewstep.core.errors import UserError
 
@@ -37,6 +40,13 @@ def append_line(file: Path, record: Mapping[str, object]) -> None:
             stream.write(newline + json.dumps(record).encode() + b"\n")
     except OSError as error:
         raise UserError(f"Cannot write {file}: {error}.") from error
+
+
+def to_numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """The metrics as numbers, without those that are not finite: losses of a lost update, and diagnostics to which no
+    sample contributed (an empty range of times)."""
+    values = {name: value.item() for name, value in metrics.items()}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -11,10 +11,10 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import read_json_lines
 
 MAY_CHANGE = (
-    "out", "device", "attention", "gradient_checkpointing", "offload", "max_hours", "log_every", "tensorboard",
-    "checkpoint.*", "validation.*", "health.*", "stages.*.steps", "stages.*.clip", "stages.*.roles.*.lr",
-    "stages.*.roles.*.warmup", "stages.*.roles.*.lr_schedule", "stages.*.roles.*.weight_decay",
-    "stages.*.roles.*.betas.*",
+    "out", "device", "attention", "gradient_checkpointing", "compile", "offload", "max_hours", "log_every",
+    "tensorboard", "checkpoint.*", "validation.*", "health.*", "stages.*.steps", "stages.*.clip",
+    "stages.*.roles.*.lr", "stages.*.roles.*.warmup", "stages.*.roles.*.lr_schedule",
+    "stages.*.roles.*.weight_decay", "stages.*.roles.*.betas.*",
 )  # fmt: skip
 Changes = dict[str, tuple[Any, Any]]
 

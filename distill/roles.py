@@ -42,10 +42,18 @@ class Role:
     def parameters(self) -> list[nn.Parameter]:
         return list(self.module.parameters())
 
+    @property
+    def skips(self) -> bool:
+        """Whether its optimizer can skip a step on the device: a fused one can."""
+        return self.optimizer is not None and bool(self.optimizer.defaults.get("fused"))
+
     @torch.no_grad()
-    def step(self) -> None:
-        """One optimizer step on the present gradients, then the update of the average."""
+    def step(self, lost: Tensor | None = None) -> None:
+        """One optimizer step on the present gradients, then the update of the average. An optimizer that ``skips``
+        skips it, and the average stays, if ``lost``, 0-d on the device, is 1; ``updates`` counts it nevertheless."""
         assert self.optimizer is not None, "a frozen role cannot step"
+        if lost is not None:  # as torch's GradScaler tells fused optimizers
+            self.optimizer.found_inf, self.optimizer.grad_scale = lost, None  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.lr_factor(self.updates)
         self.optimizer.step()
@@ -53,7 +61,13 @@ class Role:
         if self.ema_decay:
             decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
             live: list[Tensor] = [parameter.detach() for parameter in self.parameters]
-            torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
+            average = list(self.average.values())
+            if lost is None:
+                torch._foreach_lerp_(average, live, 1 - decay)
+            else:
+                weight = (1 - decay) * (1 - lost)
+                for mean, new in zip(average, live, strict=True):
+                    sharding.local(mean).lerp_(sharding.local(new), weight)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -12,12 +12,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fewstep.core.transfer import like, send
 from fewstep.distill.roles import Roles
 from fewstep.distill.time_laws import TimeLaw
 from fewstep.distill.update import MicroBatch, StudentSample
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import expand_like
-from fewstep.models.prediction import Prediction
 from fewstep.models.schedules import NoiseSchedule
 
 
@@ -30,7 +30,8 @@ def initial_noise(micro: MicroBatch, schedule: NoiseSchedule, time: float) -> Te
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """``alpha(t) x0 + sigma(t) noise`` for times [B]."""
     times = expand_like(t, x0)
-    return schedule.alpha(times).to(x0) * x0 + schedule.sigma(times).to(x0) * noise
+    alpha, sigma = like(x0, schedule.alpha(times), schedule.sigma(times))
+    return alpha * x0 + sigma * noise
 
 
 def in_turn(micro: MicroBatch, n: int, stream: str) -> Tensor:
@@ -53,9 +54,7 @@ def backward_simulation(micro: MicroBatch, roles: Roles, times: Sequence[float])
     with torch.no_grad():
         for i, (now, following) in enumerate(pairwise(times)):
             noise = micro.random.normal(x.shape, "renoise")
-            rows = _rows(last > i, x)
-            if (p := _predict(roles, "student", x, rows, _full(len(rows), now), condition)) is not None:
-                x[rows] = add_noise(schedule, p.x0, noise[rows], _full(len(rows), following))
+            _advance(roles, "student", x, last > i, _full(len(x), now), _full(len(x), following), condition, noise)
     t_student = torch.tensor(times, dtype=torch.float64)[last]
     x0 = roles.predict("student", x, t_student, condition).out.x0
     return StudentSample(x0, torch.zeros_like(t_student), x0, t_student, condition)
@@ -74,9 +73,8 @@ def segment_rollout(micro: MicroBatch, roles: Roles, times: Sequence[float]) -> 
     nodes = torch.tensor([*times, 0.0], dtype=torch.float64)
     with torch.no_grad():
         for i in range(len(times) - 1):
-            rows = _rows(segment > i, x)
-            if (p := _predict(roles, "student", x, rows, _full(len(rows), times[i]), condition)) is not None:
-                x[rows] = add_noise(schedule, p.x0, p.noise, nodes[i + 1].expand(len(rows)))
+            now, following = nodes[i : i + 2, None].expand(2, len(x))
+            _advance(roles, "student", x, segment > i, now, following, condition)
     t_student, level = nodes[segment], nodes[segment + 1]
     p = roles.predict("student", x, t_student, condition).out
     return StudentSample(add_noise(schedule, p.x0, p.noise, level), level, p.x0, t_student, condition)
@@ -98,9 +96,7 @@ def random_time_rollout(micro: MicroBatch, roles: Roles, max_steps: int, law: Ti
     x = initial_noise(micro, schedule, 1.0)
     with torch.no_grad():
         for i in range(n - 1):
-            rows = _rows(last > i, x)
-            if (p := _predict(roles, "student", x, rows, times[rows.cpu(), i], condition)) is not None:
-                x[rows] = add_noise(schedule, p.x0, p.noise, times[rows.cpu(), i + 1])
+            _advance(roles, "student", x, last > i, times[:, i], times[:, i + 1], condition)
     t_student = times[torch.arange(size), last]
     p = roles.predict("student", x, t_student, condition).out
     return StudentSample(p.x0, torch.zeros_like(t_student), p.x0, t_student, condition, noise=p.noise.detach())
@@ -120,27 +116,28 @@ def phased_rollout(
     x = initial_noise(micro, schedule, times[0])
     with torch.no_grad():
         for i in range(end - 1):
-            rows = _rows(last > i, x)
-            if (p := _predict(roles, experts[i], x, rows, _full(len(rows), times[i]), condition)) is not None:
-                x[rows] = add_noise(schedule, p.x0, p.noise, _full(len(rows), times[i + 1]))
+            now, following = _full(size, times[i]), _full(size, times[i + 1])
+            _advance(roles, experts[i], x, last > i, now, following, condition)
     t_student, level = torch.tensor(times, dtype=torch.float64)[last], _full(size, times[end])
     p = roles.predict("student", x, t_student, condition).out
     return StudentSample(add_noise(schedule, p.x0, p.noise, level), level, p.x0, t_student, condition)
 
 
-def _predict(roles: Roles, role: str, x: Tensor, rows: Tensor, t: Tensor, condition: Condition) -> Prediction | None:
-    """The prediction of a role for some rows of ``x`` at their times; None without rows, for which a network that is
-    split over the processes is evaluated nevertheless."""
-    if len(rows):
-        return roles.predict(role, x[rows], t, condition.index(rows)).out
-    if roles.split:
-        roles.predict(role, x[:1], 0.5, condition.index(torch.tensor([0])))
-    return None
-
-
-def _rows(mask: Tensor, x: Tensor) -> Tensor:
-    """The indices where ``mask`` [B] is true, on the device of ``x``."""
-    return mask.nonzero()[:, 0].to(x.device)
+def _advance(
+    roles: Roles, role: str, x: Tensor, moving: Tensor, now: Tensor, following: Tensor, condition: Condition,
+    noise: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Takes the samples of ``x`` where ``moving`` [B] from times ``now`` [B] to ``following`` [B], in place: to the x0
+    that a role predicts with ``noise``, by default the noise that it predicts."""
+    if not moving.any():
+        if roles.split:  # all processes must evaluate a network that is split over them
+            roles.predict(role, x[:1], 0.5, condition.index(slice(1)))
+        return
+    chosen = moving.nonzero()[:, 0]
+    rows = send(chosen, x.device)
+    p = roles.predict(role, x[rows], now[chosen], condition.index(rows)).out
+    noise = p.noise if noise is None else noise[rows]
+    x[rows] = add_noise(roles.denoiser(role).schedule, p.x0, noise, following[chosen])
 
 
 def _full(size: int, time: float) -> Tensor:

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -157,8 +158,8 @@ def learning_rate(config: RoleConfig, updates: int) -> Callable[[int], float]:
 
 
 def make_role(module: nn.Module, config: RoleConfig) -> Role:
-    """A trained role with an AdamW optimizer over ``module``'s parameters, with 8-bit moments if configured. Its
-    learning rate is constant until ``lr_factor`` is set.
+    """A trained role with an AdamW optimizer over ``module``'s parameters, with 8-bit moments if configured, fused on
+    an accelerator. Its learning rate is constant until ``lr_factor`` is set.
 
     Half-precision weights become float32, in place: a step of 1e-6 of a weight is below half of bfloat16's spacing, so
     that optimizer, average and ``blend`` would leave most weights as they are. ``Roles`` evaluates them in the run's
@@ -167,7 +168,11 @@ def make_role(module: nn.Module, config: RoleConfig) -> Role:
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.dtype in (torch.bfloat16, torch.float16):
             tensor.data = tensor.data.float()
-    adamw = torch.optim.AdamW if config.optimizer == "adamw" else require_bitsandbytes().optim.AdamW8bit
+    if config.optimizer == "adamw":
+        on_host = any(parameter.device.type == "cpu" for parameter in module.parameters())
+        adamw = partial(torch.optim.AdamW, fused=not on_host)
+    else:
+        adamw = require_bitsandbytes().optim.AdamW8bit
     optimizer = adamw(module.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     for group in optimizer.param_groups:
         group["initial_lr"] = config.lr

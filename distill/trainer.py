@@ -22,6 +22,7 @@ from fewstep.distill.config import Config
 from fewstep.distill.data.batch import Source
 from fewstep.distill.health import Probe
 from fewstep.distill.loop import MAX_LOST, Loop
+from fewstep.distill.metrics_logger import to_numbers
 from fewstep.distill.nonfinite import require_finite
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role, Roles
@@ -29,6 +30,7 @@ from fewstep.distill.stage import MatchingConfig, StageContext, learning_rate, r
 from fewstep.distill.stop_requests import StopRequests, stop_requests
 from fewstep.distill.update import Objective
 from fewstep.models.adapters import AdapterView
+from fewstep.models.compilation import compile_blocks
 from fewstep.models.denoiser import Denoiser, routed
 from fewstep.models.loading import Model
 from fewstep.models.model_config import FewStep, ModelConfig
@@ -122,6 +124,8 @@ class Trainer:
         for entered in roles.values():  # also outside ``Roles.predict``: in probes and validation
             if isinstance(entered.module, Denoiser):
                 entered.module.precision = DTYPES[self.config.precision]
+                if self.config.compile:
+                    compile_blocks(entered.module.backbone)
         self.objective = settings.build(self.roles, StageContext(number, first, stage.steps))
         if self.config.offload:
             frozen = roles.keys() - stage.roles.keys() - dict(self.objective.experts).keys()
@@ -145,7 +149,7 @@ class Trainer:
             self.config.seed, self.device, self.world, {
                 update.name: min(MAX_LOST, max(1, update.due.count(first, self.stage_ends[number])))
                 for update in self.objective.updates
-            },
+            }, self.config.log_every,
         )  # fmt: skip
 
     @property
@@ -197,7 +201,7 @@ class Trainer:
                     self._observe()
                 stopping = self.world.any(stop.requested)
                 save |= stopping or self.step == self.stage_ends[self.stage] or self._due(self.config.checkpoint.every)
-                if save and (self.loop.sound or self.step == end):
+                if save and (self._sound() or self.step == end):
                     self._save(stop)
                     save = False
                 if stopping and self.step < end:
@@ -206,8 +210,7 @@ class Trainer:
 
     def _observe(self) -> None:
         """Everything that is due after a step but for its checkpoint: lost updates, health, log, validation."""
-        for lost in self.loop.lost:
-            self.notify("on_lost_update", lost)
+        self._report_lost()
         last = self.step == self.stage_ends[-1]
         if self._due(self.config.health.every):
             self._health = self._evaluate(self._check_health)
@@ -218,6 +221,17 @@ class Trainer:
         self.notify("on_step")
         if self.validate is not None and (last or self._due(self.config.validation.every)):
             self._validate(self.validate)
+
+    def _sound(self) -> bool:
+        """Whether the latest update of each kind was applied."""
+        sound = self.loop.sound
+        self._report_lost()  # what the device skipped was perhaps read only now
+        return sound
+
+    def _report_lost(self) -> None:
+        for lost in self.loop.lost:
+            self.notify("on_lost_update", lost)
+        self.loop.lost.clear()
 
     def _save(self, stop: StopRequests) -> None:
         stop.insist, insist = False, stop.insist  # no signal cuts a checkpoint short
@@ -333,10 +347,3 @@ class Trainer:
     def _trained(self) -> dict[str, Role]:
         """The roles that training created."""
         return {name: role for name, role in self.roles.items() if name not in self.inputs.roles}
-
-
-def to_numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """The metrics as numbers, without those that are not finite: losses of a lost update, and diagnostics to which no
-    sample contributed (an empty range of times)."""
-    values = {name: value.item() for name, value in metrics.items()}
-    return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -142,7 +142,7 @@ After = Callable[[KeyedRandom, Mapping[str, Tensor]], None]
 class Update:
     """One optimizer step of some roles. ``after`` runs when it is done, with random numbers that all processes share
     and the totals of its micro-batches (to move the fake towards the student, to refill a buffer from the policy, or to
-    update a statistic over many batches)."""
+    update a statistic over many batches). After an update that the device skipped, it runs with totals of 0."""
 
     name: str
     roles: tuple[str, ...]

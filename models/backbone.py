@@ -16,11 +16,13 @@ class Backbone(nn.Module):
 
     Any ``nn.Module`` with this signature can be a backbone; this base class is for those that support more.
     ``lora_targets`` are the layers that LoRA adapts by default, named as in PEFT, and ``feature_layers`` the modules
-    whose outputs are a discriminator's default features.
+    whose outputs are a discriminator's default features. ``repeated_blocks`` are the class names of the blocks that
+    ``compile: true`` compiles.
     """
 
     lora_targets: Sequence[str] = ()
     feature_layers: Sequence[str] = ()
+    repeated_blocks: Sequence[str] = ()
 
     @classmethod
     def build(cls, shape: tuple[int, ...], classes: int, **settings: Any) -> Self:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fewstep.core.transfer import send
+
 
 @dataclass(frozen=True, eq=False)
 class Condition(Mapping[str, Tensor]):
@@ -44,10 +46,10 @@ class Condition(Mapping[str, Tensor]):
         def drop(name: str, value: Tensor) -> Tensor:
             if name not in self.nulls:
                 return value
-            null = self.nulls[name].to(value).expand_as(value)
+            null = send(self.nulls[name].to(value.dtype), value.device).expand_as(value)
             if where is None:
                 return null
-            return torch.where(where.to(value.device).reshape(-1, *[1] * (value.ndim - 1)), null, value)
+            return torch.where(send(where, value.device).reshape(-1, *[1] * (value.ndim - 1)), null, value)
 
         return Condition({name: drop(name, value) for name, value in self.tensors.items()}, self.nulls)
 
@@ -56,9 +58,10 @@ class Condition(Mapping[str, Tensor]):
         return Condition({name: value[rows] for name, value in self.tensors.items()}, self.nulls)
 
     def to(self, device: torch.device | str) -> Condition:
+        device = torch.device(device)
         return Condition(
-            {name: value.to(device) for name, value in self.tensors.items()},
-            {name: value.to(device) for name, value in self.nulls.items()},
+            {name: send(value, device) for name, value in self.tensors.items()},
+            {name: send(value, device) for name, value in self.nulls.items()},
         )
 
     def replace(self, **values: Tensor) -> Condition:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.transfer import send
 from fewstep.models.backbone import Backbone
 from fewstep.models.condition import Condition
 from fewstep.models.prediction import KINDS, Coefficients, Kind, Prediction
@@ -165,13 +166,16 @@ class Routed(nn.Module):
         if self.every_expert:
             for k in set(range(len(self.experts))) - set(used):
                 with torch.no_grad():
-                    self.experts[k](x_t[:1], t[:1], condition.index(torch.tensor([0])))
+                    self.experts[k](x_t[:1], t[:1], condition.index(slice(1)))
         if len(used) == 1:
             return self.experts[used[0]](x_t, t, condition)  # type: ignore[no-any-return]
         parts = {k: (expert == k).nonzero()[:, 0] for k in used}
-        outputs = [self.experts[k](x_t[rows], t[rows], condition.index(rows)) for k, rows in parts.items()]
+        outputs = []
+        for k, rows in parts.items():
+            there = send(rows, x_t.device)
+            outputs.append(self.experts[k](x_t[there], t[rows], condition.index(there)))
         order = torch.argsort(torch.cat(list(parts.values())))
-        return torch.cat(outputs)[order]
+        return torch.cat(outputs)[send(order, x_t.device)]
 
 
 def routed(experts: Sequence[Denoiser], boundaries: Sequence[float]) -> Denoiser:

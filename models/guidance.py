@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,7 @@ def guide(
     times = batch_times(t, x_t)
     both = denoiser(torch.cat([x_t, x_t]), torch.cat([times, times]), Condition.cat(condition, condition.null()))
     cond, null = both.split(x_t.shape[0])
+    null = replace(null, coefficients=cond.coefficients)  # equal ones, copied to the device once
     out = cond.with_raw(null.raw + guidance.scale * (cond.raw - null.raw))
     if denoiser.style.postprocess is not None:
         out = out.with_raw(denoiser.style.postprocess(cond.raw, out.raw))

@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
+from fewstep.core.transfer import like
 from fewstep.models.schedules import NoiseSchedule
 
 Kind = Literal["x0", "noise", "v", "velocity", "score"]
@@ -55,6 +56,7 @@ class Coefficients:
     sigma: Tensor
     d_alpha: Tensor
     d_sigma: Tensor
+    _sent: dict[tuple[Kind, Kind], tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def at(schedule: NoiseSchedule, t: Tensor) -> Coefficients:
@@ -67,6 +69,13 @@ class Coefficients:
     def convert(self, source: Kind, target: Kind) -> tuple[Tensor, Tensor]:
         """``(p, q)`` such that ``target = p x_t + q source``; exactly (0, 1) where the two are the same."""
         return conversion(source, target, self.alpha, self.sigma, self.d_alpha, self.d_sigma)
+
+    def convert_like(self, x: Tensor, source: Kind, target: Kind) -> tuple[Tensor, ...]:
+        """The same as numbers of the type and device of ``x``, copied there once."""
+        known = self._sent.get((source, target))
+        if known is None or (known[0].dtype, known[0].device) != (x.dtype, x.device):
+            known = self._sent[source, target] = like(x, *self.convert(source, target))
+        return known
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,8 @@ class Prediction:
     def view(self, kind: Kind) -> Tensor:
         if kind == self.kind:
             return self.raw
-        p, q = self.coefficients.convert(self.kind, kind)
-        return p.to(self.raw) * self.x_t + q.to(self.raw) * self.raw
+        p, q = self.coefficients.convert_like(self.raw, self.kind, kind)
+        return p * self.x_t + q * self.raw
 
     @property
     def x0(self) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.core.transfer import like
 from fewstep.models.attention import AttentionLayer, attention
 from fewstep.models.backbone import Backbone
 from fewstep.models.condition import Condition
@@ -78,6 +79,7 @@ class UNet(Backbone):
 
     lora_targets = ("conv1", "conv2", "modulation", "qkv", "out", "time.0", "time.2")
     feature_layers = ("mid.1",)
+    repeated_blocks = ("Block", "Attention")
 
     @classmethod
     def build(cls, shape: tuple[int, ...], classes: int, **settings: Any) -> Self:
@@ -129,7 +131,8 @@ class UNet(Backbone):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        e = self.time(sinusoid(t, 64).to(x))  # computed in float64: in bfloat16 neighbouring times would coincide
+        (embedded,) = like(x, sinusoid(t, 64))  # computed in float64: in bfloat16 neighbouring times would coincide
+        e = self.time(embedded)
         if self.labels is not None:
             e = e + self.labels(condition["labels"])
         if self.steps is not None:

@@ -16,7 +16,8 @@ from tiny_runs import CASES, settings
 
 from fewstep.distill.build import build_inputs
 from fewstep.distill.config_files import parse_config
-from fewstep.distill.trainer import Trainer, to_numbers
+from fewstep.distill.metrics_logger import to_numbers
+from fewstep.distill.trainer import Trainer
 
 FILE = Path(__file__).with_suffix(".json")
 CPU = torch.device("cpu")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.core.registry import Registry
+from fewstep.core.transfer import send
 from fewstep.models.condition import Condition
 
 
@@ -36,9 +37,8 @@ class Batch(Mapping[str, Tensor]):
         return len(self.tensors)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.size, self.shape, self.condition.to(device), {k: v.to(device) for k, v in self.tensors.items()}
-        )
+        tensors = {name: send(value, device) for name, value in self.tensors.items()}
+        return Batch(self.size, self.shape, self.condition.to(device), tensors)
 
 
 class Source(Protocol):

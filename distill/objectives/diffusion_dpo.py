@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.core.transfer import like
 from fewstep.distill.matching import per_sample_mean
 from fewstep.distill.roles import Roles
 from fewstep.distill.stage import MAX_GUIDANCE, MAX_WEIGHT, ObjectiveConfig, StageContext
@@ -76,9 +77,8 @@ class DiffusionDPO(ObjectiveConfig):
             x0 = torch.cat([micro.batch["winner"], micro.batch["loser"]])
             t, noise = t.repeat(2), torch.cat([micro.random.normal(micro.batch["winner"].shape)] * 2)
             c = Coefficients.at(schedule, expand_like(t, x0))
-            x_t = c.alpha.to(x0) * x0 + c.sigma.to(x0) * noise
-            a, b = c.row(self.error)
-            target = a.to(x0) * x0 + b.to(x0) * noise
+            alpha, sigma, a, b = like(x0, c.alpha, c.sigma, *c.row(self.error))
+            x_t, target = alpha * x0 + sigma * noise, a * x0 + b * noise
 
             def errors(role: str) -> Tensor:
                 out = roles.predict(role, x_t, t, condition, guidance=Guidance(self.guidance)).out.view(self.error)

@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fewstep.core.keyed_random import KeyedRandom
+from fewstep.core.transfer import send
 from fewstep.distill import health, matching
 from fewstep.distill.adversarial import Heads, density_ratio, discriminator_loss, generator_loss
 from fewstep.distill.critics import critic_term
@@ -124,7 +125,7 @@ class FDistill(MatchingConfig):
             T = roles.predict("teacher", x_t, t, sample.condition, guidance=guidance, input_grad=True)
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
             logits = heads(T.cond.features)
-            bins = ((t - low) / (high - low) * self.bins).long().clamp(0, self.bins - 1).to(equal.device)
+            bins = send(((t - low) / (high - low) * self.bins).long().clamp(0, self.bins - 1), equal.device)
             r = ratio_mean.normalise(micro, density_ratio(logits), bins)
             h = weight_mean.normalise(micro, WEIGHTS[self.divergence](r), torch.zeros_like(bins))
             micro.log("health/h_max", h.max())

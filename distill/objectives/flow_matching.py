@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
+from fewstep.core.transfer import like
 from fewstep.distill.roles import Roles
 from fewstep.distill.stage import ObjectiveConfig, StageContext
 from fewstep.distill.time_laws import TimeLaw
@@ -42,11 +43,12 @@ class FlowMatching(ObjectiveConfig):
             t = self.student_times.sample(micro.random, len(x0))
             noise = micro.random.normal(x0.shape)
             c = Coefficients.at(schedule, expand_like(t, x0))
-            x_t = c.alpha.to(x0) * x0 + c.sigma.to(x0) * noise
+            alpha, sigma = like(x0, c.alpha, c.sigma)
+            x_t = alpha * x0 + sigma * noise
             dropped = micro.random.uniform(len(x0), stream="drop") < self.drop_condition
             out = roles.predict("student", x_t, t, micro.batch.condition.null(dropped)).out
-            a, b = c.row(out.kind)
-            target = a.to(x0) * x0 + b.to(x0) * noise
+            a, b = like(x0, *c.row(out.kind))
+            target = a * x0 + b * noise
             yield LossTerm("flow_matching", (out.raw - target).square().mean())
 
         return Objective(updates=(Update("student", ("student",), student),))

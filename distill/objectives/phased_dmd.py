@@ -23,6 +23,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fewstep.core.transfer import like
 from fewstep.distill import health, matching
 from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles
@@ -101,7 +102,7 @@ class PhasedDMD(MatchingConfig):
                 x, weight = sample.output, matching.l1_weight(sample.output, T.out.x0, 1e-4)
             else:
                 w = bridge(schedule, sample.level, t)[0] * schedule.alpha(t) / schedule.sigma(t).square()
-                x, weight = sample.x, expand_like(w, sample.x).to(sample.x)
+                x, (weight,) = sample.x, like(sample.x, expand_like(w, sample.x))
             yield LossTerm("match", matching.surrogate_loss(x, T.out.x0 - F, weight))
 
         def fake(micro: MicroBatch) -> Iterator[LossTerm]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
 from fewstep.core.registry import Registry
+from fewstep.core.transfer import send
 from fewstep.models import hub
 from fewstep.models.backbone import Backbone
 from fewstep.models.condition import Condition
@@ -155,6 +156,10 @@ class HubBackbone(Backbone):
     def feature_layers(self) -> Sequence[str]:  # type: ignore[override]
         return [f"network.{path}" for path in self.family.feature_layers]
 
+    @property
+    def repeated_blocks(self) -> Sequence[str]:  # type: ignore[override]
+        return self.network._repeated_blocks or ()  # the attribute by which diffusers compiles regions, too
+
     def checkpoint_gradients(self, function: Callable[..., Any]) -> None:
         self.network.enable_gradient_checkpointing(function)
 
@@ -206,12 +211,12 @@ def family_of(pipeline: str) -> type[Family]:
 
 def discrete_timestep(t: Tensor, x: Tensor, steps: int = 1000) -> Tensor:
     """The timesteps [B] in [0, steps - 1] of a discrete schedule at times ``t`` [B]: float32 on the device of ``x``."""
-    return (steps * t - 1).clamp(min=0).to(x.device, torch.float32)
+    return send((steps * t - 1).clamp(min=0).float(), x.device)
 
 
 def flow_timestep(t: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
     """The timesteps [B] of a flow, ``scale * t``: float32 on the device of ``x``."""
-    return (scale * t).to(x.device, torch.float32)
+    return send((scale * t).float(), x.device)
 
 
 def pack_latents(x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from worlds import FLOW, Affine, Points, build_objective, gaussian, trained
 
 from fewstep.distill.health import Profile
 from fewstep.distill.loop import Loop
+from fewstep.distill.metrics_logger import to_numbers
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.trainer import to_numbers
 from fewstep.models.denoiser import Denoiser
 
 

@@ -15,9 +15,9 @@ from fewstep.distill.config import HealthConfig
 from fewstep.distill.data.sources import Labels
 from fewstep.distill.health import Probe
 from fewstep.distill.loop import Loop
+from fewstep.distill.metrics_logger import to_numbers
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import RoleConfig, make_role
-from fewstep.distill.trainer import to_numbers
 from fewstep.eval.report.diagnosis import diagnose
 from fewstep.models.loading import Model
 from fewstep.models.model_config import ModelConfig

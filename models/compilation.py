@@ -1,0 +1,40 @@
+"""Compilation of a network's repeated blocks, one by one, by ``torch.compile``.
+
+The blocks of a kind share their compiled graphs, and so do the networks of all roles: one graph each for evaluations
+with a graph to the weights, to the input and to nothing, and one for each set of active adapters. What is between the
+blocks stays eager.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fewstep.core.errors import UserError
+from fewstep.models.adapters import AdapterView
+from fewstep.models.backbone import Backbone
+
+GRAPHS = 32  # of one kind of block; by default torch gives up after 8, which adapters of three roles exceed
+
+
+def compile_blocks(backbone: nn.Module, backend: str = "inductor") -> None:
+    """Compiles the ``repeated_blocks`` of a network in place, on their first calls. Copies are not compiled.
+
+    Raises ``UserError`` if the network has none.
+    """
+    network = backbone.shared_network if isinstance(backbone, AdapterView) else backbone
+    names = network.repeated_blocks if isinstance(network, Backbone) else ()
+    blocks = [module for module in network.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise UserError(f"compile: true has no effect on a {type(network).__name__}, which names no repeated_blocks.")
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    for block in blocks:
+        if block._compiled_call_impl is None:  # a network that adapters share is given once for each role
+            block.compile(backend=backend)
+
+
+def graphs() -> int:
+    """The number of graphs that were compiled in this process."""
+    import torch._dynamo.utils
+
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

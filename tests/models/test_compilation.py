@@ -1,0 +1,76 @@
+"""Compiled blocks compute the same, from a number of graphs that does not grow. The back end is torch's ``eager``: it
+traces as the others do, and compiles nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import settings
+from torch import nn
+
+from fewstep.core.errors import UserError
+from fewstep.distill.build import build_inputs
+from fewstep.distill.config_files import parse_config
+from fewstep.distill.trainer import Trainer
+from fewstep.models.compilation import compile_blocks, graphs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("fewstep.distill.trainer.compile_blocks", partial(compile_blocks, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def losses(raw: dict[str, Any], compiled: bool, steps: int) -> tuple[list[dict[str, float]], list[int]]:
+    """The metrics of steps, and the number of graphs after each."""
+    config = parse_config({**raw, "compile": compiled}, "test")
+    trainer = Trainer(config, build_inputs(config, CPU), CPU)
+    found, counted = [], []
+    for _ in range(steps):
+        found.append({name: x.item() for name, x in trainer.one_step().items() if name.startswith("loss/")})
+        counted.append(graphs())
+    return found, counted
+
+
+def check(raw: dict[str, Any], most: int, steps: int = 3) -> None:
+    plain, none = losses(raw, False, steps)
+    compiled, counted = losses(raw, True, steps)
+    assert compiled == plain
+    assert none == [0] * steps
+    assert 0 < counted[0] <= most
+    assert counted == [counted[0]] * steps, "no step compiles again"
+
+
+def test_a_bundled_network_with_a_gan_term_and_two_stages(tmp_path: Path) -> None:
+    raw = settings("dmd2", tmp_path, "cpu", "float32", gan={"weight": 1.0}, critic_updates=1)
+    check(raw, 20)
+    later = {**raw["stages"][0], "roles": {name: {"lr": 1e-3, "init": "keep"} for name in raw["stages"][0]["roles"]}}
+    _, counted = losses(raw | {"stages": [raw["stages"][0], later]}, True, 6)
+    assert counted[3:] == [counted[3]] * 3
+    assert counted[3] <= counted[0] + 4, "roles of a later stage share most graphs"
+
+
+@pytest.mark.parametrize(("name", "lora", "most"), [("wan", False, 4), ("wan", True, 9), ("flux", True, 18)])
+def test_pipelines(name: str, lora: bool, most: int, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    import tiny_pipelines
+
+    tiny_pipelines.TINY[name].build().save_pretrained(tmp_path / "teacher")
+    tiny_pipelines.write_embeddings(name, tmp_path / "teacher")
+    adapters = tiny_pipelines.ADAPTERS if lora else None
+    check(tiny_pipelines.settings(tmp_path / "teacher", name, tmp_path / "run", adapters), most, steps=2)
+
+
+def test_a_network_without_named_blocks_is_refused() -> None:
+    with pytest.raises(UserError, match="compile: true has no effect on a Linear"):
+        compile_blocks(nn.Linear(2, 2))
