@@ -231,6 +231,8 @@ def _title(key: str, steps: Sequence[str]) -> str:
 def _cell(value: Any, steps: Sequence[str]) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{value[step]:.3f}" if step in value else "–" for step in steps)
+    if isinstance(value, float) and 0 < abs(value) < 1e-3:
+        return f"{value:.1e}"
     return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 

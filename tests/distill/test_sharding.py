@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from several_processes import largest_difference, train_on, train_to
+from several_processes import CASES, differences, train_to
 from tiny_pipelines import TINY
 from tiny_runs import settings
 from torch import nn
@@ -17,35 +17,6 @@ from fewstep.distill.config_files import parse_config
 from fewstep.distill.sharding import groups
 from fewstep.models.loading import load_model
 
-STEPS = 20
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "tdm": ("tdm", {"guidance": 2.0}, {}),
-    "tdm, adapters": ("tdm", {"guidance": 2.0}, {"adapters": {"rank": 2}}),
-    "dmd2 with a GAN on the fake": ("dmd2", {"gan": {"weight": 1.0, "critic_weight": 1.0}, "critic_updates": 2}, {}),
-    "cdm": ("cdm", {"max_steps": 6, "blend": 0.01}, {}),
-    "f_distill": ("f_distill", {"gan_weight": 0.1, "critic_updates": 1, "steps": 3}, {}),
-    "phased_dmd": ("phased_dmd", {"phase": 1}, {}),
-}
-
-
-def runs(folder: Path, *names: str) -> dict[str, dict[str, Any]]:
-    """The raw settings of these cases."""
-    made = {}
-    for name in names:
-        objective, options, changes = CASES[name]
-        place = folder / name
-        place.mkdir()
-        raw = settings(objective, place, "cpu", "float32", **options) | {
-            "batch": 2,
-            "accumulate": 4,
-            "health": {"every": 0},
-        }
-        for role in raw["stages"][0]["roles"].values():
-            role |= {"lr": 0.02, "ema": 0.9}
-        raw["stages"][0]["steps"] = STEPS
-        made[name] = raw | changes | {"out": str(place / "run")}
-    return made
-
 
 @pytest.mark.parametrize(
     "names", [("tdm, adapters", "cdm"), pytest.param(tuple(CASES), marks=pytest.mark.long)], ids=["two", "all"]
@@ -53,24 +24,12 @@ def runs(folder: Path, *names: str) -> dict[str, dict[str, Any]]:
 def test_processes_equal_one_that_accumulates_split_or_not_and_resume_on_any_number(
     tmp_path: Path, names: tuple[str, ...]
 ) -> None:
-    """20 steps on 2, then 1, then 4 processes, against 1 process, each with 4 micro-batches of 2 in all."""
-    one = runs(tmp_path, *names)
-    several = {
-        f"{name}{suffix}": raw | {"out": raw["out"] + suffix, "shard": suffix == ", split"}
-        for name, raw in one.items()
-        for suffix in (", whole", ", split")
-    }
-    expected = train_to(STEPS, one)
-    train_on(2, 7, several, tmp_path)
-    train_to(13, several)
-    reached = train_on(4, STEPS, several, tmp_path)
-    start = train_to(0, {name: raw | {"out": raw["out"] + "0"} for name, raw in one.items()})
-    for name, state in reached.items():
-        single = expected[name.removesuffix(", whole").removesuffix(", split")]
-        moved = largest_difference(start[name.rpartition(", ")[0]], single, ["weights"])
-        assert moved > 1e-2, name
-        assert largest_difference(state, single, ["weights", "average"]) < 1e-6, name
-    parts = [path.name for path in Path(several["cdm, split"]["out"]).glob("checkpoints/step-0000020/*.safetensors")]
+    found = differences(tmp_path, names)
+    assert {(one["method"], one["networks"]) for one in found} == {(n, k) for n in names for k in ("whole", "split")}
+    for one in found:
+        assert one["weights moved by"] > 1e-2, one
+        assert one["largest difference"] < 1e-6, one
+    parts = [path.name for path in (tmp_path / "cdm" / "run, split" / "checkpoints").glob("step-0000020/*.safetensors")]
     assert sorted(parts) == [f"state-{k:05d}-of-00004.safetensors" for k in range(1, 5)]
 
 
