@@ -65,6 +65,14 @@ def pid_of(rank: int, launch: subprocess.Popen[str]) -> int:
     return ranks[True]
 
 
+def pause(rank: int, launch: subprocess.Popen[str], seconds: float) -> None:
+    """Makes a rank slow."""
+    process = pid_of(rank, launch)
+    os.kill(process, signal.SIGSTOP)
+    time.sleep(seconds)
+    os.kill(process, signal.SIGCONT)
+
+
 def wait_for_step(folder: Path, step: int, launch: subprocess.Popen[str]) -> None:
     log = folder / "run" / "metrics.jsonl"
     for _ in range(600):
@@ -112,9 +120,12 @@ def test_two_processes_train_as_one_and_resume_on_one(tmp_path: Path) -> None:
         assert torch.allclose(value.double(), expected[name].double(), atol=1e-6), name
 
 
-def test_a_signal_to_one_process_stops_all_with_one_checkpoint(tmp_path: Path) -> None:
+def test_a_slow_process_is_waited_for_and_a_signal_to_it_stops_all_with_one_checkpoint(tmp_path: Path) -> None:
     launch = start(TORCHRUN, config(tmp_path, 5000, checkpoint={"every": 10_000}, validation={"every": 0}))
     wait_for_step(tmp_path, 5, launch)
+    pause(1, launch, 3)
+    reached = len(log_of(tmp_path / "run"))
+    wait_for_step(tmp_path, reached + 5, launch)
     os.kill(pid_of(1, launch), signal.SIGTERM)
     text = ended(launch)
     (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
