@@ -53,6 +53,8 @@ def encode(
             folder, given, Path(out), sizes=sizes, frames=frames, batch=batch, rows=rows, device=place,
             progress=progress,
         )  # fmt: skip
+    if sizes or frames != 1:
+        raise UserError(f"{given} is a text file of prompts, without images or videos: remove --sizes and --frames.")
     lines = read_prompts(given)
     encode_prompts(folder, lines, Path(out), batch=batch, rows=rows, device=place, progress=progress)
     return len(lines)

@@ -23,6 +23,7 @@ from fewstep.cli.options import (
     progress_bar,
     sampling_of,
 )  # fmt: skip
+from fewstep.core.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Create the files that training and evaluation read.")
 
@@ -50,11 +51,13 @@ def encode(
     """Encode prompts (and images) once, so that training needs no encoder. Continues an interrupted call."""
     from fewstep.api import data
 
-    wanted = [size[:2] for text in sizes.split(",") if (size := parse_size(text))] if sizes else []
+    wanted = [size for text in sizes.split(",") if (size := parse_size(text))] if sizes else []
+    if any(count != 1 for _, _, count in wanted):
+        raise UserError(f"--sizes takes HEIGHTxWIDTH, got {sizes!r}: give the number of frames with --frames.")
     with counting("encoding") as progress:
         n = data.encode(
-            teacher, prompts, folder, sizes=wanted, frames=frames, batch=batch, rows=rows, device=device,
-            progress=progress,
+            teacher, prompts, folder, sizes=[size[:2] for size in wanted], frames=frames, batch=batch, rows=rows,
+            device=device, progress=progress,
         )  # fmt: skip
     print_text(f"{n} are encoded in {folder}.")
 

@@ -264,11 +264,11 @@ def test_what_cannot_work_is_refused_before_training(saved: Saved, captions: Pat
     assert "takes class labels" in message(
         raw | {"data": {"kind": "prompts", "path": str(pairs)}, "teacher": "fashion", "size": None}
     )
-    _replace(pairs, "null", prompt=torch.zeros(1, 5, 8))
+    _condition(pairs, prompt=torch.zeros(1, 5, 8))
     assert "The conditions in" in message(dpo(saved, "sd", pairs, run, None))
-    _replace(pairs, "null", prompt=torch.zeros(1, 5, 32), pooled=torch.zeros(1, 32))
+    _condition(pairs, prompt=torch.zeros(1, 5, 32), pooled=torch.zeros(1, 32))
     assert "are pooled [32], prompt [5, 32], those of" in message(dpo(saved, "sd", pairs, run, None))
-    _replace(pairs, "null", prompt=torch.zeros(1, 5, 32))
+    _condition(pairs, prompt=torch.zeros(1, 5, 32))
     for file in pairs.glob("pairs-*.safetensors"):
         rows = len(read_tensors(file)["prompt"])
         _replace(pairs, file.stem, winner=torch.zeros(rows, 8, 8, 8), loser=torch.zeros(rows, 8, 8, 8))
@@ -277,5 +277,11 @@ def test_what_cannot_work_is_refused_before_training(saved: Saved, captions: Pat
 
 def _replace(folder: Path, name: str, **tensors: Tensor) -> None:
     file = folder / f"{name}.safetensors"
-    kept = read_tensors(file) if name != "null" else {}
-    write_tensors(kept | tensors, file)
+    write_tensors(read_tensors(file) | tensors, file)
+
+
+def _condition(folder: Path, **null: Tensor) -> None:
+    """Replaces the null condition, and that of each prompt by the same."""
+    for file in (folder / "null.safetensors", *folder.glob("shard-*.safetensors")):
+        rows = len(read_tensors(file)["prompt"])
+        write_tensors({name: value.repeat(rows, *[1] * (value.ndim - 1)) for name, value in null.items()}, file)
