@@ -21,7 +21,7 @@ from fewstep.eval.hashes import json_sha256, model_sha256
 from fewstep.eval.rewards.registry import find_prompt_reward, find_reward, rate
 from fewstep.models.condition import Condition
 from fewstep.models.hub.encode import encode_images, encode_prompts, require_vae
-from fewstep.models.hub.encoded import EncodedPrompts
+from fewstep.models.hub.encoded import EncodedPrompts, fingerprint
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.hub.pairs import TABLE_SUFFIXES, encode_pairs
 from fewstep.models.loading import Model, pipeline_of, resolve_path
@@ -116,8 +116,8 @@ def make_preferences(
     require_vae(folder)
     rate(reward, judge, network, noise_image(model, prompts=True), texts[:1])  # refused before sampling
     made_from = {
-        "model": model_sha256(model), "reward": reward, "reference": network.sha256, "candidates": candidates,
-        "sampling": asdict(sampling),
+        "model": model_sha256(model), "vae": fingerprint(folder, ("vae",)), "reward": reward,
+        "reference": network.sha256, "candidates": candidates, "sampling": asdict(sampling),
     }  # fmt: skip
     encode_prompts(folder, texts, Path(out), rows=rows, device=model.device, pairs=n, source=json_sha256(made_from))
     encoded, pipeline = EncodedPrompts(Path(out), samples=False), folder.pipeline().to(model.device)

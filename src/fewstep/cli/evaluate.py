@@ -149,7 +149,7 @@ def compare(
     theirs: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.")],
     file: JsonFile = None,
 ) -> None:
-    """Compare two files of scores, and print_text whether their values are comparable."""
+    """Compare two files of scores, and print whether their values are comparable."""
     from fewstep.eval.report.tables import side_by_side
     from fewstep.eval.score_files import read_scores
 
