@@ -91,3 +91,11 @@ def test_a_model_of_another_size_and_too_few_samples_are_refused(tmp_path: Path)
             pytest.importorskip("diffusers")
         with pytest.raises(UserError, match=f"at least {minimum} \\(two samples per class or caption\\)"):
             ReferenceEvaluator(REFERENCE, minimum - 1, (0,)).check(load_model(model))
+
+
+def test_a_grid_that_lists_its_times_has_their_number_of_steps() -> None:
+    for grid, steps in (("times:1,0.6,0.3", [3]), ("time", [1, 2, 4])):
+        found = evaluate("fashion", n=20, grid=grid, device="cpu")
+        assert sorted({score.steps for score in found}) == steps
+    with pytest.raises(UserError, match="it has 3 steps, but 2 were requested"):
+        evaluate("fashion", n=20, grid="times:1,0.6,0.3", steps=[2], device="cpu")
