@@ -45,15 +45,11 @@ def evaluate(
         str | None, typer.Option(help="Replaces the protocol's. Without a protocol: fashion by default.")
     ] = None,
     captions: Annotated[str | None, typer.Option(help="Replaces the protocol's: a text file, one per line.")] = None,
-    steps: Annotated[
-        str | None, typer.Option(help="One or several. Default: as many as --grid lists, or 1,2,4.")
-    ] = None,
+    steps: Annotated[str | None, typer.Option(help="Default: as many as --grid lists, or 1,2,4.")] = None,
     nfe: Annotated[str | None, typer.Option(help="Instead of --steps: as many as fit into these evaluations.")] = None,
     solver: Annotated[str | None, typer.Option(help="One or several: student, or any of fewstep solver list.")] = None,
     guidance: Annotated[str | None, typer.Option(help="One or several scales. Default: 1.")] = None,
-    grid: Annotated[
-        str | None, typer.Option(help="A teacher's times, as in fewstep sample: a spacing, or times:1,0.5.")
-    ] = None,
+    grid: Annotated[str | None, typer.Option(help="As in fewstep sample; also times:1,0.5,…")] = None,
     n: Annotated[
         int | None, typer.Option("--n", min=1, help="Samples per combination. Default: 10,000, or the protocol's.")
     ] = None,
