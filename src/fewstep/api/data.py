@@ -86,13 +86,16 @@ def make_preferences(
     source: Source, out: Source, *, reward: str, n: int = 2_000, candidates: int = 4, captions: Source | None = None,
     size: Size | None = None, sampling: SamplingConfig | None = None, reference: str = "fashion",
     batch: int = 8, rows: int = 512, device: str = "auto", progress: Callable[[int], None] | None = None,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Writes preference pairs: of ``candidates`` samples for each of ``n`` labels, the one with the highest ``reward``
     is the ``winner`` and the one with the lowest the ``loser``. ``out`` is a safetensors file.
 
     A text-conditioned model needs ``captions``, a text file with one per line, which are used in turn; ``size`` is that
     of its samples in pixels, ``batch`` their number at a time. ``out`` is then a folder in the format of ``encode``,
     with the encoded captions and shards of ``rows`` pairs; existing shards are kept.
+
+    Returns the number of pairs whose candidates all have one reward: their winner is their loser, and training learns
+    nothing from them.
 
     Raises ``UserError`` on an unknown reward, on one that is equal for all candidates, on fewer than two candidates, on
     captions for a class-conditional model, and on a folder of other pairs.
@@ -111,7 +114,7 @@ def make_preferences(
         labels = model.labels(n)
         winner, loser = compare(range(n), Condition.of_labels(labels, model.config.classes), labels, to_bytes)
         write_tensors({"winner": winner, "loser": loser, "labels": labels}, Path(out))
-        return
+        return _ties(winner, loser)
     folder, texts = pipeline_of(model), read_prompts(Path(captions))
     require_vae(folder)
     rate(reward, judge, network, noise_image(model, prompts=True), texts[:1])  # refused before sampling
@@ -129,6 +132,12 @@ def make_preferences(
             decode = partial(folder.decode_images, pipeline, batch=batch)
             winner, loser = compare(numbers, encoded(prompt), prompts, decode)
             write_tensors({"winner": winner, "loser": loser, "prompt": prompt}, file)
+    buckets = EncodedPrompts(Path(out)).buckets
+    return sum(_ties(bucket.latents["winner"], bucket.latents["loser"]) for bucket in buckets)
+
+
+def _ties(winner: Tensor, loser: Tensor) -> int:
+    return int((winner == loser).flatten(1).all(1).sum())
 
 
 @dataclass(frozen=True)

@@ -138,9 +138,14 @@ def preferences(
 
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=n * candidates)
-        data.make_preferences(
+        ties = data.make_preferences(
             model_name, file, reward=reward, n=n, candidates=candidates, captions=captions, size=parse_size(size),
             sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference, batch=batch,
             device=device, progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
     print_text(f"{n} pairs are in {file}.")
+    if ties:
+        print_text(
+            f"In {ties} of them all candidates have the same reward, so that they teach nothing: more --candidates, or "
+            "another reward, may tell them apart.", "yellow",
+        )  # fmt: skip

@@ -86,6 +86,25 @@ def test_winner_and_loser_are_the_best_and_worst_of_a_prompts_samples(
         torch.testing.assert_close(found["loser"][k], samples[rewards.argmin()], rtol=1e-3, atol=1e-3)
 
 
+def test_pairs_without_a_preference_are_counted(
+    saved: Saved, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those of shards that an earlier call wrote."""
+    command = [
+        "data", "preferences", saved("sd"), "--captions", captions, "--reward", "preference_tables:prefers_cats",
+        "--n", 5, "--candidates", 2, "--solver", "euler", "--steps", 1, "--size", "16x16", "--out", tmp_path / "out",
+    ]  # fmt: skip
+    for _ in range(2):
+        completes(*command)
+        printed = capsys.readouterr().out
+        assert "5 pairs are in" in printed
+        assert "In 3 of them all candidates have the same reward" in printed
+    found = contents(tmp_path / "out")
+    assert [bool(torch.equal(a, b)) for a, b in zip(found["winner"], found["loser"], strict=True)] == [
+        text != "a cat" for text in (LINES * 2)[:5]
+    ]
+
+
 def test_pairs_are_keyed_and_continue(saved: Saved, captions: Path, tmp_path: Path) -> None:
     """Neither the batch nor the number of pairs in a shard changes them, and the same call continues."""
     done: list[int] = []
