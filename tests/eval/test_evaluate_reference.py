@@ -77,7 +77,7 @@ def test_images_of_the_bundled_reference_are_scored_by_its_protocol(tmp_path: Pa
     assert errors == {
         "kid": "standard deviation over 100 subsets",
         "fd_fashion": "standard error over samples (jackknife, 10 groups)",
-        "precision": "standard error of a share of the images",
+        "precision": "half of Wilson's 68 % interval of a share of the images",
     }
     assert {score.metric for score in scores if score.bias is not None} == {"fd_fashion"}
 
