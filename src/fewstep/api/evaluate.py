@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.api.models import Source, load, noise_image
 from fewstep.core.devices import pick_device
+from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable, read_prompts
 from fewstep.core.registry import Registry
 from fewstep.distill.run_folder import teacher_of
@@ -152,6 +153,8 @@ def win_rates(
 
     Text-conditioned models need ``captions``, a text file with one per line, which are used in turn; ``size`` is that
     of their samples in pixels, ``batch`` their number at a time."""
+    if n < 1:
+        raise UserError(f"n must be at least 1, got {n}.")
     sampling = sampling or SamplingConfig(seed=1)
     prompts = tuple(read_prompts(Path(captions))) if captions is not None else ()
     registry: Registry[Any] = PROMPT_REWARDS if prompts else REWARDS

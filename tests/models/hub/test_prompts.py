@@ -80,6 +80,8 @@ def test_labels_and_prompts_are_refused_by_models_of_the_other_kind(saved: Saved
     ):
         with pytest.raises(UserError, match="this one takes prompts"):
             work()
+    with pytest.raises(UserError, match="n must be at least 1, got 0"):
+        win_rates("fashion", "fashion", n=0)
 
 
 def test_prompts_are_encoded_in_parts_and_each_once_per_part(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
