@@ -78,7 +78,7 @@ class EncodedPrompts:
         self.index = read_index(folder)
         self._folder = folder
         self._null = read_tensors(folder / "null.safetensors")
-        if not all(len(value) == 1 and value.isfinite().all() for value in self._null.values()):
+        if not all(value.shape[:1] == (1,) and value.isfinite().all() for value in self._null.values()):
             raise UserError(f"{folder / 'null.safetensors'} is damaged: it must be one finite row.")
         rows, shards = self.index.rows, range(-(-len(self) // self.index.rows))
         complete = all(self._shard(shard).is_file() for shard in shards)

@@ -130,6 +130,8 @@ def test_a_refusal_to_continue_names_what_differs(saved: Saved, prompts: Path, t
         ("shard-00001", lambda x: x.index_fill(0, torch.tensor([1]), torch.nan), "row 1 is not finite"),
         ("null", lambda x: torch.cat([x, x]), "must be one finite row"),
         ("null", lambda x: x * torch.inf, "must be one finite row"),
+        ("null", lambda x: x.sum(), "must be one finite row"),
+        ("shard-00000", lambda x: x.sum(), "shard-00000"),
     ],
 )  # fmt: skip
 def test_damaged_conditions_are_refused(
