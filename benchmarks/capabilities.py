@@ -14,11 +14,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "capabilities.md"
+DATA_FREE, PREFERENCES = "test_every_data_free_objective_trains_a_pipeline", "test_every_family_learns_from_pairs"
 COLUMNS = {
     "samples as its pipeline": r"test_sampling_equals_the_pipelines_own\[{family}-",
     "to pixels": r"test_from_words_to_pixels_equals_the_pipelines_own\[{family}\]",
     "copies": r"test_a_family_trains_and_its_student_comes_back\[{family}-copies\]",
     "adapters": r"test_a_family_trains_and_its_student_comes_back\[{family}-adapters\]",
+    "preference pairs": PREFERENCES + r"\[{family}-",
     "checkpointing": r"test_recomputing_activations_changes_no_gradient\[{family}-",
     "export diffusers": r"test_the_exported_pipelines_default_call_samples_as_the_student\[{family}-",
     "lora": r"test_exported_adapters_and_networks_pass_their_check\[{family}-lora\]",
@@ -47,13 +49,14 @@ def page(passed: dict[str, bool]) -> str:
         return "✓" if found and all(found) else "fails" if found else ""
 
     families = list(dict.fromkeys(re.findall(r"test_sampling_equals_the_pipelines_own\[(\w+)-", "\n".join(passed))))
-    training = re.findall(r"test_every_data_free_objective_trains_a_pipeline\[(\w+)-", "\n".join(passed))
+    data_free = dict.fromkeys(re.findall(rf"{DATA_FREE}\[(\w+)-", "\n".join(passed)))
+    tests = {objective: rf"{DATA_FREE}\[{objective}" for objective in data_free}
+    tests["diffusion_dpo"] = rf"{PREFERENCES}\[sd"
     by_family = [
         [f, *(REFUSED.get((f, name)) or mark(p.format(family=f)) for name, p in COLUMNS.items())] for f in families
     ]
     by_objective = [
-        [f"`{o}`", *(mark(rf"test_every_data_free_objective_trains_a_pipeline\[{o}-{m}\]") for m in MODES)]
-        for o in dict.fromkeys(training)
+        [f"`{objective}`", *(mark(rf"{test}-{mode}\]") for mode in MODES)] for objective, test in tests.items()
     ]
     return (
         "# What has been tested on pipelines\n\n"

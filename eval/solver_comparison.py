@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from torch import Tensor
@@ -14,11 +13,13 @@ from torch import Tensor
 from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable, read_metadata, read_tensors, reading, write_tensors, write_text
 from fewstep.core.image_files import to_bytes
+from fewstep.eval.hashes import model_sha256
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
 from fewstep.eval.networks.features import extract_features
 from fewstep.eval.references import Reference
 from fewstep.models.loading import Model
 from fewstep.samplers.generate import Samples, generate
+from fewstep.samplers.grids import given_steps
 from fewstep.samplers.plan import SamplingConfig, plan, steps_within
 
 
@@ -64,15 +65,25 @@ def compare_solvers(
     """One result per solver, grid and budget, against ``long`` steps of UniPC-3 from the same noise.
 
     ``folder`` keeps the long run and every result, so that a comparison with the same model, guidance, samples and long
-    run can be continued or extended. ``progress(done, total)`` counts network evaluations per sample.
+    run can be continued or extended. ``progress(done, total)`` counts network evaluations per sample. Raises
+    ``UserError`` on a grid that lists its times, a solver that adds noise, and the long run as one of the solvers.
     """
+    if listed := [grid for grid in grids if given_steps(grid) is not None]:
+        raise UserError(
+            f"{listed[0]!r} has one number of steps, but a comparison needs a grid for every budget of evaluations: "
+            "give a spacing. fewstep sample and fewstep eval take times."
+        )
     requests = [
         (solver, grid, budget, steps_within(solver, budget, guidance != 1, model.config))
         for solver in solvers for grid in grids for budget in nfe
     ]  # fmt: skip
+    longest = plan(model, SamplingConfig("unipc_3", long, guidance, "log_snr"))
     for solver, grid, _, steps in requests:
-        if plan(model, SamplingConfig(solver, steps, guidance, grid)).solver.noisy:
+        chosen = plan(model, SamplingConfig(solver, steps, guidance, grid))
+        if chosen.solver.noisy:
             raise UserError(f"{solver!r} adds noise, so its samples have no error to a long run.")
+        if chosen == longest:
+            raise UserError(f"{solver} with {steps} steps on {grid} is the long run itself: choose fewer evaluations.")
     long_cost = long * (1 if guidance == 1 else 2)
     done, total = 0, long_cost + sum(budget for *_, budget, _ in requests)
 
@@ -85,15 +96,16 @@ def compare_solvers(
 
     check_writable(folder / LONG_RUN_FILE)
     settings = {"model": name, "guidance": guidance, "n": len(labels), "seed": seed, "long": long}
-    exact, known = _read_folder(folder, settings)
+    metadata = {"settings": json.dumps(settings), "model_sha256": model_sha256(model)}
+    exact, known = _read_folder(folder, metadata)
     if exact is None:
         exact = sample("unipc_3", long, "log_snr", long_cost).x0
-        write_tensors({"x0": exact}, folder / LONG_RUN_FILE, {"settings": json.dumps(settings)})
+        write_tensors({"x0": exact}, folder / LONG_RUN_FILE, metadata)
     done = long_cost
     results: list[SolverResult] = []
     for solver, grid, budget, steps in requests:
         result = known.get((solver, grid, budget))
-        if result is None or (real is not None and result.value is None):
+        if result is None or (real is not None and result.metric != real.metric):
             samples = sample(solver, steps, grid, budget)
             result = SolverResult(
                 solver=solver, grid=grid, nfe=samples.nfe, budget=budget, steps=steps,
@@ -113,14 +125,16 @@ def _distance(real: Reference, x0: Tensor) -> float:
     return frechet_distance(Statistics.of(features), real.statistics)
 
 
-def _read_folder(folder: Path, settings: dict[str, Any]) -> tuple[Tensor | None, dict[Key, SolverResult]]:
-    """The samples of the long run, or None, and the results in a folder. Raises ``UserError`` if their settings differ
-    from ``settings``."""
+def _read_folder(folder: Path, metadata: dict[str, str]) -> tuple[Tensor | None, dict[Key, SolverResult]]:
+    """The samples of the long run, or None, and the results in a folder. Raises ``UserError`` if the long run has other
+    ``metadata``: other settings, or another model."""
     file = folder / LONG_RUN_FILE
     if not file.is_file():
         return None, {}
-    if read_metadata(file) != {"settings": json.dumps(settings)}:
-        raise UserError(f"{folder} contains a comparison with other settings; choose another --out.")
+    if read_metadata(file) != metadata:
+        raise UserError(
+            f"{folder} contains a comparison with other settings or of another model; choose another --out."
+        )
     results = read_results(folder / RESULTS_FILE) if (folder / RESULTS_FILE).is_file() else []
     return read_tensors(file)["x0"], {(result.solver, result.grid, result.budget): result for result in results}
 

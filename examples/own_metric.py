@@ -1,8 +1,7 @@
-"""Adds a metric from outside the package: MUSIQ (arXiv 2108.05997), a network of pyiqa that rates single images.
+"""Adds a metric from outside the package: MUSIQ (arXiv 2108.05997), a network of pyiqa (pip install pyiqa).
 
-Install pyiqa with pip, and score a folder of images: ``python examples/own_metric.py IMAGES``; or name the metric in a
-protocol (``metrics: [fid, musiq]``) and import this file: ``fewstep --import own_metric eval ...``.
-"""
+Score a folder: ``python examples/own_metric.py IMAGES``; or name the metric in a protocol (``metrics: [fid, musiq]``)
+and import this file from its folder: ``fewstep --import own_metric eval ...``."""
 
 import sys
 from dataclasses import dataclass
@@ -55,6 +54,7 @@ MUSIQ = fewstep.register("metric", "musiq")(Metric(
 ))  # fmt: skip
 
 if __name__ == "__main__":
-    n = len(list_images(Path(sys.argv[1])).names)
-    (score,) = evaluate_images(sys.argv[1], Protocol(name="musiq", metrics=("musiq",), n=n))
+    source = Path(sys.argv[1]) if len(sys.argv) == 2 else sys.exit(__doc__)
+    n = max(2, len(list_images(source).names))
+    (score,) = evaluate_images(source, Protocol(name="musiq", metrics=("musiq",), n=n))
     print(f"musiq {score.value:.3f} ± {score.error:.3f} ({score.n} images, {score.error_of})")

@@ -66,7 +66,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         self, rule: str = "unipc_2", spacing: str | None = None, source_class: str | None = None, **source: Any
     ) -> None:
         if rule not in RULES:
-            raise UserError(f"Unknown rule {rule!r}{nearest(rule, RULES)}.")
+            raise UserError(f"A scheduler takes fewstep's multistep rules, not {rule!r}{nearest(rule, RULES)}.")
         if spacing is not None and spacing.partition(":")[0] not in SPACINGS:
             raise UserError(f"Unknown grid {spacing!r}{nearest(spacing, SPACINGS)}.")
         name = source_class or _source_class(source)
@@ -110,6 +110,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:  # fmt: skip
         """N steps in the spacing, or one step from each given noise level: for a flow, ``sigmas`` before the shift (by
         ``mu`` if the source shifts dynamically); otherwise ``sigmas`` as sigma / alpha, or ``timesteps``."""
+        if num_inference_steps is not None and not isinstance(num_inference_steps, int):
+            raise UserError(f"The number of steps must be an integer, got {num_inference_steps!r}.")
         if (num_inference_steps or 0) < 1 and (sigmas is None) == (timesteps is None):
             raise UserError("set_timesteps takes a number of steps, sigmas or timesteps.")
         try:
@@ -143,7 +145,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         else:
             given = uniform if sigmas is None else [float(sigma) for sigma in sigmas]
             levels = shift(torch.tensor(given, dtype=torch.float64), factor)
-        if terminal := self._source.get("shift_terminal"):
+        if (terminal := self._source.get("shift_terminal")) and len(levels) > 1:  # one step starts at 1
             levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
         if self.config["spacing"] is None and (flag := self._spacing_flag()) and len(levels) > 1:
             levels = respace(levels, flag)  # as FlowMatchEulerDiscreteScheduler does, over sigma

@@ -12,7 +12,7 @@ The paper's code for them is not published.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +52,9 @@ def estimate_statistics(
         raise UserError(f"Statistics need at least one interval and one sample, got {intervals} and {len(x0)}.")
     settings = {"intervals": intervals, "n": len(x0), "guidance": guidance.scale, "seed": seed}
     metadata = {"settings": json.dumps(settings), "model": weights_hash(denoiser)}
-    partial = _PartialFile(file.with_suffix(".partial.safetensors"), metadata, intervals + 1)
+    shape = tuple(x0.shape[1:])
+    shapes = {"l": shape, "m": (4, *shape)}
+    partial = _PartialFile(file.with_suffix(".partial.safetensors"), metadata, intervals + 1, shapes)
     l = partial.rows("l", lambda k: means.slope(log_snr[k]), progress, 0)  # noqa: E741
     l_prime = torch.gradient(l, spacing=(log_snr.float(),), dim=0, edge_order=1)[0]
     m = partial.rows("m", lambda k: means.moments(log_snr[k], l[k], l_prime[k]), progress, intervals + 1)
@@ -147,15 +149,19 @@ class _SampleMeans:
 
 
 class _PartialFile:
-    """The rows computed so far, in a file."""
+    """The rows computed so far, in a file: up to ``count`` of each of the ``shapes``, by name."""
 
-    def __init__(self, file: Path, metadata: dict[str, str], count: int) -> None:
+    def __init__(self, file: Path, metadata: dict[str, str], count: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.file, self.metadata, self._count = file, metadata, count
         self._rows: dict[str, Tensor] = {}
         if file.is_file():
             if read_metadata(file) != metadata:
                 raise UserError(f"{file} belongs to statistics with other settings: delete it or choose another --out.")
             self._rows = read_tensors(file)
+            for name, rows in self._rows.items():
+                fits = name in shapes and rows.shape[1:] == shapes[name] and len(rows) <= count
+                if not fits or rows.dtype != torch.float32 or not rows.isfinite().all():
+                    raise UserError(f"{file} is damaged (its rows {name}): delete it, to measure them again.")
 
     def rows(self, name: str, compute: Callable[[int], Tensor], progress: Progress | None, before: int) -> Tensor:
         """All rows of ``name``; computes the missing ones and saves every ten rows. ``before``: rows of other names."""

@@ -1,4 +1,4 @@
-"""Folders of images with a table of preference pairs, as a user would write them."""
+"""Folders of images with a table of preference pairs, as a user would write them, and a reward of theirs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 COLUMNS = ("winner", "loser", "caption")
 Row = Sequence[object]
@@ -30,3 +32,8 @@ def write_table(file: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMN
     with file.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([columns, *rows])
     return file
+
+
+def prefers_cats(network: object, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """One reward for all images of other prompts."""
+    return torch.stack([image.float().mean() * ("cat" in text) for image, text in zip(images, prompts, strict=True)])

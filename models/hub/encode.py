@@ -6,6 +6,7 @@ An interrupted call can be repeated: existing shards are kept.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import check_writable, read_prompts, write_tensors, write_text
+from fewstep.core.files import check_writable, read_prompts, sha256, write_tensors, write_text
 from fewstep.core.image_files import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -56,9 +57,11 @@ def encode_prompts(
         raise UserError(f"{out} is a file; name a folder.")
     check_writable(out / "index.json")
     if (out / "index.json").is_file():
-        if read_index(out) != index:
+        present = read_index(out)
+        if differing := [name for name in Index.model_fields if getattr(present, name) != getattr(index, name)]:
             raise UserError(
-                f"{out} contains other prompts or samples, or those of another encoder; choose another folder."
+                f"{out} contains other prompts or samples, or those of another encoder ({', '.join(differing)} in "
+                "index.json would differ); choose another folder."
             )
     elif any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder.")
@@ -101,7 +104,10 @@ def encode_images(
     buckets = group_by_size(files, sizes)
     for height, width in buckets:
         folder.family.shape(height, width, frames)  # raises if the model does not support the size
-    encode_prompts(folder, prompts, out, device=device, images=len(files), rows=rows, sizes=tuple(sizes))
+    encode_prompts(
+        folder, prompts, out, device=device, images=len(files), rows=rows, sizes=tuple(sizes),
+        source=source_hash(folder, files, list(captions.values()), frames),
+    )  # fmt: skip
     pipeline = folder.pipeline().to(device)
 
     def encoded(piece: Sequence[Path], size: Cover) -> dict[str, torch.Tensor]:
@@ -110,6 +116,14 @@ def encode_images(
 
     write_shards(out, "images", buckets, rows, encoded, progress)
     return len(files)
+
+
+def source_hash(folder: PipelineFolder, files: Sequence[Path], captions: Sequence[str], frames: int) -> str:
+    """The hash of what latents and their prompt numbers are computed from, for the index: the contents of the files,
+    the captions and the VAE."""
+    contents = {file: sha256(file) for file in set(files)}
+    made_from = [frames, fingerprint(folder, ("vae",)), [contents[file] for file in files], list(captions)]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
 def write_shards(

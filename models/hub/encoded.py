@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,7 +34,7 @@ class Index(BaseModel):
     """``index.json``. ``pairs`` is the number of preference pairs, ``source`` the hash of what they were made from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format: str = "fewstep-prompts"
+    format: Literal["fewstep-prompts"] = "fewstep-prompts"
     pipeline: str
     encoders: str
     prompts: str
@@ -53,9 +53,10 @@ class Bucket(NamedTuple):
     prompts: Tensor
 
 
-def fingerprint(folder: PipelineFolder) -> str:
-    """SHA-256 of the files of a pipeline's text encoders and tokenizers, whatever their paths; empty if it has none."""
-    files = [file for name in ENCODERS for file in sorted((folder.path / name).rglob("*")) if file.is_file()]
+def fingerprint(folder: PipelineFolder, components: Sequence[str] = ENCODERS) -> str:
+    """SHA-256 of the files of a pipeline's components, by default its text encoders and tokenizers, whatever their
+    paths; empty if it has none."""
+    files = [file for name in components for file in sorted((folder.path / name).rglob("*")) if file.is_file()]
     return sha256(*files) if files else ""
 
 
@@ -77,8 +78,12 @@ class EncodedPrompts:
         self.index = read_index(folder)
         self._folder = folder
         self._null = read_tensors(folder / "null.safetensors")
-        shards = -(-len(self) // self.index.rows)
-        complete = all((folder / f"shard-{shard:05d}.safetensors").is_file() for shard in range(shards))
+        if not all(value.shape[:1] == (1,) and value.isfinite().all() for value in self._null.values()):
+            raise UserError(f"{folder / 'null.safetensors'} is damaged: it must be one finite row.")
+        rows, shards = self.index.rows, range(-(-len(self) // self.index.rows))
+        complete = all(self._shard(shard).is_file() for shard in shards)
+        for shard in shards if complete else ():
+            self._check_shard(self._shard(shard), min(rows, len(self) - shard * rows))
         self.buckets = _read_buckets(folder, len(self)) if samples else []
         found = sum(len(bucket.prompts) for bucket in self.buckets)
         if not complete or (samples and found != self.index.images + self.index.pairs):
@@ -117,10 +122,27 @@ class EncodedPrompts:
         found: list[dict[str, Tensor]] = []
         for row in rows.tolist():
             shard, offset = divmod(row, self.index.rows)
-            path = self._folder / f"shard-{shard:05d}.safetensors"
+            path = self._shard(shard)
             with reading(path, "shard of encoded prompts"), safe_open(path, framework="pt") as file:
                 found.append({name: file.get_slice(name)[offset : offset + 1] for name in self._null})
+            if not all(value.isfinite().all() for value in found[-1].values()):
+                raise UserError(f"{path} is damaged: row {offset} is not finite.")
         return Condition({name: torch.cat([one[name] for one in found]) for name in self._null}, self._null)
+
+    def _shard(self, number: int) -> Path:
+        return self._folder / f"shard-{number:05d}.safetensors"
+
+    def _check_shard(self, path: Path, rows: int) -> None:
+        """Raises ``UserError`` if a shard has not this number of rows, each like the null condition's."""
+        with reading(path, "shard of encoded prompts"), safe_open(path, framework="pt") as file:
+            for name, null in self._null.items():
+                part = file.get_slice(name)
+                first = part[:1]
+                if part.get_shape()[0] != rows or first.shape != null.shape or first.dtype != null.dtype:
+                    raise UserError(
+                        f"{path} is damaged: {name} must be {[rows, *null.shape[1:]]} of {null.dtype}, got "
+                        f"{part.get_shape()} of {first.dtype}."
+                    )
 
 
 def _read_buckets(folder: Path, prompts: int) -> list[Bucket]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +11,15 @@ import torch
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_table
 from fewstep.core.image_files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Cover
-from fewstep.models.hub.encode import Progress, encode_prompts, group_by_size, latents_of, require_vae, write_shards
+from fewstep.models.hub.encode import (
+    Progress,
+    encode_prompts,
+    group_by_size,
+    latents_of,
+    require_vae,
+    source_hash,
+    write_shards,
+)
 from fewstep.models.hub.folder import PipelineFolder
 
 COLUMNS = ("winner", "loser", "caption")
@@ -85,10 +91,9 @@ def encode_pairs(
         buckets.setdefault(size_of[pair.winner], []).append(pair)
     for height, width in buckets:
         folder.family.shape(height, width, frames)  # raises if the model does not support the size
-    listed = [frames, read_table(table, COLUMNS)]
     encode_prompts(
         folder, prompts, out, device=device, rows=rows, pairs=len(pairs), sizes=tuple(sizes),
-        source=hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
+        source=source_hash(folder, files, [pair.caption for pair in pairs], frames),
     )  # fmt: skip
     pipeline = folder.pipeline().to(device)
 

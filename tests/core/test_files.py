@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import struct
@@ -21,6 +22,7 @@ from fewstep.core.files import (
     read_json_object,
     read_metadata,
     read_prompts,
+    read_table,
     read_tensors,
     replace_folder,
     restore_folder,
@@ -253,3 +255,50 @@ def test_prompts_are_read_in_order_and_stripped(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "prompts.txt") == ["ein Hütchen", "a dog"]
     with pytest.raises(UserError, match=r"none\.txt does not exist\. Give a text file, one prompt per line"):
         read_prompts(tmp_path / "none.txt")
+
+
+def test_the_byte_order_mark_of_an_editor_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(codecs.BOM_UTF8 + "ein Hütchen\r\na dog\r\n".encode())
+    assert read_prompts(tmp_path / "prompts.txt") == ["ein Hütchen", "a dog"]
+    (tmp_path / "prompts.txt").write_bytes(codecs.BOM_UTF8)
+    with pytest.raises(UserError, match="contains no prompts"):
+        read_prompts(tmp_path / "prompts.txt")
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("a.csv", [b"caption,file", b'"a, ""cat""",1.png', b"", "ein Hütchen,2.png".encode(), b""]),
+        ("a.jsonl", [b'{"file": "1.png", "caption": "a, \\"cat\\""}', b" ",
+                     '{"caption": "ein Hütchen", "file": "2.png", "more": 1}'.encode(), b""]),
+    ],
+)  # fmt: skip
+def test_tables_of_any_editor_are_read(tmp_path: Path, name: str, lines: list[bytes], end: bytes, mark: bytes) -> None:
+    (tmp_path / name).write_bytes(mark + end.join(lines) + end)
+    rows = read_table(tmp_path / name, ("file", "caption"))
+    assert rows == [("1.png", 'a, "cat"'), ("2.png", "ein Hütchen")]
+
+
+GOOD = b'{"file": "a", "caption": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"file,caption\n1.png,a cat\n2.png,a cat, asleep\n", "row 2 .*more cells than the header"),
+        ("a.csv", b'file,caption\n1.png,a cat\n2.png,"a dog\n3.png,the sea\n', "row 2 is not readable"),
+        ("a.csv", b"file,caption\n1.png,a cat\n2.png,a d\xffg\n", "row 2 is not readable .*utf-8"),
+        ("a.csv", b"file,caption,caption\n1.png,a,b\n", "header has caption twice"),
+        ("a.jsonl", 2 * GOOD + b'{"file": "a",\n' + GOOD, "row 3 is not readable"),
+        ("a.jsonl", GOOD + b'{"file": "a", "caption": "\xe9"}\n' + GOOD, "row 2 is not readable .*utf-8"),
+        ("a.jsonl", GOOD + b'{"file": "a", "caption": "\\ud800"}\n', "row 2 is not readable"),
+        ("a.jsonl", GOOD + b"[" * 100_000 + b"\n", "row 2 is not readable"),
+    ],
+)  # fmt: skip
+def test_a_damaged_row_of_a_table_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    """In particular one whose text would lose what follows a comma, or swallow the rows after it."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_table(tmp_path / name, ("file", "caption"))

@@ -77,7 +77,7 @@ def test_images_of_the_bundled_reference_are_scored_by_its_protocol(tmp_path: Pa
     assert errors == {
         "kid": "standard deviation over 100 subsets",
         "fd_fashion": "standard error over samples (jackknife, 10 groups)",
-        "precision": "standard error of a share of the images",
+        "precision": "half of Wilson's 68 % interval of a share of the images",
     }
     assert {score.metric for score in scores if score.bias is not None} == {"fd_fashion"}
 
@@ -91,3 +91,11 @@ def test_a_model_of_another_size_and_too_few_samples_are_refused(tmp_path: Path)
             pytest.importorskip("diffusers")
         with pytest.raises(UserError, match=f"at least {minimum} \\(two samples per class or caption\\)"):
             ReferenceEvaluator(REFERENCE, minimum - 1, (0,)).check(load_model(model))
+
+
+def test_a_grid_that_lists_its_times_has_their_number_of_steps() -> None:
+    for grid, steps in (("times:1,0.6,0.3", [3]), ("time", [1, 2, 4])):
+        found = evaluate("fashion", n=20, grid=grid, device="cpu")
+        assert sorted({score.steps for score in found}) == steps
+    with pytest.raises(UserError, match="it has 3 steps, but 2 were requested"):
+        evaluate("fashion", n=20, grid="times:1,0.6,0.3", steps=[2], device="cpu")

@@ -71,6 +71,10 @@ def test_a_comparison_continues_where_it_stopped_and_accepts_more_solvers(teache
     assert {result.solver for result in read_results(tmp_path / "solvers.json")} == {"ddim", "unipc_2", "heun"}
     with pytest.raises(UserError, match="a comparison with other settings"):
         solvers.compare_solvers(teacher, solvers=["ddim"], seed=1, **settings)
+    other = tmp_path / "other" / teacher.name
+    tiny_teacher(other, seed=5)
+    with pytest.raises(UserError, match="or of another model; choose another --out"):
+        solvers.compare_solvers(other, solvers=["ddim"], **settings)
 
 
 def test_measured_files_are_found_beside_the_model_and_named_if_missing(teacher: Path, tmp_path: Path) -> None:
@@ -101,6 +105,9 @@ def test_invalid_comparisons_are_refused_before_sampling(teacher: Path, tmp_path
         ({"solvers": ["ddim", "ddpm"]}, "'ddpm' adds noise"),
         ({"solvers": ["dc_solver_2"], "nfe": [20]}, "no ratios near 20 steps"),
         ({"solvers": ["dc_solver_2"], "grids": ["log_snr:0.05"]}, "searched on the grid time"),
+        ({"solvers": ["ddim"], "grids": ["time", "times:1,0.5"]}, "'times:1,0.5' has one number of steps"),
+        ({"solvers": ["unipc_3"], "grids": ["log_snr:0.001"], "nfe": [20], "long": 20}, "is the long run itself"),
+        ({"solvers": ["unipc_3"], "grids": ["exponential"], "nfe": [20], "long": 20}, "is the long run itself"),
     ):
         with pytest.raises(UserError, match=message):
             solvers.compare_solvers(teacher, **{"nfe": [4], "folder": tmp_path / "no", **arguments})

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from worlds import HIGH, LOW, NOISE, VP, by_log_snr, mixture, tiny_teacher
 
 from fewstep.api import solvers
 from fewstep.core.errors import UserError
-from fewstep.core.files import write_tensors
+from fewstep.core.files import read_metadata, read_tensors, write_tensors
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance
@@ -172,6 +173,37 @@ def test_an_interrupted_estimation_continues(tmp_path: Path) -> None:
     full, half = (Statistics.read(tmp_path / f"{name}.safetensors") for name in ("full", "half"))
     assert all(torch.equal(a, b) for a, b in zip((full.l, full.s, full.b), (half.l, half.s, half.b), strict=True))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["full.safetensors", "half.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("l", lambda rows: rows[:, :1]), ("l", lambda rows: torch.cat([rows] * 4)), ("l", lambda rows: rows / 0),
+        ("l", lambda rows: rows.double()), ("k", lambda rows: rows), ("m", lambda rows: rows),
+    ],
+)  # fmt: skip
+def test_damaged_rows_of_an_interrupted_estimation_are_refused(
+    tmp_path: Path, name: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 12:
+            raise InterruptedError
+
+    file = tmp_path / "s.safetensors"
+
+    def run(progress: Progress | None = None) -> None:
+        estimate_statistics(
+            mixture().denoiser, NOISE[:4].float(), Condition(), file, guidance=Guidance(), intervals=14,
+            progress=progress,
+        )  # fmt: skip
+
+    with pytest.raises(InterruptedError):
+        run(stop)
+    kept = tmp_path / "s.partial.safetensors"
+    save_file({name: change(read_tensors(kept)["l"]).contiguous()}, kept, read_metadata(kept))
+    with pytest.raises(UserError, match=rf"is damaged \(its rows {name}\): delete it"):
+        run()
+    assert not file.exists()
 
 
 @pytest.mark.parametrize(("order", "pseudo"), [(1, False), (2, False), (2, True)])

@@ -21,7 +21,7 @@ from fewstep.eval.hashes import json_sha256, model_sha256
 from fewstep.eval.rewards.registry import find_prompt_reward, find_reward, rate
 from fewstep.models.condition import Condition
 from fewstep.models.hub.encode import encode_images, encode_prompts, require_vae
-from fewstep.models.hub.encoded import EncodedPrompts
+from fewstep.models.hub.encoded import EncodedPrompts, fingerprint
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.hub.pairs import TABLE_SUFFIXES, encode_pairs
 from fewstep.models.loading import Model, pipeline_of, resolve_path
@@ -53,6 +53,8 @@ def encode(
             folder, given, Path(out), sizes=sizes, frames=frames, batch=batch, rows=rows, device=place,
             progress=progress,
         )  # fmt: skip
+    if sizes or frames != 1:
+        raise UserError(f"{given} is a text file of prompts, without images or videos: remove --sizes and --frames.")
     lines = read_prompts(given)
     encode_prompts(folder, lines, Path(out), batch=batch, rows=rows, device=place, progress=progress)
     return len(lines)
@@ -84,13 +86,16 @@ def make_preferences(
     source: Source, out: Source, *, reward: str, n: int = 2_000, candidates: int = 4, captions: Source | None = None,
     size: Size | None = None, sampling: SamplingConfig | None = None, reference: str = "fashion",
     batch: int = 8, rows: int = 512, device: str = "auto", progress: Callable[[int], None] | None = None,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Writes preference pairs: of ``candidates`` samples for each of ``n`` labels, the one with the highest ``reward``
     is the ``winner`` and the one with the lowest the ``loser``. ``out`` is a safetensors file.
 
     A text-conditioned model needs ``captions``, a text file with one per line, which are used in turn; ``size`` is that
     of its samples in pixels, ``batch`` their number at a time. ``out`` is then a folder in the format of ``encode``,
     with the encoded captions and shards of ``rows`` pairs; existing shards are kept.
+
+    Returns the number of pairs whose candidates all have one reward: their winner is their loser, and training learns
+    nothing from them.
 
     Raises ``UserError`` on an unknown reward, on one that is equal for all candidates, on fewer than two candidates, on
     captions for a class-conditional model, and on a folder of other pairs.
@@ -109,13 +114,13 @@ def make_preferences(
         labels = model.labels(n)
         winner, loser = compare(range(n), Condition.of_labels(labels, model.config.classes), labels, to_bytes)
         write_tensors({"winner": winner, "loser": loser, "labels": labels}, Path(out))
-        return
+        return _ties(winner, loser)
     folder, texts = pipeline_of(model), read_prompts(Path(captions))
     require_vae(folder)
     rate(reward, judge, network, noise_image(model, prompts=True), texts[:1])  # refused before sampling
     made_from = {
-        "model": model_sha256(model), "reward": reward, "reference": network.sha256, "candidates": candidates,
-        "sampling": asdict(sampling),
+        "model": model_sha256(model), "vae": fingerprint(folder, ("vae",)), "reward": reward,
+        "reference": network.sha256, "candidates": candidates, "sampling": asdict(sampling),
     }  # fmt: skip
     encode_prompts(folder, texts, Path(out), rows=rows, device=model.device, pairs=n, source=json_sha256(made_from))
     encoded, pipeline = EncodedPrompts(Path(out), samples=False), folder.pipeline().to(model.device)
@@ -127,6 +132,12 @@ def make_preferences(
             decode = partial(folder.decode_images, pipeline, batch=batch)
             winner, loser = compare(numbers, encoded(prompt), prompts, decode)
             write_tensors({"winner": winner, "loser": loser, "prompt": prompt}, file)
+    buckets = EncodedPrompts(Path(out)).buckets
+    return sum(_ties(bucket.latents["winner"], bucket.latents["loser"]) for bucket in buckets)
+
+
+def _ties(winner: Tensor, loser: Tensor) -> int:
+    return int((winner == loser).flatten(1).all(1).sum())
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.api.models import Source, load, noise_image
 from fewstep.core.devices import pick_device
+from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable, read_prompts
 from fewstep.core.registry import Registry
 from fewstep.distill.run_folder import teacher_of
@@ -30,7 +31,10 @@ from fewstep.eval.score_files import Score, merge, read_scores, write_scores
 from fewstep.models.loading import Model, resolve_path
 from fewstep.models.model_config import Size
 from fewstep.samplers.generate import GeneratedSet
+from fewstep.samplers.grids import given_steps
 from fewstep.samplers.plan import SamplingConfig, plan, steps_within
+
+DEFAULT_STEPS = (1, 2, 4)
 
 
 def evaluate(
@@ -39,7 +43,7 @@ def evaluate(
     protocol: Protocol | None = None,
     locator: WeightsLocator | None = None,
     reference: str = "fashion",
-    steps: Sequence[int] = (1, 2, 4),
+    steps: Sequence[int] = (),
     nfe: Sequence[int] = (),
     solver: Sequence[str] = (),
     guidance: Sequence[float] = (1.0,),
@@ -51,8 +55,8 @@ def evaluate(
     name: str | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Score]:
-    """Scores every combination of ``solver``, ``steps`` and ``guidance`` (a teacher's times are spaced by ``grid``, see
-    ``samplers.grids``).
+    """Scores every combination of ``solver``, ``steps`` (by default as many as ``grid`` lists, or else 1, 2 and 4) and
+    ``guidance`` (a teacher's times are spaced by ``grid``, see ``samplers.grids``).
 
     A ``protocol`` specifies what is measured, on how many samples of which seeds, and against what; ``locator`` finds
     the weights of its networks. Without one, ``n`` samples are compared with the test images of a bundled
@@ -69,6 +73,7 @@ def evaluate(
     solvers = list(solver) or ["student" if model.config.few_step else "euler"]
     file = Path(json_file) if json_file else _default_json(Path(source))
     known = read_scores(file) if file and file.is_file() else known_teacher_scores(Path(source), evaluator.hashes)
+    steps = steps or ([listed] if (listed := given_steps(grid)) else DEFAULT_STEPS)
     requests = [
         SamplingConfig(rule, steps_within(rule, count, scale != 1, model.config) if nfe else count, scale, grid)
         for rule in solvers for count in nfe or steps for scale in guidance
@@ -148,6 +153,8 @@ def win_rates(
 
     Text-conditioned models need ``captions``, a text file with one per line, which are used in turn; ``size`` is that
     of their samples in pixels, ``batch`` their number at a time."""
+    if n < 1:
+        raise UserError(f"n must be at least 1, got {n}.")
     sampling = sampling or SamplingConfig(seed=1)
     prompts = tuple(read_prompts(Path(captions))) if captions is not None else ()
     registry: Registry[Any] = PROMPT_REWARDS if prompts else REWARDS

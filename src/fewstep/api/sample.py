@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from fewstep.api.models import Source, load
 from fewstep.core.errors import UserError
+from fewstep.core.files import read_json_object, write_text
 from fewstep.core.image_files import require_av
 from fewstep.core.image_grid import save_sample
+from fewstep.eval.hashes import json_sha256, model_sha256
+from fewstep.models.hub.encoded import ENCODERS, fingerprint
 from fewstep.models.loading import Model, pipeline_of
 from fewstep.samplers.generate import ImageGenerator
 from fewstep.samplers.plan import SamplingConfig, plan
@@ -57,8 +61,9 @@ def sample_files(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:  # fmt: skip
     """Writes one file per prompt and seed, ``00000-0.png`` (of a video model ``.gif`` or ``.mp4``), whatever the batch;
-    ``seeds`` replace that of ``sampling``. Existing files are kept, so that an interrupted call can be continued.
-    ``progress`` receives (files done, files in all)."""
+    ``seeds`` replace that of ``sampling``. Existing files are kept, so that an interrupted call can be continued, also
+    with other seeds; ``samples.json`` records what they show. ``progress`` receives (files done, files in all). Raises
+    ``UserError`` on a folder with samples of other prompts, of another model or another way to sample it."""
     model = source if isinstance(source, Model) else load(source, device)
     pipeline_of(model)  # refuses another model
     sampling = sampling or SamplingConfig()
@@ -69,6 +74,7 @@ def sample_files(
     files = {seed: [Path(folder) / f"{number:05d}-{seed}.{suffix}" for number in range(len(prompts))] for seed in seeds}
     left = {seed: [number for number, file in enumerate(own) if not file.is_file()] for seed, own in files.items()}
     written = sum(len(own) - len(left[seed]) for seed, own in files.items())
+    _claim(Path(folder), model, prompts, sampling, occupied=written > 0)
     images_of = ImageGenerator(model, prompts, batch) if any(left.values()) else None
     for seed, numbers in left.items():
         for low in range(0, len(numbers), batch):
@@ -80,3 +86,17 @@ def sample_files(
             if progress is not None:
                 progress(written, len(prompts) * len(files))
     return [file for own in files.values() for file in own]
+
+
+def _claim(folder: Path, model: Model, prompts: Sequence[str], sampling: SamplingConfig, *, occupied: bool) -> None:
+    """Records what a folder's samples show, or checks that this is the same if it is ``occupied`` by some of them."""
+    pipeline = pipeline_of(model)
+    encoders = fingerprint(pipeline, (*ENCODERS, "vae"))
+    made_from = [model_sha256(model), encoders, asdict(replace(sampling, seed=0)), list(prompts)]
+    record, file = {"made_from": json_sha256(made_from)}, folder / "samples.json"
+    if occupied and not (file.is_file() and read_json_object(file) == record):
+        raise UserError(
+            f"{folder} contains samples of other prompts, of another model or of another way to sample it; choose "
+            "another folder."
+        )
+    write_text(json.dumps(record) + "\n", file)

@@ -40,12 +40,6 @@ def compare_solvers(
     """
     check_at_least(1, n=n, long=long, **{"a number of evaluations": min(nfe, default=0)})
     check_finite(guidance)
-    if (
-        "unipc_3" in solvers
-        and {"log_snr", "exponential"} & set(grids)
-        and long in (count // (1 if guidance == 1 else 2) for count in nfe)
-    ):
-        raise UserError(f"unipc_3 with {long} steps on log_snr is the long run itself: choose fewer evaluations.")
     model = load(source, device)
     labels = model.labels(n)
     real = load_reference(reference, "test", model.device) if reference else None

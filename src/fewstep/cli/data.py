@@ -23,6 +23,7 @@ from fewstep.cli.options import (
     progress_bar,
     sampling_of,
 )  # fmt: skip
+from fewstep.core.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Create the files that training and evaluation read.")
 
@@ -50,11 +51,13 @@ def encode(
     """Encode prompts (and images) once, so that training needs no encoder. Continues an interrupted call."""
     from fewstep.api import data
 
-    wanted = [size[:2] for text in sizes.split(",") if (size := parse_size(text))] if sizes else []
+    wanted = [size for text in sizes.split(",") if (size := parse_size(text))] if sizes else []
+    if any(count != 1 for _, _, count in wanted):
+        raise UserError(f"--sizes takes HEIGHTxWIDTH, got {sizes!r}: give the number of frames with --frames.")
     with counting("encoding") as progress:
         n = data.encode(
-            teacher, prompts, folder, sizes=wanted, frames=frames, batch=batch, rows=rows, device=device,
-            progress=progress,
+            teacher, prompts, folder, sizes=[size[:2] for size in wanted], frames=frames, batch=batch, rows=rows,
+            device=device, progress=progress,
         )  # fmt: skip
     print_text(f"{n} are encoded in {folder}.")
 
@@ -135,9 +138,14 @@ def preferences(
 
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=n * candidates)
-        data.make_preferences(
+        ties = data.make_preferences(
             model_name, file, reward=reward, n=n, candidates=candidates, captions=captions, size=parse_size(size),
             sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference, batch=batch,
             device=device, progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
     print_text(f"{n} pairs are in {file}.")
+    if ties:
+        print_text(
+            f"In {ties} of them all candidates have the same reward, so that they teach nothing: more --candidates, or "
+            "another reward, may tell them apart.", "yellow",
+        )  # fmt: skip

@@ -45,11 +45,11 @@ def evaluate(
         str | None, typer.Option(help="Replaces the protocol's. Without a protocol: fashion by default.")
     ] = None,
     captions: Annotated[str | None, typer.Option(help="Replaces the protocol's: a text file, one per line.")] = None,
-    steps: Annotated[str | None, typer.Option(help="One or several. Default: 1,2,4.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Default: as many as --grid lists, or 1,2,4.")] = None,
     nfe: Annotated[str | None, typer.Option(help="Instead of --steps: as many as fit into these evaluations.")] = None,
     solver: Annotated[str | None, typer.Option(help="One or several: student, or any of fewstep solver list.")] = None,
     guidance: Annotated[str | None, typer.Option(help="One or several scales. Default: 1.")] = None,
-    grid: Annotated[str | None, typer.Option(help="Spacing of a teacher's times, as in fewstep sample.")] = None,
+    grid: Annotated[str | None, typer.Option(help="As in fewstep sample; also times:1,0.5,…")] = None,
     n: Annotated[
         int | None, typer.Option("--n", min=1, help="Samples per combination. Default: 10,000, or the protocol's.")
     ] = None,
@@ -118,7 +118,7 @@ def evaluate(
         with sampling_bar(settings.n if settings else samples) as progress:
             scores = evaluate_model(
                 source, protocol=settings, locator=locator, reference=reference or "fashion",
-                steps=parse_numbers(steps or "1,2,4", int, "--steps"),
+                steps=parse_numbers(steps, int, "--steps") if steps else [],
                 nfe=parse_numbers(nfe, int, "--nfe") if nfe else [], solver=parse_names(solver, "--solver"),
                 guidance=parse_numbers(guidance or "1", float, "--guidance"), grid=grid or "time",
                 n=samples, seed=seed or 0, device=device, json_file=scores_file, name=name, progress=progress,
@@ -149,7 +149,7 @@ def compare(
     theirs: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.")],
     file: JsonFile = None,
 ) -> None:
-    """Compare two files of scores, and print_text whether their values are comparable."""
+    """Compare two files of scores, and print whether their values are comparable."""
     from fewstep.eval.report.tables import side_by_side
     from fewstep.eval.score_files import read_scores
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
@@ -195,7 +196,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 def read_prompts(file: Path) -> list[str]:
     """The prompts of a UTF-8 text file, one per line. Raises ``UserError`` that names an empty or unreadable line."""
     with reading(file, "text file of prompts", "Give a text file, one prompt per line."):
-        content = file.read_bytes()
+        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     prompts = []
     for number, raw in enumerate(content.splitlines(), start=1):
         try:
@@ -212,19 +213,40 @@ def read_prompts(file: Path) -> list[str]:
 
 def read_table(file: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
     """The cells of these columns, row by row, of a UTF-8 table: .csv with a header, or .jsonl with one object per line.
-    Other columns are ignored. Raises ``UserError`` that names a row without one of them, and if there are no rows."""
+    Other columns and empty lines are ignored. Raises ``UserError`` that names a row that is damaged, lacks one of the
+    columns or has more cells than the header, and if there are no rows or a column appears twice."""
+    with reading(file, "table, .csv or .jsonl"):
+        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    lines = (line.decode("utf-8") for line in content.splitlines(keepends=True))
     rows: list[tuple[str, ...]] = []
-    with reading(file, "table, .csv or .jsonl"), file.open(encoding="utf-8-sig", newline="") as stream:
-        lines = csv.DictReader(stream) if file.suffix.lower() == ".csv" else map(json.loads, stream)
-        for number, row in enumerate(lines, start=1):
+    try:
+        for row in _csv_rows(lines, columns) if file.suffix.lower() == ".csv" else _json_rows(lines):
             cells = [row.get(name) for name in columns] if isinstance(row, dict) else [None]
             if not all(isinstance(cell, str) and cell.strip() for cell in cells):
-                raise UserError(f"{file}, row {number} has no {' or no '.join(columns)}.")
+                raise UserError(f"{file}, row {len(rows) + 1} has no {' or no '.join(columns)}.")
+            "".join(map(str, cells)).encode()  # a lone surrogate, which JSON can escape, raises ValueError
             rows.append(tuple(map(str, cells)))
-            "".join(rows[-1]).encode()  # a lone surrogate, which JSON can escape, raises ValueError
+    except UserError:
+        raise
+    except Exception as error:  # on damaged bytes parsers raise exceptions of almost every type
+        raise UserError(f"{file}, row {len(rows) + 1} is not readable ({_reason(error)}). Correct it.") from error
     if not rows:
         raise UserError(f"{file} contains no {columns[-1]}s.")
     return rows
+
+
+def _csv_rows(lines: Iterator[str], columns: Sequence[str]) -> Iterator[dict[str | None, Any]]:
+    reader = csv.DictReader(lines, strict=True)
+    if twice := [name for name in columns if (reader.fieldnames or ()).count(name) > 1]:
+        raise ValueError(f"the header has {twice[0]} twice")
+    for row in reader:
+        if None in row:
+            raise ValueError("it has more cells than the header: put a text with commas in double quotes")
+        yield row
+
+
+def _json_rows(lines: Iterator[str]) -> Iterator[Any]:
+    return (json.loads(line) for line in lines if line.strip())
 
 
 def sha256(*files: Path) -> str:

@@ -58,7 +58,26 @@ def test_a_point_at_the_radius_is_inside_for_precision_and_recall() -> None:
 
 
 def test_the_error_of_precision_is_that_of_a_share() -> None:
-    assert precision_error(0.2, 400) == pytest.approx(0.02)
+    """The ends of Wilson's interval are the shares p of which the observed one is a standard error away."""
+    assert precision_error(0.2, 400) == pytest.approx(0.02, rel=5e-3)
+    for share, n in ((0.3, 50), (0.0, 20), (1.0, 20)):
+        centre = (share + 1 / (2 * n)) / (1 + 1 / n)
+        for end in (centre - precision_error(share, n), centre + precision_error(share, n)):
+            assert (share - end) ** 2 == pytest.approx(end * (1 - end) / n, abs=1e-12)
+    assert precision_error(1.0, 20) == pytest.approx(1 / 42)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("copies", [4, 6, 20])
+def test_repeated_points_lie_in_each_others_balls_whatever_the_rounding(copies: int, scale: float) -> None:
+    """With more copies than neighbours all radii are 0: the closed balls of precision contain the copies, the open ones
+    of density contain nothing."""
+    real = (scale * (normal(50, 64) + 5)).repeat(copies, 1)
+    generated = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
+    assert precision_recall(real, generated) == (1, 1)
+    assert precision_recall(real, generated[:30])[0] == 1
+    if copies > 5:
+        assert density_coverage(real, generated) == density_coverage(real, generated[:30]) == (0, 0)
 
 
 def test_distances_keep_their_digits_far_from_the_origin() -> None:

@@ -215,7 +215,7 @@ def test_error_bars_are_the_deviations_that_their_names_say() -> None:
         "fid": "standard error over samples (jackknife, 10 groups)",
         "vendi": "standard error over samples (jackknife, 10 groups)",
         "cmmd": "standard error over images, to first order",
-        "precision": "standard error of a share of the images",
+        "precision": "half of Wilson's 68 % interval of a share of the images",
     }
 
 

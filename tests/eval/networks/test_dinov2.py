@@ -33,6 +33,7 @@ def test_metas_file_is_loaded_and_its_position_embeddings_resized(
     resized = dinov2.to_timm(weights)["pos_embed"]
     assert resized.shape == (1, 1 + 16 * 16, 64)
     torch.testing.assert_close(resized[:, 0], weights["pos_embed"][:, 0])
-    torch.save({"a": torch.zeros(1)}, tmp_path / dinov2.FILE)
-    with pytest.raises(UserError, match="does not contain the weights of DINOv2"):
-        DinoV2.load(WeightsLocator((tmp_path,)))
+    for other in ({"a": torch.zeros(1)}, [1, 2]):
+        torch.save(other, tmp_path / dinov2.FILE)
+        with pytest.raises(UserError, match="does not contain the weights of DINOv2"):
+            DinoV2.load(WeightsLocator((tmp_path,)))

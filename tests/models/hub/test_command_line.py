@@ -26,7 +26,7 @@ def test_the_full_pipeline_from_prompts_to_lora_and_diffusers(saved: Callable[[s
     assert "student.lr" in succeeds("explain", tmp_path / "config.yaml")
     succeeds("train", tmp_path / "config.yaml")
     succeeds("sample", run, "--prompt", "a cat", "--seeds", "0-2", "--out", tmp_path / "images")
-    names = sorted(file.name for file in (tmp_path / "images").iterdir())
+    names = sorted(file.name for file in (tmp_path / "images").glob("*.png"))
     assert names == ["00000-0.png", "00000-1.png", "00000-2.png"]
     assert "gives the same output" in succeeds("export", run, "--to", "lora", "--out", tmp_path / "lora")
     assert "gives the same output" in succeeds("export", run, "--to", "diffusers", "--out", tmp_path / "pipeline")

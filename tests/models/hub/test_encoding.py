@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import refused
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_pipelines import settings
 
 import fewstep
@@ -98,6 +101,51 @@ def test_encodings_of_other_prompts_or_encoders_are_refused(saved: Saved, prompt
         fewstep.train(tmp_path / "config.yaml")
 
 
+def test_options_for_images_are_refused_for_a_text_file(
+    saved: Saved, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["data", "encode", prompts, "--teacher", saved("sd"), "--out", tmp_path / "out"]
+    for option in (["--sizes", "16x16"], ["--frames", 9]):
+        assert "remove --sizes and --frames" in refused(capsys, *command, *option)
+    assert "give the number of frames with --frames" in refused(capsys, *command, "--sizes", "16x16,16x32x9")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_to_continue_names_what_differs(saved: Saved, prompts: Path, tmp_path: Path) -> None:
+    fewstep.encode(saved("sd"), prompts, tmp_path / "out", rows=2, device="cpu")
+    with pytest.raises(UserError, match=r"\(rows in index\.json would differ\)"):
+        fewstep.encode(saved("sd"), prompts, tmp_path / "out", rows=3, device="cpu")
+    prompts.write_text("another prompt\n")
+    with pytest.raises(UserError, match=r"\(prompts, count in index\.json would differ\)"):
+        fewstep.encode(saved("sd"), prompts, tmp_path / "out", rows=2, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("shard-00001", lambda x: x[:1], r"prompt must be \[2, \d+, 32\] of torch\.float32, got \[1, "),
+        ("shard-00002", lambda x: torch.cat([x, x]), r"prompt must be \[1, "),
+        ("shard-00000", lambda x: torch.cat([x, x], -1), r"got \[2, \d+, 64\]"),
+        ("shard-00000", lambda x: x.long(), "of torch.int64"),
+        ("shard-00001", lambda x: x.index_fill(0, torch.tensor([1]), torch.nan), "row 1 is not finite"),
+        ("null", lambda x: torch.cat([x, x]), "must be one finite row"),
+        ("null", lambda x: x * torch.inf, "must be one finite row"),
+        ("null", lambda x: x.sum(), "must be one finite row"),
+        ("shard-00000", lambda x: x.sum(), "shard-00000"),
+    ],
+)  # fmt: skip
+def test_damaged_conditions_are_refused(
+    saved: Saved, prompts: Path, tmp_path: Path, file: str, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    """A shard that lost rows must not become a smaller batch, nor another width a condition of another shape."""
+    out = tmp_path / "out"
+    fewstep.encode(saved("sd"), prompts, out, rows=2, device="cpu")
+    path = out / f"{file}.safetensors"
+    save_file({"prompt": change(read_tensors(path)["prompt"]).contiguous()}, path)
+    with pytest.raises(UserError, match=message):
+        EncodedPrompts(out)(torch.arange(5))
+
+
 def test_a_folder_without_encoded_prompts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"index\.json does not exist\. Create it with fewstep data encode"):
         EncodedPrompts(tmp_path)
@@ -146,6 +194,28 @@ def test_captioned_images_become_latents_with_prompts(saved: Saved, tmp_path: Pa
     (images / "2.txt").unlink()
     with pytest.raises(UserError, match=r"2\.png has no caption: 2\.txt is missing"):
         fewstep.encode(saved("sd"), images, tmp_path / "other")
+
+
+@pytest.mark.parametrize("change", ["pixels", "captions", "vae"])
+def test_latents_of_other_images_captions_or_vae_are_not_kept(saved: Saved, tmp_path: Path, change: str) -> None:
+    """Names, number and set of captions stay the same; what was encoded does not."""
+    images, out, teacher = tmp_path / "images", tmp_path / "out", tmp_path / "sd"
+    images.mkdir()
+    shutil.copytree(saved("sd"), teacher)
+    for k, caption in enumerate(["a cat", "two dogs", "a cat"]):
+        Image.new("RGB", (16, 16), (50 * k, 0, 0)).save(images / f"{k}.png")
+        (images / f"{k}.txt").write_text(caption)
+    fewstep.encode(teacher, images, out, device="cpu")
+    assert fewstep.encode(teacher, images, out, device="cpu") == 3
+    if change == "pixels":
+        Image.new("RGB", (16, 16), (0, 9, 0)).save(images / "1.png")
+    elif change == "captions":
+        (images / "2.txt").write_text("two dogs")
+    else:
+        weights = teacher / "vae" / "diffusion_pytorch_model.safetensors"
+        save_file({name: 2 * value for name, value in read_tensors(weights).items()}, weights)
+    with pytest.raises(UserError, match=r"contains other prompts or samples.*\(source in index\.json would differ"):
+        fewstep.encode(teacher, images, out, device="cpu")
 
 
 def test_all_samples_of_a_batch_have_one_of_several_sizes(saved: Saved, tmp_path: Path) -> None:

@@ -86,6 +86,25 @@ def test_winner_and_loser_are_the_best_and_worst_of_a_prompts_samples(
         torch.testing.assert_close(found["loser"][k], samples[rewards.argmin()], rtol=1e-3, atol=1e-3)
 
 
+def test_pairs_without_a_preference_are_counted(
+    saved: Saved, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those of shards that an earlier call wrote."""
+    command = [
+        "data", "preferences", saved("sd"), "--captions", captions, "--reward", "preference_tables:prefers_cats",
+        "--n", 5, "--candidates", 2, "--solver", "euler", "--steps", 1, "--size", "16x16", "--out", tmp_path / "out",
+    ]  # fmt: skip
+    for _ in range(2):
+        completes(*command)
+        printed = capsys.readouterr().out
+        assert "5 pairs are in" in printed
+        assert "In 3 of them all candidates have the same reward" in printed
+    found = contents(tmp_path / "out")
+    assert [bool(torch.equal(a, b)) for a, b in zip(found["winner"], found["loser"], strict=True)] == [
+        text != "a cat" for text in (LINES * 2)[:5]
+    ]
+
+
 def test_pairs_are_keyed_and_continue(saved: Saved, captions: Path, tmp_path: Path) -> None:
     """Neither the batch nor the number of pairs in a shard changes them, and the same call continues."""
     done: list[int] = []
@@ -264,11 +283,11 @@ def test_what_cannot_work_is_refused_before_training(saved: Saved, captions: Pat
     assert "takes class labels" in message(
         raw | {"data": {"kind": "prompts", "path": str(pairs)}, "teacher": "fashion", "size": None}
     )
-    _replace(pairs, "null", prompt=torch.zeros(1, 5, 8))
+    _condition(pairs, prompt=torch.zeros(1, 5, 8))
     assert "The conditions in" in message(dpo(saved, "sd", pairs, run, None))
-    _replace(pairs, "null", prompt=torch.zeros(1, 5, 32), pooled=torch.zeros(1, 32))
+    _condition(pairs, prompt=torch.zeros(1, 5, 32), pooled=torch.zeros(1, 32))
     assert "are pooled [32], prompt [5, 32], those of" in message(dpo(saved, "sd", pairs, run, None))
-    _replace(pairs, "null", prompt=torch.zeros(1, 5, 32))
+    _condition(pairs, prompt=torch.zeros(1, 5, 32))
     for file in pairs.glob("pairs-*.safetensors"):
         rows = len(read_tensors(file)["prompt"])
         _replace(pairs, file.stem, winner=torch.zeros(rows, 8, 8, 8), loser=torch.zeros(rows, 8, 8, 8))
@@ -277,5 +296,11 @@ def test_what_cannot_work_is_refused_before_training(saved: Saved, captions: Pat
 
 def _replace(folder: Path, name: str, **tensors: Tensor) -> None:
     file = folder / f"{name}.safetensors"
-    kept = read_tensors(file) if name != "null" else {}
-    write_tensors(kept | tensors, file)
+    write_tensors(read_tensors(file) | tensors, file)
+
+
+def _condition(folder: Path, **null: Tensor) -> None:
+    """Replaces the null condition, and that of each prompt by the same."""
+    for file in (folder / "null.safetensors", *folder.glob("shard-*.safetensors")):
+        rows = len(read_tensors(file)["prompt"])
+        write_tensors({name: value.repeat(rows, *[1] * (value.ndim - 1)) for name, value in null.items()}, file)

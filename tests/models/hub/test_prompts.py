@@ -45,6 +45,29 @@ def test_sample_files_do_not_depend_on_the_batch(saved: Saved, tmp_path: Path) -
     assert fewstep.sample(model, prompts=LINES[:2], sampling=SamplingConfig(steps=2)).shape == (2, 3, 16, 16)
 
 
+def test_a_folder_with_other_samples_is_refused_not_reported_as_done(saved: Saved, tmp_path: Path) -> None:
+    """Other seeds and a repeated call continue; other prompts, sampling or weights would find their files present."""
+    model, out = load_model(saved("sd"), size=TINY["sd"].size), tmp_path / "out"
+    one = SamplingConfig(steps=1)
+    fewstep.sample_files(model, LINES, out, sampling=one)
+    fewstep.sample_files(model, LINES, out, sampling=one, seeds=[0, 1])
+    fewstep.sample_files(model, LINES, out, sampling=SamplingConfig(steps=1, seed=2), seeds=[3])
+    other = load_model(saved("sd"), size=TINY["sd"].size)
+    next(other.denoiser.parameters()).data += 0.1
+    changes = [
+        (model, [*LINES[:2], "a dog"], one), (model, LINES[:2], one), (model, LINES, SamplingConfig(steps=2)),
+        (model, LINES, SamplingConfig(steps=1, guidance=2.0)), (other, LINES, one),
+        (load_model(saved("sd"), size=(16, 32, 1)), LINES, one),
+    ]  # fmt: skip
+    for source, prompts, sampling in changes:
+        with pytest.raises(UserError, match="contains samples of other prompts, of another model"):
+            fewstep.sample_files(source, prompts, out, sampling=sampling)
+    (out / "samples.json").unlink()
+    with pytest.raises(UserError, match="contains samples of other prompts"):
+        fewstep.sample_files(model, LINES, out, sampling=one)
+    assert len(list(out.glob("*.png"))) == 9
+
+
 def test_labels_and_prompts_are_refused_by_models_of_the_other_kind(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="takes class labels"):
         fewstep.sample("fashion", prompts=["a shoe"])
@@ -57,6 +80,8 @@ def test_labels_and_prompts_are_refused_by_models_of_the_other_kind(saved: Saved
     ):
         with pytest.raises(UserError, match="this one takes prompts"):
             work()
+    with pytest.raises(UserError, match="n must be at least 1, got 0"):
+        win_rates("fashion", "fashion", n=0)
 
 
 def test_prompts_are_encoded_in_parts_and_each_once_per_part(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
