@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -195,17 +196,18 @@ class Roles(Mapping[str, Role]):
 
     def predict(
         self, role: str, x_t: Tensor, t: Tensor | float, condition: Condition, *, guidance: Guidance = UNGUIDED,
-        input_grad: bool = False,
+        input_grad: bool | Literal["cond"] = False,
     ) -> Guided:  # fmt: skip
         """The role's prediction at ``x_t`` [B, ...] and ``t`` [B], with its conditional and unconditional parts.
 
         A graph is recorded only if the role is being updated, or if ``input_grad`` requests one to ``x_t`` (SiD, GAN
-        terms). Parameters of other roles require no gradients in an update, so none are left on them.
+        terms): ``cond`` through the conditional part alone, which halves what is kept in memory with guidance.
+        Parameters of other roles require no gradients in an update, so none are left on them.
         """
         device = x_t.device
         graph = nullcontext() if input_grad or role in self._updating else torch.no_grad()
         mixed = torch.autocast(device.type, self._precision, enabled=self._precision != torch.float32)
         with graph, mixed, self.resident(role) as denoiser:
-            guided = guide(denoiser, x_t, t, condition, guidance)
+            guided = guide(denoiser, x_t, t, condition, guidance, null_graph=input_grad != "cond")
         self.evaluations += len(x_t) * (1 if guided.null is None else 2)
         return guided

@@ -40,19 +40,26 @@ class Guided(NamedTuple):
 
 
 def guide(
-    denoiser: Denoiser, x_t: Tensor, t: Tensor | float, condition: Condition, guidance: Guidance = UNGUIDED
-) -> Guided:
-    """Evaluates ``denoiser`` at ``x_t`` [B, ...] with guidance, both branches in one batch of 2B. A model with embedded
-    guidance is evaluated once, whatever the scale, and its ``out`` is its ``cond``."""
+    denoiser: Denoiser, x_t: Tensor, t: Tensor | float, condition: Condition, guidance: Guidance = UNGUIDED, *,
+    null_graph: bool = True,
+) -> Guided:  # fmt: skip
+    """Evaluates ``denoiser`` at ``x_t`` [B, ...] with guidance, both branches in one batch of 2B; without
+    ``null_graph`` one after the other, so that a graph holds the conditional one alone. A model with embedded guidance
+    is evaluated once, whatever the scale, and its ``out`` is its ``cond``."""
     if denoiser.style.embedded:
         scale = torch.full((x_t.shape[0],), guidance.scale, device=x_t.device)
         condition = condition.replace(guidance=scale)
     if guidance.scale == 1.0 or denoiser.style.embedded:
         cond = denoiser(x_t, t, condition)
         return Guided(cond, None, cond)
-    times = batch_times(t, x_t)
-    both = denoiser(torch.cat([x_t, x_t]), torch.cat([times, times]), Condition.cat(condition, condition.null()))
-    cond, null = both.split(x_t.shape[0])
+    if null_graph:
+        times = batch_times(t, x_t)
+        both = denoiser(torch.cat([x_t, x_t]), torch.cat([times, times]), Condition.cat(condition, condition.null()))
+        cond, null = both.split(x_t.shape[0])
+    else:
+        cond = denoiser(x_t, t, condition)
+        with torch.no_grad():
+            null = denoiser(x_t, t, condition.null())
     null = replace(null, coefficients=cond.coefficients)  # equal ones, copied to the device once
     out = cond.with_raw(null.raw + guidance.scale * (cond.raw - null.raw))
     if denoiser.style.postprocess is not None:

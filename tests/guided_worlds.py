@@ -96,9 +96,13 @@ def x0_of(role: str, call: Evaluation, null: bool = False) -> Tensor:
     return (unconditional if null else cond) + gain * (1 - call.t[:B, None]) * call.x[:B].double()
 
 
-def guided(call: Evaluation) -> tuple[Tensor, Tensor]:
-    """(T_w, T_c) of the teacher, which must have been evaluated for both branches in one batch."""
-    assert call.condition["labels"].tolist() == [0] * B + [1] * B
+def guided(call: Evaluation, *more: Evaluation) -> tuple[Tensor, Tensor]:
+    """(T_w, T_c) of the teacher, which must have been evaluated for both branches, in one batch or one after the other,
+    at the same inputs."""
+    assert [label for each in (call, *more) for label in each.condition["labels"].tolist()] == [0] * B + [1] * B
+    for each in more:
+        assert torch.equal(each.x, call.x)
+        assert torch.equal(each.t, call.t)
     cond, null = x0_of("teacher", call), x0_of("teacher", call, null=True)
     return null + W * (cond - null), cond
 

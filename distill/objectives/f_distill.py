@@ -122,7 +122,7 @@ class FDistill(MatchingConfig):
             sample = micro.sample
             t = self.renoise_times.sample(micro.random, len(sample.level))
             x_t, n = matching.renoise(schedule, sample, t, micro.random)
-            T = roles.predict("teacher", x_t, t, sample.condition, guidance=guidance, input_grad=True)
+            T = roles.predict("teacher", x_t, t, sample.condition, guidance=guidance, input_grad="cond")
             F = roles.predict("fake", x_t.detach(), t, sample.condition).out.x0
             logits = heads(T.cond.features)
             bins = send(((t - low) / (high - low) * self.bins).long().clamp(0, self.bins - 1), equal.device)

@@ -29,11 +29,20 @@ from fewstep.core.keyed_random import KeyedRandom
 def test_the_student_moves_along_guided_teacher_minus_conditional_fake(name: str, settings: dict[str, object]) -> None:
     """-mean(k (T_w - F)), with k = 1 / mean|x0 - T_w| per sample."""
     world = run(name, **settings)
-    (teacher,) = world.of("teacher")[-1:]
-    T, _ = guided(teacher)
+    teacher = world.of("teacher")
+    T, _ = guided(*teacher)
     x0, _, _ = world.sample()
     k = 1 / per_sample((x0 - T).abs())
-    assert world.gradient == pytest.approx(-(k * (T - fake_at(world, teacher))).mean().item(), rel=1e-4)
+    assert world.gradient == pytest.approx(-(k * (T - fake_at(world, teacher[0]))).mean().item(), rel=1e-4)
+
+
+def test_the_graph_of_f_distill_holds_the_conditional_branch_alone() -> None:
+    """The discriminator reads the features of that branch; a graph of both would keep twice the activations."""
+    world = run("f_distill", steps=1)
+    assert [(call.graph, call.condition["labels"].tolist()) for call in world.of("teacher")] == [
+        (True, [0] * B),
+        (False, [1] * B),
+    ]
 
 
 def test_the_huber_distance_of_tdm() -> None:

@@ -66,6 +66,16 @@ def test_both_branches_are_one_batch_of_twice_the_size(denoiser: Denoiser) -> No
     assert_close(guided.unconditional.raw, denoiser(X_T, 0.5, LABELS.null()).raw)
 
 
+def test_a_graph_may_hold_the_conditional_branch_alone(denoiser: Denoiser) -> None:
+    x_t = X_T.clone().requires_grad_()
+    guided = guide(denoiser, x_t, 0.5, LABELS, Guidance(3.0), null_graph=False)
+    assert [received["labels"].tolist() for received in denoiser.backbone.received] == [[1, 2, 3], [CLASSES] * 3]
+    assert guided.cond.raw.requires_grad
+    assert not guided.unconditional.raw.requires_grad
+    together = guide(denoiser, X_T, 0.5, LABELS, Guidance(3.0))
+    assert torch.equal(guided.out.raw, together.out.raw)
+
+
 @pytest.mark.parametrize("w", [1.0, 3.5])
 def test_a_network_with_embedded_guidance_receives_the_scale_and_is_evaluated_once(
     denoiser: Denoiser, w: float
