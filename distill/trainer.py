@@ -169,6 +169,8 @@ class Trainer:
                 "boundaries": boundaries if len(boundaries) > 1 else None,
                 "backbone": origin.backbone | self.objective.backbone,
                 "lora": origin.lora if adapter else None,
+                "precision": None if self.config.precision == "float32" else self.config.precision,
+                "base_weights": "bfloat16" if adapter and self.config.weights != "float32" else None,
             }
         )
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fewstep.models.hub.folder import PipelineFolder
 
 BUNDLED = Path(__file__).parent / "bundled"
+DTYPES = {None: torch.float32, "bfloat16": torch.bfloat16}  # of a model's config
 
 
 class Model(BaseModel):
@@ -70,22 +71,23 @@ def bundled_models() -> list[str]:
 
 def load_model(
     source: str | Path, feature_layers: tuple[str, ...] = (), size: Size | None = None,
-    dtype: torch.dtype = torch.float32, *, from_file: bool = False,
+    dtype: torch.dtype | None = None, *, from_file: bool = False,
 ) -> Model:  # fmt: skip
     """Loads a model folder, a bundled model by name, a diffusers pipeline by folder or hub id, or the user's own model
     by registered or dotted name, in eval mode on the CPU.
 
-    ``size`` (height, width, frames in pixels) and the weights' ``dtype`` apply to pipelines. ``from_file``: ``source``
-    was read from a saved model and must not cause an import. Raises ``UserError`` if the model does not exist, a file
-    is damaged, or the weights do not match the config.
+    ``size`` (height, width, frames in pixels) and the weights' ``dtype`` apply to pipelines and to models based on one;
+    by default the weights are float32, and those under an adapter of the type with which it was trained. ``from_file``:
+    ``source`` was read from a saved model and must not cause an import. Raises ``UserError`` if the model does not
+    exist, a file is damaged, or the weights do not match the config.
     """
     if str(source) in TEACHERS:
         return _of_size(_own_model(str(source), feature_layers, from_file), size)
     folder = resolve_path(source)
     if is_pipeline(source):
-        return _load_pipeline(folder, feature_layers, size, dtype)
+        return _load_pipeline(folder, feature_layers, size, dtype or torch.float32)
     if (folder / "fewstep.json").is_file():
-        return _load_export(folder, feature_layers, size, dtype)
+        return _load_export(folder, feature_layers, size, dtype or torch.float32)
     if not (folder / "config.json").exists():
         if "/" in str(source) and not folder.exists():
             raise UserError(f"No model at {str(source)!r}: there is no such folder{nearest_folder(folder)}.")
@@ -96,10 +98,11 @@ def load_model(
     config = read_config(folder)
     try:
         stored = tensor_names(folder / "model.safetensors") if config.base else set()
-        denoiser = _network(config, feature_layers, dtype, stored)
+        denoiser = _network(config, feature_layers, dtype or DTYPES[config.base_weights], stored)
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     load_weights(denoiser.backbone, folder / "model.safetensors")
+    denoiser.precision = DTYPES[config.precision]
     return _of_size(Model(denoiser=denoiser, config=config, path=folder), size)
 
 

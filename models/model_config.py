@@ -60,7 +60,8 @@ class ModelConfig(BaseModel):
     """``config.json``. With ``boundaries`` the model has several backbones, each for the times down to its boundary
     (``denoiser.Routed``). With ``base``, another model's folder or name, the network is that model's: with ``lora`` its
     weights (whose SHA-256 is ``base_sha256``) and an adapter, otherwise other weights. ``shift`` applies to a teacher's
-    time grid.
+    time grid. ``precision`` is that in which the network was trained and therefore computes, ``base_weights`` the type
+    of the base's weights under an adapter; None is float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -76,6 +77,8 @@ class ModelConfig(BaseModel):
     lora: Lora | None = None
     few_step: FewStep | None = None
     boundaries: tuple[Time, ...] | None = Field(None, max_length=16)
+    precision: Literal["bfloat16"] | None = None
+    base_weights: Literal["bfloat16"] | None = None
 
     def build(self, feature_layers: tuple[str, ...] = (), *, from_file: bool = False) -> Denoiser:
         """A new denoiser in eval mode, randomly initialised. ``from_file``: this config was read from a saved model, so

@@ -34,7 +34,8 @@ TOLERANCE = 1e-4  # of the relative difference between the student and the expor
 
 @dataclass(frozen=True)
 class Expert:
-    """A network of a student and the times at which it is evaluated; an ordinary student has one for all times."""
+    """A network of a student, which computes in float32, and the times at which it is evaluated; an ordinary student
+    has one for all times."""
 
     denoiser: Denoiser
     times: tuple[float, ...]
@@ -101,15 +102,18 @@ def _manifest(model: Model, folder: PipelineFolder, form: ExportFormat, schedule
 def _experts(model: Model) -> list[Expert]:
     denoiser, few = model.denoiser, model.config.few_step
     times = few.times if few else (1.0, 0.5)
-    if not isinstance(denoiser.backbone, Routed):
-        return [Expert(denoiser, times)]
-    experts = denoiser.backbone.expert_of(torch.tensor(times, dtype=torch.float64)).tolist()
+    backbone = denoiser.backbone
+    if isinstance(backbone, Routed):
+        networks = list(backbone.experts)
+        experts = backbone.expert_of(torch.tensor(times, dtype=torch.float64)).tolist()
+    else:
+        networks, experts = [backbone], [0] * len(times)
     return [
         Expert(
-            Denoiser(expert, denoiser.schedule, denoiser.kind, style=denoiser.style),
+            Denoiser(network, denoiser.schedule, denoiser.kind, style=denoiser.style),
             tuple(t for t, own in zip(times, experts, strict=True) if own == k),
         )
-        for k, expert in enumerate(denoiser.backbone.experts)
+        for k, network in enumerate(networks)
     ]
 
 

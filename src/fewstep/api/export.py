@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import torch
+
 from fewstep.api.models import Source, load
 from fewstep.core.yaml_files import dump_yaml
 from fewstep.distill.config_files import read_settings
@@ -24,7 +26,7 @@ def export(run: Source, form: ExportFormat, out: Source, device: str = "cpu") ->
         card = f"## Config\n\n```yaml\n{config}```\n"
         if (folder / "eval.json").is_file():
             card += f"\n## Scores\n\n{markdown(read_scores(folder / 'eval.json'))}"
-    return export_model(load(run, device), form, Path(out), card)
+    return export_model(load(run, device, dtype=torch.float32), form, Path(out), card)
 
 
 def _without_folders(value: Any) -> Any:

@@ -18,13 +18,16 @@ from fewstep.samplers.generate import SampleNoise
 Source = str | Path
 
 
-def load(source: Source, device: str = "auto", size: Size | None = None, *, from_file: bool = False) -> Model:
+def load(
+    source: Source, device: str = "auto", size: Size | None = None, dtype: torch.dtype | None = None, *,
+    from_file: bool = False,
+) -> Model:  # fmt: skip
     """The student of a run folder, a model folder, a bundled model by name, a diffusers pipeline by folder or hub id,
     or a model of the user's own by registered or dotted name, on its device.
 
-    ``size`` (height, width, frames in pixels) is for pipelines. ``from_file``: ``source`` was read from a run or a
-    saved model, so that it causes no import. Raises ``UserError`` if there is no such model, or if the run has no
-    student yet.
+    ``size`` (height, width, frames in pixels) and the weights' ``dtype`` are for pipelines, as in ``load_model``.
+    ``from_file``: ``source`` was read from a run or a saved model, so that it causes no import. Raises ``UserError`` if
+    there is no such model, or if the run has no student yet.
     """
     folder = Path(source)
     if (folder / "config.yaml").is_file():
@@ -34,7 +37,7 @@ def load(source: Source, device: str = "auto", size: Size | None = None, *, from
                 f"fewstep train --resume {shlex.quote(str(folder))}"
             )
         source = folder / "student"
-    model = load_model(source, size=size, from_file=from_file)
+    model = load_model(source, size=size, dtype=dtype, from_file=from_file)
     model.denoiser.to(pick_device(device))
     return model
 

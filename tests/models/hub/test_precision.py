@@ -13,9 +13,13 @@ from tiny_pipelines import ADAPTERS, settings
 from torch import Tensor
 
 import fewstep
+from fewstep.api.models import load
+from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.config_files import parse_config
+from fewstep.distill.run_folder import RunFolder
 from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
+from fewstep.models.hub.export_format import ExportFormat
 from fewstep.models.hub.family import HubBackbone
 from fewstep.models.hub.folder import PipelineFolder
 
@@ -47,6 +51,26 @@ def test_a_bfloat16_run_is_probed_and_validated_in_bfloat16(
     assert len(list((run / "samples").iterdir())) == 2
     assert evaluated
     assert all(evaluated), "some evaluations ran in another precision than the run's"
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["copies", "adapters"])
+def test_a_saved_student_computes_as_in_its_run(
+    saved: Saved, adapters: dict[str, Any] | None, weights: str, tmp_path: Path
+) -> None:
+    """Bit for bit: in the run's precision, and on a base with weights of the run's type."""
+    raw = settings(saved("wan"), "wan", tmp_path / "run", adapters, weights=weights, precision="bfloat16")
+    run = RunFolder.create(parse_config(raw, "test"), torch.device("cpu"))
+    run.train()
+    x = torch.randn(2, *run.trainer.student_config.shape, generator=torch.Generator().manual_seed(0))
+    condition = run.trainer.loop.sources["data"](KeyedRandom(0, 0, "test", 0), 2).condition
+    with torch.no_grad():
+        expected = run.trainer.generator(x, 0.5, condition).raw
+        for source in (tmp_path / "run", tmp_path / "run" / "student"):
+            assert torch.equal(load(source, "cpu").denoiser(x, 0.5, condition).raw, expected)
+        single = load(tmp_path / "run", "cpu", dtype=torch.float32)
+        assert {p.dtype for p in single.denoiser.parameters()} == {torch.float32}
+    fewstep.export(tmp_path / "run", ExportFormat.merged, tmp_path / "out")  # compared in float32
 
 
 @pytest.mark.parametrize("name", ["wan", "sd"])
