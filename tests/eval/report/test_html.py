@@ -317,3 +317,31 @@ def test_a_browser_shows_the_page_on_wide_and_narrow_screens(
     with Image.open(screenshot) as shown:
         assert shown.width == width
         assert len(shown.convert("L").getcolors() or range(1000)) > 20
+
+
+MEASURE = """<script>
+const boxes = [document.documentElement, ...document.querySelectorAll(".scroll")];
+document.body.dataset.cut = JSON.stringify(boxes.map(box => box.scrollWidth - box.clientWidth));
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [1900, 1300, 1030, 800, 390])
+def test_nothing_of_the_page_and_its_table_is_cut(full_run: Path, tmp_path: Path, width: int) -> None:
+    """Neither the page nor the box of the table is scrolled sideways, whatever the metrics and references."""
+    names = ("fid", "kid", "precision", "recall", "precision_dinov2")
+    more = [score("student", "student", 4, 0.4, metric=name, reference="coco-2017/val", error=0.01) for name in names]
+    (full_run / "eval.json").write_text(json.dumps([*SCORES, *more]))
+    page = write_report(full_run).read_text(encoding="utf-8").replace("</body>", MEASURE)
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)  # which forbids scripts
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},1600",
+        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "page.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, timeout=120, text=True)
+    found = re.search(r'data-cut="\[([^"]*)\]"', done.stdout)
+    assert found is not None, done.stderr
+    cut = [int(each) for each in found[1].split(",")]
+    assert len(cut) > 1
+    assert max(cut) <= 1, cut
