@@ -21,7 +21,7 @@ def model_card(manifest: Manifest, family: Family, text: str) -> str:
         lines = [
             f"# A {steps}-step student of {manifest.base}",
             "",
-            f"Sample with `num_inference_steps={steps}` and guidance off (`{family.guidance_argument}=1.0`).",
+            f"Sample with `num_inference_steps={steps}` and guidance off (`{_unguided(family)}`).",
             f"The times are {times} (1 is noise); the rule between them is `{manifest.rule}`.",
         ]
     if manifest.form in ADAPTERS:
@@ -75,9 +75,13 @@ def code(manifest: Manifest, family: Family) -> list[str]:
         ]
         call.append(f"{family.step_callback}=change")
     if manifest.times:
-        call[1:1] = [f"num_inference_steps={manifest.num_inference_steps}", f"{family.guidance_argument}=1.0"]
+        call[1:1] = [f"num_inference_steps={manifest.num_inference_steps}", _unguided(family)]
     output = "frames" if len(manifest.shape) == 4 else "images"
     return [*lines, f"{output[:-1]} = pipe({', '.join(call)}).{output}[0]"]
+
+
+def _unguided(family: Family) -> str:
+    return f"{family.guidance_argument}={family.guidance_off}"
 
 
 def _class(family: Family, name: str) -> str:

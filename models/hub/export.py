@@ -91,7 +91,7 @@ def _manifest(model: Model, folder: PipelineFolder, form: ExportFormat, schedule
     if few := model.config.few_step:
         sampling = {
             "num_inference_steps": len(few.times), "times": few.times, "rule": few.rule, "shift": few.shift,
-            "guidance_scale": 1.0, "scheduler": type(scheduler).__name__,
+            "guidance_scale": folder.family.guidance_off, "scheduler": type(scheduler).__name__,
         }  # fmt: skip
     return Manifest(
         form=form, pipeline=folder.index["_class_name"], network=folder.network_class.__name__, base=folder.name,

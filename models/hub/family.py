@@ -36,9 +36,10 @@ class Family(ABC):
     have, by name. The others describe the pipeline for exports. ``passes_sigmas``: its call passes its scheduler the
     sigmas 1, 1 - 1/n, ... instead of letting it choose. ``loads_lora``: it has ``load_lora_weights``.
     ``guidance_argument`` and ``step_callback``: the arguments of its call for the guidance scale and for a function to
-    call after each step. ``two_experts``: the setting in its index for the boundary between two denoisers, empty if it
-    supports only one. ``comfyui_shift``: the node that sets the shift of a flow in ComfyUI.
-    ``prompt_tokens``: the length of an encoded prompt, for planning memory.
+    call after each step. ``guidance_off``: the scale at which it is unguided, 0 in some (Z-Image). ``two_experts``: the
+    setting in its index for the boundary between two denoisers, empty if it supports only one. ``comfyui_shift``:
+    the node that sets the shift of a flow in ComfyUI. ``prompt_tokens``: the length of an encoded prompt, for planning
+    memory.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -47,6 +48,7 @@ class Family(ABC):
     passes_sigmas: ClassVar[bool] = False
     loads_lora: ClassVar[bool] = True
     guidance_argument: ClassVar[str] = "guidance_scale"
+    guidance_off: ClassVar[float] = 1.0
     classes: ClassVar[Mapping[str, type]] = {}
     two_experts: ClassVar[str] = ""
     step_callback: ClassVar[str] = "callback_on_step_end"

@@ -23,6 +23,7 @@ from fewstep.models.guidance import UNGUIDED
 from fewstep.models.hub import export as module
 from fewstep.models.hub.export_format import ExportFormat
 from fewstep.models.hub.folder import PipelineFolder
+from fewstep.models.hub.sd import StableDiffusion
 from fewstep.models.loading import load_model, pipeline_of
 from fewstep.samplers.ddim import ddim
 from fewstep.samplers.predictor import Predictor
@@ -126,6 +127,18 @@ def test_the_keys_of_pixart_are_those_of_comfyui(runs: Callable[..., Path], tmp_
     names = read_tensors(out / "pytorch_lora_weights.safetensors")
     assert "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight" in names
     assert all(re.fullmatch(r"transformer\.transformer_blocks\..*\.lora_[AB]\.weight", name) for name in names)
+
+
+def test_guidance_is_off_where_the_pipeline_says(
+    runs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Z-Image's pipeline at 0, where a scale of 1 would be guided."""
+    monkeypatch.setattr(StableDiffusion, "guidance_off", 0.0)
+    out = fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "out")
+    assert json.loads((out / "fewstep.json").read_text())["guidance_scale"] == 0.0
+    card = (out / "README.md").read_text()
+    assert "guidance off (`guidance_scale=0.0`)" in card
+    assert 'pipe("a photo", num_inference_steps=4, guidance_scale=0.0)' in card
 
 
 def test_a_renoising_student_with_a_discrete_schedule_gets_the_lcm_scheduler(
