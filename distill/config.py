@@ -171,6 +171,9 @@ class Config(BaseConfig):
             )
         if self.data.kind == "prompts" and self.model is not None:
             raise ValueError("data.kind: prompts needs a teacher that is a diffusers pipeline")
+        for name in ("base", "base_sha256", "lora", "precision", "base_weights"):
+            if self.model is not None and getattr(self.model, name) is not None:
+                raise ValueError(f"model.{name} describes a trained model, not a new one: leave it out")
         if self.weights in ("int8", "nf4") and self.adapters is None:
             raise ValueError(f"weights: {self.weights} cannot be trained; add adapters")
         if self.weights in ("int8", "nf4") and any(r.full_finetune for s in self.stages for r in s.roles.values()):

@@ -26,8 +26,8 @@ ALIASES: dict[str, str] = {
 NEAREST: dict[str, str] = {  # rules that are not provided
     "dpm_2_ancestral": "seeds_2", "dpmpp_2s_ancestral": "seeds_2", "dpmpp_sde": "seeds_2", "dpmpp_sde_gpu": "seeds_2",
     "dpm_fast": "dpm_solver_3", "dpm_adaptive": "dpm_solver_3", "heunpp2": "heun_edm", "lms": "ipndm",
-    "ipndm_v": "deis_3", "res_multistep_ancestral": "sde_dpmpp_2m", "sa_solver_pece": "sa_solver",
-    "res_3s": "dpm_solver_3", "exp_heun_2_x0": "res_2s", "exp_heun_2_x0_sde": "seeds_2",
+    "restart": "heun_edm", "ipndm_v": "deis_3", "res_multistep_ancestral": "sde_dpmpp_2m",
+    "sa_solver_pece": "sa_solver", "res_3s": "dpm_solver_3", "exp_heun_2_x0": "res_2s", "exp_heun_2_x0_sde": "seeds_2",
     "LMSDiscreteScheduler": "ipndm", "PNDMScheduler": "ipndm", "DEISMultistepScheduler": "deis_2",
     "DPMSolverSinglestepScheduler": "dpmpp_2s", "DPMSolverSDEScheduler": "seeds_2", "SASolverScheduler": "sa_solver",
     "KDPM2AncestralDiscreteScheduler": "seeds_2", "CosineDPMSolverMultistepScheduler": "sde_dpmpp_2m",

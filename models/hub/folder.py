@@ -21,7 +21,7 @@ from fewstep.models.condition import Condition
 from fewstep.models.denoiser import AUTO, Denoiser, GuidanceStyle
 from fewstep.models.hub.family import Family, HubBackbone, family_of
 from fewstep.models.hub.noise_process import NoiseProcess, noise_process
-from fewstep.models.hub.weights import refuse_pickles, weight_files, weights_sha256
+from fewstep.models.hub.weights import refuse_pickles, variant_of, weight_files, weights_sha256
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class PipelineFolder:
         refuse_pickles(folder)
         try:
             with _without_progress_bars():
-                network = module.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+                network = module.from_pretrained(folder, dtype=dtype, variant=variant_of(folder), use_safetensors=True)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"The network in {folder} cannot be loaded: {_first_line(error)}") from error
         own = type(self.family).postprocess_guidance is not Family.postprocess_guidance
@@ -124,12 +124,14 @@ class PipelineFolder:
         for name in self.index:
             if self.has_component(name) and not (name == self.family.part and denoiser is None):
                 refuse_pickles(self.path / name)
+        variants = {variant_of(self.path / name) for name in self.index} - {None}
         absent = {name: None for name, entry in self.index.items() if isinstance(entry, list) and entry[0] is None}
         parts = absent | {self.family.part: denoiser}
         cls = self._class(self.index["_class_name"])
         try:
             with _without_progress_bars():
-                return cls.from_pretrained(self.path, dtype=dtype, use_safetensors=True, **parts)
+                variant = next(iter(variants), None)  # of the components that have no other
+                return cls.from_pretrained(self.path, dtype=dtype, variant=variant, use_safetensors=True, **parts)
         except (OSError, RuntimeError, ValueError, ImportError) as error:
             raise UserError(f"The pipeline in {self.path} cannot be loaded: {_first_line(error)}") from error
 

@@ -24,14 +24,21 @@ def refuse_pickles(folder: Path) -> None:
         )
 
 
+def variant_of(folder: Path) -> str | None:
+    """``fp16`` if a component's folder has weights of this variant only (``NAME.fp16.safetensors`` or shards)."""
+    files = set(folder.glob("*.safetensors"))
+    return "fp16" if files and files == {*folder.glob("*.fp16[.-]*safetensors")} else None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that diffusers loads from a network's folder: the shards that its index names, or one file.
 
     Raises ``UserError`` if they are missing or the index is damaged.
     """
     refuse_pickles(folder)
-    index = folder / f"{WEIGHTS}.index.json"
-    files = [folder / WEIGHTS]
+    variant = ".fp16" if variant_of(folder) else ""
+    index = folder / f"{WEIGHTS}.index{variant}.json"
+    files = [folder / f"diffusion_pytorch_model{variant}.safetensors"]
     if index.is_file():
         with reading(index, "index of weights"):
             files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]

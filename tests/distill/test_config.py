@@ -130,6 +130,19 @@ def test_a_run_without_teacher_or_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [("base", "fashion"), ("base_sha256", "00"), ("lora", {"rank": 2, "alpha": 2.0, "targets": ["a"]}),
+     ("precision", "bfloat16"), ("base_weights", "bfloat16")],
+)  # fmt: skip
+def test_what_describes_a_trained_model_is_refused_for_a_new_one(tmp_path: Path, name: str, value: Any) -> None:
+    """None of these has an effect on a network that is created; the run's precision is a setting of its own."""
+    model = {"backbone": {"name": "unet"}, "shape": [1, 8, 8], "classes": 10}
+    parse_config(tiny_config(tmp_path, teacher=None, model=model), "a.yaml")
+    with pytest.raises(UserError, match=rf"model\.{name} describes a trained model, not a new one"):
+        parse_config(tiny_config(tmp_path, teacher=None, model=model | {name: value}), "a.yaml")
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda roles: roles.pop("fake"), r"needs the roles .*but \['fake'\] is missing"),

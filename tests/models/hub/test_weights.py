@@ -78,6 +78,33 @@ def test_the_hash_covers_the_files_that_are_loaded(saved: Saved, tmp_path: Path)
         _ = PipelineFolder.open(folder).sha256
 
 
+@pytest.mark.parametrize("parts", [("unet",), ("unet", "vae", "text_encoder"), ("vae",)])
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_folder_with_weights_of_the_fp16_variant_only_is_loaded(
+    saved: Saved, parts: tuple[str, ...], shards: bool, tmp_path: Path
+) -> None:
+    folder = copied(saved("sd"), tmp_path / "fp16")
+    plain = PipelineFolder.open(saved("sd"))
+    pipeline = plain.pipeline(plain.denoiser().backbone.network)
+    for part in parts:
+        shutil.rmtree(folder / part)
+        component = getattr(pipeline, part)
+        size = {"max_shard_size": "1MB"} if shards else {}
+        component.half().save_pretrained(folder / part, variant="fp16", **size)
+        component.float()
+    opened = PipelineFolder.open(folder)
+    assert len(opened.sha256) == 64
+    denoiser = opened.denoiser()
+    assert denoiser.backbone.network.dtype == torch.float32
+    loaded = opened.pipeline(denoiser.backbone.network)
+    for part in ("unet", "vae", "text_encoder"):
+        for (name, a), b in zip(
+            getattr(loaded, part).named_parameters(), getattr(pipeline, part).parameters(), strict=True
+        ):
+            expected = b.half().float() if part in parts else b
+            assert torch.equal(a, expected), (part, name)
+
+
 def test_an_adapter_is_refused_by_a_base_with_other_weights(saved: Saved, tmp_path: Path) -> None:
     base = copied(saved("sd"), tmp_path / "base")
     run = fewstep.train(parse_config(settings(base, "sd", tmp_path / "run", ADAPTERS), "test"))
