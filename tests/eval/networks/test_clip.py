@@ -16,6 +16,7 @@ from fewstep.core.torchvision_compat import import_torchvision
 from fewstep.eval.evaluate_protocol import ProtocolEvaluator
 from fewstep.eval.images import ImageSet
 from fewstep.eval.networks.clip import PREFIX, Clip
+from fewstep.eval.networks.registry import build_networks
 from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import Protocol
 
@@ -116,3 +117,16 @@ def test_a_protocol_scores_captions_and_the_images_of_one_caption(clip_name: str
     texts = network.embed_texts([captions[(4 - k) % 3] for k in range(5)])
     assert score.value == pytest.approx((features[:5] * texts).sum(1).mean().item(), abs=1e-5)
     assert score.captions_sha256
+
+
+def test_each_metric_prepares_and_normalises_as_its_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CMMD crops the centred square and resizes it; CLIP-FID takes embeddings that are not normalised."""
+    loaded: list[tuple[str, dict[str, object]]] = []
+    monkeypatch.setattr(Clip, "load", lambda name, *_, **settings: loaded.append((name, settings)))
+    protocol = Protocol(name="own", metrics=("clip_score",), captions="a.txt", clip="ViT-B-32:openai", n=10)
+    build_networks(["clip", "clip_fid", "cmmd"], protocol, WeightsLocator(), "cpu")
+    assert loaded == [
+        ("ViT-B-32:openai", {}),
+        ("ViT-B-32:openai", {"normalize": False}),
+        ("ViT-L-14-336:openai", {"square": True}),
+    ]
