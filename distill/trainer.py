@@ -75,8 +75,7 @@ class Trainer:
         config: Config, *, teacher: Model | Denoiser | None = None, data: Source | None = None,
         callbacks: Sequence[Callback] = (), device: str = "auto",
     ) -> Trainer:  # fmt: skip
-        """A trainer of the config, optionally with your own teacher and data. Raises ``UserError`` on a mistake in the
-        config."""
+        """A trainer of the config, with your own teacher and data if given. Raises ``UserError`` on mistakes in it."""
         chosen = pick_device(device)
         return Trainer(config, build_inputs(config, chosen, teacher, data), chosen, callbacks=callbacks)
 

@@ -12,6 +12,7 @@ from worlds import Points
 
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill import processes
 from fewstep.distill.loop import Loop
 from fewstep.distill.processes import World
 from fewstep.distill.roles import Role, Roles
@@ -127,3 +128,22 @@ def test_gradients_and_metrics_are_means_and_totals_sums_over_the_processes() ->
     assert seen == [((7, 5, "after/student", 0), device, {"images": 3.0})]
     parameter = loop.roles["student"].parameters[0]
     torch.testing.assert_close(parameter.detach(), torch.full((2,), 0.5))
+
+
+def test_tensors_are_summed_in_groups_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of all gradients at once would double their memory. A larger tensor is a group of its own."""
+    sizes: list[int] = []
+
+    def all_reduce(flat: Tensor) -> None:
+        sizes.append(flat.numel())
+        flat *= 3
+
+    monkeypatch.setattr(processes, "GROUP", 10)
+    monkeypatch.setattr(processes.dist, "all_reduce", all_reduce)
+    tensors = [torch.full((n,), float(n)) for n in (4, 2, 4, 1, 25, 3)]
+    tensors += [torch.ones(2, 2, dtype=torch.bfloat16)]
+    World(0, 2).mean_(tensors)
+    assert sizes == [10, 1, 25, 3, 4]
+    for n, tensor in zip((4, 2, 4, 1, 25, 3), tensors, strict=False):
+        assert tensor.tolist() == [1.5 * n] * n
+    assert tensors[-1].tolist() == [[1.5, 1.5], [1.5, 1.5]]

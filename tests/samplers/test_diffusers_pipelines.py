@@ -17,9 +17,7 @@ from fewstep.models.hub.folder import PipelineFolder
 from fewstep.samplers.grids import T_MAX
 
 diffusers = pytest.importorskip("diffusers")
-from fewstep.samplers.aliases import ALIASES  # noqa: E402
 from fewstep.samplers.diffusers_scheduler import RULES, FewstepScheduler  # noqa: E402
-from fewstep.samplers.solvers import REGISTRY  # noqa: E402
 
 DISCRETE = ("sd", "sd2", "sdxl", "pixart")
 DYNAMIC: dict[str, Any] = {"use_dynamic_shifting": True, "max_shift": 2.5}
@@ -89,6 +87,26 @@ def test_every_family_runs_and_equals_diffusers_scheduler_of_the_same_rule(
     for rule in RULES:
         pipeline.scheduler = FewstepScheduler.from_scheduler(ours, rule)
         assert latents(TINY[name], folder, pipeline).isfinite().all()
+
+
+def test_stable_diffusion_35_shifts_by_resolution(
+    pipelines: Callable[[str], tuple[PipelineFolder, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pipeline computes mu from the scheduler's settings, with other limits than the defaults, too."""
+    folder, pipeline = pipelines("sd3")
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    ours = FewstepScheduler.from_scheduler(theirs, "ddim")
+    set_timesteps = theirs.set_timesteps
+    monkeypatch.setattr(
+        theirs, "set_timesteps",
+        lambda n, device=None, mu=None: set_timesteps(sigmas=[1 - k / n for k in range(n)], device=device, mu=mu),
+    )  # fmt: skip
+    results = []
+    for pipeline.scheduler in (theirs, ours):
+        results.append(latents(TINY["sd3"], folder, pipeline))
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas, atol=1e-6, rtol=1e-5)
+    assert (results[1] - results[0]).abs().max() / results[0].abs().max() < 2e-3
+    assert not torch.allclose(ours.sigmas, torch.linspace(1, 0, len(ours.sigmas)), atol=1e-3), "it is shifted"
 
 
 IMAGE_TO_IMAGE = {
@@ -174,21 +192,6 @@ def test_sigmas_and_timesteps_of_a_discrete_scheduler_keep_their_meaning() -> No
     nodes.set_timesteps(6)
     root = ((ours.sigmas / (1 - ours.sigmas**2).sqrt()) ** (1 / 7))[:-1].double()
     torch.testing.assert_close(root.diff()[:-1], root.diff()[:1].expand(4), rtol=1e-3, atol=0)
-
-
-def test_only_multistep_rules_and_whole_steps_are_taken() -> None:
-    source = diffusers.FlowMatchEulerDiscreteScheduler(shift_terminal=0.2)
-    others = {*REGISTRY.names(), *ALIASES, "student", "renoise", "deterministic"} - set(RULES)
-    assert len(others) > 40
-    for rule in others:
-        with pytest.raises(UserError, match=f"A scheduler takes fewstep's multistep rules, not '{rule}'"):
-            FewstepScheduler.from_scheduler(source, rule)
-    ours = FewstepScheduler.from_scheduler(source, "ddim")
-    for steps in (1.5, "4"):
-        with pytest.raises(UserError, match="number of steps must be an integer"):
-            ours.set_timesteps(steps)  # type: ignore[arg-type]
-    ours.set_timesteps(1)
-    assert ours.timesteps.tolist() == [1000.0], "a single step is not stretched to the last time"
 
 
 def test_settings_that_would_have_no_effect_are_refused() -> None:

@@ -270,3 +270,9 @@ def test_times_that_start_where_there_is_signal_are_refused() -> None:
             grid_of(schedule, 2, text)
     assert grid_of(FLOW, 2, "times:0.9,0.5") == (0.9, 0.5, 0.0)
     assert grid_of(VE(sigma_max=1.0), 2, "times:1,0.5") == (1.0, 0.5, 0.0), "the noisiest time that it has"
+
+
+def test_quadratic_is_uniform_in_the_root_of_time() -> None:
+    assert grid(FLOW, 4, "quadratic", t_min=0.0) == pytest.approx((1, 9 / 16, 1 / 4, 1 / 16, 0))
+    times = torch.tensor(grid(FLOW, 8, "quadratic", end="minimum", t_max=0.81, t_min=0.01), dtype=torch.float64)
+    torch.testing.assert_close(times.sqrt().diff(), torch.full((8,), -0.1, dtype=torch.float64))
