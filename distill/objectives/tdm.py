@@ -41,7 +41,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
-from fewstep.distill import health, matching
+from fewstep.distill import health, matching, sharding
 from fewstep.distill.critics import critic_term, importance_critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import segment_rollout
@@ -128,6 +128,8 @@ class TDM(MatchingConfig):
         backbone = teacher.backbone
         if not isinstance(backbone, Backbone):
             raise UserError(f"A {type(backbone).__name__} cannot be conditioned on a step count, which unify needs.")
+        if sharding.is_split(teacher):
+            raise UserError("unify: a network that shard splits over processes cannot be copied with a step count.")
         networks = {role: backbone.with_step_counts(max(self.unify)) for role in ("student", "fake")}
         return {
             role: Denoiser(network, teacher.schedule, teacher.kind, style=teacher.style)

@@ -20,6 +20,12 @@ from fewstep.distill.checkpoint import checkpoints, read_checkpoint
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2")
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
 
+UNIFY = {
+    "steps": 2,
+    "objective": {"name": "tdm", "steps": 4, "unify": [1, 4]},
+    "roles": {role: {"lr": 1e-4, "init": "new"} for role in ("student", "fake")},
+}
+
 
 def config(folder: Path, steps: int = 6, **changes: object) -> Path:
     """A short run of the bundled teacher, with validation and health checks."""
@@ -152,6 +158,7 @@ def test_a_killed_process_ends_the_other_with_words_and_the_run_resumes(tmp_path
         ({"accumulate": 3}, "must be a multiple of 2"),
         ({"validation": {"every": 1, "n": 10, "reference": "nowhere"}}, "nowhere"),
         ({"seed": -1}, "seed = -1"),
+        ({"shard": True, "stages": [UNIFY]}, "unify: a network that shard splits"),
     ],
 )
 def test_a_mistake_is_said_once_and_leaves_nothing(tmp_path: Path, changes: dict[str, object], message: str) -> None:
