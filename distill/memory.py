@@ -107,11 +107,10 @@ def adamw_bytes(sizes: Iterable[int], bits8: bool) -> int:
     )  # fmt: skip
 
 
-def step_bytes(sizes: Iterable[int], foreach: bool) -> int:
-    """Temporaries of an AdamW step: one more copy of all parameters where torch updates them together (on a GPU); two
-    of one, beside one of that before it, where it updates one after the other."""
-    sizes = list(sizes)
-    return FLOAT * (sum(sizes) if foreach else max(2 * n + before for before, n in pairwise([0, *sizes])))
+def step_bytes(sizes: Iterable[int]) -> int:
+    """Temporaries of an AdamW step that updates one parameter after the other (a fused one has none): two of one,
+    beside one of that before it."""
+    return FLOAT * max(2 * n + before for before, n in pairwise([0, *sizes]))
 
 
 def own_tensors(roles: Mapping[str, Role]) -> dict[str, list[Tensor]]:
@@ -249,13 +248,13 @@ def _needs(
         used = {evaluation.role for evaluation in (snapshot.evaluation, *snapshot.alive)}
         size += sum(memory[role].weights for role in used & offloaded)
         need(f"{snapshot.evaluation.role} evaluated in the update {snapshot.update}", size)
-    foreach = config.device != "cpu"
+    fused = config.device != "cpu"
     for update, names in stage.updates.items():
         gradients = sum(memory[role].gradients for role in names)  # those of the update before have been freed
         for name in names:
             bits8 = config.stages[stage.number].roles[name].optimizer == "adamw8bit"
             sizes = [parameter.numel() for parameter in stage.roles[name].parameters]
-            need(f"optimizer step of {name}", gradients + (0 if bits8 else step_bytes(sizes, foreach)))
+            need(f"optimizer step of {name}", gradients + (0 if bits8 or fused else step_bytes(sizes)))
         if devices > 1:
             need(f"mean over devices in the update {update}", gradients + min(gradients, FLOAT * GROUP))
     if "student" in memory and (config.health.every or config.validation.every):  # two sets of its weights are held

@@ -118,11 +118,11 @@ def test_moments_are_those_of_the_optimizers(sizes: list[int]) -> None:
         assert sum(t.nbytes for t in held) == adamw_bytes(sizes, bool(bits8))
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-def test_an_optimizer_step_needs_a_copy_of_all_parameters_or_two_of_the_largest(foreach: bool) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_step_needs_two_copies_of_the_largest_parameter_or_nothing(fused: bool) -> None:
     sizes = [30_000, 50_000, 20_000]
     parameters = [nn.Parameter(torch.ones(size)) for size in sizes]
-    optimizer = torch.optim.AdamW(parameters, foreach=foreach)
+    optimizer = torch.optim.AdamW(parameters, fused=fused)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()  # creates the moments
@@ -130,7 +130,7 @@ def test_an_optimizer_step_needs_a_copy_of_all_parameters_or_two_of_the_largest(
     known += [t for state in optimizer.state.values() for t in state.values()]
     with LiveMemory(known) as live, torch.no_grad():
         optimizer.step()
-    assert live.peak == pytest.approx(step_bytes(sizes, foreach), rel=0.01)
+    assert live.peak == pytest.approx(0 if fused else step_bytes(sizes), rel=0.01, abs=100)
 
 
 @pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")
@@ -207,7 +207,7 @@ def test_settings_change_what_they_should() -> None:
 
     plain, gpu = planned(), planned(device="cuda")
     assert plain.peaks["optimizer step of fake"] < 1.3 * FASHION
-    assert gpu.peaks["optimizer step of fake"] == 2 * FASHION, "torch updates all parameters together on a GPU"
+    assert gpu.peaks["optimizer step of fake"] == FASHION, "a fused step needs its gradients alone"
     assert planned(offload=True).resident == plain.resident - FASHION
     shared = plan_memory(config(accumulate=2), devices=2, costs=free)
     assert shared.peaks["mean over devices in the update student"] == 2 * FASHION
