@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import check_writable, read_prompts, write_tensors, write_text
+from fewstep.core.files import check_writable, read_prompts, require_empty, write_tensors, write_text
 from fewstep.core.image_files import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -52,16 +52,11 @@ def encode_prompts(
         pipeline=folder.index["_class_name"], encoders=encoders, prompts=digest, count=len(prompts), rows=rows,
         images=images, sizes=sizes, pairs=pairs, source=source,
     )  # fmt: skip
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder.")
+    if not (out / "index.json").is_file():
+        require_empty(out)
+    elif read_index(out) != index:
+        raise UserError(f"{out} contains other prompts or samples, or those of another encoder; choose another folder.")
     check_writable(out / "index.json")
-    if (out / "index.json").is_file():
-        if read_index(out) != index:
-            raise UserError(
-                f"{out} contains other prompts or samples, or those of another encoder; choose another folder."
-            )
-    elif any(out.iterdir()):
-        raise UserError(f"{out} is not empty; choose another folder.")
     write_text(index.model_dump_json(indent=1) + "\n", out / "index.json")
     write_text("".join(f"{prompt}\n" for prompt in prompts), out / PROMPTS)
     pipeline = folder.pipeline().to(device)
