@@ -34,12 +34,13 @@ from long_run import measure_long_run  # noqa: E402
 PLACED = {"train": 60, "train, resumed": 40, "bench objectives": 20}  # kills at events; of other commands:
 OTHERS = 14
 RANDOM = 4  # kills at random moments, each followed by another one
-QUICK = {"train": 10, "train, resumed": 4, "data reference": 4, "eval, images": 3}  # commands and kills of --quick
+QUICK = {"train": 7, "train, resumed": 3, "data reference": 4, "eval, images": 3}  # commands and kills of --quick
 
 
 @dataclass
 class Counts:
-    """Of one command: faults that took effect, those after which a message said so, those without consequence."""
+    """Of one command: faults that took effect; those that ended it with a message in words; those that did not end it
+    or change its result; those after which the next call had the undisturbed result."""
 
     faults: int = 0
     message: int = 0
@@ -74,7 +75,10 @@ class Workplace:
         self.problems += [f"{command.name}, {what}: {text}" for text in damage(self.out, ended.events)]
 
     def continues(self, command: LongCommand, what: str, may_differ: Collection[str] = ()) -> bool:
-        """Whether the next call completes the command with the undisturbed result and no other file."""
+        """Whether the next call completes the command with the undisturbed result and no other file. What is complete
+        already needs none, and may refuse it, since it exists."""
+        if not self.differing(command):
+            return True
         ended = self.run(command.next(self.inputs, self.out))
         if ended.code != 0:
             self.problems.append(f"{command.name}, {what}: the next call ended with {ended.code}: {ended.text[-600:]}")
@@ -82,11 +86,14 @@ class Workplace:
         return self.is_undisturbed(command, what, may_differ)
 
     def is_undisturbed(self, command: LongCommand, what: str, may_differ: Collection[str] = ()) -> bool:
-        found, expected = contents(self.out), self.undisturbed[command.name][1]
-        other = sorted(name for name in found | expected if found.get(name) != expected.get(name))
-        if other := [name for name in other if name not in may_differ]:
+        if other := [name for name in self.differing(command) if name not in may_differ]:
             self.problems.append(f"{command.name}, {what}: other than undisturbed: {', '.join(other)}")
         return not other
+
+    def differing(self, command: LongCommand) -> list[str]:
+        """The files that are missing, or other than those of an undisturbed run."""
+        found, expected = contents(self.out), self.undisturbed[command.name][1]
+        return sorted(name for name in found | expected if found.get(name) != expected.get(name))
 
     def check_refused(
         self, command: LongCommand, what: str, ended: Ended, counts: Counts, may_differ: Collection[str] = ()
@@ -126,12 +133,14 @@ def kill(place: Workplace, command: LongCommand) -> Counts:
     for _ in range(1 if place.quick else RANDOM):
         moments = [numbers.uniform(0, undisturbed.seconds) for _ in range(2)]
         what = f"killed after {moments[0]:.3f} s and {moments[1]:.3f} s"
+        killed = 0
         for k, moment in enumerate(moments):
             again = command.next(place.inputs, place.out)
             ended = place.run(again, kill_after=moment) if k else place.start(command, kill_after=moment)
-            counts.faults += ended.code == -9
+            killed += ended.code == -9
             place.check_whole(command, what, ended)
-        counts.continued += place.continues(command, what)
+        counts.faults += killed
+        counts.continued += killed * place.continues(command, what)
     return counts
 
 
@@ -140,7 +149,7 @@ def fail_disk(place: Workplace, command: LongCommand) -> Counts:
     events, counts = place.undisturbed[command.name][0].events, Counts()
     some, writes = list(range(1, len(events) + 1)), ("open", "save", "mkdir", "fsync")
     spaces = [k for k in some if events[k - 1].operation in writes]
-    changes = [k for k in some if events[k - 1].operation in (*writes, "rename")]
+    changes = [k for k in some if events[k - 1].operation in (*writes, "rename", "remove")]
     faults = [Fault(at, "fail", errno.ENOSPC, lasting=True) for at in evenly(spaces, 4)]
     faults += [Fault(at, "fail", errno.EIO) for at in evenly(changes[1:], 4)]
     faults += [Fault(at, "fail", errno.EACCES) for at in evenly(changes[2:], 4)]
@@ -173,31 +182,33 @@ def damage_data(place: Workplace, command: LongCommand) -> Counts:
     return counts
 
 
-def count(place: Workplace, do: Callable[[Workplace, LongCommand], Counts], file: Path, chosen: str) -> None:
-    """Does it to all commands and writes the counts."""
-    started, found = time.monotonic(), dict[str, dict[str, int]]()
+def count(place: Workplace, do: Callable[[Workplace, LongCommand], Counts], file: Path, chosen: str) -> list[str]:
+    """Does it to every command whose name contains ``chosen``, and writes the counts to ``file``, where those of other
+    commands stay. Returns the problems."""
+    known = json.loads(file.read_text())["commands"] if chosen and file.is_file() else {}
+    problems: list[str] = []
     for command in place.commands:
         if chosen not in command.name:
             continue
-        known = len(place.problems)
+        started, place.problems = time.monotonic(), []
         counts = do(place, command)
-        if counts.faults:
-            found[command.name] = vars(counts)
-            print(f"{time.monotonic() - started:5.0f} s  {command.name}: {vars(counts)}", flush=True)
-        for problem in place.problems[known:]:
-            print(f"    {problem}", flush=True)
-    total = {name: sum(own[name] for own in found.values()) for name in vars(Counts())}
-    print(f"{file.name}: {total} in {time.monotonic() - started:.0f} s", flush=True)
-    result = {**total, "problems": len(place.problems), "seconds": round(time.monotonic() - started), "commands": found}
-    if not chosen:
+        if not counts.faults:
+            continue
+        own = vars(counts) | {"problems": len(place.problems), "seconds": round(time.monotonic() - started, 1)}
+        known[command.name] = own
+        print(f"{file.stem}, {command.name}: {own}", *place.problems, sep="\n    ", flush=True)
+        problems += place.problems
+        total = {name: sum(each[name] for each in known.values()) for name in own}
+        result = total | {"seconds": round(total["seconds"]), "commands": known}
         file.write_text(json.dumps(result, indent=1) + "\n")
+    return problems
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = ("kills", "disk", "data", "long_run", "ckpt_chaos")
     parser.add_argument("--only", choices=kinds, nargs="+", default=kinds)
-    parser.add_argument("--command", default="", help="only those whose name contains this; nothing is written")
+    parser.add_argument("--command", default="", help="only those whose name contains this; the counts of others stay")
     parser.add_argument("--quick", action="store_true", help="a few commands and faults, as in the tests")
     parser.add_argument("--folder", type=Path, default=ROOT / "results" / "faults")
     arguments = parser.parse_args()
@@ -210,9 +221,7 @@ def main() -> None:
         place = Workplace(Path(folder), arguments.quick)
         for name, do in (("kills", kill), ("disk", fail_disk), ("data", damage_data)):
             if name in arguments.only:
-                place.problems.clear()
-                count(place, do, arguments.folder / f"{name}.json", arguments.command)
-                problems += place.problems
+                problems += count(place, do, arguments.folder / f"{name}.json", arguments.command)
         for name, measure in (("long_run", measure_long_run), ("ckpt_chaos", check_with_ckpt_chaos)):
             if name in arguments.only and not arguments.command:
                 result = measure(place.inputs, Path(folder))

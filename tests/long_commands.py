@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,17 +227,25 @@ def _write_pipelines(inputs: Path) -> None:
 
 
 def contents(out: Path) -> dict[str, str]:
-    """A digest of every file below ``out`` by its path, without what depends on the clock."""
-    files = (file for file in sorted(out.rglob("*")) if file.is_file() and file.name not in UNTRACKED)
-    return {str(file.relative_to(out)): _digest(file) for file in files}
+    """A digest of every file and every empty folder below ``out`` by its path, without what depends on the clock."""
+    found = (path for path in sorted(out.rglob("*")) if path.name not in UNTRACKED)
+    return {
+        str(path.relative_to(out)): _digest(path) if path.is_file() else "empty"
+        for path in found
+        if path.is_file() or not any(path.iterdir())
+    }
 
 
 def _digest(file: Path) -> str:
     content = file.read_bytes()
-    if file.suffix == ".json":
-        content = json.dumps(_without_clock(json.loads(content))).encode()
-    elif file.suffix == ".jsonl":
-        content = json.dumps([_without_clock(json.loads(line)) for line in content.splitlines()]).encode()
+    with suppress(ValueError):  # half a file has its own digest
+        if file.suffix == ".json":
+            content = json.dumps(_without_clock(json.loads(content))).encode()
+        elif file.suffix == ".jsonl":
+            content = json.dumps([_without_clock(json.loads(line)) for line in content.splitlines()]).encode()
+        elif file.suffix == ".safetensors":  # the order of its metadata is random
+            start = 8 + int.from_bytes(content[:8], "little")
+            content = json.dumps(json.loads(content[8:start]), sort_keys=True).encode() + content[start:]
     return hashlib.sha256(content).hexdigest()
 
 
