@@ -50,7 +50,7 @@ READ_BY: dict[str, dict[str, tuple[str, ...]]] = {  # files in the inputs, and t
     "bench objectives": {"bench.yaml": UNREADABLE, "teacher/model.safetensors": UNREADABLE},
     "data encode, prompts": {"prompts.txt": ("empty", "overwritten", "missing"),
                              "sd/text_encoder/model.safetensors": UNREADABLE},
-    "data encode, images": {"captioned/1.png": UNREADABLE, "captioned/1.txt": ("empty", "missing"),
+    "data encode, images": {"captioned/1.png": UNREADABLE[:3], "captioned/1.txt": ("empty", "missing"),
                             "sd/vae/diffusion_pytorch_model.safetensors": UNREADABLE},
     "data encode, pairs": {"captioned/pairs.csv": ("empty", "overwritten", "missing"), "captioned/2.png": UNREADABLE},
     "data preferences": {"squares/classifier.safetensors": UNREADABLE, "teacher/config.json": UNREADABLE},
@@ -164,7 +164,7 @@ def _while_training(out: Path, steps: int) -> Iterator[DamagedCase]:
             break_weight = partial(_after, step, partial(_damage_weight, role))
             what = f"a weight of the {role} not finite after step {step}"
             yield DamagedCase(what, before=break_weight, may_differ=LOST if step < EVERY else set())
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps - STEPS + 2):  # a stage stops only if all of its few updates are lost
         yield DamagedCase(f"gradients not finite from step {step} on", before=partial(_damage_gradients, step))
 
 

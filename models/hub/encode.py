@@ -57,9 +57,9 @@ def encode_prompts(
     elif read_index(out) != index:
         raise UserError(f"{out} contains other prompts or samples, or those of another encoder; choose another folder.")
     check_writable(out / "index.json")
+    pipeline = folder.pipeline().to(device)  # before the index, which a damaged encoder would bind to itself
     write_text(index.model_dump_json(indent=1) + "\n", out / "index.json")
     write_text("".join(f"{prompt}\n" for prompt in prompts), out / PROMPTS)
-    pipeline = folder.pipeline().to(device)
     if not (out / "null.safetensors").is_file():
         write_tensors(folder.family.encode(pipeline, [""]), out / "null.safetensors")
     for shard, first in enumerate(range(0, len(prompts), rows)):

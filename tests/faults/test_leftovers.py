@@ -144,6 +144,9 @@ def test_a_log_keeps_the_lines_up_to_a_step_as_they_are(tmp_path: Path) -> None:
     file.write_bytes(kept + b'{"step": 4}\n{"st')
     forget_after(file, 3)
     assert file.read_bytes() == kept
+    file.write_bytes(kept + b'{"st')
+    forget_after(file, 3)
+    assert file.read_bytes() == kept
     append_line(file, {"step": 4})
     assert json.loads(file.read_bytes().splitlines()[-1]) == {"step": 4}
     file.write_bytes(b'{"step": 1}\n')
