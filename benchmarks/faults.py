@@ -31,7 +31,12 @@ from injected_faults import Ended, Fault, preload, run_command  # noqa: E402
 from long_commands import COMMANDS, LongCommand, contents, damage, register_metric, write_inputs  # noqa: E402
 from long_run import measure_long_run  # noqa: E402
 
-PLACED = {"train": 60, "train, resumed": 40, "bench objectives": 20}  # kills at events; of other commands:
+PLACED = {
+    "train": 60,
+    "train, resumed": 40,
+    "bench objectives": 20,
+    "data encode, prompts": 50,
+}  # kills at events; of other commands:
 OTHERS = 14
 RANDOM = 4  # kills at random moments, each followed by another one
 QUICK = {"train": 7, "train, resumed": 3, "data reference": 4, "eval, images": 3}  # commands and kills of --quick
@@ -98,9 +103,10 @@ class Workplace:
     def check_refused(
         self, command: LongCommand, what: str, ended: Ended, counts: Counts, may_differ: Collection[str] = ()
     ) -> None:
-        """A fault that was no kill: a message in words, or no consequence at all."""
+        """A fault that was no kill: a message in words, or no effect but leftovers that the next call removes."""
         counts.faults += 1
-        if ended.code == 0 and self.is_undisturbed(command, what, may_differ):
+        tolerated = [*may_differ, *(name for name in self.differing(command) if ".part" in name)]
+        if ended.code == 0 and self.is_undisturbed(command, what, tolerated):
             counts.unharmed += 1
         elif ended.in_words:
             counts.message += 1

@@ -29,7 +29,7 @@ from fewstep.eval.metrics.metric import Metric
 
 CLOCK = {"seconds", "training_seconds", "started", "record_sha256"}  # what two equal runs may differ in
 UNTRACKED = {".lock", "environment.json", "resumes.jsonl"}  # of a run folder: the lock, the machine, the resumptions
-UNFINISHED = (".part", ".old", ".try", ".partial.safetensors")
+UNFINISHED = (".part", ".old", ".partial.safetensors")
 STEPS, EVERY = 4, 3  # of each of two stages; of checkpoints
 
 

@@ -153,7 +153,7 @@ def check_writable(file: str | Path, *inputs: Path) -> None:
         raise UserError(f"{file} is an input, which the result would overwrite; name another file.")
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file.")
-    trial = file.with_name(f".{file.name}.try")
+    trial = file.with_name(f".{file.name}.part")  # a killed process may leave it: unfinished, like others
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         trial.touch()
