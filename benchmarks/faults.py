@@ -39,7 +39,7 @@ PLACED = {
 }  # kills at events; of other commands:
 OTHERS = 14
 RANDOM = 4  # kills at random moments, each followed by another one
-QUICK = {"train": 7, "train, resumed": 3, "data reference": 4, "eval, images": 3}  # commands and kills of --quick
+QUICK = {"train": 5, "train, resumed": 2, "data reference": 3, "eval, images": 2}  # commands and kills of --quick
 
 
 @dataclass
@@ -160,7 +160,7 @@ def fail_disk(place: Workplace, command: LongCommand) -> Counts:
     faults += [Fault(at, "fail", errno.EIO) for at in evenly(changes[1:], 4)]
     faults += [Fault(at, "fail", errno.EACCES) for at in evenly(changes[2:], 4)]
     faults += [Fault(1, "fail", errno.EROFS, lasting=True)]
-    for fault in faults[:: 7 if place.quick else 1]:
+    for fault in faults[:: 13 if place.quick else 1]:
         what = f"{errno.errorcode[fault.number]} at event {fault.at} ({' '.join(events[fault.at - 1])})"
         ended = place.start(command, fault=fault)
         place.check_whole(command, what, ended)
@@ -177,7 +177,7 @@ def damage_data(place: Workplace, command: LongCommand) -> Counts:
     """Damages what a command reads, removes its folder, and puts in numbers that are not finite."""
     counts = Counts()
     command.begin(place.inputs, place.out)
-    for case in list(damaged_cases(command, place.inputs, place.out))[:: 20 if place.quick else 1]:
+    for case in list(damaged_cases(command, place.inputs, place.out))[:: 25 if place.quick else 1]:
         command.begin(place.inputs, place.out)
         case.damage()
         ended = place.run(command.arguments(place.inputs, place.out), before=case.before)

@@ -46,14 +46,18 @@ def measure_long_run(inputs: Path, folder: Path) -> dict[str, Any]:
     }, "long run")  # fmt: skip
     run = RunFolder.create(config, CPU, inputs=build_inputs(config, CPU, mlp(4, seed=0), Points(4)))
     memory = Memory()
-    with _timed(run_folder.MetricsLogger, "__call__") as lines, _timed(run_folder, "write_checkpoint") as checkpoints:
+    with (
+        _timed(run_folder.MetricsLogger, "__call__") as lines,
+        _timed(run_folder, "write_checkpoint") as checkpoints,
+        _timed(Trainer, "one_step") as steps,
+    ):
         started = time.monotonic()
         run.train(callbacks=[memory])
         seconds = time.monotonic() - started
     few = ENDS // EVERY
     return {
         "steps": STEPS, "steps_compared": ENDS, "seconds": round(seconds),
-        "memory_mib": _ends(memory.mib, ENDS, 1), "line_microseconds": _ends([1e6 * s for s in lines], ENDS, 0),
+        "memory_mib": _ends(memory.mib, ENDS, 1), "step_milliseconds": _ends([1e3 * s for s in steps], ENDS, 2), "line_microseconds": _ends([1e6 * s for s in lines], ENDS, 0),
         "checkpoint_milliseconds": _ends([1e3 * s for s in checkpoints], few, 2),
     }  # fmt: skip
 

@@ -27,9 +27,9 @@ def test_some_commands_survive_some_faults(tmp_path: Path) -> None:
     done = benchmark("--quick", "--only", *FAULTS, "--folder", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in FAULTS}
-    assert counts["kills"]["faults"] >= 20
+    assert counts["kills"]["faults"] >= 16
     assert counts["disk"]["message"] >= 4
-    assert counts["data"]["message"] >= 4
+    assert counts["data"]["message"] >= 3
 
 
 @pytest.mark.long
