@@ -57,7 +57,9 @@ def measure_long_run(inputs: Path, folder: Path) -> dict[str, Any]:
     few = ENDS // EVERY
     return {
         "steps": STEPS, "steps_compared": ENDS, "seconds": round(seconds),
-        "memory_mib": _ends(memory.mib, ENDS, 1), "step_milliseconds": _ends([1e3 * s for s in steps], ENDS, 2), "line_microseconds": _ends([1e6 * s for s in lines], ENDS, 0),
+        "memory_mib": _ends(memory.mib, ENDS, 1),
+        "step_milliseconds": _ends([1e3 * s for s in steps], ENDS, 2),
+        "line_microseconds": _ends([1e6 * s for s in lines], ENDS, 0),
         "checkpoint_milliseconds": _ends([1e3 * s for s in checkpoints], few, 2),
     }  # fmt: skip
 
