@@ -15,7 +15,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json_object, replace_folder, sha256, tensor_names, write_tensors, write_text
+from fewstep.core.files import (
+    delete_folder,
+    partial_folder,
+    read_json_object,
+    replace_folder,
+    sha256,
+    tensor_names,
+    write_tensors,
+    write_text,
+)  # fmt: skip
 from fewstep.core.finite import first_non_finite
 from fewstep.distill import sharding
 from fewstep.distill.processes import SINGLE_PROCESS, World
@@ -127,7 +136,8 @@ def write_checkpoint(
 
     Raises ``UserError`` if it cannot be written, and if a number is not finite: then the ones before stay.
     """
-    final, partial = folder / f"step-{step:07d}", folder / f".step-{step:07d}.part"
+    final = folder / f"step-{step:07d}"
+    partial = partial_folder(final)
     own = {name: sharding.local(x) for name, x in tensors.items() if world.rank == 0 or sharding.is_sharded(x)}
     with world.together():
         if (bad := first_non_finite(own)) is not None:
@@ -153,9 +163,15 @@ def write_checkpoint(
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
     if world.rank == 0:
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        delete_old(folder, step, keep)
     return final
+
+
+def delete_old(folder: Path, step: int, keep: int) -> None:
+    """Deletes the checkpoints before ``step`` but for the last ``keep`` up to it. Those after it, which are damaged
+    where a run at this step continues, do not count."""
+    for old in checkpoints(folder, step)[:-keep]:
+        delete_folder(old)
 
 
 def _new_folder(folder: Path) -> None:

@@ -6,20 +6,23 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.core.files import atomic_write, reading
 
 
 class MetricsLogger:
-    """Appends to ``metrics.jsonl``, and to TensorBoard's event files in ``tensorboard/`` if requested."""
+    """Appends the steps after ``step`` to ``metrics.jsonl``, and to TensorBoard's event files in ``tensorboard/`` if
+    requested."""
 
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, tensorboard: bool, step: int = 0) -> None:
         self._file = folder / "metrics.jsonl"
-        self._writer = _tensorboard(folder / "tensorboard") if tensorboard else None
+        self._writer = _tensorboard(folder / "tensorboard", step) if tensorboard else None
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line for ``step``. Raises ``UserError`` if it cannot be written."""
@@ -49,9 +52,33 @@ def to_numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-def _tensorboard(folder: Path) -> Any:
+def forget_after(file: Path, step: int) -> None:
+    """Removes the lines of steps after ``step``, which training repeats, and half a line of a process that was killed.
+    Raises ``UserError`` if the file cannot be read or written."""
+    if not file.is_file():
+        return
+    with reading(file, "log"):
+        *lines, half = file.read_bytes().split(b"\n")
+    kept = [line for line in lines if not _step_of(line) > step]
+    if half or kept != lines:
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+    if not kept:
+        file.unlink()
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; 0 for a damaged one."""
+    with suppress(ValueError, RecursionError):
+        value = json.loads(line)
+        if isinstance(value, dict) and isinstance(value.get("step"), int | float):
+            return float(value["step"])
+    return 0.0
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter  # an extra, and slow to import
     except ImportError as error:
         raise UserError("tensorboard: true needs the extra: pip install 'fewstep[tensorboard]'.") from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -6,7 +6,6 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,15 +16,22 @@ from filelock import FileLock, Timeout
 
 from fewstep.core.environment import environment
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json_lines, replace_folder, restore_folder, write_text
+from fewstep.core.files import (
+    atomic_folder,
+    read_json_lines,
+    read_json_object,
+    remove_leftovers,
+    tensor_names,
+    write_text,
+)  # fmt: skip
 from fewstep.core.registry import Kind, is_dotted, require_imported
 from fewstep.distill.build import TrainingInputs, build_inputs
 from fewstep.distill.callback import Callback, Interrupted, Validator
-from fewstep.distill.checkpoint import StoredTensors, checkpoints, read_newest, step_of, write_checkpoint
+from fewstep.distill.checkpoint import StoredTensors, checkpoints, delete_old, read_newest, step_of, write_checkpoint
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import dump_config, load_config, parse_config, read_settings
 from fewstep.distill.loop import LostUpdate
-from fewstep.distill.metrics_logger import MetricsLogger, append_line
+from fewstep.distill.metrics_logger import MetricsLogger, append_line, forget_after
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.resume import changes, check_changes, settings_at
 from fewstep.distill.sharding import whole
@@ -99,6 +105,9 @@ class RunFolder(Callback):
         training in this folder."""
         trainer = self.trainer
         trainer.world.once(self._begin)
+        if trainer.best and (reason := trainer.world.once(self._damage_of_best)) is not None:
+            trainer.best = {}
+            self._notes.append(f"{reason} Of the students validated from here on, the best is kept.")
         trainer.validate = validate
         trainer.callbacks = [self, *callbacks]
         for note in self._notes:
@@ -114,11 +123,25 @@ class RunFolder(Callback):
     def _begin(self) -> None:
         """Claims the folder, and records what resuming changes."""
         self._claim()
-        restore_folder(self.folder / "best")
+        remove_leftovers(self.folder)
+        remove_leftovers(self.folder / "checkpoints")
+        remove_leftovers(self.folder / "samples", "step-*.part")
+        delete_old(self.folder / "checkpoints", self.trainer.step, self.trainer.config.checkpoint.keep)
+        for name in ("metrics.jsonl", "lost_updates.jsonl"):
+            forget_after(self.folder / name, self.trainer.step)
         write_text(dump_config(self.trainer.config), self.folder / "config.yaml")
         if self._resumed is not None:
             append_line(self.folder / "resumes.jsonl", self._resumed)
-        self._log = MetricsLogger(self.folder, self.trainer.config.tensorboard)
+        self._log = MetricsLogger(self.folder, self.trainer.config.tensorboard, self.trainer.step)
+
+    def _damage_of_best(self) -> str | None:
+        """What is wrong with ``best/``."""
+        try:
+            read_json_object(self.folder / "best" / "config.json")
+            tensor_names(self.folder / "best" / "model.safetensors")
+        except UserError as error:
+            return str(error)
+        return None
 
     def _claim(self) -> None:
         """Locks the folder until training ends; the system frees the lock of a killed process."""
@@ -151,8 +174,8 @@ class RunFolder(Callback):
     def on_end(self, trainer: Trainer) -> None:
         """Writes ``student/``: the best student in validation, or the last one if nothing was validated."""
         if trainer.best and self._writes:
-            with _replaced_folder(self.folder / "student") as partial:
-                shutil.copytree(self.folder / "best", partial)
+            with atomic_folder(self.folder / "student") as partial:
+                shutil.copytree(self.folder / "best", partial, dirs_exist_ok=True)
         elif not trainer.best:
             self._write_student(trainer, "student")
 
@@ -165,7 +188,7 @@ class RunFolder(Callback):
         with trainer.roles["student"].averaged():
             tensors = whole(trainer.generator.backbone.state_dict(), keep=self._writes)
             if self._writes:
-                with _replaced_folder(self.folder / name) as partial:
+                with atomic_folder(self.folder / name) as partial:
                     save_weights(tensors, trainer.student_config, partial)
 
     # --- resuming -----------------------------------------------------------------------------------------------------
@@ -201,18 +224,6 @@ class RunFolder(Callback):
             "step": state["step"], "processes": self._origin["processes"], "version": version("fewstep"),
             "changed": changed, "before": before["config"],
         }  # fmt: skip
-
-
-@contextmanager
-def _replaced_folder(final: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes ``final`` on success: readers see the old one or the new one, whole."""
-    partial = final.with_name(f".{final.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-        replace_folder(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _require_unused(folder: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError, nearest
-from fewstep.core.files import check_writable, read_tensors, sha256, write_tensors
+from fewstep.core.files import atomic_folder, check_writable, read_tensors, sha256, write_tensors
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
 from fewstep.eval.networks.classifier import WEIGHTS, accuracy, save_classifier, train_classifier
 from fewstep.eval.networks.features import REFERENCES, ClassifierFeatures, extract_features
@@ -92,16 +92,18 @@ def build_reference(
     check_writable(folder / WEIGHTS)
     network = train_classifier(*train, epochs=epochs, seed=seed, progress=progress)
     record = {"epochs": epochs, "seed": seed, "test_accuracy": accuracy(network, *test)}
-    save_classifier(network, folder, name=name, shape=tuple(train[0].shape[1:]), training=record)  # type: ignore[arg-type]
-    loaded = ClassifierFeatures.load(folder)
-    rows = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))
-    features = {
-        "train": extract_features(loaded, train[0][rows[:size]]),
-        "test": extract_features(loaded, test[0][:size]),
-    }
-    for split, values in features.items():
-        write_tensors({"features": values}, folder / f"{split}.safetensors")
-    few = rows[size : size + shown]
-    write_tensors({"images": train[0][few], "labels": train[1][few].to(torch.uint8)}, folder / "real.safetensors")
+    shape = tuple(train[0].shape[1:])
+    with atomic_folder(folder) as part:
+        save_classifier(network, part, name=name, shape=shape, training=record)  # type: ignore[arg-type]
+        loaded = ClassifierFeatures.load(part)
+        rows = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))
+        features = {
+            "train": extract_features(loaded, train[0][rows[:size]]),
+            "test": extract_features(loaded, test[0][:size]),
+        }
+        for split, values in features.items():
+            write_tensors({"features": values}, part / f"{split}.safetensors")
+        few = rows[size : size + shown]
+        write_tensors({"images": train[0][few], "labels": train[1][few].to(torch.uint8)}, part / "real.safetensors")
     distance = frechet_distance(Statistics.of(features["train"]), Statistics.of(features["test"]))
     return {"test_accuracy": record["test_accuracy"], DISTANCE_PREFIX + name: distance}

@@ -86,7 +86,11 @@ def search_ratios(
 
     The paper trains the ratios by AdamW through the network. Since a ratio is a single number, ``rounds`` of a
     golden-section search within [0, 2] need no gradient. A ratio stays 1 unless the search improves on it.
+
+    Raises ``UserError`` if a state of the long run is not finite.
     """
+    if not all(reference.isfinite().all() for reference in references):
+        raise UserError("The states of the long run are not finite: the model is damaged, or the guidance too high.")
     ratios = [1.0] * (len(times) - 1)
     steps = unipc_steps(len(ratios), order)
     for i in range(FIRST_SHIFTED, len(ratios)):

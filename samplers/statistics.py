@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,7 +66,8 @@ def estimate_statistics(
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UserError("The model's statistics are not finite: its output or derivative is not, for some log-SNR.")
     write_tensors(tensors, file, partial.metadata)
-    partial.file.unlink()
+    with suppress(OSError):  # the result is complete
+        partial.file.unlink()
 
 
 @dataclass

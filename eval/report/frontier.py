@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+from fewstep.core.files import atomic_write
 from fewstep.eval.report.charts import COLOURS
 from fewstep.eval.report.ranking import best_of, direction_of
 from fewstep.eval.score_files import Score
@@ -65,7 +66,8 @@ def draw_frontier(scores: Sequence[Score], curves: Mapping[str, Sequence[Curve]]
         for method, s in styles.items()
     ]
     figure.legend(handles=methods, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.savefig(file, dpi=130)
+    with atomic_write(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
 
 
 def _draw_training(axes: Axes, seeds: Sequence[Curve], style: _Style) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from fewstep.core.files import write_text
+from fewstep.core.files import atomic_write, write_text
 from fewstep.eval.report.charts import COLOURS
 from fewstep.eval.solver_comparison import SolverResult, best_grids, table_rows
 
@@ -43,4 +43,5 @@ def draw_solver_comparison(results: Sequence[SolverResult], file: Path) -> None:
         axes.grid(alpha=0.15)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=8)
-    figure.savefig(file, dpi=130)
+    with atomic_write(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import check_writable, read_prompts, sha256, write_tensors, write_text
+from fewstep.core.files import check_writable, read_prompts, require_empty, sha256, write_tensors, write_text
 from fewstep.core.image_files import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -53,21 +53,19 @@ def encode_prompts(
         pipeline=folder.index["_class_name"], encoders=encoders, prompts=digest, count=len(prompts), rows=rows,
         images=images, sizes=sizes, pairs=pairs, source=source,
     )  # fmt: skip
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder.")
-    check_writable(out / "index.json")
-    if (out / "index.json").is_file():
+    if not (out / "index.json").is_file():
+        require_empty(out)
+    else:
         present = read_index(out)
         if differing := [name for name in Index.model_fields if getattr(present, name) != getattr(index, name)]:
             raise UserError(
                 f"{out} contains other prompts or samples, or those of another encoder ({', '.join(differing)} in "
                 "index.json would differ); choose another folder."
             )
-    elif any(out.iterdir()):
-        raise UserError(f"{out} is not empty; choose another folder.")
+    check_writable(out / "index.json")
+    pipeline = folder.pipeline().to(device)  # before the index, which a damaged encoder would bind to itself
     write_text(index.model_dump_json(indent=1) + "\n", out / "index.json")
     write_text("".join(f"{prompt}\n" for prompt in prompts), out / PROMPTS)
-    pipeline = folder.pipeline().to(device)
     if not (out / "null.safetensors").is_file():
         write_tensors(folder.family.encode(pipeline, [""]), out / "null.safetensors")
     for shard, first in enumerate(range(0, len(prompts), rows)):

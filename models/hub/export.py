@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json_object, replace_folder, write_text
+from fewstep.core.files import atomic_folder, read_json_object, require_empty, write_text
 from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, Routed
@@ -54,15 +54,11 @@ def export(model: Model, form: ExportFormat, out: Path, card: str = "") -> Path:
     Raises ``UserError``, and leaves no files, if the format does not support the model, if no scheduler has the
     student's times, if ``out`` is not empty, or if the export does not compute the same as the student.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; choose another folder.")
+    require_empty(out)
     folder, experts = pipeline_of(model), _experts(model)
     scheduler = scheduler_for(folder, few) if (few := model.config.few_step) else None
     manifest = _manifest(model, folder, form, scheduler)
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with atomic_folder(out) as part:
         if form in ADAPTERS:
             exported = _write_adapters(model, experts, folder, part, manifest)
         else:
@@ -78,11 +74,6 @@ def export(model: Model, form: ExportFormat, out: Path, card: str = "") -> Path:
             _compare(expert, theirs, folder, model)
         write_text(json.dumps(manifest.content(), indent=2) + "\n", part / MANIFEST)
         write_text(model_card(manifest, folder.family, card), part / "README.md")
-        replace_folder(part, out)
-    except OSError as error:
-        raise UserError(f"Cannot write {out}: {error}. Free some space or choose another folder.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return out
 
 

@@ -111,7 +111,7 @@ class PipelineFolder:
         try:
             with _without_progress_bars():
                 network = module.from_pretrained(folder, dtype=dtype, variant=variant_of(folder), use_safetensors=True)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # on damaged files almost every type
             raise UserError(f"The network in {folder} cannot be loaded: {_first_line(error)}") from error
         own = type(self.family).postprocess_guidance is not Family.postprocess_guidance
         style = GuidanceStyle(self.family.embeds_guidance, self.family.postprocess_guidance if own else None)
@@ -120,7 +120,10 @@ class PipelineFolder:
         return Denoiser(backbone, self.noise_process.schedule, self.noise_process.kind, paths, style).eval()
 
     def pipeline(self, denoiser: Any = None, dtype: torch.dtype = torch.float32) -> Any:
-        """The full diffusers pipeline, with ``denoiser`` (None: without, which is enough to encode and decode)."""
+        """The full diffusers pipeline, with ``denoiser`` (None: without, which is enough to encode and decode).
+
+        Raises ``UserError`` if a component is damaged, missing, or stored in pickle files.
+        """
         for name in self.index:
             if self.has_component(name) and not (name == self.family.part and denoiser is None):
                 refuse_pickles(self.path / name)
@@ -132,7 +135,7 @@ class PipelineFolder:
             with _without_progress_bars():
                 variant = next(iter(variants), None)  # of the components that have no other
                 return cls.from_pretrained(self.path, dtype=dtype, variant=variant, use_safetensors=True, **parts)
-        except (OSError, RuntimeError, ValueError, ImportError) as error:
+        except Exception as error:  # on damaged files almost every type
             raise UserError(f"The pipeline in {self.path} cannot be loaded: {_first_line(error)}") from error
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from file_readers import READERS
 
 RESULTS = Path(__file__).parents[2] / "results" / "faults" / "fuzz.json"
 EXAMPLES = 50
-SLOW_EXAMPLES = 2_800  # more than 100,000 inputs for all readers; benchmarks/fuzz.py counts them
+SLOW_EXAMPLES = 3_000  # more than 100,000 inputs for all readers; benchmarks/fuzz.py counts them
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -74,6 +74,14 @@ def test_searched_ratios_reduce_the_error() -> None:
         dc_solver(mixture(), NOISE, times, [1.0])
 
 
+def test_ratios_are_not_searched_towards_states_that_are_not_finite() -> None:
+    times = by_log_snr(VP, 4)
+    references = reference_states(mixture(), NOISE, times)
+    references[2][5, 1] = float("nan")
+    with pytest.raises(UserError, match="states of the long run are not finite"):
+        search_ratios(mixture(), NOISE, times, references)
+
+
 def test_reference_states_are_those_of_a_finer_run_at_the_same_times() -> None:
     times = grid(VP, 6, "time", end="minimum", t_min=0.02)
     fine = [t for a, b in pairwise(times) for t in torch.linspace(a, b, 41, dtype=torch.float64).tolist()[:-1]]

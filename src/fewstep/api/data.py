@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.api.models import Source, load, noise_image
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
-from fewstep.core.files import check_writable, read_prompts, write_tensors
+from fewstep.core.files import check_writable, read_prompts, require_empty, write_tensors
 from fewstep.core.image_files import to_bytes
 from fewstep.distill.data.readers import read_idx
 from fewstep.eval import references
@@ -182,7 +182,6 @@ def make_reference(
     """Trains a classifier on the images of a folder of idx files and writes a reference folder: its features of real
     images, and some of the images. Returns the classifier's accuracy and the score of real training images."""
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; choose another folder with --out.")
+    require_empty(folder)
     train, test = read_idx(data, "train"), read_idx(data, "test")
     return references.build_reference(folder, folder.name, train, test, epochs=epochs, seed=seed, progress=progress)

@@ -47,6 +47,27 @@ def atomic_write(file: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yields a new temporary folder beside ``final`` that is renamed to it on success, instead of a folder that may be
+    there: readers see the old folder or the new one, whole. Raises ``UserError`` if it cannot be written."""
+    partial = partial_folder(final)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        replace_folder(partial, final)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(final, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_folder(final: Path) -> Path:
+    """Where a folder is while it is written or deleted."""
+    return final.with_name(f".{final.name}.part")
+
+
 def replace_folder(partial: Path, final: Path) -> None:
     """Renames the complete folder ``partial`` to ``final``, instead of a folder that may be there.
 
@@ -68,12 +89,48 @@ def replace_folder(partial: Path, final: Path) -> None:
 
 
 def restore_folder(final: Path) -> None:
-    """Completes a ``replace_folder`` that was killed: restores the old folder if ``final`` is missing."""
+    """Completes a ``replace_folder`` that was killed: restores the old folder if ``final`` is missing. Raises
+    ``UserError`` if that fails."""
     old = _replaced(final)
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-    elif old.exists():
-        old.rename(final)
+    try:
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            old.rename(final)
+    except OSError as error:
+        raise _unwritable(final, error) from error
+
+
+def delete_folder(folder: Path) -> None:
+    """Deletes a folder under another name, so that a killed process leaves no part of it under its own. Raises
+    ``UserError`` if it cannot be renamed."""
+    partial = partial_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        folder.rename(partial)
+    except OSError as error:
+        raise UserError(f"Cannot delete {folder}: {error}.") from error
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, partial: str = ".*.part") -> None:
+    """Restores or deletes what a killed process left in ``folder``: folders that it was replacing, and files and
+    folders with names like ``partial`` that it was writing or deleting."""
+    for old in folder.glob(".*.old"):
+        restore_folder(folder / old.name.removeprefix(".").removesuffix(".old"))
+    for path in folder.glob(partial):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def require_empty(folder: Path) -> None:
+    """Raises ``UserError`` if ``folder`` is a file, or contains more than what a killed process left unfinished."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder.")
+    if folder.is_dir() and not all(path.name.endswith(".part") for path in folder.iterdir()):
+        raise UserError(f"{folder} is not empty; choose another folder.")
 
 
 def _replaced(final: Path) -> Path:
@@ -97,7 +154,7 @@ def check_writable(file: str | Path, *inputs: Path) -> None:
         raise UserError(f"{file} is an input, which the result would overwrite; name another file.")
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file.")
-    trial = file.with_name(f".{file.name}.try")
+    trial = file.with_name(f".{file.name}.part")  # a killed process may leave it: unfinished, like others
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         trial.touch()

@@ -56,6 +56,30 @@ def test_encoded_prompts_equal_the_pipelines_own(saved: Saved, name: str, prompt
         torch.testing.assert_close(condition.null()[key], expected.null()[key], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("change", ["cut", "empty", "missing"])
+def test_a_damaged_encoder_is_named_and_the_call_can_be_repeated(
+    saved: Saved, prompts: Path, tmp_path: Path, change: str
+) -> None:
+    teacher, out = shutil.copytree(saved("sd"), tmp_path / "sd"), tmp_path / "out"
+    weights = teacher / "text_encoder" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2] if change == "cut" else b"")
+    if change == "missing":
+        weights.unlink()
+    with pytest.raises(UserError, match=r"The pipeline in .*sd cannot be loaded"):
+        fewstep.encode(teacher, prompts, out, device="cpu")
+    weights.write_bytes(content)
+    assert fewstep.encode(teacher, prompts, out, device="cpu") == 5
+
+
+def test_a_start_that_was_killed_does_not_occupy_the_folder(saved: Saved, prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in ("index.json.part", ".index.json.part"):  # the index, and the trial that the folder can be written
+        (tmp_path / "out" / name).write_text("{")
+    assert fewstep.encode(saved("sd"), prompts, tmp_path / "out", device="cpu") == 5
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
 def test_an_interrupted_encoding_continues(saved: Saved, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     fewstep.encode(saved("sd"), prompts, out, rows=2, device="cpu")
