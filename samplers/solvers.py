@@ -69,7 +69,7 @@ class Solver:
     def count_evaluations(self, schedule: NoiseSchedule, times: Sequence[float]) -> int:
         """The network evaluations over ``times``, counted with a network that returns zeros."""
         predict = Predictor(Denoiser(_Zeros(), schedule, "x0"), Condition())
-        state = torch.zeros(1, 1)
+        state = torch.zeros(1)
         self(predict, state, times, lambda: state)
         return predict.nfe
 

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_metadata, read_tensors, write_tensors
+from fewstep.core.transfer import like
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import Guidance, guide
@@ -85,9 +86,10 @@ class _SampleMeans:
         """l [...]."""
         total = torch.zeros_like(self.x0[0])
         for x, t, condition, generator in self._noisy_batches(log_snr):
-            v = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
+            signs = 2 * torch.randint(2, x.shape, generator=generator) - 1
+            v, sigma = like(x, signs, self.denoiser.schedule.sigma(t))
             _, derivative = self.jvp(x, t, condition, v, torch.zeros_like(t))
-            total += (self.denoiser.schedule.sigma(t).to(x) * derivative * v).sum(0)
+            total += (sigma * derivative * v).sum(0)
         return total / len(self.x0)
 
     def moments(self, log_snr: Tensor, l: Tensor, l_prime: Tensor) -> Tensor:  # noqa: E741
@@ -97,11 +99,12 @@ class _SampleMeans:
         for x, t, condition, _ in self._noisy_batches(log_snr):
             alpha, sigma = schedule.alpha(t), schedule.sigma(t)
             dt = 1 / (schedule.d_alpha(t) / alpha - schedule.d_sigma(t) / sigma)  # by log-SNR
+            drift = schedule.d_alpha(t) / alpha * dt
+            drift, alpha, sigma, slope = like(x, drift, alpha, sigma, torch.exp(-log_snr))
             e = self._noise(x, t, condition)
-            dx = (schedule.d_alpha(t) / alpha * dt).to(x) * x - sigma.to(x) * e
-            _, e_prime = self.jvp(x, t, condition, dx, dt)
-            f = (sigma.to(x) * e - l * x) / alpha.to(x)
-            f_prime = torch.exp(-log_snr).to(x) * ((l - 1) * e + e_prime) - l_prime * x / alpha.to(x)
+            _, e_prime = self.jvp(x, t, condition, drift * x - sigma * e, dt)
+            f = (sigma * e - l * x) / alpha
+            f_prime = slope * ((l - 1) * e + e_prime) - l_prime * x / alpha
             f, f_prime = f.double().cpu(), f_prime.double().cpu()
             total += torch.stack([f, f_prime, f * f, f * f_prime]).sum(1)
         return (total / len(self.x0)).float()
@@ -112,9 +115,9 @@ class _SampleMeans:
         generator = torch.Generator().manual_seed(self.seed)
         for low in range(0, len(self.x0), self.batch):
             x0 = self.x0[low : low + self.batch]
-            noise = torch.randn(x0.shape, generator=generator).to(x0)
-            x = schedule.alpha(t).to(x0) * x0 + schedule.sigma(t).to(x0) * noise
-            yield x, t, self.condition.index(slice(low, low + self.batch)), generator
+            noise = torch.randn(x0.shape, generator=generator)
+            noise, alpha, sigma = like(x0, noise, schedule.alpha(t), schedule.sigma(t))
+            yield alpha * x0 + sigma * noise, t, self.condition.index(slice(low, low + self.batch)), generator
 
     def _noise(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return guide(self.denoiser, x, t, condition, self.guidance).out.noise
