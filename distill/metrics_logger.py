@@ -1,4 +1,4 @@
-"""The log of a run's metrics, as JSON lines and optionally for TensorBoard."""
+"""Numbers of a run as JSON lines."""
 
 from __future__ import annotations
 
@@ -7,27 +7,10 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-
-
-class MetricsLogger:
-    """Appends to ``metrics.jsonl``, and to TensorBoard's event files in ``tensorboard/`` if requested."""
-
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
-        self._file = folder / "metrics.jsonl"
-        self._writer = _tensorboard(folder / "tensorboard") if tensorboard else None
-
-    def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line for ``step``. Raises ``UserError`` if it cannot be written."""
-        append_line(self._file, {"step": step, **values})
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()
 
 
 def append_line(file: Path, record: Mapping[str, object]) -> None:
@@ -47,11 +30,3 @@ def to_numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     sample contributed (an empty range of times)."""
     values = {name: value.item() for name, value in metrics.items()}
     return {name: value for name, value in values.items() if math.isfinite(value)}
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # an extra, and slow to import
-    except ImportError as error:
-        raise UserError("tensorboard: true needs the extra: pip install 'fewstep[tensorboard]'.") from error
-    return SummaryWriter(str(folder))
