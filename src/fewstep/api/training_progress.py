@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from fewstep.distill.callback import Callback
 from fewstep.distill.loop import LostUpdate
@@ -29,10 +29,7 @@ class TrainingProgress(Callback):
     def __init__(self, steps: int, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self._steps, self._clock = steps, clock
         self._console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet)
-        columns = (
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}", markup=False),
-        )  # fmt: skip
+        columns = (BarColumn(bar_width=16), TextColumn("{task.description}", markup=False))
         shown = self._console.is_terminal and not quiet
         self._bar = Progress(*columns, console=self._console, transient=True) if shown else None
         self._durations: deque[float] = deque(maxlen=RECENT)
@@ -47,7 +44,7 @@ class TrainingProgress(Callback):
     def __enter__(self) -> Self:
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task("training", total=self._steps, speed="")
+            self._task = self._bar.add_task("loading", total=self._steps)
         return self
 
     def __exit__(
@@ -72,9 +69,7 @@ class TrainingProgress(Callback):
         self._steps_done += 1
         self._durations.append(self._clock() - self._begun)
         if self._bar is not None:
-            text = f"{self._losses}  {self._score}".strip() or "training"
-            speed = self._speed(trainer)
-            self._bar.update(self._task, completed=trainer.step, description=text, speed=speed)
+            self._bar.update(self._task, completed=trainer.step, description=self._state(trainer))
         elif self._clock() >= self._next_line:
             self._print_line(trainer)
 
@@ -108,18 +103,19 @@ class TrainingProgress(Callback):
 
     # --- text ---------------------------------------------------------------------------------------------------------
 
-    def _speed(self, trainer: Trainer) -> str:
-        """The mean duration of recent steps, without what comes between them (validation, previews, checkpoints), and
-        the time that the steps which are left will take."""
+    def _state(self, trainer: Trainer) -> str:
+        """Step, speed, time left, losses and score. The speed is the mean duration of recent steps, without what comes
+        between them: validation, previews, checkpoints."""
         seconds = sum(self._durations) / len(self._durations)
-        left = timedelta(seconds=round(seconds * (self._steps - trainer.step)))
-        return f"{seconds:.3g} s/step  {left} left"
+        left = self._steps - trainer.step
+        eta = f"ETA {timedelta(seconds=round(seconds * left))}" if left else ""
+        parts = [f"step {trainer.step}/{self._steps}", f"{seconds:.3g} s/step", eta, self._losses, self._score]
+        return "  ".join(filter(None, parts))
 
     def _print_line(self, trainer: Trainer) -> None:
-        """Off a terminal: one line for the state of this step, unless it is there already."""
+        """Off a terminal: one line with the present state, unless it is there already."""
         self._next_line = self._clock() + LINES
-        parts = [f"step {trainer.step}/{self._steps}", self._speed(trainer), self._losses, self._score]
-        line = "  ".join(filter(None, parts))
+        line = self._state(trainer)
         if self._bar is None and line != self._line:
             self._line = line
             self._print(line)
