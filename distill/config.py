@@ -175,9 +175,16 @@ class Config(BaseConfig):
     previews: PreviewConfig = PreviewConfig()
     stages: tuple[StageConfig, ...] = Field(min_length=1)
 
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _listed(cls, names: Any) -> Any:
+        if isinstance(names, str):
+            raise ValueError(f"give a list of names, such as [{names}]")
+        return names
+
     @field_validator("trackers")
     @classmethod
-    def _known_trackers(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if names:
             check_names(names)
         return names

@@ -123,8 +123,8 @@ def _spread(n: int, count: int) -> Tensor:
 def _tiles(images: Tensor) -> Tensor:
     """Images [N, C, H, W] of at most ``SIDE`` pixels; of videos [N, F, C, H, W] the first, middle and last frame."""
     if images.ndim == 5:
-        frames = images.shape[1]
-        images = images[:, [0, (frames - 1) // 2, frames - 1]].flatten(0, 1)
+        last = images.shape[1] - 1
+        images = images[:, sorted({0, last // 2, last})].flatten(0, 1)
     larger = max(images.shape[-2:]) / SIDE
     if larger <= 1:
         return images
