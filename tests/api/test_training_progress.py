@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,7 +59,7 @@ def test_lines_come_by_time_whatever_the_speed(capsys: pytest.CaptureFixture[str
         run.steps(round(200 / seconds))
         times = [step * seconds for step in steps_of(lines(capsys))]
         assert FIRST_LINE <= times[0] < FIRST_LINE + seconds + 1e-6
-        gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(times)]
         assert all(LINES - 1e-6 <= gap < LINES + seconds + 1e-6 for gap in gaps)
         assert len(times) == 1 + len(gaps)
 

@@ -7,9 +7,8 @@ import os
 import signal
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -37,7 +36,7 @@ class Recorder(GeneralTracker):
     name = "recorder"
     requires_logging_directory = True
     tracker = None
-    events: Events = []
+    events: ClassVar[Events] = []
     fails = ""
 
     def __init__(self, project: str, logging_dir: str, **options: Any) -> None:
@@ -66,10 +65,10 @@ class Recorder(GeneralTracker):
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Recorder]]:
+def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
     monkeypatch.setattr(Recorder, "events", [])
-    yield Recorder
+    return Recorder
 
 
 class Notes(Callback):
