@@ -10,6 +10,8 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.model_config import ModelConfig
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from fewstep.distill.trainer import Trainer
 
 
@@ -37,6 +39,9 @@ class Callback:
     def on_log(self, trainer: Trainer, values: dict[str, float]) -> None:
         """Called every ``log_every`` steps with losses, gradient norms and diagnostics since the last call."""
 
+    def on_step_begin(self, trainer: Trainer) -> None:
+        """Called before every step; ``trainer.step`` is the number of those before it."""
+
     def on_step(self, trainer: Trainer) -> None:
         """Called after every step."""
 
@@ -45,6 +50,9 @@ class Callback:
 
     def on_validation(self, trainer: Trainer, value: float) -> None:
         """Called after a validation with a score; ``trainer.best`` is up to date."""
+
+    def on_preview(self, trainer: Trainer, image: Image) -> None:
+        """Called with each preview: samples of the teacher and, below, of the averaged student from the same noise."""
 
     def on_checkpoint(self, trainer: Trainer) -> None:
         """Called when the state should be saved: regularly, at the end of a stage, and before an interruption; while

@@ -22,6 +22,7 @@ from fewstep.distill.stage import (
     ObjectiveConfig,
     RoleConfig,
 )
+from fewstep.distill.trackers import check_names
 from fewstep.models.attention import Backend
 from fewstep.models.model_config import ModelConfig
 
@@ -91,6 +92,15 @@ class HealthConfig(BaseConfig):
     teacher_steps: int = Field(16, ge=1, le=MAX_COUNT)
 
 
+class PreviewConfig(BaseConfig):
+    """Every ``every`` steps (0: never; by default with each validation) ``n`` samples of the averaged student are shown
+    below the teacher's from the same noise, for conditions spread over all: of ``health.teacher_steps`` Heun steps with
+    the objective's guidance. Of videos the first, middle and last frame are shown."""
+
+    every: int | None = Field(None, ge=0, le=MAX_STEPS)
+    n: int = Field(8, ge=1, le=1000)
+
+
 class StageConfig(BaseConfig):
     """One stage: its steps, its objective, the roles that it trains, frozen copies (``freeze`` maps new name to role),
     and the maximum gradient norm ``clip``."""
@@ -134,6 +144,9 @@ class Config(BaseConfig):
     An update averages ``accumulate`` micro-batches of ``batch`` samples each. Several processes share them equally, so
     a run is the same run on any number of processes. After ``max_hours`` of training the run writes a checkpoint and
     stops, as after a signal.
+
+    ``trackers`` receive the numbers and previews of the run: ``tensorboard``, ``wandb``, or another that accelerate
+    knows.
     """
 
     out: str | None = None
@@ -155,11 +168,26 @@ class Config(BaseConfig):
     precision: Literal["float32", "bfloat16"] = "float32"
     max_hours: float | None = Field(None, gt=0, le=MAX_STEPS)
     log_every: int = Field(10, ge=1, le=MAX_STEPS)
-    tensorboard: bool = False
+    trackers: tuple[str, ...] = ()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     health: HealthConfig = HealthConfig()
+    previews: PreviewConfig = PreviewConfig()
     stages: tuple[StageConfig, ...] = Field(min_length=1)
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _listed(cls, names: Any) -> Any:
+        if isinstance(names, str):
+            raise ValueError(f"give a list of names, such as [{names}]")
+        return names
+
+    @field_validator("trackers")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if names:
+            check_names(names)
+        return names
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

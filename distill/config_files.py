@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ RENAMED = {
     "time": ("student_times.kind",),
     "time_std": ("student_times.std",),
     "pictures": ("images",),
+    "tensorboard": ("trackers: [tensorboard]",),
 }  # old key: its new names
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -163,7 +165,7 @@ def describe(
         origin = next((f"the override {t!r}" for k, t in overridden.items() if _same_branch(k, key)), file)
         if problem["type"] == "extra_forbidden":
             last, known = str(loc[-1]), _keys_beside(root, loc)
-            renamed = next((new for new in RENAMED.get(last, ()) if new.split(".")[0] in known), None)
+            renamed = next((new for new in RENAMED.get(last, ()) if re.split("[.:]", new)[0] in known), None)
             hint = f"; it is now called {renamed!r}" if renamed else nearest(last, known)
             lines.append(f"{origin}: unknown key {key!r}{hint}.")
         elif problem["type"] == "missing":

@@ -1,4 +1,4 @@
-"""The log of a run's metrics, as JSON lines and optionally for TensorBoard."""
+"""Numbers of a run as JSON lines."""
 
 from __future__ import annotations
 
@@ -8,29 +8,11 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import atomic_write, reading
-
-
-class MetricsLogger:
-    """Appends the steps after ``step`` to ``metrics.jsonl``, and to TensorBoard's event files in ``tensorboard/`` if
-    requested."""
-
-    def __init__(self, folder: Path, tensorboard: bool, step: int = 0) -> None:
-        self._file = folder / "metrics.jsonl"
-        self._writer = _tensorboard(folder / "tensorboard", step) if tensorboard else None
-
-    def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line for ``step``. Raises ``UserError`` if it cannot be written."""
-        append_line(self._file, {"step": step, **values})
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()
 
 
 def append_line(file: Path, record: Mapping[str, object]) -> None:
@@ -74,11 +56,3 @@ def _step_of(line: bytes) -> float:
         if isinstance(value, dict) and isinstance(value.get("step"), int | float):
             return float(value["step"])
     return 0.0
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # an extra, and slow to import
-    except ImportError as error:
-        raise UserError("tensorboard: true needs the extra: pip install 'fewstep[tensorboard]'.") from error
-    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -9,10 +9,11 @@ from typing import Any
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_json_lines
+from fewstep.distill.config import PreviewConfig
 
 MAY_CHANGE = (
     "out", "device", "attention", "gradient_checkpointing", "compile", "offload", "max_hours", "log_every",
-    "tensorboard", "checkpoint.*", "validation.*", "health.*", "stages.*.steps", "stages.*.clip",
+    "trackers.*", "checkpoint.*", "validation.*", "health.*", "previews.*", "stages.*.steps", "stages.*.clip",
     "stages.*.roles.*.lr", "stages.*.roles.*.warmup", "stages.*.roles.*.lr_schedule",
     "stages.*.roles.*.weight_decay", "stages.*.roles.*.betas.*",
 )  # fmt: skip
@@ -21,18 +22,27 @@ Changes = dict[str, tuple[Any, Any]]
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     """The settings that differ, by dotted key: (before, now), None where a setting is absent."""
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = dict(flat_settings(before)), dict(flat_settings(now))
     keys = [*old, *(key for key in new if key not in old)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_settings(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested settings by dotted key."""
     items: Any = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else None
     if items is None:
         yield prefix, node
         return
     for key, value in items:
-        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        yield from flat_settings(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def with_current_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, of which an earlier version may have written the files, with today's keys."""
+    if "tensorboard" not in settings:
+        return dict(settings)
+    new = {"trackers": ["tensorboard"] if settings["tensorboard"] else [], "previews": PreviewConfig().model_dump()}
+    return {key: value for key, value in settings.items() if key != "tensorboard"} | new
 
 
 def check_changes(changed: Changes, stage: int) -> None:
@@ -68,7 +78,7 @@ def settings_at(folder: Path, now: Mapping[str, Any], first: int, last: int) -> 
                     f"between that step and step {last} is left."
                 )
             break
-        settings = record["before"]
+        settings = with_current_keys(record["before"])
     return settings
 
 

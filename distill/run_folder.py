@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from PIL.Image import Image
 
 from fewstep.core.environment import environment
 from fewstep.core.errors import UserError
@@ -24,19 +25,23 @@ from fewstep.core.files import (
     tensor_names,
     write_text,
 )  # fmt: skip
+from fewstep.core.image_grid import save_image
 from fewstep.core.registry import Kind, is_dotted, require_imported
 from fewstep.distill.build import TrainingInputs, build_inputs
 from fewstep.distill.callback import Callback, Interrupted, Validator
 from fewstep.distill.checkpoint import StoredTensors, checkpoints, delete_old, read_newest, step_of, write_checkpoint
 from fewstep.distill.config import Config
-from fewstep.distill.config_files import dump_config, load_config, parse_config, read_settings
+from fewstep.distill.config_files import dump_config, parse_config, read_settings
 from fewstep.distill.loop import LostUpdate
-from fewstep.distill.metrics_logger import MetricsLogger, append_line, forget_after
+from fewstep.distill.metrics_logger import append_line, forget_after
 from fewstep.distill.processes import SINGLE_PROCESS, World
-from fewstep.distill.resume import changes, check_changes, settings_at
+from fewstep.distill.resume import changes, check_changes, flat_settings, settings_at, with_current_keys
 from fewstep.distill.sharding import whole
+from fewstep.distill.trackers import Trackers, check_installed
 from fewstep.distill.trainer import Trainer
 from fewstep.models.saving import save_weights
+
+BEFORE_TRAINING = {"config.yaml", "environment.json", "trackers.json", "tensorboard", "wandb"}  # before the first step
 
 
 class RunFolder(Callback):
@@ -46,7 +51,7 @@ class RunFolder(Callback):
         self.folder = folder
         self.trainer = trainer
         self._writes = trainer.world.rank == 0
-        self._log: MetricsLogger | None = None
+        self._trackers = Trackers(warn=lambda text: trainer.notify("on_note", text))
         self._lock = FileLock(folder / ".lock")
         self._origin: dict[str, Any] = {  # what checkpoints are bound to
             "config": trainer.config.model_dump(mode="json"),
@@ -65,6 +70,7 @@ class RunFolder(Callback):
             raise UserError("The key 'out', the run folder, is missing: set out=runs/NAME.")
         folder = Path(config.out)
         world.once(lambda: _require_unused(folder))
+        world.once(lambda: check_installed(config.trackers))
         with world.together():
             run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device, world=world), device, world))
         world.once(run._start)
@@ -104,35 +110,39 @@ class RunFolder(Callback):
         """Trains to the end. Raises ``Interrupted`` as ``Trainer.train`` does, and ``UserError`` if another process is
         training in this folder."""
         trainer = self.trainer
-        trainer.world.once(self._begin)
-        if trainer.best and (reason := trainer.world.once(self._damage_of_best)) is not None:
-            trainer.best = {}
-            self._notes.append(f"{reason} Of the students validated from here on, the best is kept.")
-        trainer.validate = validate
-        trainer.callbacks = [self, *callbacks]
-        for note in self._notes:
-            trainer.notify("on_note", note)
         try:
+            trainer.world.once(self._begin)
+            if trainer.best and (reason := trainer.world.once(self._damage_of_best)) is not None:
+                trainer.best = {}
+                self._notes.append(f"{reason} Of the students validated from here on, the best is kept.")
+            trainer.validate = validate
+            trainer.callbacks = [self, *callbacks]
+            for note in self._notes:
+                trainer.notify("on_note", note)
             trainer.train()
         except (Interrupted, KeyboardInterrupt) as stop:
             text = str(stop) or f"stopped within step {trainer.step + 1}, whose work is lost"
             raise Interrupted(text, folder=self.folder) from None
         finally:
+            self._trackers.finish()
             self._lock.release()
 
     def _begin(self) -> None:
-        """Claims the folder, and records what resuming changes."""
+        """Claims the folder, records what resuming changes, and starts trackers."""
         self._claim()
         remove_leftovers(self.folder)
         remove_leftovers(self.folder / "checkpoints")
-        remove_leftovers(self.folder / "samples", "step-*.part")
+        for images in ("samples", "previews"):
+            remove_leftovers(self.folder / images, "step-*.part")
         delete_old(self.folder / "checkpoints", self.trainer.step, self.trainer.config.checkpoint.keep)
         for name in ("metrics.jsonl", "lost_updates.jsonl"):
             forget_after(self.folder / name, self.trainer.step)
         write_text(dump_config(self.trainer.config), self.folder / "config.yaml")
         if self._resumed is not None:
             append_line(self.folder / "resumes.jsonl", self._resumed)
-        self._log = MetricsLogger(self.folder, self.trainer.config.tensorboard, self.trainer.step)
+        config, step = self.trainer.config, self.trainer.step
+        if step < config.steps:
+            self._trackers.start(config.trackers, self.folder, step, dict(flat_settings(self._origin["config"])))
 
     def _damage_of_best(self) -> str | None:
         """What is wrong with ``best/``."""
@@ -166,6 +176,11 @@ class RunFolder(Callback):
             self._write_student(trainer, "best")
         self._record(trainer, {"validation": value})
 
+    def on_preview(self, trainer: Trainer, image: Image) -> None:
+        if self._writes:
+            save_image(image, self.folder / "previews" / f"step-{trainer.step:07d}.png")
+            self._trackers.log_image(trainer.step, "previews", image)
+
     def on_checkpoint(self, trainer: Trainer) -> None:
         tensors, state = trainer.state()
         folder, keep = self.folder / "checkpoints", trainer.config.checkpoint.keep
@@ -180,9 +195,10 @@ class RunFolder(Callback):
             self._write_student(trainer, "student")
 
     def _record(self, trainer: Trainer, values: dict[str, float]) -> None:
-        if self._log is not None:
+        if self._writes:
             cost = {"seconds": round(trainer.seconds, 3), "evaluations": trainer.evaluations}
-            self._log(trainer.step, cost | values)
+            append_line(self.folder / "metrics.jsonl", {"step": trainer.step, **cost, **values})
+            self._trackers.log(trainer.step, cost | values)
 
     def _write_student(self, trainer: Trainer, name: str) -> None:
         with trainer.roles["student"].averaged():
@@ -208,7 +224,7 @@ class RunFolder(Callback):
 
     def _check_origin(self, state: Mapping[str, Any]) -> None:
         """Raises ``UserError`` if a checkpoint belongs to another run; records what resuming changes."""
-        before = state["run"]
+        before = state["run"] | {"config": with_current_keys(state["run"]["config"])}
         changed = changes(before["config"], self._origin["config"])
         check_changes(changed, state["stage"])
         if state["step"] > self.trainer.stage_ends[state["stage"]]:
@@ -230,7 +246,7 @@ def _require_unused(folder: Path) -> None:
     """Raises ``UserError`` if a folder contains more than what is there before a run's first step."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names = {name for name in names if name != ".lock" and not name.endswith(".part")}
-    if names and names != {"config.yaml", "environment.json"} and names != {"environment.json"}:
+    if names and not {"environment.json"} <= names <= BEFORE_TRAINING:
         raise UserError(
             f"{folder} is not empty. Resume it with --resume {shlex.quote(str(folder))}, or set another out=FOLDER."
         )
@@ -244,7 +260,8 @@ def run_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
     for kind, name in _named_modules(settings):
         if is_dotted(str(name)):
             require_imported(name, kind)
-    return load_config(_config_file(folder), overrides)
+    raw, file, overridden = read_settings(_config_file(folder), overrides)
+    return parse_config(raw if "tensorboard" in overridden else with_current_keys(raw), file, overridden)
 
 
 def _named_modules(settings: dict[str, Any]) -> Iterator[tuple[Kind, Any]]:

@@ -124,6 +124,11 @@ class MatchingConfig(ObjectiveConfig):
     critic_updates: int = Field(5, ge=1, le=MAX_STEPS)
 
 
+def guidance_of(objective: ObjectiveConfig) -> float:
+    """The guidance scale of the teacher that a student is to match: 1, which is off, unless the objective has one."""
+    return objective.guidance if isinstance(objective, MatchingConfig) else 1.0
+
+
 class RoleConfig(BaseConfig):
     """How a trained role starts and learns.
 

@@ -26,7 +26,7 @@ from fewstep.distill.metrics_logger import to_numbers
 from fewstep.distill.nonfinite import require_finite
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role, Roles
-from fewstep.distill.stage import MatchingConfig, StageContext, learning_rate, roles_of_stage
+from fewstep.distill.stage import StageContext, guidance_of, learning_rate, roles_of_stage
 from fewstep.distill.stop_requests import StopRequests, stop_requests
 from fewstep.distill.update import Objective
 from fewstep.models.adapters import AdapterView
@@ -197,6 +197,7 @@ class Trainer:
         save, end = False, self.stage_ends[-1]
         with stop_requests(self.config.max_hours, insist=self.world.size == 1) as stop:
             while self.step < end:
+                self.notify("on_step_begin")
                 self._latest |= self.one_step()
                 with suppress(KeyboardInterrupt):  # a second signal cuts a validation short; the step is complete
                     self._observe()
@@ -207,17 +208,17 @@ class Trainer:
                     save = False
                 if stopping and self.step < end:
                     raise Interrupted(self._stopped(stop, saved=not save))
-        self._notify_together("on_end")
+        self.notify_together("on_end")
 
     def _observe(self) -> None:
         """Everything that is due after a step but for its checkpoint: lost updates, health, log, validation."""
         self._report_lost()
         last = self.step == self.stage_ends[-1]
         if self._due(self.config.health.every):
-            self._health = self._evaluate(self._check_health)
+            self._health = self.evaluate(self._check_health)
         self.seconds = time.monotonic() - self._started
         if last or self._due(self.config.log_every):
-            self._notify_together("on_log", to_numbers(self._latest) | self._health)
+            self.notify_together("on_log", to_numbers(self._latest) | self._health)
             self._latest, self._health = {}, {}
         self.notify("on_step")
         if self.validate is not None and (last or self._due(self.config.validation.every)):
@@ -236,7 +237,7 @@ class Trainer:
 
     def _save(self, stop: StopRequests) -> None:
         stop.insist, insist = False, stop.insist  # no signal cuts a checkpoint short
-        self._notify_together("on_checkpoint")
+        self.notify_together("on_checkpoint")
         stop.insist = insist
 
     def _stopped(self, stop: StopRequests, saved: bool) -> str:
@@ -247,7 +248,7 @@ class Trainer:
     def rehearse(self, validate: Validator | None) -> None:
         """Checks health and validates once, with no consequence, so that what cannot work is found before training."""
         if self.config.health.every:
-            self._evaluate(self._check_health)
+            self.evaluate(self._check_health)
         if validate is not None:
             self._score(validate)
 
@@ -277,7 +278,7 @@ class Trainer:
         for callback in self.callbacks:
             getattr(callback, event)(self, *details)
 
-    def _notify_together(self, event: str, *details: Any) -> None:
+    def notify_together(self, event: str, *details: Any) -> None:
         """The same where files are written: an error in one process ends all."""
         with self.world.together():
             self.notify(event, *details)
@@ -286,12 +287,10 @@ class Trainer:
         """Compares samples of the averaged student with the teacher's; empty without a teacher."""
         if "teacher" not in self.inputs.roles:
             return {}
-        settings = self.config.stages[self.stage].objective
-        scale = settings.guidance if isinstance(settings, MatchingConfig) else 1.0
         with self.roles["student"].averaged(), torch.no_grad(), self.roles.resident("teacher") as teacher:
-            return self._probe(self.student, teacher, scale)
+            return self._probe(self.student, teacher, guidance_of(self.config.stages[self.stage].objective))
 
-    def _evaluate(self, function: Callable[[], T]) -> T:
+    def evaluate(self, function: Callable[[], T]) -> T:
         """The result of a function that evaluates networks, from the first process: alone, or with all others where
         networks are split over them."""
         if not self.roles.split:
@@ -311,7 +310,7 @@ class Trainer:
             return value
 
         try:
-            return self._evaluate(score)
+            return self.evaluate(score)
         except UserError as error:
             raise type(error)(f"Validation (the keys under validation:) at step {self.step}: {error}") from error
 
@@ -321,7 +320,7 @@ class Trainer:
             return
         if value < self.best.get("value", float("inf")):
             self.best = {"value": value, "step": self.step}
-        self._notify_together("on_validation", value)
+        self.notify_together("on_validation", value)
 
     # --- state --------------------------------------------------------------------------------------------------------
 

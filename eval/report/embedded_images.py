@@ -28,7 +28,7 @@ def embed_image(file: Path, caption: str, remarks: list[str]) -> EmbeddedImage |
             image.load()
             return EmbeddedImage(caption, base64.b64encode(file.read_bytes()).decode(), *image.size)
     except Exception:  # on damage Pillow raises exceptions of almost every type
-        remarks.append(f"There is no {'readable ' * file.exists()}image samples/{file.name}.")
+        remarks.append(f"There is no {'readable ' * file.exists()}image {file.parent.name}/{file.name}.")
         return None
 
 
@@ -37,14 +37,13 @@ def embed_video(file: Path) -> str:
     return base64.b64encode(file.read_bytes()).decode() if file.is_file() else ""
 
 
-def embed_samples(folder: Path, remarks: list[str]) -> list[EmbeddedImage]:
-    """Some of the validation images, evenly spaced, with the first and the last."""
+def embed_steps(folder: Path, remarks: list[str]) -> list[EmbeddedImage]:
+    """Some of the images ``step-....png`` in a folder, evenly spaced, with the first and the last; none if there are
+    none."""
     files = sorted(folder.glob("step-*.png"))
     chosen = sorted({round(i) for i in np.linspace(0, len(files) - 1, MAXIMUM_SAMPLES)}) if files else []
-    if not files:
-        remarks.append("No sample images were saved during training.")
     if len(chosen) < len(files):
-        remarks.append(f"{len(chosen)} of {len(files)} sample images are shown; all are in samples/.")
+        remarks.append(f"{len(chosen)} of {len(files)} images in {folder.name}/ are shown.")
     steps = [(files[i], files[i].stem.removeprefix("step-").lstrip("0") or "0") for i in chosen]
     images = [embed_image(file, f"Step {step}", remarks) for file, step in steps]
     return [image for image in images if image is not None]

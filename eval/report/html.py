@@ -18,7 +18,7 @@ from fewstep.core.files import write_text
 from fewstep.core.yaml_files import parse_yaml
 from fewstep.eval.report.curves import MINIMUM_POINTS, incomparable, quality_curves, training_curves, validation_curves
 from fewstep.eval.report.diagnosis import MINIMUM_VALUES, diagnose
-from fewstep.eval.report.embedded_images import embed_image, embed_samples, embed_video
+from fewstep.eval.report.embedded_images import embed_image, embed_steps, embed_video
 from fewstep.eval.report.run_files import Entry, Result, read_metrics, read_results, read_text
 from fewstep.eval.report.score_table import columns, explanations, number, origins, table, verdict
 from fewstep.eval.score_files import Score
@@ -41,6 +41,9 @@ def write_report(run: str | Path) -> Path:
     diversity = None
     if (samples / "diversity.png").exists():
         diversity = embed_image(samples / "diversity.png", "Several noises for one condition", remarks)
+    shown = embed_steps(samples, remarks)
+    if not shown:
+        remarks.append("No sample images were saved during training.")
     page = _template().render(
         name=run.resolve().name,
         facts=facts(config, environment),
@@ -58,7 +61,8 @@ def write_report(run: str | Path) -> Path:
         validation=validation_curves(validations),
         training=training_curves(logged),
         health=health(logged),
-        samples=embed_samples(samples, remarks),
+        samples=shown,
+        previews=embed_steps(run / "previews", remarks),
         config=config,
         manifest=manifest(results),
         environment=environment,

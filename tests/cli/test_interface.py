@@ -17,10 +17,10 @@ import pytest
 import typer
 from commands import fewstep, refused, succeeds, write_config
 
+from fewstep.api.training_progress import TrainingProgress
 from fewstep.cli import main as cli_main
 from fewstep.cli.main import RENAMED, app
 from fewstep.cli.options import counting, parse_seeds, print_table, print_text
-from fewstep.cli.training_progress import TrainingProgress
 from fewstep.core.errors import UserError
 from fewstep.core.paths import is_hub_id
 from fewstep.distill.config_files import parse_config

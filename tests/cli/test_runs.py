@@ -16,8 +16,8 @@ from commands import refused, succeeds, write_config
 from worlds import tiny_config
 
 import fewstep
+from fewstep.api.training_progress import TrainingProgress
 from fewstep.cli.demo import unfinished
-from fewstep.cli.training_progress import TrainingProgress
 from fewstep.core.errors import UserError
 from fewstep.distill.config import OBJECTIVES
 from fewstep.distill.config_files import parse_config

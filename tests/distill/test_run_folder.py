@@ -186,18 +186,6 @@ def test_the_best_student_is_saved(tmp_path: Path) -> None:
         assert all(torch.equal(expected[name], value) for name, value in saved.items())
 
 
-def test_tensorboard_has_the_logged_numbers(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    make(tmp_path, tensorboard=True).train()
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    written = {event.step: event.value for event in events.Scalars("loss/match")}
-    logged = {line["step"]: line["loss/match"] for line in metrics(tmp_path / "run")}
-    assert written == pytest.approx(logged)
-
-
 def test_a_stage_starts_from_the_averaged_roles_of_the_previous_one_and_resumes(tmp_path: Path) -> None:
     """4 -> 2 steps: the second stage starts from the average of the first one, and frozen copies do not change."""
     stage = {

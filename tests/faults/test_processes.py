@@ -114,7 +114,7 @@ def test_two_processes_train_as_one_and_resume_on_one(tmp_path: Path) -> None:
     run, one = tmp_path / "run", tmp_path / "one"
     assert json.loads((run / "checkpoints/step-0000006/state.json").read_text())["run"]["processes"] == 2
     assert (run / "student" / "model.safetensors").is_file()
-    assert len(list((run / "samples").iterdir())) == 2
+    assert len(list((run / "samples").iterdir())) == len(list((run / "previews").iterdir())) == 2
     said = succeeds("train", "--resume", run, "stages.0.steps=8", "log_every=2")
     assert "had 2 processes and has 1 now" in said
     succeeds("train", config(tmp_path), f"out={one}", "log_every=1")

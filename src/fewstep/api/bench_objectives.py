@@ -141,7 +141,7 @@ def bench_objectives(
     settings = load_benchmark(config, overrides)
 
     def train(config: Config, resume: Path | None) -> None:
-        train_run(config, resume, callbacks=[progress(Path(str(config.out)).name)] if progress else [])
+        train_run(config, resume, callbacks=[progress(Path(str(config.out)).name)] if progress else [], progress=False)
 
     runs = run_all(settings, train)
     entries = []

@@ -7,12 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fewstep.api.models import Source
+from fewstep.api.training_progress import TrainingProgress
 from fewstep.core.errors import UserError
 from fewstep.distill.build import build_inputs
 from fewstep.distill.callback import Callback
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import load_config
 from fewstep.distill.data import batch
+from fewstep.distill.previews import Previews
 from fewstep.distill.processes import join_world
 from fewstep.distill.run_folder import RunFolder, run_config
 from fewstep.eval.references import load_reference
@@ -25,13 +27,15 @@ from fewstep.samplers.plan import SamplingConfig
 def train(
     config: Config | Source | None = None, *overrides: str, resume: Source | None = None,
     teacher: Model | Denoiser | None = None, data: batch.Source | None = None, callbacks: Sequence[Callback] = (),
+    progress: bool = True,
 ) -> Path:  # fmt: skip
     """Distils a teacher (or, for a config with ``model:``, pretrains a network) and returns the run folder.
 
     ``overrides`` are ``"key=value"`` strings for a config file. ``resume`` continues the run in that folder with its
     own config, of which overrides may change what ``distill.resume.MAY_CHANGE`` lists. ``teacher`` and ``data`` are the
-    user's own objects, instead of those that the config names. Raises ``UserError`` on a mistake in the config and
-    ``Interrupted`` after a signal or ``max_hours``. To train without a folder, use ``Trainer``.
+    user's own objects, instead of those that the config names. Progress is a bar on a terminal, and elsewhere (a batch
+    job, a notebook) a line about every 30 seconds; ``progress=False`` prints nothing. Raises ``UserError`` on a mistake
+    in the config and ``Interrupted`` after a signal or ``max_hours``. To train without a folder, use ``Trainer``.
     """
     if resume is not None:
         if config is not None:
@@ -45,28 +49,33 @@ def train(
         )
     else:
         settings = config if isinstance(config, Config) else load_config(config, overrides)
-    return train_run(settings, resume, teacher=teacher, data=data, callbacks=callbacks).folder
+    run = train_run(settings, resume, teacher=teacher, data=data, callbacks=callbacks, progress=progress)
+    return run.folder
 
 
 def train_run(
     config: Config, resume: Source | None, *, teacher: Model | Denoiser | None = None,
-    data: batch.Source | None = None, callbacks: Sequence[Callback] = (),
+    data: batch.Source | None = None, callbacks: Sequence[Callback] = (), progress: bool = True,
 ) -> RunFolder:  # fmt: skip
     """The same, returning the run with its trainer."""
     world, device = join_world(config.device)
-    with world.together():
-        inputs = build_inputs(config, device, teacher, data, world)
-    if resume:
-        run = RunFolder.reopen(resume, device, world, inputs, config=config)
-    else:
-        run = RunFolder.create(config, device, world, inputs)
-    with TemporaryDirectory() as temporary:
-        with world.together():  # only the first process writes images to the run
-            folder = run.folder if world.rank == 0 else Path(temporary)
-            validation = _validation(config, run, folder) if config.validation.every else None
-        if run.trainer.step < config.steps:
-            run.trainer.rehearse(validation and validation.small(Path(temporary)))
-        run.train(validation, callbacks)
+    with TrainingProgress(config.steps, quiet=not progress or world.rank > 0) as shown:
+        with world.together():
+            inputs = build_inputs(config, device, teacher, data, world)
+            previews = Previews.create(config, inputs)
+        if resume:
+            run = RunFolder.reopen(resume, device, world, inputs, config=config)
+        else:
+            run = RunFolder.create(config, device, world, inputs)
+        with TemporaryDirectory() as temporary:
+            with world.together():  # only the first process writes images to the run
+                folder = run.folder if world.rank == 0 else Path(temporary)
+                validation = _validation(config, run, folder) if config.validation.every else None
+            if run.trainer.step < config.steps:
+                run.trainer.rehearse(validation and validation.small(Path(temporary)))
+                if previews is not None:
+                    previews.render(run.trainer)
+            run.train(validation, [shown, *([previews] if previews is not None else []), *callbacks])
     return run
 
 

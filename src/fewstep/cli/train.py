@@ -44,9 +44,8 @@ def train(
 
 
 def run_training(config: str | None, overrides: list[str], resume: Path | None) -> Path:
-    """Trains with a progress bar; Ctrl-C ends the process with code 130."""
+    """Trains and shows progress; Ctrl-C ends the process with code 130."""
     from fewstep.api.train import train_run
-    from fewstep.cli.training_progress import TrainingProgress
     from fewstep.core.devices import pick_device
     from fewstep.distill.callback import Interrupted
     from fewstep.distill.config_files import load_config
@@ -61,17 +60,12 @@ def run_training(config: str | None, overrides: list[str], resume: Path | None) 
     settings = run_config(resume, overrides) if resume is not None else load_config(config or "", overrides)
     print_text(f"Device: {pick_device(settings.device).type}. Attention: {settings.attention}.")
     try:
-        with TrainingProgress(settings.steps) as progress:
-            run = train_run(settings, resume, callbacks=[progress])
+        run = train_run(settings, resume)
     except Interrupted as stop:
         command = f"fewstep train --resume {shlex.quote(str(stop.folder))}"
         print_text(f"\nInterrupted: {stop}. Continue with: {command}", "yellow", err)
         leave(130)
-    trained, student = run.trainer, run.folder / "student"
-    if progress.steps_done:
-        print_text(f"Trained {trained.step} steps in {trained.seconds:.0f} s. The student is in {student}.")
-    else:
-        print_text(f"All {trained.step} steps of this run were done already. The student is in {student}.")
+    print_text(f"The student is in {run.folder / 'student'}.")
     return run.folder
 
 

@@ -118,7 +118,7 @@ def test_the_page_loads_nothing(full_run: Path) -> None:
     assert all('src="data:image/png;base64,iVBOR' in image and re.search(r'alt="\w', image) for image in images)
     assert 'alt="Step 1"' in page
     assert 'alt="Step 20"' in page
-    assert "8 of 20 sample images are shown" in page
+    assert "8 of 20 images in samples/ are shown" in page
 
 
 def test_text_from_files_is_escaped(full_run: Path) -> None:

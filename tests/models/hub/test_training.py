@@ -192,13 +192,18 @@ def test_a_run_with_adapters_has_one_base_and_a_quarter_of_the_peak_memory(tmp_p
 
 @pytest.mark.parametrize("name", ["sd", "wan"])
 def test_training_writes_images_of_prompts(saved: Saved, name: str, tmp_path: Path) -> None:
-    raw = settings(saved(name), name, tmp_path / "run", ADAPTERS, validation={"every": 1, "images": 3})
+    shown = {"validation": {"every": 1, "images": 3}, "previews": {"n": 2}}
+    raw = settings(saved(name), name, tmp_path / "run", ADAPTERS, **shown)
     run = fewstep.train(parse_config(raw, "test"))
     assert [file.name for file in sorted((run / "samples").iterdir())] == ["step-0000001.png", "step-0000002.png"]
     height, width, frames = TINY[name].size
     with Image.open(run / "samples" / "step-0000002.png") as image:
         across, down = (3, 1) if frames == 1 else (frames, 3)
         assert image.size == (across * width + across - 1, down * height + down - 1)
+    assert [file.name for file in sorted((run / "previews").iterdir())] == ["step-0000001.png", "step-0000002.png"]
+    with Image.open(run / "previews" / "step-0000002.png") as image:  # of videos three frames
+        assert image.height == 2 * (20 + 64 // width * height) + 6
+        assert image.width >= 2 * (1 if frames == 1 else 3) * 64
     assert (run / "student" / "model.safetensors").is_file()
 
 
