@@ -20,6 +20,7 @@ from fewstep.distill.update import MicroBatch, Objective, StudentSample, Update
 
 CPU = torch.device("cpu")
 MAX_LOST = 20  # updates of one kind lost in a row, after which training stops
+READ_EVERY = 100  # steps: by then the host reads what the device skipped, however rarely a run logs
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ def plan_memory(config: Config, devices: int = 1, costs: Cost | None = None) -> 
         )
     config = config.model_copy(update={"accumulate": config.accumulate // devices})
     costs = Costs() if costs is None else costs
-    plans = [_plan_stage(config, stage, devices, costs) for stage in _stages(config)]
+    stages = list(_stages(config))  # before fake tensors, of which torch warns when a later stage copies them
+    plans = [_plan_stage(config, stage, devices, costs) for stage in stages]
     return max(plans, key=lambda plan: plan.total)
 
 

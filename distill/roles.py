@@ -53,7 +53,7 @@ class Role:
         """One optimizer step on the present gradients, then the update of the average. An optimizer that ``skips``
         skips it, and the average stays, if ``lost``, 0-d on the device, is 1; ``updates`` counts it nevertheless."""
         assert self.optimizer is not None, "a frozen role cannot step"
-        if lost is not None:  # as torch's GradScaler tells fused optimizers
+        if self.skips:  # as torch's GradScaler tells fused optimizers, which keep it for the next step
             self.optimizer.found_inf, self.optimizer.grad_scale = lost, None  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.lr_factor(self.updates)

@@ -95,15 +95,21 @@ class RunFolder(Callback):
         """Opens a run at its newest checkpoint that is not damaged, or at the newest one at or before ``before``.
 
         ``config`` replaces the run's own. Raises ``UserError`` if the folder is not a run, if all checkpoints are
-        damaged, or if they belong to another teacher or to settings that a run may not change.
+        damaged, if they belong to another teacher or to settings that a run may not change, and, without ``before``, if
+        another process is training in the folder.
         """
         folder, config = Path(folder), config or run_config(folder)
         with world.together():
             run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device, world=world), device, world))
-        if checkpoints(folder / "checkpoints", before):
-            found = read_newest(folder / "checkpoints", before, world)
-            with world.together():
-                run._restore(*found)
+        if before is None:
+            world.once(run._claim)  # else another process may delete what is read here
+        try:
+            if checkpoints(folder / "checkpoints", before):
+                found = read_newest(folder / "checkpoints", before, world)
+                with world.together():
+                    run._restore(*found)
+        finally:
+            run._lock.release()
         return run
 
     def train(self, validate: Validator | None = None, callbacks: Sequence[Callback] = ()) -> None:
@@ -160,7 +166,8 @@ class RunFolder(Callback):
         except Timeout:
             raise UserError(f"Another process is training in {self.folder}: wait for it, or stop it.") from None
         except (NotImplementedError, OSError) as error:
-            self._notes.append(f"{self.folder} cannot be locked ({error}): start no second training in it.")
+            note = f"{self.folder} cannot be locked ({error}): start no second training in it."
+            self._notes += [] if note in self._notes else [note]
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -261,7 +268,13 @@ def run_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
         if is_dotted(str(name)):
             require_imported(name, kind)
     raw, file, overridden = read_settings(_config_file(folder), overrides)
-    return parse_config(raw if "tensorboard" in overridden else with_current_keys(raw), file, overridden)
+    config = parse_config(raw if "tensorboard" in overridden else with_current_keys(raw), file, overridden)
+    if overrides and config.out != settings.get("out"):
+        raise UserError(
+            f"out = {config.out}: a resumed run stays in {folder}, so leave out= away. To continue elsewhere, copy the "
+            "folder and resume the copy."
+        )
+    return config
 
 
 def _named_modules(settings: dict[str, Any]) -> Iterator[tuple[Kind, Any]]:

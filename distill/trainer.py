@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from fewstep.distill.checkpoint import StoredTensors, restore_role, role_tensors
 from fewstep.distill.config import Config
 from fewstep.distill.data.batch import Source
 from fewstep.distill.health import Probe
-from fewstep.distill.loop import MAX_LOST, Loop
+from fewstep.distill.loop import MAX_LOST, READ_EVERY, Loop
 from fewstep.distill.metrics_logger import to_numbers
 from fewstep.distill.nonfinite import require_finite
 from fewstep.distill.processes import SINGLE_PROCESS, World
@@ -148,7 +148,7 @@ class Trainer:
             self.config.seed, self.device, self.world, {
                 update.name: min(MAX_LOST, max(1, update.due.count(first, self.stage_ends[number])))
                 for update in self.objective.updates
-            }, self.config.log_every,
+            }, min(READ_EVERY, self.config.log_every),
         )  # fmt: skip
 
     @property
@@ -195,7 +195,8 @@ class Trainer:
         self._latest: dict[str, Tensor] = {}  # since the last log line: some updates are not due at a logged step
         self._health: dict[str, float] = {}
         save, end = False, self.stage_ends[-1]
-        with stop_requests(self.config.max_hours, insist=self.world.size == 1) as stop:
+        with ExitStack() as leaving, stop_requests(self.config.max_hours, insist=self.world.size == 1) as stop:
+            leaving.callback(self._report_lost)  # the updates that end training, too
             while self.step < end:
                 self.notify("on_step_begin")
                 self._latest |= self.one_step()
@@ -315,8 +316,7 @@ class Trainer:
             raise type(error)(f"Validation (the keys under validation:) at step {self.step}: {error}") from error
 
     def _validate(self, validate: Validator) -> None:
-        value = self._score(validate)
-        if value is None:
+        if (value := self._score(validate)) is None:
             return
         if value < self.best.get("value", float("inf")):
             self.best = {"value": value, "step": self.step}

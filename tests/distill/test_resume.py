@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from worlds import state_of, tiny_config, tiny_teacher
 
 from fewstep.core.errors import UserError
 from fewstep.distill.callback import Callback
-from fewstep.distill.checkpoint import checkpoints, read_checkpoint, write_checkpoint
+from fewstep.distill.checkpoint import checkpoints, read_checkpoint, step_of, write_checkpoint
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.resume import changes, read_resumes
 from fewstep.distill.run_folder import RunFolder, replay_step, run_config
@@ -180,6 +181,34 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     run = RunFolder.create(parse_config(tiny_config(tmp_path), "test"), CPU)
     run.train(callbacks=[Second()])
     RunFolder.reopen(tmp_path / "run", CPU).train()  # the end of training frees the folder
+
+
+def test_a_run_is_not_read_to_resume_it_while_another_process_trains_it(tmp_path: Path) -> None:
+    """That process deletes checkpoints and changes the log meanwhile; a replay reads without a claim."""
+    steps = []
+
+    class Second(Callback):
+        def on_checkpoint(self, trainer: Trainer) -> None:
+            with pytest.raises(UserError, match="Another process is training in"):
+                RunFolder.reopen(tmp_path / "run", CPU)
+            steps.append(RunFolder.reopen(tmp_path / "run", CPU, before=4).trainer.step)
+
+    RunFolder.create(parse_config(tiny_config(tmp_path), "test"), CPU).train(callbacks=[Second()])
+    assert steps == [4, 4, 4]
+
+
+def test_a_run_is_not_resumed_into_another_folder(tmp_path: Path) -> None:
+    made(tmp_path)
+    other = tmp_path / "other"
+    for out in (f"out={other}", "out=null"):
+        with pytest.raises(UserError, match=r"a resumed run stays in .*run, so leave out= away"):
+            resumed(tmp_path, out)
+    shutil.copytree(tmp_path / "run", other)
+    assert run_config(other, ["log_every=2"]).out == str(tmp_path / "run")
+    run = RunFolder.reopen(other, CPU, config=run_config(other, ["stages.0.steps=13"]))
+    run.train()
+    assert [step_of(path) for path in checkpoints(other / "checkpoints")][-1] == 13
+    assert [step_of(path) for path in checkpoints(tmp_path / "run" / "checkpoints")][-1] == 12
 
 
 def test_what_a_killed_start_leaves_does_not_occupy_the_folder(tmp_path: Path) -> None:

@@ -128,6 +128,20 @@ def test_a_lost_update_is_reported_and_recorded_with_its_cause(tmp_path: Path, m
     assert all(math.isfinite(value) for line in metrics(tmp_path / "run") for value in line.values())
 
 
+def test_the_lost_updates_that_end_training_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "l1_weight", lambda x, *_: x * float("nan"))
+    run = make(tmp_path)
+    with pytest.raises(UserError, match="of step 12 was not applied.*12 times in a row"):
+        run.train()
+    lines = (tmp_path / "run" / "lost_updates.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
+
+
+def test_what_the_device_skipped_is_read_now_and_then_in_a_run_that_does_not_log(tmp_path: Path) -> None:
+    assert make(tmp_path, log_every=10**9).trainer.loop.read_every == 100
+    assert make(tmp_path / "other", log_every=7).trainer.loop.read_every == 7
+
+
 def test_checkpoints_are_complete_and_only_the_last_few_are_kept(tmp_path: Path) -> None:
     make(tmp_path, checkpoint={"every": 1, "keep": 3}).train()
     kept = checkpoints(tmp_path / "run" / "checkpoints")

@@ -123,3 +123,16 @@ def test_many_skipped_updates_in_a_row_end_training() -> None:
         loop.step(step)
     with pytest.raises(UserError, match=r"of step 6 was not applied.*no finite gradient 5 times in a row"):
         loop.step(7)
+
+
+def test_a_skipped_step_does_not_make_the_next_one_skip() -> None:
+    """A role may step in one update with roles that skip on the device, and in another with one that does not."""
+    loop = loop_of(Role)
+    role = loop.roles["student"]
+    for lost, moves in ((torch.tensor(1.0), False), (None, True), (torch.tensor(0.0), True), (None, True)):
+        before = [parameter.detach().clone() for parameter in role.parameters]
+        for parameter in role.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        role.step(lost)
+        same = [torch.equal(old, new) for old, new in zip(before, role.parameters, strict=True)]
+        assert same == [not moves] * len(same)
