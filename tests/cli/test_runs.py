@@ -18,6 +18,11 @@ from worlds import tiny_config
 import fewstep
 from fewstep.api.training_progress import TrainingProgress
 from fewstep.cli.demo import unfinished
+<<<<<<< HEAD
+=======
+from fewstep.cli.train import in_gib
+from fewstep.cli.training_progress import TrainingProgress
+>>>>>>> lb
 from fewstep.core.errors import UserError
 from fewstep.distill.config import OBJECTIVES
 from fewstep.distill.config_files import parse_config
@@ -42,6 +47,10 @@ def test_explain_counts_evaluations_without_weights(tmp_path: Path) -> None:
     assert "over all roles: 3.5." in text
     assert "critic_updates │ 2 │ 5 │ 5, 10 (SD1.5)" in text, "here, by default, published"
     assert "student.lr │ 0.001 │ │ 2e-6 (ImageNet-64), 1e-5 (SD1.5), 5e-7 (SDXL)" in text
+
+
+def test_amounts_of_memory_have_two_digits_however_small() -> None:
+    assert [in_gib(size) for size in (0, 6_000_000, 2**29, 20 * 2**30)] == ["0", "0.0056", "0.50", "20.00"]
 
 
 def test_explain_plans_memory_and_prints_overrides_that_it_accepts(tmp_path: Path) -> None:

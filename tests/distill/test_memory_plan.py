@@ -290,3 +290,12 @@ def test_options_that_are_set_already_are_not_proposed() -> None:
 def test_a_config_without_a_network_is_refused() -> None:
     with pytest.raises(UserError, match="neither teacher"):
         plan_memory(config(teacher=None))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_later_stage_is_planned_without_a_warning() -> None:
+    """Its roles are copies of the first stage's, of which a plan makes fake tensors."""
+    first = config().model_dump(mode="json")["stages"][0]
+    later = {**first, "roles": {"student": {"lr": 1e-5, "init": "student"}, "fake": {"lr": 1e-5, "init": "keep"}}}
+    two = config(stages=[first, later])
+    assert plan_memory(two).total >= plan_memory(config()).total

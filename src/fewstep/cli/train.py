@@ -134,18 +134,24 @@ def print_memory(plan: MemoryPlan, fits: Sequence[Fit], samples: int) -> None:
         rows.append((name, *(f"{getattr(role, column) / gib:.3f}" for column in columns)))
     print_table(rows)
     print_text(
-        f"At most {plan.total / gib:.2f} GiB per device: {plan.resident / gib:.2f} stay, and "
-        f"{(plan.total - plan.resident) / gib:.2f} are gradients, activations and temporaries ({plan.worst}). "
+        f"At most {in_gib(plan.total)} GiB per device: {in_gib(plan.resident)} stay, and "
+        f"{in_gib(plan.total - plan.resident)} are gradients, activations and temporaries ({plan.worst}). "
         f"{samples} samples per update over all devices.",
     )
     for fit in fits:
         if fit.overrides is None:
-            text = f"does not fit; the least found is {fit.plan.total / gib:.2f} GiB."
+            text = f"does not fit; the least found is {in_gib(fit.plan.total)} GiB."
         elif fit.overrides:
-            text = f"does not fit as it is; {fit.plan.total / gib:.2f} GiB with {shlex.join(fit.overrides)}"
+            text = f"does not fit as it is; {in_gib(fit.plan.total)} GiB with {shlex.join(fit.overrides)}"
         else:
             text = "fits."
         print_text(f"{fit.gib:g} GiB: {text}")
+
+
+def in_gib(size: int) -> str:
+    """Bytes as GiB with two decimals, or two digits if that is more."""
+    gib = size / 2**30
+    return f"{gib:.2f}" if gib >= 0.1 else f"{gib:.2g}"
 
 
 @app.command(epilog="Example: fewstep replay runs/demo --step 200")
