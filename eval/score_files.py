@@ -70,8 +70,8 @@ class Score(BaseModel):
         found = list((self.manifest or {}).get("notes", []))
         if self.bias is not None:
             found.append(
-                f"{self.metric} {self.value:.3f}: {self.n:,} random real images would score about {self.bias:.3f} "
-                "because of their small number alone."
+                f"{self.metric}: {self.n:,} random real images would score about {self.bias:.3f}, and not 0, because "
+                "they are few."
             )
         if self.error is not None:
             found.append(f"{self.metric}: in brackets, {self.error_of}.")

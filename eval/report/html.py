@@ -38,6 +38,8 @@ def write_report(run: str | Path) -> Path:
     results = read_results(run / "eval.json", remarks)
     config, environment = read_text(run / "config.yaml"), read_text(run / "environment.json")
     comparison = embed_image(samples / "comparison.png", "Teacher and student from the same noise", remarks)
+    if comparison is None:
+        remarks.append("fewstep.api.report.compare_images(run) writes samples/comparison.png.")
     diversity = None
     if (samples / "diversity.png").exists():
         diversity = embed_image(samples / "diversity.png", "Several noises for one condition", remarks)

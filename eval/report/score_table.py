@@ -38,11 +38,11 @@ def origins(results: Sequence[Result]) -> dict[str, str]:
 def explanations(results: Sequence[Result]) -> list[str]:
     """What the notes beside the numbers mean."""
     errors = {result.column: result.error_of for result in results if result.error is not None and result.error_of}
-    found = [f"{column}: ± within is the {what}." for column, what in errors.items()]
+    found = [f"Error of {column}: {what}." for column, what in errors.items()]
     if any(result.bias is not None for result in results):
         found.append(
-            "Real images ≈: what as many random real images would score, because they are so few; differences below "
-            "that mean little."
+            "Real images ≈: the score of equally many random real images, not 0 because they are so few; smaller "
+            "differences mean little."
         )
     return found
 
@@ -66,7 +66,7 @@ def table(results: Sequence[Result]) -> list[tuple[str, list[list[Cell]]]]:
             text = number(result.value)
             decimals = len(text.partition(".")[2])
             spread = "" if result.spread is None else f" ± {result.spread:.{decimals}f}"
-            notes: tuple[str, ...] = () if result.error is None else (f"± {result.error:.{decimals}f} within",)
+            notes: tuple[str, ...] = () if result.error is None else (f"error ± {result.error:.{decimals}f}",)
             notes += () if result.bias is None else (f"real images ≈ {number(result.bias)}",)
             cells.append(Cell(text + spread, result.value == best.get((column, result.n)), notes))
         seeds, seconds = ", ".join(map(str, first.seeds)), max(result.seconds for result in group)

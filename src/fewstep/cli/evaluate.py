@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.options import (
+    GRID_HELP,
     Batch,
     Captions,
     Device,
@@ -40,20 +41,27 @@ def evaluate(
     source: Annotated[
         str, typer.Argument(metavar="MODEL_OR_IMAGES", help="A run or model, or images: a folder, .zip, .tar or .npz.")
     ],
-    protocol: Annotated[str | None, typer.Option(help="What is measured: one that ships, or a YAML file.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="What is measured: a file of configs/eval, or yours.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Replaces the protocol's. Without a protocol: fashion by default.")
+        str | None, typer.Option(help="Real images, instead of the protocol's. Without a protocol: fashion by default.")
     ] = None,
-    captions: Annotated[str | None, typer.Option(help="Replaces the protocol's: a text file, one per line.")] = None,
-    steps: Annotated[str | None, typer.Option(help="Default: as many as --grid lists, or 1,2,4.")] = None,
-    nfe: Annotated[str | None, typer.Option(help="Instead of --steps: as many as fit into these evaluations.")] = None,
-    solver: Annotated[str | None, typer.Option(help="One or several: student, or any of fewstep solver list.")] = None,
-    guidance: Annotated[str | None, typer.Option(help="One or several scales. Default: 1.")] = None,
-    grid: Annotated[str | None, typer.Option(help="As in fewstep sample; also times:1,0.5,…")] = None,
+    captions: Annotated[str | None, typer.Option(help="Instead of the protocol's: a file, one per line.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Numbers of steps, each scored: 1,2,4 (default), or that of a grid times:….")
+    ] = None,
+    nfe: Annotated[
+        str | None, typer.Option(help="Instead of --steps, network evaluations: as many steps as each allows.")
+    ] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(help="One or several of fewstep solver list, or student. Default: student, else euler."),
+    ] = None,
+    guidance: Annotated[str | None, typer.Option(help="Guidance scales. Default: 1, which is off.")] = None,
+    grid: Annotated[str | None, typer.Option(help=GRID_HELP + " Default: time.")] = None,
     n: Annotated[
         int | None, typer.Option("--n", min=1, help="Samples per combination. Default: 10,000, or the protocol's.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Default: 0, or the protocol's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise. Default: 0, or the protocol's.")] = None,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -171,7 +179,9 @@ def winrate(
     theirs: Annotated[str, typer.Argument(metavar="OTHER", help="The model to compare with.")],
     n: Annotated[int, typer.Option("--n", min=1, help="Samples of each.")] = 2_000,
     captions: Captions = None,
-    rewards: Annotated[str | None, typer.Option(help="Rewards separated by commas, as for data preferences.")] = None,
+    rewards: Annotated[
+        str | None, typer.Option(help="As for data preferences, separated by commas. Default: all.")
+    ] = None,
     size: Size = None,
     batch: Batch = 8,
     reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",

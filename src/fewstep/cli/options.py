@@ -48,9 +48,11 @@ Solver = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="Steps. Default: a student's own number; 32 for a teacher.")]
 GuidanceScale = Annotated[float, typer.Option("--guidance", help="Guidance scale; 1 is off.")]
-Grid = Annotated[
-    str, typer.Option(help="Spacing of a teacher's times: time, log_snr, karras, beta, … (docs/samplers.md lists all).")
-]
+GRID_HELP = (
+    "A teacher's times: a spacing (time, log_snr, karras, beta, …; docs/samplers.md lists all) or the times "
+    "themselves, times:1,0.9,0.75,0.5."
+)
+Grid = Annotated[str, typer.Option(help=GRID_HELP)]
 Captions = Annotated[
     Path | None, typer.Option(help="For a text-conditioned model: a text file, one caption per line, used in turn.")
 ]

@@ -22,7 +22,6 @@ from fewstep.cli.options import (
 from fewstep.core.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="List, compare and prepare training-free solvers of a teacher.")
-OutFile = Annotated[Path, typer.Option("--out", help="A file; solvers look for it beside the model's weights.")]
 
 
 @app.command("list", epilog="Example: fewstep solver list")
@@ -46,8 +45,10 @@ def compare(
     guidance: GuidanceScale = 1.0,
     n: Annotated[int, typer.Option("--n", help="Number of samples.")] = 2_000,
     long: Annotated[int, typer.Option(help="Steps of the long run that errors are measured against.")] = 1000,
-    reference: Annotated[str | None, typer.Option(help="Also score on this reference.")] = None,
-    folder: Annotated[Path, typer.Option("--out", help="For the table, figure and results.")] = Path("runs/solvers"),
+    reference: Annotated[str | None, typer.Option(help="Also score against it, for example fashion.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="A folder for table, figure and results.")] = Path(
+        "runs/solvers"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -71,7 +72,14 @@ def compare(
 @app.command("fit-v3", epilog="Example: fewstep solver fit-v3 fashion --n 512 --out statistics.safetensors")
 def fit_v3(
     model_name: ModelName,
-    file: OutFile,
+    file: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="A file. The solver reads statistics-2.safetensors (for guidance 2) or statistics.safetensors "
+            "beside the model's weights.",
+        ),
+    ],
     n: Annotated[int, typer.Option("--n", help="Samples of the model that expectations are taken over.")] = 1024,
     intervals: Annotated[int, typer.Option(help="Intervals in log-SNR.")] = 120,
     guidance: GuidanceScale = 1.0,
@@ -91,10 +99,12 @@ def fit_v3(
 @app.command("fit-dc", epilog="Example: fewstep solver fit-dc fashion --steps 5,8 --out dc_solver.json")
 def fit_dc(
     model_name: ModelName,
-    file: OutFile,
+    file: Annotated[
+        Path, typer.Option("--out", help="A file. The solver reads dc_solver.json beside the model's weights.")
+    ],
     steps: Annotated[str, typer.Option(help="Numbers of steps.")] = "5,6,8,10",
     guidance: Annotated[str, typer.Option(help="Guidance scales.")] = "2",
-    order: Annotated[int, typer.Option(help="Order of the UniPC that is compensated.")] = 2,
+    order: Annotated[int, typer.Option(help="Order of the UniPC predictor that is corrected.")] = 2,
     grid: Annotated[str, typer.Option(help="The grid that the ratios are for.")] = "time",
     n: Annotated[int, typer.Option("--n", help="Samples that the search uses.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,

@@ -189,6 +189,7 @@ def test_the_page_of_an_empty_run_lists_what_is_missing(tmp_path: Path) -> None:
         "No training steps",
         "There are no scores",
         "no image samples/comparison.png",
+        "compare_images(run) writes",
         "No sample images",
     ):
         assert remark in shown
