@@ -81,7 +81,7 @@ def write_models(folder: Path, settings: Mapping[str, Any], shard: str = "64MB")
 
 def sample(source: Path) -> None:
     """A sample from a random condition: the text encoders and the VAE are not counted."""
-    model = load(source, "cpu")
+    model = load(source, "cpu", SIZE)
     shapes = pipeline_of(model).family.condition_shapes
     condition = Condition({name: torch.randn(1, *shape) for name, shape in shapes.items()})
     config = SamplingConfig() if model.config.few_step else SamplingConfig("euler", 2)

@@ -113,12 +113,12 @@ def check_factors(tensors: Mapping[str, Tensor], loaded: Denoiser) -> None:
 
     assert isinstance(loaded.backbone, HubBackbone)
     found: dict[str, Tensor] = {}
-    layers: list[tuple[str, Any]] = list(loaded.backbone.network.named_modules())
-    for path, layer in layers:
-        if isinstance(layer, BaseTunerLayer):
-            [name] = layer.active_adapters
-            found[f"{path}.lora_A.weight"] = layer.lora_A[name].weight
-            found[f"{path}.lora_B.weight"] = layer.lora_B[name].weight * layer.scaling[name]
+    modules = loaded.backbone.network.named_modules()
+    layers: dict[str, Any] = {path: module for path, module in modules if isinstance(module, BaseTunerLayer)}
+    for path, layer in layers.items():
+        [name] = layer.active_adapters
+        found[f"{path}.lora_A.weight"] = layer.lora_A[name].weight
+        found[f"{path}.lora_B.weight"] = layer.lora_B[name].weight * layer.scaling[name]
     wrong = sorted(
         name
         for name in found.keys() | tensors.keys()

@@ -49,19 +49,25 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in weight_files(folder) for name, tensor in read_tensors(file).items()}
 
 
-FAST = ("load a pipeline in float32", "load a full student in bfloat16", "sample the full student",
-        "export the adapter, merged", "export the adapter, lora", "export the full student, merged")  # fmt: skip
+LIMITS = {  # of the bytes of the base's weights; files that are mapped into memory are not counted
+    "load a pipeline in float32": 1.2,
+    "load a full student in bfloat16": 1.2,
+    "sample the full student": 0.3,
+    "export the adapter, merged": 0.6,  # the layers that it changes
+    "export the adapter, lora": 0.3,
+    "export the full student, merged": 1.2,
+}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_no_case_holds_more_than_its_weights_and_a_fifth(benchmark: Any, models: Path) -> None:
+def test_no_case_holds_a_second_network(benchmark: Any, models: Path) -> None:
     """The other cases are in the benchmark."""
     count = sum(tensor.numel() for tensor in stored(models / "base" / "transformer").values())
-    measured = benchmark.measure(models, FAST)
+    measured = benchmark.measure(models, LIMITS)
     next(measured)
     held = {name: peak / (count * benchmark.CASES[name][1].itemsize) for name, peak, _ in measured}
     assert held["load a pipeline in float32"] > 0.9, "the measurement sees a whole network"
-    assert not {name: ratio for name, ratio in held.items() if ratio > 1.2}
+    assert not {name: ratio for name, ratio in held.items() if ratio > LIMITS[name]}
 
 
 def test_models_have_the_type_in_which_their_weights_are_stored(models: Path) -> None:
