@@ -213,7 +213,7 @@ def roles_of_stage(
                 return sharding.twin(module, dtype) if sharding.is_split(module) else copy.deepcopy(module)
             if not full_finetune:
                 return copy.deepcopy(module)
-            network = module.backbone.merged().requires_grad_(True)
+            network = copy.deepcopy(module.backbone.merged()).requires_grad_(True)
             return Denoiser(network, module.schedule, module.kind, style=module.style).eval()
 
     roles = {name: Role(role.module) for name, role in before.items()}

@@ -14,6 +14,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -113,18 +114,21 @@ class AdapterView(nn.Module):
 
     def merged(self) -> nn.Module:
         """A new network without LoRA layers that computes the same: the adapter is added to a copy of the weights in
-        float32, and the sum is cast to their dtype."""
+        float32, layer by layer, and the sum is cast to their dtype. All other tensors are those of the shared network,
+        not copies."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        copied = copy.deepcopy(self._shared.base)
+        base = self._shared.base
+        copied = copy.deepcopy(base, {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())})
         for path, layer in list(copied.named_modules()):
             if isinstance(layer, BaseTunerLayer):
                 inner: Any = layer.get_base_layer()
-                dtype = inner.weight.dtype
-                inner.float()
+                weight = inner.weight
+                inner.weight = nn.Parameter(weight.detach().to(torch.float32, copy=True), weight.requires_grad)
                 layer.merge(adapter_names=list(self._names))
+                inner.weight.data = inner.weight.data.to(weight.dtype)
                 parent, _, name = path.rpartition(".")
-                setattr(copied.get_submodule(parent), name, inner.to(dtype))
+                setattr(copied.get_submodule(parent), name, inner)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterView:

@@ -129,7 +129,8 @@ class Denoiser(nn.Module):
     def raw(self, x_t: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The backbone's output alone, in at least float32: for samplers, which compute the coefficients themselves."""
         mixed = self.precision != torch.float32
-        with torch.autocast(x_t.device.type, self.precision) if mixed else nullcontext():
+        cached = torch.is_grad_enabled()  # without a backward pass, cached casts of weights are only a second network
+        with torch.autocast(x_t.device.type, self.precision, cache_enabled=cached) if mixed else nullcontext():
             raw: Tensor = self.backbone(x_t, times, condition)
         if raw.shape != x_t.shape:
             raise ValueError(f"the backbone returned {tuple(raw.shape)} for an input of {tuple(x_t.shape)}")

@@ -77,7 +77,8 @@ def load_model(
     by registered or dotted name, in eval mode on the CPU.
 
     ``size`` (height, width, frames in pixels) and the weights' ``dtype`` apply to pipelines and to models based on one;
-    by default the weights are float32, and those under an adapter of the type with which it was trained. ``from_file``:
+    by default the weights have the type in which they are stored, and those under an adapter the type with which it was
+    trained. Weights of their stored type are mapped into memory: they are read when they are used. ``from_file``:
     ``source`` was read from a saved model and must not cause an import. Raises ``UserError`` if the model does not
     exist, a file is damaged, or the weights do not match the config.
     """
@@ -85,9 +86,9 @@ def load_model(
         return _of_size(_own_model(str(source), feature_layers, from_file), size)
     folder = resolve_path(source)
     if is_pipeline(source):
-        return _load_pipeline(folder, feature_layers, size, dtype or torch.float32)
+        return _load_pipeline(folder, feature_layers, size, dtype)
     if (folder / "fewstep.json").is_file():
-        return _load_export(folder, feature_layers, size, dtype or torch.float32)
+        return _load_export(folder, feature_layers, size, dtype)
     if not (folder / "config.json").exists():
         if "/" in str(source) and not folder.exists():
             raise UserError(f"No model at {str(source)!r}: there is no such folder{nearest_folder(folder)}.")
@@ -98,10 +99,13 @@ def load_model(
     config = read_config(folder)
     try:
         stored = tensor_names(folder / "model.safetensors") if config.base else set()
-        denoiser = _network(config, feature_layers, dtype or DTYPES[config.base_weights], stored)
+        denoiser = _network(config, feature_layers, dtype, stored)
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
-    load_weights(denoiser.backbone, folder / "model.safetensors")
+    if config.base is None or config.lora is not None:
+        load_weights(denoiser.backbone, folder / "model.safetensors")
+    else:
+        replace_weights(denoiser.backbone, folder / "model.safetensors", keep_types=dtype is None)
     denoiser.precision = DTYPES[config.precision]
     return _of_size(Model(denoiser=denoiser, config=config, path=folder), size)
 
@@ -173,7 +177,7 @@ def read_config(folder: Path) -> ModelConfig:
         return ModelConfig.model_validate_json(file.read_bytes())
 
 
-def _load_export(path: Path, feature_layers: tuple[str, ...], size: Size | None, dtype: torch.dtype) -> Model:
+def _load_export(path: Path, feature_layers: tuple[str, ...], size: Size | None, dtype: torch.dtype | None) -> Model:
     """The denoiser of an exported student (``merged``) in the pipeline that it was trained on."""
     from fewstep.models.hub.manifest import read_manifest  # needs the extra
 
@@ -190,8 +194,9 @@ def _load_export(path: Path, feature_layers: tuple[str, ...], size: Size | None,
 
 
 def _load_pipeline(
-    source: Path, feature_layers: tuple[str, ...], size: Size | None, dtype: torch.dtype, merged: Path | None = None
-) -> Model:
+    source: Path, feature_layers: tuple[str, ...], size: Size | None, dtype: torch.dtype | None,
+    merged: Path | None = None,
+) -> Model:  # fmt: skip
     """A pipeline, or the student in an exported one; ``merged``: the folder of another denoiser for it."""
     from fewstep.models.hub.folder import PipelineFolder  # needs the extra
     from fewstep.models.hub.manifest import read_manifest
@@ -233,12 +238,30 @@ def base_sha256(base: str) -> str | None:
     return weights_sha256([folder / "model.safetensors"])
 
 
-def _network(config: ModelConfig, feature_layers: tuple[str, ...], dtype: torch.dtype, stored: set[str]) -> Denoiser:
+def base_dtype(folder: Path) -> torch.dtype | None:
+    """The type in which a pipeline stores the weights on which the model in a folder is based; None without one."""
+    from fewstep.models.hub.folder import PipelineFolder  # needs the extra
+
+    own_format = (folder / "config.json").is_file() and not (folder / "fewstep.json").is_file()
+    bases = _bases(read_config(folder)) if own_format else []
+    return PipelineFolder.open(resolve_path(bases[-1])).dtype if bases and is_pipeline(bases[-1]) else None
+
+
+def _network(
+    config: ModelConfig, feature_layers: tuple[str, ...], dtype: torch.dtype | None, stored: set[str]
+) -> Denoiser:
     """The network for the weights of a model folder; ``stored`` are the names of its tensors."""
     if config.base is None:
         return config.build(feature_layers, from_file=True)
     _bases(config)  # refuses a circle
-    denoiser = load_model(config.base, feature_layers, dtype=dtype, from_file=True).denoiser
+    if config.lora is not None:
+        dtype = dtype or DTYPES[config.base_weights]
+
+    def load_base() -> Denoiser:
+        assert config.base is not None
+        return load_model(config.base, feature_layers, dtype=dtype, from_file=True).denoiser
+
+    denoiser = load_base()
     if (lora := config.lora) and config.base_sha256 not in (None, base_sha256(config.base)):
         raise UserError(
             f"The adapter was trained on other weights than those of its base {config.base} now: their SHA-256 is not "
@@ -248,13 +271,27 @@ def _network(config: ModelConfig, feature_layers: tuple[str, ...], dtype: torch.
         share_network(denoiser, lora.rank, lora.alpha, lora.targets)
     if config.boundaries:  # an expert without stored weights is the base
         trained = [any(name.startswith(f"experts.{k}.") for name in stored) for k in range(len(config.boundaries))]
-        experts = [copy.deepcopy(denoiser) if own_weights else denoiser for own_weights in trained]
+        another = (lambda: copy.deepcopy(denoiser)) if lora else load_base
+        experts = [another() if own_weights else denoiser for own_weights in trained]
         return routed(experts, config.boundaries).eval()
     return (copy.deepcopy(denoiser) if lora else denoiser).eval()
 
 
 def load_weights(module: nn.Module, file: Path) -> None:
     """Fills ``module`` from a safetensors file. Raises ``UserError`` on damage or if names or shapes do not match."""
+    module.load_state_dict(_fitting(module, file))
+
+
+def replace_weights(module: nn.Module, file: Path, *, keep_types: bool) -> None:
+    """The same without a copy: the file is mapped into memory, and the tensors of ``module`` are released one by one.
+    They get the types of the file with ``keep_types``, and otherwise keep their own."""
+    tensors, own = _fitting(module, file), module.state_dict(keep_vars=True)
+    for name, tensor in own.items():
+        tensor.data = tensors.pop(name) if keep_types else tensors.pop(name).to(tensor.dtype)
+
+
+def _fitting(module: nn.Module, file: Path) -> dict[str, Tensor]:
+    """The tensors of a file. Raises ``UserError`` if they are not those of ``module`` by name and shape."""
     tensors = read_tensors(file)
     own = module.state_dict()
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
@@ -269,4 +306,4 @@ def load_weights(module: nn.Module, file: Path) -> None:
                 f"{file}: {name} has shape {list(tensor.shape)}, the network needs {list(own[name].shape)}. "
                 "Check that config.json belongs to these weights."
             )
-    module.load_state_dict(tensors)
+    return tensors

@@ -1,6 +1,8 @@
 """Exporting students for other programs: diffusers pipelines, LoRA files for diffusers, PEFT and ComfyUI, networks.
 
-An export is written to a temporary folder, read back, compared with the student, and only then renamed.
+An export is written to a temporary folder, read back, compared with the student, and only then renamed. Networks are
+merged, written and read back one at a time, and what is read back is mapped into memory. So the student, and the layers
+that an adapter changes, are all that must fit into memory.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import atomic_folder, read_json_object, require_empty, write_text
@@ -22,23 +24,42 @@ from fewstep.models.denoiser import Denoiser, Routed
 from fewstep.models.guidance import guide
 from fewstep.models.hub.card import ADAPTERS, model_card
 from fewstep.models.hub.export_format import ExportFormat
-from fewstep.models.hub.export_lora import adapters_of, load_adapter, write_adapter
+from fewstep.models.hub.export_lora import adapters_of, check_factors, load_adapter, write_adapter
 from fewstep.models.hub.family import HubBackbone
 from fewstep.models.hub.few_step_scheduler import scheduler_for
 from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.hub.manifest import MANIFEST, Manifest
 from fewstep.models.loading import Model, pipeline_of
 
-TOLERANCE = 1e-4  # of the relative difference between the student and the export
+TOLERANCE = 1e-4  # of the relative difference between the student and the export in float32
+ROUNDING = 8  # the same in other types, whose rounding differs in sums of another order, in units of their precision
 
 
 @dataclass(frozen=True)
 class Expert:
-    """A network of a student, which computes in float32, and the times at which it is evaluated; an ordinary student
-    has one for all times."""
+    """A network of a student, which computes in the type of its weights, and the times at which it is evaluated; an
+    ordinary student has one for all times. ``x`` and ``condition`` are the inputs of the check."""
 
     denoiser: Denoiser
     times: tuple[float, ...]
+    x: Tensor
+    condition: Condition
+
+    @torch.no_grad()
+    def outputs(self, denoiser: Denoiser) -> list[Tensor]:
+        """The outputs of ``denoiser`` at the expert's times."""
+        backbone = denoiser.backbone
+        network = backbone.shared_network if isinstance(backbone, AdapterView) else backbone
+        device = next(network.parameters()).device
+        x, condition = self.x.to(device), self.condition.to(device)
+        return [guide(denoiser, x, t, condition).out.raw.cpu() for t in self.times]
+
+    def compare(self, ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> None:
+        """Raises ``UserError`` if outputs at the expert's times differ."""
+        for t, our, their in zip(self.times, ours, theirs, strict=True):
+            difference = ((our - their).norm() / our.norm()).item()
+            if not difference < tolerance:
+                raise UserError(f"Not exported: the export differs from the student by {difference:.2g} at t = {t:g}.")
 
 
 def export(model: Model, form: ExportFormat, out: Path, card: str = "") -> Path:
@@ -55,23 +76,20 @@ def export(model: Model, form: ExportFormat, out: Path, card: str = "") -> Path:
     student's times, if ``out`` is not empty, or if the export does not compute the same as the student.
     """
     require_empty(out)
-    folder, experts = pipeline_of(model), _experts(model)
+    folder = pipeline_of(model)
+    experts = _experts(model, folder)
     scheduler = scheduler_for(folder, few) if (few := model.config.few_step) else None
     manifest = _manifest(model, folder, form, scheduler)
     with atomic_folder(out) as part:
         if form in ADAPTERS:
-            exported = _write_adapters(model, experts, folder, part, manifest)
+            _write_adapters(model, experts, folder, part, manifest)
         else:
             if form is ExportFormat.diffusers:
                 _copy_pipeline(folder, manifest, part)
-            folders = manifest.network_folders(part, folder.family)
-            for expert, written in zip(experts, folders, strict=True):
-                _write_network(_merged(expert.denoiser.backbone), written)
-            exported = [folder.denoiser(weights=written) for written in folders]
+            for expert, written in zip(experts, manifest.network_folders(part, folder.family), strict=True):
+                _write_network(expert, folder, written)
         if scheduler is not None:
             scheduler.save_pretrained(part / "scheduler")
-        for expert, theirs in zip(experts, exported, strict=True):
-            _compare(expert, theirs, folder, model)
         write_text(json.dumps(manifest.content(), indent=2) + "\n", part / MANIFEST)
         write_text(model_card(manifest, folder.family, card), part / "README.md")
     return out
@@ -90,7 +108,7 @@ def _manifest(model: Model, folder: PipelineFolder, form: ExportFormat, schedule
     )  # fmt: skip
 
 
-def _experts(model: Model) -> list[Expert]:
+def _experts(model: Model, folder: PipelineFolder) -> list[Expert]:
     denoiser, few = model.denoiser, model.config.few_step
     times = few.times if few else (1.0, 0.5)
     backbone = denoiser.backbone
@@ -99,10 +117,13 @@ def _experts(model: Model) -> list[Expert]:
         experts = backbone.expert_of(torch.tensor(times, dtype=torch.float64)).tolist()
     else:
         networks, experts = [backbone], [0] * len(times)
+    x, condition = _inputs(folder, model.config.shape)
     return [
         Expert(
             Denoiser(network, denoiser.schedule, denoiser.kind, style=denoiser.style),
             tuple(t for t, own in zip(times, experts, strict=True) if own == k),
+            x,
+            condition,
         )
         for k, network in enumerate(networks)
     ]
@@ -111,17 +132,27 @@ def _experts(model: Model) -> list[Expert]:
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def _merged(backbone: nn.Module) -> Any:
-    """The diffusers network of a student, with its adapter merged."""
-    merged = backbone.merged() if isinstance(backbone, AdapterView) else backbone
-    if not isinstance(merged, HubBackbone):
-        raise UserError(f"A {type(merged).__name__} is not a diffusers network, so it cannot be exported as one.")
-    return merged.network
+def _merged(ours: Denoiser) -> Denoiser:
+    """The denoiser with its adapter merged."""
+    merged = ours.backbone.merged() if isinstance(ours.backbone, AdapterView) else ours.backbone
+    return Denoiser(merged, ours.schedule, ours.kind, style=ours.style)
 
 
-def _write_network(network: Any, folder: Path) -> None:
-    network.save_pretrained(folder)
-    _remove_origin(folder / "config.json")
+def _diffusers_network(backbone: nn.Module) -> Any:
+    if not isinstance(backbone, HubBackbone):
+        raise UserError(f"A {type(backbone).__name__} is not a diffusers network, so it cannot be exported as one.")
+    return backbone.network
+
+
+def _write_network(expert: Expert, folder: PipelineFolder, out: Path) -> None:
+    """Writes the network of an expert, and compares the expert with it before and after."""
+    merged = _merged(expert.denoiser)
+    network = _diffusers_network(merged.backbone)
+    written = expert.outputs(merged)
+    expert.compare(expert.outputs(expert.denoiser), written, _tolerance(network.dtype))
+    network.save_pretrained(out)
+    _remove_origin(out / "config.json")
+    expert.compare(written, expert.outputs(folder.denoiser(None, weights=out)), TOLERANCE)
 
 
 def _remove_origin(file: Path) -> None:
@@ -151,28 +182,33 @@ def _copy_pipeline(folder: PipelineFolder, manifest: Manifest, out: Path) -> Non
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def _write_adapters(
-    model: Model, experts: list[Expert], folder: PipelineFolder, out: Path, manifest: Manifest
-) -> list[Denoiser]:
-    """Writes the adapter of each expert, and returns the base with each of them."""
+def _write_adapters(model: Model, experts: list[Expert], folder: PipelineFolder, out: Path, manifest: Manifest) -> None:
+    """Writes the adapter of each expert, and compares the expert with the base that has this adapter."""
     form, several = manifest.form, len(experts) > 1
     adapters, lora = adapters_of(model, [expert.denoiser.backbone for expert in experts])
     content = manifest.content()
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in content.items()}
-    for k, tensors in enumerate(adapters):
+    for k, (expert, tensors) in enumerate(zip(experts, adapters, strict=True)):
         write_adapter(tensors, lora, folder.family, form, out, k, several, metadata)
-    return [load_adapter(folder, form, out, k, several) for k in range(len(experts))]
+        view = expert.denoiser.backbone
+        assert isinstance(view, AdapterView)
+        dtype = _diffusers_network(view.shared_network).dtype
+        loaded = load_adapter(folder, form, out, k, several, dtype)
+        check_factors(tensors, loaded)
+        expert.compare(expert.outputs(expert.denoiser), expert.outputs(loaded), _tolerance(dtype))
 
 
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def _compare(expert: Expert, exported: Denoiser, folder: PipelineFolder, model: Model) -> None:
-    """Compares both at the expert's times, on random latents with a random condition. Raises ``UserError``."""
+def _tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCE if dtype == torch.float32 else ROUNDING * torch.finfo(dtype).eps
+
+
+def _inputs(folder: PipelineFolder, shape: tuple[int, ...]) -> tuple[Tensor, Condition]:
+    """Random latents and a random condition."""
     generator = torch.Generator().manual_seed(0)
-    shape = (model.config.shape[0], *(1,) * (len(model.config.shape) - 3), 8, 8)
-    x = torch.randn(1, *shape, generator=generator)
+    x = torch.randn(1, shape[0], *(1,) * (len(shape) - 3), 8, 8, generator=generator)
     condition = Condition(
         {
             name: torch.ones(1, *size, dtype=torch.int64)
@@ -181,10 +217,4 @@ def _compare(expert: Expert, exported: Denoiser, folder: PipelineFolder, model: 
             for name, size in folder.family.condition_shapes.items()
         }
     )
-    device = model.device
-    for t in expert.times:
-        ours = guide(expert.denoiser, x.to(device), t, condition.to(device)).out.raw.cpu()
-        theirs = guide(exported, x, t, condition).out.raw
-        difference = ((ours - theirs).norm() / ours.norm()).item()
-        if not difference < TOLERANCE:
-            raise UserError(f"Not exported: the export differs from the student by {difference:.2g} at t = {t:g}.")
+    return x, condition

@@ -81,14 +81,16 @@ def _comfyui(tensors: Mapping[str, Tensor], rank: int, family: Family) -> dict[s
     return named
 
 
-def load_adapter(folder: PipelineFolder, form: ExportFormat, out: Path, number: int, several: bool) -> Denoiser:
-    """The base with an expert's adapter, loaded as the model card describes."""
-    denoiser = folder.denoiser()
+def load_adapter(
+    folder: PipelineFolder, form: ExportFormat, out: Path, number: int, several: bool, dtype: torch.dtype
+) -> Denoiser:
+    """The base, with weights of ``dtype``, and an expert's adapter, loaded as the model card describes."""
+    denoiser = folder.denoiser(dtype)
     assert isinstance(denoiser.backbone, HubBackbone)
     network: Any = denoiser.backbone.network
     file = out / (f"{expert_name(number)}.safetensors" if several else LORA_FILE)
     if folder.family.loads_lora:
-        folder.pipeline(network).load_lora_weights(out, weight_name=file.name)
+        folder.pipeline(network, alone=True).load_lora_weights(out, weight_name=file.name)
     elif form is ExportFormat.lora:
         from peft import PeftModel
 
@@ -102,3 +104,25 @@ def load_adapter(folder: PipelineFolder, form: ExportFormat, out: Path, number: 
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), network)
         set_peft_model_state_dict(network, tensors)
     return denoiser
+
+
+def check_factors(tensors: Mapping[str, Tensor], loaded: Denoiser) -> None:
+    """Raises ``UserError`` if the adapter in a network is not the one with these factors, rounded to the type in which
+    the program that loaded it keeps them: their outputs differ by rounding too, which would hide a small error."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    assert isinstance(loaded.backbone, HubBackbone)
+    found: dict[str, Tensor] = {}
+    modules = loaded.backbone.network.named_modules()
+    layers: dict[str, Any] = {path: module for path, module in modules if isinstance(module, BaseTunerLayer)}
+    for path, layer in layers.items():
+        [name] = layer.active_adapters
+        found[f"{path}.lora_A.weight"] = layer.lora_A[name].weight
+        found[f"{path}.lora_B.weight"] = layer.lora_B[name].weight * layer.scaling[name]
+    wrong = sorted(
+        name
+        for name in found.keys() | tensors.keys()
+        if name not in found or name not in tensors or not found[name].equal(tensors[name].to(found[name]))
+    )
+    if wrong:
+        raise UserError(f"Not exported: the adapter differs from the student's in {wrong[0]} when it is loaded.")

@@ -21,7 +21,7 @@ from fewstep.models.condition import Condition
 from fewstep.models.denoiser import AUTO, Denoiser, GuidanceStyle
 from fewstep.models.hub.family import Family, HubBackbone, family_of
 from fewstep.models.hub.noise_process import NoiseProcess, noise_process
-from fewstep.models.hub.weights import refuse_pickles, variant_of, weight_files, weights_sha256
+from fewstep.models.hub.weights import refuse_pickles, stored_dtype, variant_of, weight_files, weights_sha256
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,11 @@ class PipelineFolder:
         return weights_sha256(weight_files(self.path / self.family.part))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the weights of the pipeline's denoiser are stored (see ``stored_dtype``)."""
+        return stored_dtype(self.path / self.family.part)
+
+    @property
     def network_class(self) -> Any:
         """The class of the pipeline's denoiser."""
         return self._class(self.index[self.family.part][1])
@@ -100,14 +105,16 @@ class PipelineFolder:
         return found
 
     def denoiser(
-        self, dtype: torch.dtype = torch.float32, feature_layers: Sequence[str] = (), weights: Path | None = None
+        self, dtype: torch.dtype | None = torch.float32, feature_layers: Sequence[str] = (), weights: Path | None = None
     ) -> Denoiser:
-        """The pipeline's denoiser with its weights, or those in the folder ``weights``, in eval mode on the CPU.
+        """The pipeline's denoiser with its weights, or those in the folder ``weights``, in eval mode on the CPU; a
+        ``dtype`` of None is that in which they are stored. Weights of this type are mapped into memory, not copied.
 
         Raises ``UserError`` if the weights are damaged or stored in pickle files.
         """
         folder, module = weights or self.path / self.family.part, self.network_class
         refuse_pickles(folder)
+        dtype = dtype or stored_dtype(folder)
         try:
             with _without_progress_bars():
                 network = module.from_pretrained(folder, dtype=dtype, variant=variant_of(folder), use_safetensors=True)
@@ -119,17 +126,18 @@ class PipelineFolder:
         paths = [path if path == AUTO else f"network.{path}" for path in feature_layers]
         return Denoiser(backbone, self.noise_process.schedule, self.noise_process.kind, paths, style).eval()
 
-    def pipeline(self, denoiser: Any = None, dtype: torch.dtype = torch.float32) -> Any:
-        """The full diffusers pipeline, with ``denoiser`` (None: without, which is enough to encode and decode).
+    def pipeline(self, denoiser: Any = None, dtype: torch.dtype = torch.float32, *, alone: bool = False) -> Any:
+        """The full diffusers pipeline, with ``denoiser`` (None: without, which is enough to encode and decode), or
+        ``alone``: without text encoders and VAE, which is enough to load an adapter.
 
         Raises ``UserError`` if a component is damaged, missing, or stored in pickle files.
         """
-        for name in self.index:
-            if self.has_component(name) and not (name == self.family.part and denoiser is None):
-                refuse_pickles(self.path / name)
+        used = [name for name in self.index if self.has_component(name) and not (name == self.family.part or alone)]
+        for name in used:
+            refuse_pickles(self.path / name)
         variants = {variant_of(self.path / name) for name in self.index} - {None}
-        absent = {name: None for name, entry in self.index.items() if isinstance(entry, list) and entry[0] is None}
-        parts = absent | {self.family.part: denoiser}
+        components = {name for name, entry in self.index.items() if isinstance(entry, list)}
+        parts = dict.fromkeys(components - {*used, "scheduler"}) | {self.family.part: denoiser}
         cls = self._class(self.index["_class_name"])
         try:
             with _without_progress_bars():

@@ -5,11 +5,14 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json, reading, sha256
+from fewstep.core.files import read_json, reading, sha256, tensor_types
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # in which networks compute
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -45,6 +48,18 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(f"{missing[0]} is missing, so {folder} has no weights that can be loaded.")
     return files
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type of most of a network's stored weights, if networks compute in it; otherwise (8 bits) float32.
+
+    Raises ``UserError`` as ``weight_files`` does, and if a file is damaged.
+    """
+    counts: dict[str, int] = {}
+    for file in weight_files(folder):
+        for name, count in tensor_types(file):
+            counts[name] = counts.get(name, 0) + count
+    return TYPES.get(max(counts, key=counts.__getitem__, default="F32"), torch.float32)
 
 
 def weights_sha256(files: list[Path]) -> str:

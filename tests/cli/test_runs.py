@@ -18,11 +18,7 @@ from worlds import tiny_config
 import fewstep
 from fewstep.api.training_progress import TrainingProgress
 from fewstep.cli.demo import unfinished
-<<<<<<< HEAD
-=======
 from fewstep.cli.train import in_gib
-from fewstep.cli.training_progress import TrainingProgress
->>>>>>> lb
 from fewstep.core.errors import UserError
 from fewstep.distill.config import OBJECTIVES
 from fewstep.distill.config_files import parse_config

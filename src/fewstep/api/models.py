@@ -29,6 +29,13 @@ def load(
     ``from_file``: ``source`` was read from a run or a saved model, so that it causes no import. Raises ``UserError`` if
     there is no such model, or if the run has no student yet.
     """
+    model = load_model(model_folder(source), size=size, dtype=dtype, from_file=from_file)
+    model.denoiser.to(pick_device(device))
+    return model
+
+
+def model_folder(source: Source) -> Source:
+    """The folder of a run's student; any other source as it is. Raises ``UserError`` if the run has no student yet."""
     folder = Path(source)
     if (folder / "config.yaml").is_file():
         if not (folder / "student" / "config.json").is_file():
@@ -36,10 +43,8 @@ def load(
                 f"The run {folder} has no student yet: it is not finished. Resume it with "
                 f"fewstep train --resume {shlex.quote(str(folder))}"
             )
-        source = folder / "student"
-    model = load_model(source, size=size, dtype=dtype, from_file=from_file)
-    model.denoiser.to(pick_device(device))
-    return model
+        return folder / "student"
+    return source
 
 
 def noise_image(model: Model, prompts: bool) -> Tensor:

@@ -36,6 +36,14 @@ class Video(StrEnum):
     mp4 = "mp4"
 
 
+class WeightType(StrEnum):
+    """The type of a network's weights, as torch names it."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 @app.command(epilog="Example: fewstep sample runs/demo --steps 4 --n 80 --out grid.png")
 def sample(
     model_name: ModelName,
@@ -107,9 +115,14 @@ def export(
     folder: Annotated[Path, typer.Option("--out", help="A new folder.")],
     form: Annotated[ExportFormat, typer.Option("--to", help="What to write.")] = ExportFormat.diffusers,
     device: Device = "cpu",
+    dtype: Annotated[
+        WeightType | None, typer.Option(help="The type of a network's weights. Default: that of the base's weights.")
+    ] = None,
 ) -> None:
     """Write a student as a diffusers pipeline, a bare network or a LoRA file, and compare it with the student."""
+    import torch
+
     from fewstep.api.export import export as export_model
 
-    written = export_model(model_name, form, folder, device)
+    written = export_model(model_name, form, folder, device, None if dtype is None else getattr(torch, dtype))
     print_text(f"The student is in {written}. It was reloaded and gives the same output.")

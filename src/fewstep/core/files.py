@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,8 @@ def read_json_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ``UserError`` if it is missing or damaged."""
+    """The tensors of a safetensors file, which is mapped into memory: they are read when they are used, and a change
+    of them does not reach the file. Raises ``UserError`` if it is missing or damaged."""
     with reading(file, "safetensors file"):
         return load_file(file)
 
@@ -242,6 +244,14 @@ def tensor_names(file: Path) -> set[str]:
     """The tensor names in a safetensors file. Raises ``UserError`` if it is missing or damaged."""
     with reading(file, "safetensors file"), safe_open(file, framework="pt") as handle:
         return set(handle.keys())
+
+
+def tensor_types(file: Path) -> list[tuple[str, int]]:
+    """The type, as safetensors names it (``BF16``), and the number of elements of each tensor in a safetensors file.
+    Raises ``UserError`` if it is missing or damaged."""
+    with reading(file, "safetensors file"), safe_open(file, framework="pt") as handle:
+        parts = [handle.get_slice(name) for name in handle.keys()]  # noqa: SIM118, a file's names, not a dict
+        return [(part.get_dtype(), prod(part.get_shape())) for part in parts]
 
 
 def read_metadata(file: Path) -> dict[str, str]:
