@@ -317,3 +317,18 @@ def test_a_browser_shows_the_page_on_wide_and_narrow_screens(
     with Image.open(screenshot) as shown:
         assert shown.width == width
         assert len(shown.convert("L").getcolors() or range(1000)) > 20
+
+
+def test_previews_are_shown_by_step(full_run: Path) -> None:
+    """At most eight, with the first and the last; a run without them has no such section."""
+    assert "Previews" not in text(report(full_run))
+    images = torch.zeros(2, 1, 7, 7, dtype=torch.uint8)
+    for step in range(10, 100, 10):
+        image = comparison([("teacher", images), ("student", images)])
+        save_image(image, full_run / "previews" / f"step-{step:07d}.png")
+    page = report(full_run)
+    shown = page[page.index('<section id="previews">') : page.index('<section id="samples">')]
+    assert re.findall(r'id="(preview-\d)"', shown) == [f"preview-{k}" for k in range(1, 9)]
+    assert 'alt="Step 10"' in shown
+    assert 'alt="Step 90"' in shown
+    assert "8 of 9 images in previews/ are shown." in text(page)
