@@ -100,7 +100,7 @@ def _decoder(inputs: TrainingInputs) -> Callable[[Tensor], Tensor] | None:
         pipeline = inputs.pipeline
         if not pipeline.has_component("vae"):
             return None
-        return lambda samples: pipeline.decode_images(pipeline.pipeline(), samples)
+        return lambda samples: pipeline.decode_images(pipeline.decoder(), samples)
     model = inputs.model_config
     latents = model.base is not None and not model.classes  # of a pipeline, with data of one's own
     return to_bytes if len(model.shape) == 3 and model.shape[0] in (1, 3) and not latents else None

@@ -72,7 +72,7 @@ class PromptValidation:
         numbers = [k * len(self.prompts) // count for k in range(count)]
         condition = self.prompts(torch.tensor(numbers)).to(model.device)
         samples = generate(model, condition, replace(self.sampling, seed=SEED), numbers=numbers, batch=4)
-        images = self.pipeline.decode_images(self.pipeline.pipeline(), samples.x0)
+        images = self.pipeline.decode_images(self.pipeline.decoder(), samples.x0)
         columns = len(numbers)
         if images.ndim == 5:  # each video becomes a row of frames
             columns = images.shape[1]

@@ -90,7 +90,7 @@ def load_adapter(
     network: Any = denoiser.backbone.network
     file = out / (f"{expert_name(number)}.safetensors" if several else LORA_FILE)
     if folder.family.loads_lora:
-        folder.pipeline(network, alone=True).load_lora_weights(out, weight_name=file.name)
+        folder.bare(network).load_lora_weights(out, weight_name=file.name)
     elif form is ExportFormat.lora:
         from peft import PeftModel
 

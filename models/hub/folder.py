@@ -23,6 +23,8 @@ from fewstep.models.hub.family import Family, HubBackbone, family_of
 from fewstep.models.hub.noise_process import NoiseProcess, noise_process
 from fewstep.models.hub.weights import refuse_pickles, stored_dtype, variant_of, weight_files, weights_sha256
 
+TEXT = ("text_encoder", "tokenizer")  # how the names of a pipeline's text encoders begin
+
 
 @dataclass(frozen=True)
 class PipelineFolder:
@@ -126,23 +128,33 @@ class PipelineFolder:
         paths = [path if path == AUTO else f"network.{path}" for path in feature_layers]
         return Denoiser(backbone, self.noise_process.schedule, self.noise_process.kind, paths, style).eval()
 
-    def pipeline(self, denoiser: Any = None, dtype: torch.dtype = torch.float32, *, alone: bool = False) -> Any:
-        """The full diffusers pipeline, with ``denoiser`` (None: without, which is enough to encode and decode), or
-        ``alone``: without text encoders and VAE, which is enough to load an adapter.
+    def pipeline(self, denoiser: Any = None, dtype: torch.dtype = torch.float32) -> Any:
+        """The full diffusers pipeline, with ``denoiser`` (None: without, which is enough to encode and decode).
 
         Raises ``UserError`` if a component is damaged, missing, or stored in pickle files.
         """
-        used = [name for name in self.index if self.has_component(name) and not (name == self.family.part or alone)]
+        return self._load(denoiser, dtype, set(self.index))
+
+    def decoder(self) -> Any:
+        """The pipeline without denoiser and text encoders, which is enough to decode. Raises as ``pipeline`` does."""
+        return self._load(None, torch.float32, {name for name in self.index if not name.startswith(TEXT)})
+
+    def bare(self, denoiser: Any) -> Any:
+        """The pipeline with its denoiser alone, which is enough to load an adapter. Raises as ``pipeline`` does."""
+        return self._load(denoiser, torch.float32, set())
+
+    def _load(self, denoiser: Any, dtype: torch.dtype, parts: set[str]) -> Any:
+        used = [name for name in self.index if name in parts and self.has_component(name) and name != self.family.part]
         for name in used:
             refuse_pickles(self.path / name)
         variants = {variant_of(self.path / name) for name in self.index} - {None}
         components = {name for name, entry in self.index.items() if isinstance(entry, list)}
-        parts = dict.fromkeys(components - {*used, "scheduler"}) | {self.family.part: denoiser}
+        given = dict.fromkeys(components - {*used, "scheduler"}) | {self.family.part: denoiser}
         cls = self._class(self.index["_class_name"])
         try:
             with _without_progress_bars():
                 variant = next(iter(variants), None)  # of the components that have no other
-                return cls.from_pretrained(self.path, dtype=dtype, variant=variant, use_safetensors=True, **parts)
+                return cls.from_pretrained(self.path, dtype=dtype, variant=variant, use_safetensors=True, **given)
         except Exception as error:  # on damaged files almost every type
             raise UserError(f"The pipeline in {self.path} cannot be loaded: {_first_line(error)}") from error
 

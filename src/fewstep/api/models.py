@@ -54,4 +54,4 @@ def noise_image(model: Model, prompts: bool) -> Tensor:
     if not prompts:
         return to_bytes(noise)
     folder = pipeline_of(model)
-    return folder.decode_images(folder.pipeline().to(model.device), noise)
+    return folder.decode_images(folder.decoder().to(model.device), noise)
