@@ -131,7 +131,7 @@ def test_a_lost_update_is_reported_and_recorded_with_its_cause(tmp_path: Path, m
 def test_the_lost_updates_that_end_training_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "l1_weight", lambda x, *_: x * float("nan"))
     run = make(tmp_path)
-    with pytest.raises(UserError, match="of step 12 was not applied.*12 times in a row"):
+    with pytest.raises(UserError, match=r"of step 12 was not applied.*12 times in a row"):
         run.train()
     lines = (tmp_path / "run" / "lost_updates.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
