@@ -77,9 +77,9 @@ def load_model(
     by registered or dotted name, in eval mode on the CPU.
 
     ``size`` (height, width, frames in pixels) and the weights' ``dtype`` apply to pipelines and to models based on one;
-    by default the weights have the type in which they are stored, and those under an adapter the type with which it was
-    trained. Weights of their stored type are mapped into memory: they are read when they are used. ``from_file``:
-    ``source`` was read from a saved model and must not cause an import. Raises ``UserError`` if the model does not
+    by default the weights are bfloat16 if they are stored so, else float32, and those under an adapter have the type
+    with which it was trained. Weights of their stored type are mapped into memory: they are read when they are used.
+    ``from_file``: ``source`` was read from a saved model and must not cause an import. Raises ``UserError`` if the model does not
     exist, a file is damaged, or the weights do not match the config.
     """
     if str(source) in TEACHERS:
@@ -239,7 +239,7 @@ def base_sha256(base: str) -> str | None:
 
 
 def base_dtype(folder: Path) -> torch.dtype | None:
-    """The type in which a pipeline stores the weights on which the model in a folder is based; None without one."""
+    """The type by default of the pipeline on which the model in a folder is based; None without one."""
     from fewstep.models.hub.folder import PipelineFolder  # needs the extra
 
     own_format = (folder / "config.json").is_file() and not (folder / "fewstep.json").is_file()

@@ -152,7 +152,7 @@ def _write_network(expert: Expert, folder: PipelineFolder, out: Path) -> None:
     expert.compare(expert.outputs(expert.denoiser), written, _tolerance(network.dtype))
     network.save_pretrained(out)
     _remove_origin(out / "config.json")
-    expert.compare(written, expert.outputs(folder.denoiser(None, weights=out)), TOLERANCE)
+    expert.compare(written, expert.outputs(folder.denoiser(network.dtype, weights=out)), TOLERANCE)
 
 
 def _remove_origin(file: Path) -> None:

@@ -92,7 +92,7 @@ class PipelineFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type in which the weights of the pipeline's denoiser are stored (see ``stored_dtype``)."""
+        """The type in which the pipeline's denoiser is loaded by default (see ``stored_dtype``)."""
         return stored_dtype(self.path / self.family.part)
 
     @property
@@ -110,7 +110,7 @@ class PipelineFolder:
         self, dtype: torch.dtype | None = torch.float32, feature_layers: Sequence[str] = (), weights: Path | None = None
     ) -> Denoiser:
         """The pipeline's denoiser with its weights, or those in the folder ``weights``, in eval mode on the CPU; a
-        ``dtype`` of None is that in which they are stored. Weights of this type are mapped into memory, not copied.
+        ``dtype`` of None is that of ``stored_dtype``. Weights of this type are mapped into memory, not copied.
 
         Raises ``UserError`` if the weights are damaged or stored in pickle files.
         """

@@ -12,7 +12,6 @@ from fewstep.core.files import read_json, reading, sha256, tensor_types
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # in which networks compute
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -51,7 +50,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The type of most of a network's stored weights, if networks compute in it; otherwise (8 bits) float32.
+    """bfloat16 if most of a network's stored weights have this type, otherwise float32: float16 and 8 bits save space
+    on disk, but their range is too small for computing in general.
 
     Raises ``UserError`` as ``weight_files`` does, and if a file is damaged.
     """
@@ -59,7 +59,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     for file in weight_files(folder):
         for name, count in tensor_types(file):
             counts[name] = counts.get(name, 0) + count
-    return TYPES.get(max(counts, key=counts.__getitem__, default="F32"), torch.float32)
+    return torch.bfloat16 if max(counts, key=counts.__getitem__, default="") == "BF16" else torch.float32
 
 
 def weights_sha256(files: list[Path]) -> str:

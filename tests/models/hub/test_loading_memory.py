@@ -91,7 +91,7 @@ def test_a_full_student_has_the_weights_of_its_file(models: Path) -> None:
             assert torch.equal(tensor, written[name].to(dtype or F32)), name
 
 
-@pytest.mark.parametrize("dtype", [None, F32])
+@pytest.mark.parametrize("dtype", [None, F32, torch.float16])
 @pytest.mark.parametrize("student", ["adapter", "copy"])
 def test_exported_weights_are_the_students_in_the_type_of_the_base_or_another(
     models: Path, student: str, dtype: torch.dtype | None, tmp_path: Path
@@ -114,8 +114,11 @@ def test_exported_weights_are_the_students_in_the_type_of_the_base_or_another(
     assert (changed > 0) == (student == "adapter")
 
 
-def test_merging_copies_only_the_layers_of_the_adapter_and_changes_no_weight_of_the_base(models: Path) -> None:
-    view = load_model(models / "adapter").denoiser.backbone
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_merging_copies_only_the_layers_of_the_adapter_and_changes_no_weight_of_the_base(
+    models: Path, dtype: torch.dtype
+) -> None:
+    view = load_model(models / "adapter", dtype=dtype).denoiser.backbone
     assert isinstance(view, AdapterView)
     before = {name: (p.data_ptr(), p.clone()) for name, p in view.shared_network.named_parameters()}
     merged = dict(view.merged().named_parameters())
