@@ -79,8 +79,8 @@ def load_model(
     ``size`` (height, width, frames in pixels) and the weights' ``dtype`` apply to pipelines and to models based on one;
     by default the weights are bfloat16 if they are stored so, else float32, and those under an adapter have the type
     with which it was trained. Weights of their stored type are mapped into memory: they are read when they are used.
-    ``from_file``: ``source`` was read from a saved model and must not cause an import. Raises ``UserError`` if the model does not
-    exist, a file is damaged, or the weights do not match the config.
+    ``from_file``: ``source`` was read from a saved model and must not cause an import. Raises ``UserError`` if the
+    model does not exist, a file is damaged, or the weights do not match the config.
     """
     if str(source) in TEACHERS:
         return _of_size(_own_model(str(source), feature_layers, from_file), size)
