@@ -346,18 +346,3 @@ def test_nothing_of_the_page_and_its_table_is_cut(full_run: Path, tmp_path: Path
     cut = [int(each) for each in found[1].split(",")]
     assert len(cut) > 1
     assert max(cut) <= 1, cut
-
-
-def test_previews_are_shown_by_step(full_run: Path) -> None:
-    """At most eight, with the first and the last; a run without them has no such section."""
-    assert "Previews" not in text(report(full_run))
-    images = torch.zeros(2, 1, 7, 7, dtype=torch.uint8)
-    for step in range(10, 100, 10):
-        image = comparison([("teacher", images), ("student", images)])
-        save_image(image, full_run / "previews" / f"step-{step:07d}.png")
-    page = report(full_run)
-    shown = page[page.index('<section id="previews">') : page.index('<section id="samples">')]
-    assert re.findall(r'id="(preview-\d)"', shown) == [f"preview-{k}" for k in range(1, 9)]
-    assert 'alt="Step 10"' in shown
-    assert 'alt="Step 90"' in shown
-    assert "8 of 9 images in previews/ are shown." in text(page)
