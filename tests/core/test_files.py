@@ -6,13 +6,13 @@ import codecs
 import json
 import os
 import struct
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from killed import Killed, kill_at
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import (
@@ -111,10 +111,6 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert (final / "sub" / "file.txt").read_text() == "second"
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing that comes later runs."""
-
-
 @pytest.mark.parametrize("calls", range(12))
 def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
@@ -122,19 +118,8 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(
     """The process dies before its call number ``calls`` of the functions that change or flush anything."""
     final = folder_of(tmp_path / "student", "old")
     partial = folder_of(tmp_path / "part", "new")
-    left = iter(range(calls))
-
-    def counted(function: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object, **settings: object) -> object:
-            if next(left, None) is None:
-                raise Killed
-            return function(*arguments, **settings)
-
-        return call
-
     with monkeypatch.context() as patch:
-        for owner, name in ((os, "fsync"), (Path, "rename"), (os, "unlink"), (os, "rmdir")):
-            patch.setattr(owner, name, counted(getattr(owner, name)))
+        kill_at(patch, calls, ((os, "fsync"), (Path, "rename"), (os, "unlink"), (os, "rmdir")))
         with suppress(Killed):
             replace_folder(partial, final)
     restore_folder(final)

@@ -6,12 +6,12 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from killed import Killed, kill_at
 from worlds import tiny_config
 
 from fewstep.core.errors import UserError
@@ -31,10 +31,6 @@ from fewstep.distill.run_folder import RunFolder
 from fewstep.distill.trainer import Trainer
 
 CPU = torch.device("cpu")
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL."""
 
 
 class KilledAfter(Callback):
@@ -92,22 +88,13 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_kill_while_a_folder_is_deleted_leaves_it_whole_or_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
-    folder, left = tmp_path / "step-1", iter(range(calls))
+    folder = tmp_path / "step-1"
     folder.mkdir()
     for name in "ab":
         (folder / name).write_text(name)
 
-    def counted(function: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object, **settings: object) -> object:
-            if next(left, None) is None:
-                raise Killed
-            return function(*arguments, **settings)
-
-        return call
-
     with monkeypatch.context() as patch:
-        for owner, name in ((Path, "rename"), (os, "unlink"), (os, "rmdir")):
-            patch.setattr(owner, name, counted(getattr(owner, name)))
+        kill_at(patch, calls, ((Path, "rename"), (os, "unlink"), (os, "rmdir")))
         with suppress(Killed):
             delete_folder(folder)
     assert not folder.exists() or names(folder) == {"a", "b"}
