@@ -3,19 +3,23 @@
 Random diffusers pipelines of three families and the bundled U-Net are trained on the CPU for a few steps, with health
 checks. torch's profiler reports every allocation and release of torch's CPU allocator; their running sum has the peak.
 Weights are copied once before, because safetensors files are mapped into memory, which the allocator does not see.
+Split networks are trained by two and four processes, of which the first is measured; it copies its rows itself.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from fewstep.core.files import write_tensors, write_text
@@ -23,6 +27,7 @@ from fewstep.core.torchvision_compat import prepare_torchvision
 from fewstep.distill.build import build_inputs
 from fewstep.distill.config import Config
 from fewstep.distill.memory import plan_memory
+from fewstep.distill.processes import World
 from fewstep.distill.trainer import Trainer
 from fewstep.models.adapters import AdapterView
 from fewstep.models.denoiser import Denoiser
@@ -57,6 +62,11 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "adapters, checkpointing": {"adapters": ADAPTERS, "gradient_checkpointing": True},
     "adapters, bfloat16": {"adapters": ADAPTERS, **BF16},
     "copies, 4 micro-batches": {"accumulate": 4},
+}
+SPLIT: Mapping[str, Mapping[str, Any]] = {
+    "split copies": {"shard": True},
+    "split copies, checkpointing": {"shard": True, "gradient_checkpointing": True},
+    "adapters on a split network": {"shard": True, "adapters": ADAPTERS},
 }
 
 
@@ -111,6 +121,11 @@ def measured_peak(config: Config) -> int:
         Trainer(config, inputs, device).train()
     assert profiler.profiler is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return highest(events)
+
+
+def highest(events: list[Any]) -> int:
+    """The highest running sum of allocations and releases."""
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
@@ -118,12 +133,36 @@ def measured_peak(config: Config) -> int:
     return peak
 
 
-def compare(network: str, variant: str, config: Config) -> dict[str, Any]:
+def measure_split(rank: int, size: int, config: Config, port: int, file: str) -> None:
+    """Trains as one of ``size`` processes; the first writes its peak."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    world, device = World(rank, size, None, init_device_mesh("cpu", (size,))), torch.device("cpu")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        Trainer(config, build_inputs(config, device, world=world), device, world).train()
+    if rank == 0:
+        assert profiler.profiler is not None
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        Path(file).write_text(str(highest(events)))
+    torch.distributed.destroy_process_group()
+
+
+def measured_on(devices: int, config: Config) -> int:
+    """``measured_peak`` of the first of several processes."""
+    with tempfile.NamedTemporaryFile() as file:
+        port = 20_000 + os.getpid() * 31 % 20_000
+        torch.multiprocessing.spawn(measure_split, args=(devices, config, port, file.name), nprocs=devices)
+        return int(Path(file.name).read_text())
+
+
+def compare(network: str, variant: str, config: Config, devices: int = 1) -> dict[str, Any]:
     """A record of the results: planned and measured MiB, and their ratio."""
-    planned, measured = plan_memory(config).total, measured_peak(config)
+    planned = plan_memory(config, devices).total
+    measured = measured_peak(config) if devices == 1 else measured_on(devices, config)
     return {
-        "network": network, "run": variant, "batch": config.batch, "planned MiB": round(planned / MiB, 1),
-        "measured MiB": round(measured / MiB, 1), "ratio": round(planned / measured, 3),
+        "network": network, "run": variant, "processes": devices, "batch": config.batch,
+        "planned MiB": round(planned / MiB, 1), "measured MiB": round(measured / MiB, 1),
+        "ratio": round(planned / measured, 3),
     }  # fmt: skip
 
 
@@ -143,6 +182,9 @@ def main(file: Path) -> None:
             prompts = {"kind": "prompts", "path": str(folder / "prompts")}
             for variant, changes in VARIANTS.items():
                 add(name, variant, config_of(str(folder), size=size, data=prompts, **changes))
+            for (variant, changes), devices in product(SPLIT.items(), (2, 4)):
+                split = config_of(str(folder), size=size, data=prompts, accumulate=devices, **changes)
+                add(name, variant, split, devices)
     write_text(json.dumps(records, indent=1) + "\n", file)
 
 

@@ -92,11 +92,10 @@ def build_inputs(
 
 
 def _placed(denoiser: Denoiser, config: Config, device: torch.device, world: World) -> Denoiser:
-    """The denoiser on its device, or split over the processes."""
-    denoiser.to(device)
+    """The denoiser on its device, or split over the processes, layer by layer: a device may not hold it whole."""
     if config.shard and world.mesh is not None:
         sharding.split(denoiser, world.mesh)
-    return denoiser
+    return denoiser.to(device)
 
 
 def _pretraining(

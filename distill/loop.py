@@ -151,6 +151,8 @@ class Loop:
                     sums[name] = before[0] + value, before[1] + count
                 for name, value in micro.totals.items():
                     totals[name] = totals[name] + value if name in totals else value
+        for name in update.roles:
+            self.roles[name].add_missing_gradients()
         self.world.mean_([part for pair in sums.values() for part in pair])
         self.world.sum_(list(totals.values()))
         return {name: value / count for name, (value, count) in sums.items()}, totals

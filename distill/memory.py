@@ -26,6 +26,7 @@ from fewstep.distill.config import Config
 from fewstep.distill.explain import stand_in_trainer
 from fewstep.distill.processes import GROUP
 from fewstep.distill.roles import Role
+from fewstep.distill.sharded_memory import Shards
 from fewstep.distill.snapshots import Evaluated, Snapshot, snapshots
 from fewstep.distill.stage import roles_of_stage
 from fewstep.models.adapters import AdapterView, checkpoint_gradients, share_network
@@ -81,11 +82,9 @@ def plan_memory(config: Config, devices: int = 1, costs: Cost | None = None) -> 
     """The plan of the stage that needs the most, on each of ``devices`` with a process. ``costs`` remembers evaluations
     between calls.
 
-    Raises ``UserError`` if the network of the config is not known, if its stages cannot be built, if the devices cannot
-    share its micro-batches equally, and for ``shard``, which is not planned.
+    Raises ``UserError`` if the network of the config is not known, if its stages cannot be built, and if the devices
+    cannot share its micro-batches equally.
     """
-    if config.shard:
-        raise UserError("The plan is for whole networks on every device; it does not count what shard: true saves.")
     if config.accumulate % devices:
         raise UserError(
             f"accumulate = {config.accumulate} must be a multiple of the {devices} devices, which share it."
@@ -191,21 +190,21 @@ def _plan_stage(config: Config, stage: PlannedStage, devices: int, costs: Cost) 
     roles, settings = stage.roles, config.stages[stage.number].roles
     memory: dict[str, RoleMemory] = {}
     own = own_tensors(roles)
+    shards = Shards.of(roles, devices) if config.shard and devices > 1 else Shards()
     for name, role in roles.items():
-        weights = _base_bytes(role, config.weights) or nbytes(own[name])
+        weights = _base_bytes(role, config.weights) or shards.nbytes(own[name])
         if role.optimizer is None:
             memory[name] = RoleMemory(weights)
             continue
-        sizes = [parameter.numel() for parameter in role.parameters]
-        memory[name] = RoleMemory(
-            weights, nbytes(role.parameters), adamw_bytes(sizes, settings[name].optimizer == "adamw8bit"),
-            nbytes(role.average.values()),
-        )  # fmt: skip
+        sizes = [shards.elements(parameter) for parameter in role.parameters]
+        gradients = shards.nbytes(role.parameters)
+        moments = adamw_bytes(sizes, settings[name].optimizer == "adamw8bit")
+        memory[name] = RoleMemory(weights, gradients, moments, gradients if role.average else 0)
     offloaded = stage.frozen if config.offload else frozenset()
     resident = sum(
         (0 if name in offloaded else role.weights) + role.moments + role.average for name, role in memory.items()
     )
-    return MemoryPlan(stage.number, memory, resident, _needs(config, stage, memory, offloaded, devices, costs))
+    return MemoryPlan(stage.number, memory, resident, _needs(config, stage, memory, offloaded, shards, devices, costs))
 
 
 def _base_bytes(role: Role, weights: Literal["float32", "bfloat16", "int8", "nf4"]) -> int:
@@ -228,8 +227,8 @@ def _base_bytes(role: Role, weights: Literal["float32", "bfloat16", "int8", "nf4
 
 
 def _needs(
-    config: Config, stage: PlannedStage, memory: Mapping[str, RoleMemory], offloaded: frozenset[str], devices: int,
-    costs: Cost,
+    config: Config, stage: PlannedStage, memory: Mapping[str, RoleMemory], offloaded: frozenset[str], shards: Shards,
+    devices: int, costs: Cost,
 ) -> dict[str, int]:  # fmt: skip
     """The bytes that are needed besides what is resident, by what happens."""
     needs: dict[str, int] = {}
@@ -243,24 +242,27 @@ def _needs(
     for snapshot in stage.snapshots:
         trained = snapshot.evaluation.graph == "parameters"
         held = snapshot.gradients & memory.keys()
+        if trained:
+            held |= {snapshot.evaluation.role} & shards.trained  # the others' rows of its gradients are sent at once
         size = sum(memory[role].gradients for role in held)
         size += sum(cost(other, True).kept for other in snapshot.alive)
         size += cost(snapshot.evaluation, not trained or snapshot.evaluation.role in held).peak
         used = {evaluation.role for evaluation in (snapshot.evaluation, *snapshot.alive)}
         size += sum(memory[role].weights for role in used & offloaded)
+        size += shards.gathered(snapshot.evaluation.role, snapshot.evaluation.graph)
         need(f"{snapshot.evaluation.role} evaluated in the update {snapshot.update}", size)
     fused = config.device != "cpu"
     for update, names in stage.updates.items():
         gradients = sum(memory[role].gradients for role in names)  # those of the update before have been freed
         for name in names:
             bits8 = config.stages[stage.number].roles[name].optimizer == "adamw8bit"
-            sizes = [parameter.numel() for parameter in stage.roles[name].parameters]
+            sizes = [shards.elements(parameter) for parameter in stage.roles[name].parameters]
             need(f"optimizer step of {name}", gradients + (0 if bits8 or fused else step_bytes(sizes)))
-        if devices > 1:
-            need(f"mean over devices in the update {update}", gradients + min(gradients, FLOAT * GROUP))
+        if sent := sum(memory[role].gradients for role in names if role not in shards.trained) if devices > 1 else 0:
+            need(f"mean over devices in the update {update}", gradients + min(sent, FLOAT * GROUP))
     if "student" in memory and (config.health.every or config.validation.every):  # two sets of its weights are held
         size = max(sum(memory[role].gradients for role in names) for names in stage.updates.values())
-        size += memory["student"].average
+        size += memory["student"].average + shards.gathered("student", "none")
         need("samples of the averaged student", size + cost(Evaluated("student", 1, "none"), True).peak)
     if offloaded:
         frozen = sum(memory[role].weights for role in offloaded)

@@ -33,11 +33,11 @@ class Fit:
         return {"gib": self.gib, "overrides": self.overrides, "total": self.plan.total}
 
 
-def changes(config: Config) -> Iterator[Change]:
+def changes(config: Config, devices: int = 1) -> Iterator[Change]:
     """What saves memory, in the order in which it is tried; each is added to those before.
 
-    A smaller micro-batch and gradient checkpointing compute the same, more slowly. Adapters come last, because they are
-    another way to train: their learning rates are higher.
+    A smaller micro-batch, gradient checkpointing and split networks compute the same, more slowly. Adapters come last,
+    because they are another way to train: their learning rates are higher.
     """
     for batch in (config.batch // n for n in (2, 4, 8, 16, 32, 64, 128, 256) if config.batch % n == 0):
         yield {"batch": batch, "accumulate": config.accumulate * config.batch // batch}
@@ -49,6 +49,8 @@ def changes(config: Config) -> Iterator[Change]:
     trained = [
         (f"stages.{k}.roles.{name}", r) for k, stage in enumerate(config.stages) for name, r in stage.roles.items()
     ]
+    if devices > 1 and not config.shard:
+        yield {"shard": True}
     if bits8 := {f"{key}.optimizer": "adamw8bit" for key, role in trained if role.optimizer == "adamw"}:
         yield bits8
     if not pipeline:
@@ -87,7 +89,7 @@ def first_fit(config: Config, gib: float, devices: int, costs: Costs) -> Fit:
 
     applied: list[Change] = []
     found = plan_memory(config, devices, costs=costs)
-    for change in () if found.total <= limit else changes(config):
+    for change in () if found.total <= limit else changes(config, devices):
         trial = plan([*applied, change])
         if trial is not None:
             applied.append(change)

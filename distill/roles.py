@@ -14,7 +14,7 @@ from fewstep.core.errors import UserError
 from fewstep.distill import sharding
 from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
-from fewstep.models.denoiser import Denoiser
+from fewstep.models.denoiser import Denoiser, Routed
 from fewstep.models.guidance import UNGUIDED, Guidance, Guided, guide
 from fewstep.models.offload import OffloadedModule
 
@@ -69,6 +69,15 @@ class Role:
                 weight = (1 - decay) * (1 - lost)
                 for mean, new in zip(average, live, strict=True):
                     sharding.local(mean).lerp_(sharding.local(new), weight)
+
+    def add_missing_gradients(self) -> None:
+        """Adds gradients of zero to experts by noise level that no sample of this process reached, as samples of other
+        processes may have."""
+        backbone = self.module.backbone if isinstance(self.module, Denoiser) else None
+        network = backbone.shared_network if isinstance(backbone, AdapterView) else backbone
+        for parameter in self.parameters if isinstance(network, Routed) else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -77,8 +77,9 @@ def set_attention(backbone: nn.Module, backend: Backend, device: torch.device) -
     if not runs(backend, device):
         working = ", ".join(name for name in get_args(Backend) if runs(name, device))
         raise UserError(f"attention: {backend} is not available on {device.type}; available: {working}.")
-    if isinstance(backbone, HubBackbone):
-        backbone.network.set_attention_backend(DIFFUSERS[backend])
+    if networks := [module.network for module in backbone.modules() if isinstance(module, HubBackbone)]:
+        for network in networks:
+            network.set_attention_backend(DIFFUSERS[backend])
         return
     layers = [module for module in backbone.modules() if isinstance(module, AttentionLayer)]
     if not layers:

@@ -137,13 +137,13 @@ class Denoiser(nn.Module):
         return raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw
 
 
-class Routed(nn.Module):
+class Routed(Backbone):
     """A backbone of several experts by noise level: ``t`` goes to the first ``experts[k]`` with ``boundaries[k] <= t``.
 
     ``boundaries`` decrease to 0, e.g. ``(0.875, 0.0)`` for a high-noise and a low-noise network. A boundary belongs to
     the noisier expert; a few-step student's boundaries lie strictly between two of its times. Mixed batches are split.
-    With ``every_expert``, experts without a sample are evaluated, too: all processes must evaluate a network that is
-    split over them equally often.
+    With ``every_expert``, experts without a sample are evaluated and differentiated, too: all processes must do so
+    equally often with a network that is split over them.
     """
 
     def __init__(self, experts: Sequence[nn.Module], boundaries: Sequence[float]) -> None:
@@ -164,19 +164,36 @@ class Routed(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         expert = self.expert_of(t)
         used = expert.unique().tolist()
-        if self.every_expert:
-            for k in set(range(len(self.experts))) - set(used):
-                with torch.no_grad():
-                    self.experts[k](x_t[:1], t[:1], condition.index(slice(1)))
-        if len(used) == 1:
+        if len(used) == 1 and not self.every_expert:
             return self.experts[used[0]](x_t, t, condition)  # type: ignore[no-any-return]
-        parts = {k: (expert == k).nonzero()[:, 0] for k in used}
-        outputs = []
-        for k, rows in parts.items():
-            there = send(rows, x_t.device)
-            outputs.append(self.experts[k](x_t[there], t[rows], condition.index(there)))
-        order = torch.argsort(torch.cat(list(parts.values())))
-        return torch.cat(outputs)[send(order, x_t.device)]
+        parts, outputs, nothing = [], [], torch.zeros((), device=x_t.device)
+        for k in range(len(self.experts)) if self.every_expert else used:  # in one order in all processes
+            rows = (expert == k).nonzero()[:, 0]
+            if len(rows):
+                there = send(rows, x_t.device)
+                parts.append(rows)
+                outputs.append(self.experts[k](x_t[there], t[rows], condition.index(there)))
+            else:
+                nothing = nothing + 0 * self.experts[k](x_t[:1], t[:1], condition.index(slice(1))).sum()
+        order = torch.argsort(torch.cat(parts))
+        out = torch.cat(outputs)[send(order, x_t.device)]
+        return out + nothing if self.every_expert else out
+
+    @property
+    def lora_targets(self) -> Sequence[str]:  # type: ignore[override]
+        return tuple(dict.fromkeys(target for expert in self._backbones for target in expert.lora_targets))
+
+    @property
+    def repeated_blocks(self) -> Sequence[str]:  # type: ignore[override]
+        return tuple(dict.fromkeys(block for expert in self._backbones for block in expert.repeated_blocks))
+
+    def checkpoint_gradients(self, function: Callable[..., Any]) -> None:
+        for expert in self._backbones:
+            expert.checkpoint_gradients(function)
+
+    @property
+    def _backbones(self) -> list[Backbone]:
+        return [expert for expert in self.experts if isinstance(expert, Backbone)]
 
 
 def routed(experts: Sequence[Denoiser], boundaries: Sequence[float]) -> Denoiser:

@@ -203,7 +203,7 @@ def _load_pipeline(
 
     folder = PipelineFolder.open(source)
     manifest = read_manifest(merged or folder.path)
-    few_step, boundaries = (manifest.few_step, manifest.boundaries) if manifest else (None, ())
+    few_step, boundaries = (manifest.few_step, manifest.boundaries) if manifest else (None, folder.boundaries)
     shape = folder.family.shape(*(size or folder.family.default_size)) if size or not manifest else manifest.shape
     if source.parent == BUNDLED:
         base = source.name
@@ -221,7 +221,7 @@ def _load_pipeline(
     )
     networks = manifest.network_folders(merged or folder.path, folder.family) if manifest else [None]
     experts = [folder.denoiser(dtype, feature_layers, weights) for weights in networks]
-    denoiser = routed(experts, boundaries).eval() if boundaries else experts[0]
+    denoiser = routed(experts, boundaries).eval() if len(experts) > 1 else experts[0]
     return Model(denoiser=denoiser, config=config, path=merged or folder.path)
 
 

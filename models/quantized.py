@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, Literal
 
 from torch import nn
@@ -38,6 +39,7 @@ def quantize(network: nn.Module, bits: Bits) -> None:
 
 def is_quantized(path: str, layer: nn.Module) -> bool:
     """Whether ``quantize`` replaces the layer at this path: a linear one inside a block."""
+    path = re.sub(r"^(experts\.\d+\.)+", "", path)  # networks in a Routed one, not blocks
     return type(layer) is nn.Linear and any(part.isdigit() for part in path.split(".")[:-1])  # blocks: a ModuleList
 
 

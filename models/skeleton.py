@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
-from fewstep.models.denoiser import Denoiser, GuidanceStyle
+from fewstep.models.condition import Condition
+from fewstep.models.denoiser import Denoiser, GuidanceStyle, Routed
+from fewstep.models.hub.published import PUBLISHED, Published
 from fewstep.models.loading import TEACHERS, is_pipeline, read_config, resolve_path
 from fewstep.models.model_config import ModelConfig, Size
 from fewstep.models.schedules import RectifiedFlow
@@ -33,20 +35,19 @@ class Skeleton:
 def skeleton(source: str, size: Size | None, dtype: torch.dtype) -> Skeleton:
     """The network of a bundled model, a folder, or a published pipeline by hub id, with weights of ``dtype``.
 
-    Raises ``UserError`` if ``source`` is none of these, or has several networks.
+    Raises ``UserError`` if ``source`` is none of these, or a student with several experts.
     """
     from fewstep.models.hub.folder import PipelineFolder  # needs the extra
-    from fewstep.models.hub.published import PUBLISHED
 
     folder = resolve_path(source)
     if source in PUBLISHED and not folder.exists():
-        pipeline, network, settings = PUBLISHED[source]
-        return _of_pipeline(pipeline, network, settings, {}, size, dtype)
+        return _of_pipeline(PUBLISHED[source], {}, size, dtype)
     if (folder / "model_index.json").is_file():
         opened = PipelineFolder.open(folder)
         family = opened.family
         network = opened.index[family.part][1]
-        return _of_pipeline(opened.index["_class_name"], network, family.network, family.vae, size, dtype)
+        published = Published(opened.index["_class_name"], network, family.network, opened.boundaries)
+        return _of_pipeline(published, family.vae, size, dtype)
     if source in TEACHERS or is_pipeline(source) or not (folder / "config.json").is_file():
         raise UserError(
             f"The memory of {source!r} is planned from its config files, which were not found: give a folder with them "
@@ -67,27 +68,34 @@ def skeleton_of(config: ModelConfig, size: Size | None = None, dtype: torch.dtyp
     return Skeleton(denoiser, config.shape, labels)
 
 
-def _of_pipeline(
-    pipeline: str, network: str, settings: Settings, vae: Settings, size: Size | None, dtype: torch.dtype
-) -> Skeleton:
+class AlikeExperts(Routed):
+    """Experts by noise level of one size: an evaluation costs that of the first, whatever its times."""
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        out: Tensor = self.experts[0](x_t, t, condition)
+        return out
+
+
+def _of_pipeline(published: Published, vae: Settings, size: Size | None, dtype: torch.dtype) -> Skeleton:
     from fewstep.models.hub.family import HubBackbone, family_of  # needs the extra
     from fewstep.models.hub.folder import require_diffusers
 
-    cls = family_of(pipeline)
-    build: Any = cls.classes.get(network) or getattr(require_diffusers(), network)
+    cls = family_of(published.pipeline)
+    build: Any = cls.classes.get(published.network) or getattr(require_diffusers(), published.network)
     with META:
-        module = build.from_config(dict(settings))
-    family = cls(dict(module.config), vae)
-    _cast(module, dtype)
+        modules = [build.from_config(dict(published.settings)) for _ in published.boundaries or [0.0]]
+    family = cls(dict(modules[0].config), vae)
+    for module in modules:
+        _cast(module, dtype)
+    experts = [HubBackbone(family, module) for module in modules]
+    backbone = AlikeExperts(experts, published.boundaries) if published.boundaries else experts[0]
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, shape in family.condition_shapes.items():
         tokens = (cls.prompt_tokens, *shape[1:]) if name in ("prompt", "mask") else shape
         shapes[name] = (tokens, torch.int64 if name == "mask" else torch.float32)
     if family.embeds_guidance:
         shapes["guidance"] = ((), torch.float32)
-    denoiser = Denoiser(
-        HubBackbone(family, module), RectifiedFlow(), style=GuidanceStyle(embedded=family.embeds_guidance)
-    )
+    denoiser = Denoiser(backbone, RectifiedFlow(), style=GuidanceStyle(embedded=family.embeds_guidance))
     return Skeleton(denoiser.eval(), family.shape(*(size or family.default_size)), shapes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -206,6 +207,17 @@ def wan_5b() -> Any:
     return wan(packing, expand_timesteps=True)
 
 
+def wan_2_2() -> Any:
+    """Wan 2.2 A14B: two experts, for times above and below the boundary."""
+    two = wan(boundary_ratio=0.8)
+    other = copy.deepcopy(two.transformer)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    two.register_modules(transformer_2=other)
+    return two
+
+
 @dataclass(frozen=True)
 class Tiny:
     """How to build a tiny pipeline, its size in pixels, and the random embeddings that its call accepts."""
@@ -247,6 +259,7 @@ TINY: dict[str, Tiny] = {
         scale="true_cfg_scale",
     ),
     "wan": Tiny(wan, (32, 32, 9), {"prompt": (5, WIDTH)}, PROMPT),
+    "wan_2_2": Tiny(wan_2_2, (32, 32, 9), {"prompt": (5, WIDTH)}, PROMPT),
     "wan_5b": Tiny(wan_5b, (64, 96, 5), {"prompt": (5, WIDTH)}, PROMPT),
 }  # fmt: skip
 

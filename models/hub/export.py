@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,14 @@ def export(model: Model, form: ExportFormat, out: Path, card: str = "") -> Path:
     """
     require_empty(out)
     folder = pipeline_of(model)
-    experts = _experts(model, folder)
+    if len(folder.parts) > 1 and form is not ExportFormat.diffusers:
+        raise UserError(
+            f"The pipeline {folder.name} has two denoisers, and a student of it is exported to diffusers only: in no "
+            f"other format ({form}) would a program know which part of it is for which."
+        )
+    experts, boundaries = _experts(model, folder)
     scheduler = scheduler_for(folder, few) if (few := model.config.few_step) else None
-    manifest = _manifest(model, folder, form, scheduler)
+    manifest = _manifest(model, folder, form, scheduler, boundaries)
     with atomic_folder(out) as part:
         if form in ADAPTERS:
             _write_adapters(model, experts, folder, part, manifest)
@@ -95,7 +101,9 @@ def export(model: Model, form: ExportFormat, out: Path, card: str = "") -> Path:
     return out
 
 
-def _manifest(model: Model, folder: PipelineFolder, form: ExportFormat, scheduler: Any) -> Manifest:
+def _manifest(
+    model: Model, folder: PipelineFolder, form: ExportFormat, scheduler: Any, boundaries: tuple[float, ...]
+) -> Manifest:
     sampling: dict[str, Any] = {}
     if few := model.config.few_step:
         sampling = {
@@ -104,29 +112,45 @@ def _manifest(model: Model, folder: PipelineFolder, form: ExportFormat, schedule
         }  # fmt: skip
     return Manifest(
         form=form, pipeline=folder.index["_class_name"], network=folder.network_class.__name__, base=folder.name,
-        base_sha256=folder.sha256, shape=model.config.shape, boundaries=model.config.boundaries or (), **sampling,
+        base_sha256=folder.sha256, shape=model.config.shape, boundaries=boundaries, **sampling,
     )  # fmt: skip
 
 
-def _experts(model: Model, folder: PipelineFolder) -> list[Expert]:
-    denoiser, few = model.denoiser, model.config.few_step
-    times = few.times if few else (1.0, 0.5)
-    backbone = denoiser.backbone
-    if isinstance(backbone, Routed):
-        networks = list(backbone.experts)
-        experts = backbone.expert_of(torch.tensor(times, dtype=torch.float64)).tolist()
+def _experts(model: Model, folder: PipelineFolder) -> tuple[list[Expert], tuple[float, ...]]:
+    """The experts of a model and their lowest times, none for one. Of a student, those that its steps need, with
+    boundaries in the middle between two steps."""
+    few, ours = model.config.few_step, model.denoiser
+    found = _by_level(ours.backbone)
+    if few:
+        times = few.times
+        of_expert = {k: [t for t in times if k == sum(t < low for _, low in found)] for k in range(len(found))}
+        used = {k: own for k, own in of_expert.items() if own}
+        lows = [(min(high) + max(low)) / 2 for high, low in pairwise(used.values())]
+        found = [(found[k][0], low) for k, low in zip(used, [*lows, 0.0], strict=True)]
+        at = list(used.values())
     else:
-        networks, experts = [backbone], [0] * len(times)
+        at = [[1.0, 0.5]] if len(found) == 1 else [[low or 0.01] for _, low in found]
     x, condition = _inputs(folder, model.config.shape)
-    return [
-        Expert(
-            Denoiser(network, denoiser.schedule, denoiser.kind, style=denoiser.style),
-            tuple(t for t, own in zip(times, experts, strict=True) if own == k),
-            x,
-            condition,
-        )
-        for k, network in enumerate(networks)
+    experts = [
+        Expert(Denoiser(network, ours.schedule, ours.kind, style=ours.style), tuple(own), x, condition)
+        for (network, _), own in zip(found, at, strict=True)
     ]
+    return experts, tuple(low for _, low in found) if len(found) > 1 else ()
+
+
+def _by_level(backbone: nn.Module, low: float = 0.0, high: float = 2.0) -> list[tuple[nn.Module, float]]:
+    """The networks that a backbone evaluates at times from ``low`` to ``high``, from noisy to clean, each with its
+    lowest time. The adapter of two experts is merged into both."""
+    if isinstance(backbone, AdapterView) and isinstance(backbone.shared_network, Routed):
+        backbone = backbone.merged()
+    if not isinstance(backbone, Routed):
+        return [(backbone, low)]
+    found: list[tuple[nn.Module, float]] = []
+    for expert, boundary in zip(backbone.experts, backbone.boundaries, strict=True):
+        if (lowest := max(low, boundary)) < high:
+            found += _by_level(expert, lowest, high)
+        high = min(high, boundary)
+    return found
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -165,12 +189,14 @@ def _remove_origin(file: Path) -> None:
 def _copy_pipeline(folder: PipelineFolder, manifest: Manifest, out: Path) -> None:
     """Copies all but the denoiser, and the scheduler if the student has its own."""
     part, index = folder.family.part, {**folder.index}
-    kept = {name for name in index if folder.has_component(name)} - {part}
+    kept = {name for name in index if folder.has_component(name)} - {*folder.parts}
     if manifest.scheduler is not None:
         kept -= {"scheduler"}
         index["scheduler"] = ["diffusers", manifest.scheduler]
     if second := manifest.second_denoiser(folder.family):
         index |= {second: index[part], folder.family.two_experts: manifest.boundaries[0]}
+    elif len(folder.parts) > 1:  # the student's steps need one of the two
+        index |= {folder.parts[1]: [None, None], folder.family.two_experts: None}
     for name in sorted(kept):
         if (folder.path / name).is_dir():
             shutil.copytree(folder.path / name, out / name)

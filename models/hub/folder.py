@@ -18,7 +18,7 @@ from fewstep.core.image_files import to_bytes
 from fewstep.core.paths import is_hub_id, nearest_folder
 from fewstep.core.torchvision_compat import prepare_torchvision
 from fewstep.models.condition import Condition
-from fewstep.models.denoiser import AUTO, Denoiser, GuidanceStyle
+from fewstep.models.denoiser import AUTO, Denoiser, GuidanceStyle, routed
 from fewstep.models.hub.family import Family, HubBackbone, family_of
 from fewstep.models.hub.noise_process import NoiseProcess, noise_process
 from fewstep.models.hub.weights import refuse_pickles, stored_dtype, variant_of, weight_files, weights_sha256
@@ -60,10 +60,28 @@ class PipelineFolder:
     @cached_property
     def family(self) -> Family:
         cls = family_of(str(self.index.get("_class_name")))
-        if self.has_component("transformer_2"):
-            raise UserError(f"{self.path} has two experts by noise level (Wan 2.2), which is not supported yet.")
         vae = read_json_object(self.path / "vae" / "config.json") if self.has_component("vae") else {}
         return cls(read_json_object(self.path / cls.part / "config.json"), vae)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The components that denoise: one, or two experts by noise level, the one for high levels first (Wan 2.2)."""
+        second = f"{self.family.part}_2"
+        return (self.family.part, second) if self.has_component(second) else (self.family.part,)
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        """The lowest times of the experts; empty for one network. Raises ``UserError`` if the index has no boundary."""
+        if len(self.parts) == 1:
+            return ()
+        boundary = self.index.get(self.family.two_experts) if self.family.two_experts else None
+        if not isinstance(boundary, float) or not 0 < boundary < 1:
+            name = self.family.two_experts or "boundary"
+            raise UserError(
+                f"{self.path} has two denoisers, but {name} = {boundary} in its model_index.json does not say where "
+                "one takes over from the other: it must lie between 0 and 1."
+            )
+        return boundary, 0.0
 
     @cached_property
     def noise_process(self) -> NoiseProcess:
@@ -87,8 +105,8 @@ class PipelineFolder:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the weights of the pipeline's denoiser. Raises ``UserError`` if they are missing."""
-        return weights_sha256(weight_files(self.path / self.family.part))
+        """SHA-256 of the weights that denoise. Raises ``UserError`` if they are missing."""
+        return weights_sha256([file for part in self.parts for file in weight_files(self.path / part)])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,11 +127,15 @@ class PipelineFolder:
     def denoiser(
         self, dtype: torch.dtype | None = torch.float32, feature_layers: Sequence[str] = (), weights: Path | None = None
     ) -> Denoiser:
-        """The pipeline's denoiser with its weights, or those in the folder ``weights``, in eval mode on the CPU; a
-        ``dtype`` of None is that of ``stored_dtype``. Weights of this type are mapped into memory, not copied.
+        """The pipeline's denoiser, of two experts if it has two, or one with the weights in the folder ``weights``, in
+        eval mode on the CPU; a ``dtype`` of None is that of ``stored_dtype``. Weights of this type are mapped into
+        memory, not copied.
 
         Raises ``UserError`` if the weights are damaged or stored in pickle files.
         """
+        if weights is None and len(self.parts) > 1:
+            experts = [self.denoiser(dtype, feature_layers, self.path / part) for part in self.parts]
+            return routed(experts, self.boundaries).eval()
         folder, module = weights or self.path / self.family.part, self.network_class
         refuse_pickles(folder)
         dtype = dtype or stored_dtype(folder)
@@ -144,7 +166,7 @@ class PipelineFolder:
         return self._load(denoiser, torch.float32, set())
 
     def _load(self, denoiser: Any, dtype: torch.dtype, parts: set[str]) -> Any:
-        used = [name for name in self.index if name in parts and self.has_component(name) and name != self.family.part]
+        used = [name for name in self.index if name in parts and self.has_component(name) and name not in self.parts]
         for name in used:
             refuse_pickles(self.path / name)
         variants = {variant_of(self.path / name) for name in self.index} - {None}

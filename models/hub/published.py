@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 
 class Published(NamedTuple):
-    """A pipeline's class, its denoiser's class and the denoiser's settings."""
+    """A pipeline's class, its denoiser's class and the denoiser's settings; ``boundaries`` if it has several of them
+    (``denoiser.Routed``)."""
 
     pipeline: str
     network: str
     settings: Mapping[str, Any]
+    boundaries: tuple[float, ...] = ()
 
 
 PUBLISHED: dict[str, Published] = {
@@ -46,4 +48,5 @@ PUBLISHED: dict[str, Published] = {
         "WanPipeline", "WanTransformer3DModel", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
     ),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": Published("WanPipeline", "WanTransformer3DModel", {}),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": Published("WanPipeline", "WanTransformer3DModel", {}, (0.875, 0.0)),
 }  # fmt: skip

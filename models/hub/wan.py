@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 TI2V-5B, text to video (Wan team, arXiv 2503.20314): a rectified flow, prompts from UMT5."""
+"""Wan 2.1 and 2.2, text to video (Wan team, arXiv 2503.20314): a rectified flow, prompts from UMT5."""
 
 from __future__ import annotations
 

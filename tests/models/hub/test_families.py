@@ -93,7 +93,7 @@ def test_encoded_images_have_the_latent_shape_and_scale(case: tuple[Tiny, Pipeli
 def test_feature_layers_and_lora_targets_exist_in_the_network(case: tuple[Tiny, PipelineFolder, Any]) -> None:
     _, folder, _ = case
     family = folder.family
-    network = folder.denoiser(feature_layers=family.feature_layers).backbone.network
+    network = folder.denoiser(None, family.feature_layers, folder.path / family.part).backbone.network
     names = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
     assert family.feature_layers
     for target in family.lora_targets:
