@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -103,11 +104,14 @@ class AdapterView(nn.Module):
         return self._shared.base.get_submodule(target)
 
     def fork(self) -> AdapterView:
-        """A view that computes the same with a new adapter: a copy of this view's, or B = 0 if it has none.
+        """A view that computes the same with a new adapter: a copy of this view's, or B = 0 if it has none. The adapter
+        lives as long as the view.
 
         Raises ``UserError`` if PEFT is not installed or ``targets`` match no module of the base.
         """
-        fork = AdapterView(self._shared, (self._shared.add_adapter(),))
+        name = self._shared.add_adapter()
+        fork = AdapterView(self._shared, (name,))
+        weakref.finalize(fork, self._shared.remove_adapter, name).atexit = False  # roles are replaced between stages
         if self._names:
             fork.load_state_dict(self.state_dict())
         return fork
@@ -199,6 +203,11 @@ class _SharedBase:
         for _, parameter in self.parameters([name]):
             parameter.data = parameter.data.float()
         return name
+
+    def remove_adapter(self, name: str) -> None:
+        """Frees an adapter."""
+        for layer in self._layers.values():
+            layer.delete_adapter(name)
 
     def parameters(self, names: Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of these adapters, under their names in PEFT's files."""

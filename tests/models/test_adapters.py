@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from collections.abc import Iterator
 
@@ -161,6 +162,29 @@ def test_a_deep_copy_is_a_new_adapter_on_the_same_network(x):
     assert not torch.equal(evaluate(twin, x), before)
     assert torch.equal(evaluate(student, x), before)
     assert torch.equal(evaluate(beginner, x), evaluate(teacher, x))
+
+
+def test_an_adapter_lives_as_long_as_its_view(x):
+    net = Net()
+    _, student, fake = views(net)
+    before, layers = evaluate(student, x), (net.enter, net.leave)
+    assert [len(layer.lora_A) for layer in layers] == [2, 2]
+    del fake
+    gc.collect()
+    assert [len(layer.lora_A) for layer in layers] == [1, 1]
+    assert torch.equal(evaluate(student, x), before)
+    again = student.fork()
+    assert torch.equal(evaluate(again, x), before)
+
+
+def test_a_replaced_roles_adapter_is_freed():
+    net = Net()
+    teacher = Role(Denoiser(share_base(net, rank=2, alpha=2, targets=["enter", "leave"]), RectifiedFlow()))
+    roles = {"teacher": teacher}
+    for _ in range(3):
+        roles = roles_of_stage(roles, {"student": RoleConfig(lr=0.1), "fake": RoleConfig(lr=0.1)}, {})
+        gc.collect()
+        assert len(net.enter.lora_A) == 2
 
 
 def test_stages_initialise_roles_from_the_averages_of_others(x):
