@@ -30,6 +30,7 @@ from fewstep.core.registry import Kind, is_dotted, require_imported
 from fewstep.distill.build import TrainingInputs, build_inputs
 from fewstep.distill.callback import Callback, Interrupted, Validator
 from fewstep.distill.checkpoint import StoredTensors, checkpoints, delete_old, read_newest, step_of, write_checkpoint
+from fewstep.distill.checkpoint_student import student_record
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import dump_config, parse_config, read_settings
 from fewstep.distill.loop import LostUpdate
@@ -191,7 +192,8 @@ class RunFolder(Callback):
     def on_checkpoint(self, trainer: Trainer) -> None:
         tensors, state = trainer.state()
         folder, keep = self.folder / "checkpoints", trainer.config.checkpoint.keep
-        write_checkpoint(folder, trainer.step, tensors, state | {"run": self._origin}, keep, trainer.world)
+        state |= {"run": self._origin, "student": student_record(trainer)}
+        write_checkpoint(folder, trainer.step, tensors, state, keep, trainer.world)
 
     def on_end(self, trainer: Trainer) -> None:
         """Writes ``student/``: the best student in validation, or the last one if nothing was validated."""

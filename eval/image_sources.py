@@ -19,7 +19,7 @@ from fewstep.core.image_files import IMAGE_SUFFIXES
 MAX_BYTES = 1 << 30  # of one image file in an archive
 ARCHIVES = (".zip", ".tar", ".npz")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar", ".gz")
-MODEL_FILES = ("config.yaml", "config.json", "model_index.json")
+MODEL_FILES = ("config.yaml", "config.json", "model_index.json", "state.json")
 
 
 class Listing(NamedTuple):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from fewstep.core.errors import UserError, nearest
-from fewstep.core.files import read_tensors, reading, tensor_names
+from fewstep.core.files import read_tensors, reading
 from fewstep.core.paths import is_hub_id, nearest_folder
 from fewstep.core.registry import Registry
 from fewstep.models.adapters import AdapterView, share_network
@@ -90,22 +90,33 @@ def load_model(
     if (folder / "fewstep.json").is_file():
         return _load_export(folder, feature_layers, size, dtype)
     if not (folder / "config.json").exists():
+        if (folder / "config.yaml").is_file():
+            raise UserError(f"The run {folder} has no student yet: it is not finished.")
         if "/" in str(source) and not folder.exists():
             raise UserError(f"No model at {str(source)!r}: there is no such folder{nearest_folder(folder)}.")
         raise UserError(
             f"No model at {str(source)!r}: neither a folder with config.json (a fewstep model) or model_index.json "
             f"(a diffusers pipeline) nor a bundled model{nearest(str(source), bundled_models())}."
         )
-    config = read_config(folder)
+    config, weights = read_config(folder), folder / "model.safetensors"
+    return model_of(config, lambda: read_tensors(weights), weights, feature_layers, size, dtype)
+
+
+def model_of(
+    config: ModelConfig, read: Callable[[], dict[str, Tensor]], weights: Path, feature_layers: tuple[str, ...] = (),
+    size: Size | None = None, dtype: torch.dtype | None = None,
+) -> Model:  # fmt: skip
+    """The model of a config with the weights that ``read`` returns, from the file or folder ``weights``. Raises as
+    ``load_model`` does."""
+    folder = weights.parent
     try:
-        stored = tensor_names(folder / "model.safetensors") if config.base else set()
-        denoiser = _network(config, feature_layers, dtype, stored)
+        denoiser = _network(config, feature_layers, dtype, set(read()) if config.boundaries else set())
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     if config.base is None or config.lora is not None:
-        load_weights(denoiser.backbone, folder / "model.safetensors")
+        denoiser.backbone.load_state_dict(_fitting(denoiser.backbone, read(), weights))
     else:
-        replace_weights(denoiser.backbone, folder / "model.safetensors", keep_types=dtype is None)
+        _replace_weights(denoiser.backbone, read(), weights, keep_types=dtype is None)
     denoiser.precision = DTYPES[config.precision]
     return _of_size(Model(denoiser=denoiser, config=config, path=folder), size)
 
@@ -161,8 +172,12 @@ def _bases(config: ModelConfig) -> list[str]:
 
 
 def resolve_path(source: str | Path) -> Path:
-    """The path of a model folder, or of a bundled model by name."""
-    return BUNDLED / str(source) if not Path(source).exists() and str(source) in bundled_models() else Path(source)
+    """The path of a model folder, of a bundled model by name, or of the student in a run folder."""
+    if not Path(source).exists() and str(source) in bundled_models():
+        return BUNDLED / str(source)
+    student = Path(source) / "student"
+    of_run = (Path(source) / "config.yaml").is_file() and (student / "config.json").is_file()
+    return student if of_run else Path(source)
 
 
 def is_pipeline(source: str | Path) -> bool:
@@ -238,12 +253,11 @@ def base_sha256(base: str) -> str | None:
     return weights_sha256([folder / "model.safetensors"])
 
 
-def base_dtype(folder: Path) -> torch.dtype | None:
-    """The type by default of the pipeline on which the model in a folder is based; None without one."""
+def base_dtype(config: ModelConfig) -> torch.dtype | None:
+    """The type by default of the pipeline on which a model is based; None without one."""
     from fewstep.models.hub.folder import PipelineFolder  # needs the extra
 
-    own_format = (folder / "config.json").is_file() and not (folder / "fewstep.json").is_file()
-    bases = _bases(read_config(folder)) if own_format else []
+    bases = _bases(config)
     return PipelineFolder.open(resolve_path(bases[-1])).dtype if bases and is_pipeline(bases[-1]) else None
 
 
@@ -279,20 +293,19 @@ def _network(
 
 def load_weights(module: nn.Module, file: Path) -> None:
     """Fills ``module`` from a safetensors file. Raises ``UserError`` on damage or if names or shapes do not match."""
-    module.load_state_dict(_fitting(module, file))
+    module.load_state_dict(_fitting(module, read_tensors(file), file))
 
 
-def replace_weights(module: nn.Module, file: Path, *, keep_types: bool) -> None:
-    """The same without a copy: the file is mapped into memory, and the tensors of ``module`` are released one by one.
-    They get the types of the file with ``keep_types``, and otherwise keep their own."""
-    tensors, own = _fitting(module, file), module.state_dict(keep_vars=True)
+def _replace_weights(module: nn.Module, tensors: dict[str, Tensor], weights: Path, *, keep_types: bool) -> None:
+    """The same without a copy: files are mapped into memory, and the tensors of ``module`` are released one by one.
+    They get the types of the files with ``keep_types``, and otherwise keep their own."""
+    tensors, own = _fitting(module, tensors, weights), module.state_dict(keep_vars=True)
     for name, tensor in own.items():
         tensor.data = tensors.pop(name) if keep_types else tensors.pop(name).to(tensor.dtype)
 
 
-def _fitting(module: nn.Module, file: Path) -> dict[str, Tensor]:
+def _fitting(module: nn.Module, tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     """The tensors of a file. Raises ``UserError`` if they are not those of ``module`` by name and shape."""
-    tensors = read_tensors(file)
     own = module.state_dict()
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or unknown:

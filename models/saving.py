@@ -21,7 +21,13 @@ def save_model(denoiser: Denoiser, config: ModelConfig, folder: str | Path) -> N
 
 def save_weights(tensors: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:
     """The same for a backbone's state dict."""
-    if config.lora is not None and config.base is not None:
-        config = config.model_copy(update={"base_sha256": base_sha256(config.base)})
+    config = bound_to_base(config)
     write_tensors(tensors, folder / "model.safetensors")
     write_text(json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2) + "\n", folder / "config.json")
+
+
+def bound_to_base(config: ModelConfig) -> ModelConfig:
+    """The config of an adapter with the hash of its base's weights; any other as it is."""
+    if config.lora is None or config.base is None:
+        return config
+    return config.model_copy(update={"base_sha256": base_sha256(config.base)})

@@ -193,7 +193,7 @@ def test_the_command_that_resumes_a_run_can_be_pasted_into_a_shell(
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("seed: 1\n")
     message = refused(capsys, "sample", run)
-    words = shlex.split(message.partition("Resume it with ")[2].removesuffix("."))
+    words = shlex.split(message.partition("Continue it with ")[2].removesuffix("."))
     assert words == ["fewstep", "train", "--resume", str(run)]
 
 

@@ -178,7 +178,8 @@ def test_a_run_is_not_overwritten_and_a_folder_that_is_not_one_is_named(
     unfinished = tmp_path / "unfinished"
     shutil.copytree(finished, unfinished)
     shutil.rmtree(unfinished / "student")
-    assert "has no student yet" in refused(capsys, "sample", unfinished)
+    shutil.rmtree(unfinished / "checkpoints")
+    assert "has no student yet, and no checkpoint" in refused(capsys, "sample", unfinished)
 
 
 def test_an_unwritable_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

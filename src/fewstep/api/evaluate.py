@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.api.models import Source, load, noise_image
+from fewstep.api.models import Source, checkpoint_of, load, name_of, noise_image, run_of
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable, read_prompts
@@ -72,7 +72,7 @@ def evaluate(
         evaluator = _evaluator(protocol, locator, model.device)
     solvers = list(solver) or ["student" if model.config.few_step else "euler"]
     file = Path(json_file) if json_file else _default_json(Path(source))
-    known = read_scores(file) if file and file.is_file() else known_teacher_scores(Path(source), evaluator.hashes)
+    known = read_scores(file) if file and file.is_file() else known_teacher_scores(source, evaluator.hashes)
     steps = steps or ([listed] if (listed := given_steps(grid)) else DEFAULT_STEPS)
     requests = [
         SamplingConfig(rule, steps_within(rule, count, scale != 1, model.config) if nfe else count, scale, grid)
@@ -88,7 +88,7 @@ def evaluate(
     for request, own in product(dict.fromkeys(requests), evaluator.seeds):
         label = f"{request.solver} {request.steps} steps, guidance {request.guidance:g}"
         report = partial(progress, label) if progress else None
-        found = evaluator(model, name or Path(source).name, replace(request, seed=own), report)
+        found = evaluator(model, name or name_of(source), replace(request, seed=own), report)
         scores += [score.model_copy(update=identity) for score in found]
         if file is not None:
             write_scores(merge(known, scores), file)
@@ -130,16 +130,20 @@ def _evaluator(
     return ProtocolEvaluator(protocol, found, device, skip_bad, work=work, progress=progress)
 
 
-def known_teacher_scores(run: Path, hashes: set[str]) -> list[Score]:
-    """The scores of a run's teacher from the ``eval.json`` beside its weights, as far as the features are the same."""
-    teacher = teacher_of(run)
-    file = resolve_path(teacher) / "eval.json" if teacher is not None else None
-    scores = read_scores(file) if file is not None and file.is_file() else []
+def known_teacher_scores(source: Source, hashes: set[str]) -> list[Score]:
+    """The scores of a run's teacher from the ``eval.json`` beside its weights (or of the run that it is from), as far
+    as the features are the same."""
+    run = run_of(source)
+    teacher = teacher_of(run) if run is not None else None
+    files = [Path(teacher) / "eval.json", resolve_path(teacher) / "eval.json"] if teacher is not None else []
+    scores = next((read_scores(file) for file in files if file.is_file()), [])
     return [score for score in scores if score.features_sha256 in hashes]
 
 
 def _default_json(source: Path) -> Path | None:
-    return source / "eval.json" if (source / "config.yaml").is_file() else None
+    """The scores of a finished run: those of a checkpoint are not the run's."""
+    finished = (source / "config.yaml").is_file() and checkpoint_of(source) is None
+    return source / "eval.json" if finished else None
 
 
 def win_rates(

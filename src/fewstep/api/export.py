@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fewstep.api.models import Source, load, model_folder
+from fewstep.api.models import Source, checkpoint_of, config_of, load, run_of
 from fewstep.core.errors import UserError
 from fewstep.core.yaml_files import dump_yaml
 from fewstep.distill.config_files import read_settings
@@ -16,7 +16,7 @@ from fewstep.eval.score_files import read_scores
 from fewstep.models.hub.card import ADAPTERS
 from fewstep.models.hub.export import export as export_model
 from fewstep.models.hub.export_format import ExportFormat
-from fewstep.models.loading import base_dtype, resolve_path
+from fewstep.models.loading import base_dtype
 
 
 def export(run: Source, form: ExportFormat, out: Source, device: str = "cpu", dtype: torch.dtype | None = None) -> Path:
@@ -26,13 +26,14 @@ def export(run: Source, form: ExportFormat, out: Source, device: str = "cpu", dt
     are float32. Raises ``UserError`` if the model cannot be exported so."""
     if dtype is not None and form in ADAPTERS:
         raise UserError(f"An adapter ({form}) is written in float32: leave out dtype, which is for networks.")
-    folder, card = Path(run), ""
-    if (folder / "config.yaml").is_file():
+    folder, card = run_of(run), ""
+    if folder is not None:
         config = dump_yaml(_without_folders(read_settings(folder / "config.yaml")[0]))
         card = f"## Config\n\n```yaml\n{config}```\n"
-        if (folder / "eval.json").is_file():
+        if checkpoint_of(run) is None and (folder / "eval.json").is_file():
             card += f"\n## Scores\n\n{markdown(read_scores(folder / 'eval.json'))}"
-    model = load(run, device, dtype=dtype or base_dtype(resolve_path(model_folder(run))))
+    saved = config_of(run)
+    model = load(run, device, dtype=dtype or (base_dtype(saved) if saved is not None else None))
     return export_model(model, form, Path(out), card)
 
 

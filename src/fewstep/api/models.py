@@ -11,8 +11,10 @@ from torch import Tensor
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.image_files import to_bytes
-from fewstep.models.loading import Model, load_model, pipeline_of
-from fewstep.models.model_config import Size
+from fewstep.distill.checkpoint import step_of
+from fewstep.distill.checkpoint_student import is_checkpoint, load_student, newest_checkpoint, student_config
+from fewstep.models.loading import Model, load_model, pipeline_of, read_config, resolve_path
+from fewstep.models.model_config import ModelConfig, Size
 from fewstep.samplers.generate import SampleNoise
 
 Source = str | Path
@@ -22,29 +24,62 @@ def load(
     source: Source, device: str = "auto", size: Size | None = None, dtype: torch.dtype | None = None, *,
     from_file: bool = False,
 ) -> Model:  # fmt: skip
-    """The student of a run folder, a model folder, a bundled model by name, a diffusers pipeline by folder or hub id,
-    or a model of the user's own by registered or dotted name, on its device.
+    """The student of a run folder or of one of its checkpoints, a model folder, a bundled model by name, a diffusers
+    pipeline by folder or hub id, or a model of the user's own by registered or dotted name, on its device. Of a run
+    that is not finished, it is the student of its newest checkpoint.
 
     ``size`` (height, width, frames in pixels) and the weights' ``dtype`` are for pipelines, as in ``load_model``.
     ``from_file``: ``source`` was read from a run or a saved model, so that it causes no import. Raises ``UserError`` if
-    there is no such model, or if the run has no student yet.
+    there is no such model, or if the run has neither a student nor a checkpoint yet.
     """
-    model = load_model(model_folder(source), size=size, dtype=dtype, from_file=from_file)
+    checkpoint = checkpoint_of(source)
+    if checkpoint is None:
+        model = load_model(source, size=size, dtype=dtype, from_file=from_file)
+    else:
+        model = load_student(checkpoint, size, dtype)
     model.denoiser.to(pick_device(device))
     return model
 
 
-def model_folder(source: Source) -> Source:
-    """The folder of a run's student; any other source as it is. Raises ``UserError`` if the run has no student yet."""
+def checkpoint_of(source: Source) -> Path | None:
+    """The checkpoint that stands for ``source``: itself, or the newest one of a run that is not finished; None for any
+    other source. Raises ``UserError`` if such a run has none yet."""
     folder = Path(source)
-    if (folder / "config.yaml").is_file():
-        if not (folder / "student" / "config.json").is_file():
-            raise UserError(
-                f"The run {folder} has no student yet: it is not finished. Resume it with "
-                f"fewstep train --resume {shlex.quote(str(folder))}"
-            )
-        return folder / "student"
-    return source
+    if is_checkpoint(folder):
+        return folder
+    if not (folder / "config.yaml").is_file() or resolve_path(folder) != folder:
+        return None
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"The run {folder} has no student yet, and no checkpoint. Continue it with "
+            f"fewstep train --resume {shlex.quote(str(folder))}"
+        )
+    return newest_checkpoint(folder)
+
+
+def name_of(source: Source) -> str:
+    """What a model is called in tables: its folder's name; of a checkpoint the run's, with the step."""
+    checkpoint, run = checkpoint_of(source), run_of(source)
+    if checkpoint is None or run is None:
+        return Path(source).name
+    return f"{run.resolve().name}, step {step_of(checkpoint)}"
+
+
+def config_of(source: Source) -> ModelConfig | None:
+    """The config with which a model was saved; None for a pipeline, and for a model of the user's own."""
+    if (checkpoint := checkpoint_of(source)) is not None:
+        return student_config(checkpoint)
+    folder = resolve_path(source)
+    saved = (folder / "config.json").is_file() and not (folder / "fewstep.json").is_file()
+    return read_config(folder) if saved else None
+
+
+def run_of(source: Source) -> Path | None:
+    """The run folder of a run or of one of its checkpoints; None for any other source."""
+    folder = Path(source)
+    if is_checkpoint(folder):
+        folder = folder.parents[1]
+    return folder if (folder / "config.yaml").is_file() else None
 
 
 def noise_image(model: Model, prompts: bool) -> Tensor:

@@ -21,6 +21,7 @@ from fewstep.cli.options import (
     Steps,
     check_json,
     counting,
+    note_checkpoint,
     parse_names,
     parse_numbers,
     parse_size,
@@ -39,7 +40,12 @@ app = typer.Typer()
 @app.command("eval", epilog="Example: fewstep eval runs/demo --reference fashion --steps 1,2,4")
 def evaluate(
     source: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_IMAGES", help="A run or model, or images: a folder, .zip, .tar or .npz.")
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_IMAGES",
+            callback=note_checkpoint,
+            help="A run, a checkpoint or a model, or images: a folder, .zip, .tar or .npz.",
+        ),
     ],
     protocol: Annotated[str | None, typer.Option(help="What is measured: a file of configs/eval, or yours.")] = None,
     reference: Annotated[
@@ -176,7 +182,7 @@ def compare(
 @app.command(epilog="Example: fewstep winrate runs/tuned runs/demo --n 1000")
 def winrate(
     ours: ModelName,
-    theirs: Annotated[str, typer.Argument(metavar="OTHER", help="The model to compare with.")],
+    theirs: Annotated[str, typer.Argument(metavar="OTHER", callback=note_checkpoint, help="To compare with.")],
     n: Annotated[int, typer.Option("--n", min=1, help="Samples of each.")] = 2_000,
     captions: Captions = None,
     rewards: Annotated[

@@ -35,9 +35,25 @@ ConfigFile = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example seed=1 or stages.0.steps=500.")
 ]
+
+
+def note_checkpoint(source: str | None) -> str | None:
+    """Says which checkpoint stands for a run that is not finished."""
+    if source is not None and (Path(source) / "config.yaml").is_file():
+        from fewstep.api.models import checkpoint_of
+
+        if (checkpoint := checkpoint_of(source)) is not None:
+            print_text(f"{source} is not finished: this is the student of its {checkpoint.name}.", "yellow", err)
+    return source
+
+
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A run, a model folder, a pipeline, or the name of a bundled model.")
-]
+    str,
+    typer.Argument(
+        metavar="MODEL", callback=note_checkpoint,
+        help="A run, one of its checkpoints, a model folder, a pipeline, or the name of a bundled model.",
+    ),
+]  # fmt: skip
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 JsonFile = Annotated[

@@ -1,0 +1,127 @@
+"""Runs that are not finished, and their checkpoints, as models; a run as another run's teacher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import ADAPTERS, TINY, settings, write_embeddings
+from worlds import tiny_config
+
+import fewstep
+from fewstep.core.errors import UserError
+from fewstep.distill.checkpoint import checkpoints, read_checkpoint, write_checkpoint
+from fewstep.distill.config_files import parse_config
+from fewstep.models.hub.export_format import ExportFormat
+from fewstep.models.loading import Model
+
+FOUR = fewstep.SamplingConfig(steps=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fewstep.train(parse_config(tiny_config(tmp_path_factory.mktemp("runs")), "test"), progress=False)
+
+
+@pytest.fixture
+def unfinished(run: Path, tmp_path: Path) -> Path:
+    copied = shutil.copytree(run, tmp_path / "unfinished")
+    shutil.rmtree(copied / "student")
+    return copied
+
+
+def weights(model: Model) -> dict[str, torch.Tensor]:
+    return model.denoiser.backbone.state_dict()
+
+
+def assert_same(ours: Model, theirs: Model) -> None:
+    assert ours.config == theirs.config
+    assert weights(ours).keys() == weights(theirs).keys()
+    assert all(torch.equal(weights(ours)[name], value) for name, value in weights(theirs).items())
+
+
+def test_the_student_of_the_last_checkpoint_is_the_one_that_was_saved(run: Path, unfinished: Path) -> None:
+    assert_same(fewstep.load(unfinished), fewstep.load(run))
+    assert_same(fewstep.load(checkpoints(run / "checkpoints")[-1]), fewstep.load(run))
+    ours, theirs = (fewstep.sample(source, n=4, sampling=FOUR) for source in (unfinished, run))
+    assert torch.equal(ours, theirs)
+
+
+def test_an_earlier_checkpoint_has_the_averaged_weights_of_its_step(run: Path) -> None:
+    checkpoint = checkpoints(run / "checkpoints")[0]
+    found, tensors = weights(fewstep.load(checkpoint)), read_checkpoint(checkpoint)[0]
+    for name, value in found.items():
+        assert torch.equal(value, tensors[f"student/average/backbone.{name}"])
+    assert any(not torch.equal(value, tensors[f"student/weights/backbone.{name}"]) for name, value in found.items())
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(unfinished: Path) -> None:
+    newest, *_ = reversed(checkpoints(unfinished / "checkpoints"))
+    (newest / "state.json").write_text("{")
+    assert_same(fewstep.load(unfinished), fewstep.load(checkpoints(unfinished / "checkpoints")[-2]))
+    with pytest.raises(UserError, match=r"state\.json"):
+        fewstep.load(newest)
+
+
+@pytest.mark.parametrize("record", [None, {}, {"config": {"format": "other"}, "roles": ["student"]}, {"config": 3}])
+def test_a_checkpoint_that_does_not_describe_its_student_is_refused(unfinished: Path, record: Any) -> None:
+    for checkpoint in checkpoints(unfinished / "checkpoints"):
+        tensors, state = read_checkpoint(checkpoint)
+        tensors, state = (
+            dict(tensors),
+            {k: v for k, v in state.items() if k not in ("parts", "record_sha256", "student")},
+        )
+        described = {} if record is None else {"student": record}
+        write_checkpoint(checkpoint.parent, state["step"], tensors, state | described, keep=9)
+    with pytest.raises(UserError, match=r"earlier version|state\.json"):
+        fewstep.load(unfinished)
+
+
+@pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["copies", "adapters"])
+@pytest.mark.parametrize("phases", [1, 2])
+def test_experts_and_adapters_are_put_together(tmp_path: Path, adapters: dict[str, Any] | None, phases: int) -> None:
+    """After the first of two phases the steps of the second are the teacher's."""
+    pytest.importorskip("peft")
+    folder = tmp_path / "sd"
+    TINY["sd"].build().save_pretrained(folder)
+    write_embeddings("sd", folder)
+    raw = settings(folder, "sd", tmp_path / "run", adapters, health={"every": 0})
+    phased = {"name": "phased_dmd", "steps": 4, "phases": 2, "critic_updates": 1}
+    rates = {role: {"lr": 0.01} for role in ("student", "fake")}
+    stages = [
+        {"steps": 1, "objective": phased | {"phase": 1}, "roles": rates},
+        {"steps": 1, "objective": phased | {"phase": 2}, "roles": rates, "freeze": {"expert1": "student"}},
+    ]
+    raw["stages"] = stages[:phases]
+    run = fewstep.train(parse_config(raw, "test"), progress=False)
+    assert_same(fewstep.load(checkpoints(run / "checkpoints")[-1]), fewstep.load(run))
+    if not adapters:
+        last = checkpoints(run / "checkpoints")[-1]
+        exported = fewstep.export(last, ExportFormat.diffusers, tmp_path / "out")
+        assert (exported / "model_index.json").is_file()
+
+
+def test_a_run_is_a_teacher_and_its_scores_are_known(run: Path, tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path, teacher=str(run))
+    raw["stages"][0]["steps"] = 1  # type: ignore[index]
+    second = fewstep.train(parse_config(raw, "test"), progress=False)
+    assert json.loads((second / "student/config.json").read_text())["few_step"]["times"] == [1.0, 0.5]
+    raw["out"], raw["teacher"] = str(tmp_path / "other"), str(run / "student")
+    other = fewstep.train(parse_config(raw, "test"), progress=False)
+    assert_same(fewstep.load(second), fewstep.load(other))
+
+
+def test_an_unfinished_run_is_no_teacher(unfinished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no student yet: it is not finished"):
+        fewstep.train(parse_config(tiny_config(tmp_path, teacher=str(unfinished)), "test"), progress=False)
+
+
+def test_scores_of_a_checkpoint_name_its_step_and_stay_out_of_the_runs_file(unfinished: Path) -> None:
+    from fewstep.api.models import name_of
+
+    assert name_of(unfinished) == "unfinished, step 12"
+    assert name_of(checkpoints(unfinished / "checkpoints")[0]) == "unfinished, step 4"
