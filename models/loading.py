@@ -46,11 +46,11 @@ class Model(BaseModel):
         return torch.device("cpu") if tensor is None else tensor.device
 
     def labels(self, n: int) -> Tensor:
-        """``0, 1, ..., classes - 1, 0, ...`` [n]: all classes equally often. Raises ``UserError`` on a model that takes
-        prompts."""
-        if not self.config.classes:
-            raise UserError("This needs a class-conditional model; this one takes prompts.")
-        return torch.arange(n) % self.config.classes
+        """``0, 1, ..., classes - 1, 0, ...`` [n]: all classes equally often; zeros, which have no meaning, for an
+        unconditional model. Raises ``UserError`` on a model that takes prompts."""
+        if self.config.takes_prompts:
+            raise UserError("This needs a model of class labels, or an unconditional one; this one takes prompts.")
+        return torch.arange(n) % max(1, self.config.classes)
 
 
 def _is_teacher(value: Any) -> bool:

@@ -14,8 +14,8 @@ from fewstep.api.models import Source, load, noise_image
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable, read_prompts, require_empty, write_tensors
+from fewstep.core.idx_files import read_idx
 from fewstep.core.image_files import to_bytes
-from fewstep.distill.data.readers import read_idx
 from fewstep.eval import references
 from fewstep.eval.hashes import json_sha256, model_sha256
 from fewstep.eval.rewards.registry import find_prompt_reward, find_reward, rate

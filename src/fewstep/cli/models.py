@@ -85,6 +85,8 @@ def sample(
     if prompt is not None or prompts is not None:
         if model.config.classes:
             raise UserError("This model takes class labels, not prompts: use --labels.")
+        if model.config.unconditional:
+            raise UserError("This model is unconditional: it takes no prompts.")
         refuse("This model takes prompts, one sample for each of --seeds", n=n, labels=labels)
         if len(model.config.shape) != 4:
             refuse("This model generates images", video=video)
@@ -99,8 +101,8 @@ def sample(
             )  # fmt: skip
         print_text(f"{len(written)} samples are in {file}.")
         return
-    if model.config.classes:
-        refuse("This model takes class labels", seeds=seeds, size=size, batch=batch, video=video)
+    if not model.config.takes_prompts:
+        refuse("This model takes no prompts", seeds=seeds, size=size, batch=batch, video=video)
     file, n = file or Path("grid.png"), 80 if n is None else n
     check_writable(file)
     images = sample_labels(model, n=n, labels=numbers, sampling=sampling)
