@@ -72,18 +72,26 @@ def _load(path: str, subset: str | None, split: str) -> Any:
         raise UserError(f"{path} is none of {', '.join(BUILDERS)}.")
     advice = "Check the file." if place.exists() else "Check its name, its subset and split, and the connection."
     with reading(place, "data set", advice):
-        if place.is_file():
-            builder, settings = BUILDERS[place.suffix.lower()]
-            return datasets.load_dataset(builder, data_files=escape(path), split="train", **settings)
-        if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
-            saved = datasets.load_from_disk(path)
-            parts = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-            if split not in parts:
-                raise UserError(f"{path} has no split {split!r}{nearest(split, parts)}.")
-            return parts[split]
-        if place.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in place.rglob("*")):
-            return datasets.load_dataset("imagefolder", data_dir=path, split=split)
-        return datasets.load_dataset(path, subset, split=split)
+        try:
+            return _read(datasets, path, subset, split)
+        except FileNotFoundError as error:  # of what it should contain
+            raise ValueError(str(error)) from error
+
+
+def _read(datasets: Any, path: str, subset: str | None, split: str) -> Any:
+    place = Path(path)
+    if place.is_file():
+        builder, settings = BUILDERS[place.suffix.lower()]
+        return datasets.load_dataset(builder, data_files=escape(path), split="train", **settings)
+    if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(path)
+        parts = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        if split not in parts:
+            raise UserError(f"{path} has no split {split!r}{nearest(split, parts)}.")
+        return parts[split]
+    if place.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in place.rglob("*")):
+        return datasets.load_dataset("imagefolder", data_dir=path, split=split)
+    return datasets.load_dataset(path, subset, split=split)
 
 
 def _folder(place: Path) -> Path | None:

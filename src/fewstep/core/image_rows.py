@@ -66,16 +66,18 @@ def folder_rows(folder: Path) -> ImageRows:
 def idx_rows(folder: Path, split: str) -> ImageRows:
     """The images of idx files. Raises ``UserError`` if a file is missing or damaged."""
     pixels, labels = read_idx(folder, split)
-    return _array_rows(str(folder), pixels, labels, labelled=True)
+    return array_rows(str(folder), pixels, labels, labelled=True)
 
 
 def npz_rows(file: Path, columns: Columns) -> ImageRows:
-    """The arrays of an .npz file: images, uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with 1, 3 or 4 (RGBA) channels,
+    """The arrays of an .npz file: images, uint8 [N, H, W], [N, C, H, W] or [N, H, W, C] with 1, 3 or 4 (RGBA) channels,
     and labels, integers or texts [N] or [N, 1]. Nothing is unpickled. Raises ``UserError`` if the file is damaged or an
     array is missing or of another type."""
-    with reading(file, ".npz file"), np.load(file, allow_pickle=False) as arrays:
+    with reading(file, ".npz file"):
+        arrays = np.load(file, allow_pickle=False)
         if not isinstance(arrays, np.lib.npyio.NpzFile):
             raise ValueError("it holds a single array: save it with numpy.savez")
+    with reading(file, ".npz file"), arrays:
         image = choose_column(str(file), arrays.files, columns.image, IMAGE_ARRAYS, "image")
         label = choose_column(str(file), arrays.files, columns.label, LABEL_ARRAYS, "label", required=False)
         images, labels = arrays[str(image)], arrays[label] if label is not None else None
@@ -87,19 +89,21 @@ def npz_rows(file: Path, columns: Columns) -> ImageRows:
     pixels = torch.from_numpy(images[:, None] if images.ndim == 3 else images)
     if images.ndim == 4 and images.shape[-1] in (1, 3, 4):
         pixels = pixels.permute(0, 3, 1, 2)
-    if pixels.shape[1] not in (1, 3, 4):
+    elif pixels.shape[1] not in (1, 3):
         raise UserError(f"{file}: {image} has the shape {list(images.shape)}; images have 1, 3 or 4 channels.")
     if labels is None:
-        return _array_rows(str(file), pixels, torch.zeros(len(pixels), dtype=torch.int64), labelled=False)
+        return array_rows(str(file), pixels, torch.zeros(len(pixels), dtype=torch.int64), labelled=False)
     if labels.shape not in ((len(pixels),), (len(pixels), 1)):
         raise UserError(f"{file}: {label} has the shape {list(labels.shape)}, but there are {len(pixels)} images.")
     numbers, names = label_numbers(labels.reshape(-1).tolist(), lambda row: f"{file}, row {row + 1}", str(label))
-    return _array_rows(str(file), pixels, numbers, True, str(label), names)
+    return array_rows(str(file), pixels, numbers, True, str(label), names)
 
 
-def _array_rows(
+def array_rows(
     name: str, pixels: Tensor, labels: Tensor, labelled: bool, column: str = "label", names: tuple[str, ...] = ()
 ) -> ImageRows:
+    """Images in memory: ``pixels``, uint8 [N, C, H, W] with 1, 3 or 4 (RGBA) channels, and ``labels``, int64 [N]."""
+
     def image(row: int) -> Image.Image:
         values = pixels[row].permute(1, 2, 0).numpy()
         return Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values)
