@@ -66,8 +66,10 @@ def _load(path: str, subset: str | None, split: str) -> Any:
     datasets, place = require_datasets(), Path(path)
     if not place.exists() and not is_hub_id(path):
         raise UserError(f"There is no data set at {path!r}{nearest_folder(place)}.")
-    if place.is_file() and (subset is not None or split != "train"):
-        raise UserError(f"{path} is one file, so it has neither subset nor split: leave them out.")
+    if place.exists() and subset is not None:
+        raise UserError(f"subset is for names on the hub, and {path} is on this machine: leave it out.")
+    if place.is_file() and split != "train":
+        raise UserError(f"{path} is one file, without splits: leave split out.")
     if place.is_file() and place.suffix.lower() not in BUILDERS:
         raise UserError(f"{path} is none of {', '.join(BUILDERS)}.")
     advice = "Check the file." if place.exists() else "Check its name, its subset and split, and the connection."
