@@ -17,7 +17,7 @@ from fewstep.eval.metrics.frechet import Statistics, frechet_distance, frechet_e
 from fewstep.eval.metrics.jackknife import ERROR_OF
 from fewstep.eval.metrics.kid import ERROR_OF as KID_ERROR_OF
 from fewstep.eval.metrics.kid import kid_and_deviation
-from fewstep.eval.metrics.metric import NOTED_BIAS, Direction, Measurement
+from fewstep.eval.metrics.metric import NOTED_BIAS, SEEDS, Direction, Measurement
 from fewstep.eval.metrics.precision_recall import PRECISION_ERROR_OF, precision_error, precision_recall
 from fewstep.eval.networks.features import extract_features
 from fewstep.eval.references import DISTANCE_PREFIX, Reference
@@ -27,7 +27,6 @@ from fewstep.models.loading import Model
 from fewstep.samplers.generate import GeneratedSet, Progress
 from fewstep.samplers.plan import SamplingConfig
 
-DIVERSITY_SEEDS = 50  # seeds per class for the diversity, whose cost is quadratic in them
 DIRECTIONS: dict[str, Direction] = {
     "kid": "lower", "precision": "higher", "recall": "higher", "accuracy": "higher", "diversity": "higher",
     "garment": "higher", "colour": "higher", "background": "higher", "prompt": "higher",
@@ -67,8 +66,9 @@ def conditional_metrics(
     if labels is not None:
         correct = reference.network.classes(features) == labels
         values["accuracy"] = Measurement(correct.float().mean().item())
-    seeds = min(len(images) // conditions, DIVERSITY_SEEDS)
-    by_seed = features[: conditions * seeds].reshape(seeds, conditions, -1)
+    columns = conditions if conditions > 1 else max(1, len(images) // SEEDS)  # of one condition all images are seeds
+    seeds = min(len(images) // columns, SEEDS)
+    by_seed = features[: columns * seeds].reshape(seeds, columns, -1)
     return values | {"diversity": Measurement(cross_seed_diversity(by_seed))}
 
 
