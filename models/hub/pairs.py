@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_table
 from fewstep.core.image_files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Cover
 from fewstep.core.paths import file_inside
+from fewstep.core.tables import read_table
 from fewstep.models.hub.encode import (
     Progress,
     encode_prompts,
@@ -24,7 +24,6 @@ from fewstep.models.hub.encode import (
 from fewstep.models.hub.folder import PipelineFolder
 
 COLUMNS = ("winner", "loser", "caption")
-TABLE_SUFFIXES = (".csv", ".jsonl")
 
 
 class FilePair(NamedTuple):

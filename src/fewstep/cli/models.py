@@ -53,7 +53,9 @@ def sample(
     ] = None,
     steps: Steps = None,
     prompt: Annotated[str | None, typer.Option(help="What to show, for a text-conditioned model.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one per line.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file, one prompt per line, or a table with a column of them.")
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds for each prompt: 0-3 or 0,5,7. Default: --seed.")] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for a pipeline.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts per batch. Default: 8.")] = None,
@@ -72,8 +74,9 @@ def sample(
     from fewstep.api.models import load
     from fewstep.api.sample import sample as sample_labels
     from fewstep.api.sample import sample_files
-    from fewstep.core.files import check_writable, read_prompts
+    from fewstep.core.files import check_writable
     from fewstep.core.image_grid import save_grid
+    from fewstep.core.tables import read_texts
 
     numbers = parse_numbers(labels, int, "--labels") if labels is not None else None
     sampling = sampling_of(solver, steps, guidance, grid, seed or 0)
@@ -93,7 +96,7 @@ def sample(
         file = file or Path("samples")
         if file.suffix:
             raise UserError(f"--out is a folder for prompts, with one file each; {file} looks like a file.")
-        lines = [prompt] if prompt is not None else read_prompts(prompts or Path())
+        lines = [prompt] if prompt is not None else read_texts(prompts or Path())
         with counting("sampling") as progress:
             written = sample_files(
                 model, lines, file, seeds=parse_seeds(seeds, sampling.seed), batch=batch or 8, sampling=sampling,

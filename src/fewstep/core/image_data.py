@@ -107,7 +107,7 @@ class ImageTable:
     def _decode(self, row: int) -> Tensor:
         channels, *size = self.shape
         where = self.rows.where(row)
-        with reading(Path(where), "image"), self.rows.open(row) as image:
+        with reading(where, "image"), self.rows.open(row) as image:
             height, width = upright_size(image)
             if self.crop or [height, width] == size:
                 return to_pixels(image, channels, (size[0], size[1]))
@@ -182,7 +182,7 @@ def _rows(data: ImageData) -> ImageRows:
 
 
 def _first_shape(rows: ImageRows) -> tuple[int, ...]:
-    with reading(Path(rows.where(0)), "image"), rows.open(0) as image:
+    with reading(rows.where(0), "image"), rows.open(0) as image:
         size: Cover = upright_size(image)
         return 1 if is_grey(image) else 3, *size
 

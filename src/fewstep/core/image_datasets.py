@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from glob import escape
 from importlib.util import find_spec
@@ -10,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.files import reading
-from fewstep.core.image_files import IMAGE_SUFFIXES
-from fewstep.core.image_rows import Columns, ImageRows, choose_column, label_numbers
+from fewstep.core.image_files import IMAGE_SUFFIXES, EmbeddedImage, ImageFile, open_image
+from fewstep.core.image_rows import Columns, ImageRows, label_numbers
 from fewstep.core.paths import file_inside, is_hub_id, nearest_folder
+from fewstep.core.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
 
-IMAGES = ("image", "img", "images", "file_name", "file", "png", "jpg", "jpeg", "webp")
 LABELS = ("label", "labels", "class", "cls")
-CAPTIONS = ("caption", "prompt", "text", "txt")
+CAPTIONS = (*CAPTION_COLUMNS, "txt")
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {"keep_default_na": False}),  # NA and None are texts
     ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
@@ -36,7 +34,7 @@ def dataset_rows(path: str, subset: str | None, split: str, columns: Columns) ->
     def where(row: int) -> str:
         return f"{path}, row {row + 1}"
 
-    image = str(choose_column(path, table.column_names, columns.image, IMAGES, "image"))
+    image = str(choose_column(path, table.column_names, columns.image, IMAGE_COLUMNS, "image"))
     label = choose_column(path, table.column_names, columns.label, LABELS, "label", required=False)
     caption = choose_column(path, table.column_names, columns.caption, CAPTIONS, "caption", required=False)
     labels, names = torch.zeros(len(table), dtype=torch.int64), tuple[str, ...]()
@@ -45,9 +43,13 @@ def dataset_rows(path: str, subset: str | None, split: str, columns: Columns) ->
         labels, names = label_numbers(_values(table, label), where, label, known)
     captions = None if caption is None else _captions(_values(table, caption), path, caption, columns.caption)
     cells = _undecoded(table, image)
+
+    def file(row: int) -> ImageFile:
+        return _file(cells[row][image], folder, where(row), image)
+
     return ImageRows(
-        path, lambda row: _open(cells[row][image], folder, where(row), image), where, labels, label is not None,
-        label or "label", names, captions,
+        path, lambda row: open_image(file(row)), where, labels, label is not None, label or "label", names, captions,
+        file,
     )  # fmt: skip
 
 
@@ -122,16 +124,17 @@ def _undecoded(table: Any, column: str) -> Any:
     return alone
 
 
-def _open(cell: Any, folder: Path | None, where: str, column: str) -> Image.Image:
-    """The image in a cell: bytes, the path that ``datasets`` gave to a file, or a name in the table's folder."""
+def _file(cell: Any, folder: Path | None, where: str, column: str) -> ImageFile:
+    """The image file in a cell: bytes, the path that ``datasets`` gave to a file, or a name in the table's folder."""
     if isinstance(cell, dict) and cell.get("bytes") is None and isinstance(cell.get("path"), str):
         cell = cell["path"]
         if Path(cell).is_absolute() and Path(cell).is_file():
-            return Image.open(cell)
+            return Path(cell)
     elif isinstance(cell, dict):
         cell = cell.get("bytes")
     if isinstance(cell, bytes):
-        return Image.open(io.BytesIO(cell))
+        content = cell
+        return EmbeddedImage(where, lambda: content)
     if isinstance(cell, str) and folder is not None:
-        return Image.open(file_inside(folder, cell, IMAGE_SUFFIXES, where))
+        return file_inside(folder, cell, IMAGE_SUFFIXES, where)
     raise UserError(f"{where}: the column {column} has no image, but {str(cell)[:80]!r}.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -18,6 +20,20 @@ from fewstep.core.files import reading
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".gif")
 Cover = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """An image file in a table; ``where`` names its row in messages, ``read`` returns its bytes."""
+
+    where: str
+    read: Callable[[], bytes]
+
+    def __str__(self) -> str:
+        return self.where
+
+
+ImageFile = Path | EmbeddedImage
 SIDEWAYS = range(5, 9)  # EXIF orientations in which height and width change places
 
 
@@ -37,13 +53,22 @@ def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return sorted(file for file in found if file.suffix.lower() in suffixes)
 
 
-def read_image(file: Path, channels: int = 3, cover: Cover | None = None) -> Tensor:
+def file_bytes(file: ImageFile) -> bytes:
+    return file.read() if isinstance(file, EmbeddedImage) else file.read_bytes()
+
+
+def open_image(file: ImageFile) -> Image.Image:
+    """An image that is not decoded yet."""
+    return Image.open(io.BytesIO(file.read()) if isinstance(file, EmbeddedImage) else file)
+
+
+def read_image(file: ImageFile, channels: int = 3, cover: Cover | None = None) -> Tensor:
     """An image, uint8 [channels, H, W], grey (1) or RGB (3). With ``cover`` (height, width) it is scaled, keeping its
     proportions, until it covers that size, and cropped around its centre. See ``to_pixels`` for what is converted.
 
     Raises ``UserError`` that names a damaged file.
     """
-    with reading(file, "image"), Image.open(file) as image:
+    with reading(file, "image"), open_image(file) as image:
         return to_pixels(image, channels, cover)
 
 
@@ -72,16 +97,16 @@ def upright_size(image: Image.Image) -> Cover:
     return (image.width, image.height) if sideways else (image.height, image.width)
 
 
-def image_size(file: Path) -> Cover:
+def image_size(file: ImageFile) -> Cover:
     """Height and width of an image or video file, from its header. Raises ``UserError`` that names a damaged file."""
     with reading(file, "image or video"):
-        if file.suffix.lower() == ".mp4":
+        if isinstance(file, Path) and file.suffix.lower() == ".mp4":
             require_av()
             import av
 
             with av.open(str(file)) as container:
                 return container.streams.video[0].height, container.streams.video[0].width
-        with Image.open(file) as opened:
+        with open_image(file) as opened:
             return upright_size(opened)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor
 from fewstep.core.errors import UserError
 from fewstep.core.files import reading
 from fewstep.core.idx_files import read_idx
-from fewstep.core.image_files import IMAGE_SUFFIXES, list_files
+from fewstep.core.image_files import IMAGE_SUFFIXES, ImageFile, list_files
+from fewstep.core.tables import choose_column
 
 IMAGE_ARRAYS = ("images", "x_train", "train_images", "arr_0")
 LABEL_ARRAYS = ("labels", "y_train", "train_labels", "arr_1")
@@ -35,7 +36,8 @@ class Columns(BaseModel):
 class ImageRows:
     """A set of images. ``open`` returns an image that is not decoded yet (it may raise anything), ``where`` the place
     of a row for messages. ``labels``, int64 [N], come from ``label_column``; they are 0 if there are none, and
-    ``class_names`` are empty if they are numbers. ``pixels`` are all images, uint8 [N, C, H, W], if they are arrays."""
+    ``class_names`` are empty if they are numbers. ``file`` returns the image file that a row of a table names or holds;
+    ``pixels`` are all images, uint8 [N, C, H, W], if they are arrays."""
 
     name: str
     open: Callable[[int], Image.Image]
@@ -45,6 +47,7 @@ class ImageRows:
     label_column: str = "label"
     class_names: tuple[str, ...] = ()
     captions: Sequence[str] | None = None
+    file: Callable[[int], ImageFile] | None = None
     pixels: Tensor | None = None
 
 
@@ -112,23 +115,6 @@ def array_rows(
         return f"{name}, row {row + 1}"
 
     return ImageRows(name, image, where, labels, labelled, column, names, pixels=pixels)
-
-
-def choose_column(
-    where: str, present: Iterable[str], wanted: str | None, usual: Sequence[str], kind: str, *, required: bool = True
-) -> str | None:
-    """The column ``wanted``, or else the only one that has one of the ``usual`` names. Raises ``UserError`` that lists
-    the columns if there is none, unless it is not ``required``, or if there are several."""
-    present = list(present)
-    if wanted is not None:
-        if wanted not in present:
-            raise UserError(f"{where} has no column {wanted!r}; its columns are {', '.join(present) or 'none'}.")
-        return wanted
-    found = [name for name in present if name in usual]
-    if len(found) > 1 or (required and not found):
-        problem = f"several columns that may be the {kind}" if found else f"no column called {' or '.join(usual)}"
-        raise UserError(f"{where} has {problem}; its columns are {', '.join(present) or 'none'}. Name the {kind}'s.")
-    return found[0] if found else None
 
 
 def label_numbers(
