@@ -39,8 +39,8 @@ class DataConfig(BaseConfig):
 
     ``labels``: uniform class labels (of an unconditional model: nothing), no data. ``folder``: images, one subfolder
     per class. ``idx``: a folder of idx files, of which ``split`` is ``train`` or ``test``. ``npz``: an .npz file of
-    arrays. ``dataset``: whatever Hugging Face's ``datasets`` reads: a Parquet, CSV or JSON-lines file, WebDataset, a
-    folder of images with ``metadata.csv``, a name on the hub with its ``subset`` and ``split``. ``tensors``: a
+    arrays. ``dataset``: a table (.csv, .jsonl) of image files, a folder with a ``metadata.csv``, or what Hugging Face's
+    ``datasets`` reads: Parquet, WebDataset, a name on the hub with its ``subset`` and ``split``. ``tensors``: a
     safetensors file of labelled samples (``fewstep data ode-pairs``, ``fewstep data preferences``, or the real images
     of a reference). ``prompts``: a folder from ``fewstep data encode`` or ``fewstep data preferences --captions``:
     prompts alone, with images, or with preference pairs. Any other name is your own source, created with ``options``.

@@ -30,6 +30,7 @@ from fewstep.core.image_files import (
     to_unit,
 )
 from fewstep.core.image_rows import Columns
+from fewstep.core.image_tables import table_rows
 from fewstep.core.paths import file_inside
 from fewstep.core.tables import read_captioned, read_texts
 from fewstep.models.hub.encoded import PROMPTS, Index, fingerprint, read_index
@@ -114,12 +115,10 @@ def captioned_table(table: Path, image: str, caption: str | None = None, frames:
             Captioned(file_inside(table.parent, name, suffixes, f"{table}, row {number}"), text)
             for number, (name, text) in enumerate(read_captioned(table, (image,), caption), start=1)
         ]
-    from fewstep.core.image_datasets import dataset_rows  # needs the extra
-
     if frames > 1:
         raise UserError(f"{table}: videos are named by a .csv or .jsonl table, or lie in a folder.")
     texts = read_texts(table, caption)
-    rows = dataset_rows(str(table), None, "train", Columns(image=image))
+    rows = table_rows(str(table), None, "train", Columns(image=image))
     file = rows.file
     assert file is not None
     return [

@@ -288,3 +288,16 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "none.npz does not exist" in refused(ImageData("npz", str(tmp_path / "none.npz")))
     monkeypatch.setattr("fewstep.core.image_datasets.find_spec", lambda name: None)
     assert "pip install 'fewstep[data]'" in refused(ImageData("dataset", str(tmp_path)))
+
+
+def test_whole_numbers_in_a_csv_file_are_labels(tmp_path: Path) -> None:
+    files(tmp_path)
+    lines = [f"{k}.png,{label}\n" for k, label in enumerate([2, 0, 10, 1, 0])]
+    (tmp_path / "a.csv").write_text("".join(["image,label\n", *lines]))
+    table = open_images(ImageData("dataset", str(tmp_path / "a.csv")))
+    assert (table.labels.tolist(), table.class_names) == ([2, 0, 10, 1, 0], ())
+    (tmp_path / "a.csv").write_text("".join(["image,label\n", *lines[:4], "4.png,x\n"]))
+    table = open_images(ImageData("dataset", str(tmp_path / "a.csv")))
+    assert table.class_names == ("0", "1", "10", "2", "x")
+    (tmp_path / "a.csv").write_text("".join(["image,label\n", *lines[:4], "4.png\n"]))
+    assert "a.csv, row 5: the column label has no label" in refused(ImageData("dataset", str(tmp_path / "a.csv")))

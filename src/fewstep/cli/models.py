@@ -53,9 +53,7 @@ def sample(
     ] = None,
     steps: Steps = None,
     prompt: Annotated[str | None, typer.Option(help="What to show, for a text-conditioned model.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A text file, one prompt per line, or a table with a column of them.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt per line, or a table.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds for each prompt: 0-3 or 0,5,7. Default: --seed.")] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for a pipeline.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts per batch. Default: 8.")] = None,

@@ -18,6 +18,7 @@ from fewstep.core.errors import UserError, nearest
 from fewstep.core.files import reading
 from fewstep.core.image_files import Cover, is_grey, to_pixels, upright_size
 from fewstep.core.image_rows import Columns, ImageRows, folder_rows, idx_rows, npz_rows
+from fewstep.core.image_tables import table_rows
 
 IN_MEMORY = 2 << 30  # bytes: larger sets are decoded image by image when they are used
 KINDS = ("folder", "idx", "npz", "dataset")
@@ -31,9 +32,9 @@ class ImageData:
     * ``folder``: images, one subfolder per class in alphabetical order;
     * ``idx``: a folder of idx files (the MNIST family); ``split`` is ``train`` or ``test``;
     * ``npz``: an .npz file of arrays: images, uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], and labels [N];
-    * ``dataset``: whatever Hugging Face's ``datasets`` reads: a Parquet, CSV or JSON-lines file, a WebDataset (.tar), a
-      folder of them, of images with ``metadata.csv``, or of ``save_to_disk``, or a name on the hub, with its ``subset``
-      and ``split``. Files that a table names are relative to its folder.
+    * ``dataset``: a table, .csv or .jsonl, that names image files in its folder, or a folder with such a table called
+      ``metadata``; with the extra ``data``, also what Hugging Face's ``datasets`` reads: a Parquet file, a WebDataset
+      (.tar), a folder of them or of ``save_to_disk``, a name on the hub with its ``subset`` and ``split``.
 
     ``columns`` names columns or arrays other than the usual ones. With ``crop``, images of another size are scaled,
     keeping their proportions, until they cover the size that is needed, and cropped around their centre; without it,
@@ -176,9 +177,7 @@ def _rows(data: ImageData) -> ImageRows:
         return idx_rows(path, data.split)
     if data.kind == "npz":
         return npz_rows(path, data.columns)
-    from fewstep.core.image_datasets import dataset_rows  # needs the extra
-
-    return dataset_rows(data.path, data.subset, data.split, data.columns)
+    return table_rows(data.path, data.subset, data.split, data.columns)
 
 
 def _first_shape(rows: ImageRows) -> tuple[int, ...]:

@@ -1,56 +1,52 @@
-"""Images of Hugging Face's ``datasets``: Parquet, CSV and JSON lines, WebDataset, folders with metadata, the hub."""
+"""Tables of images that Hugging Face's ``datasets`` reads: Parquet, WebDataset, saved data sets, the hub."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from glob import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.files import reading
-from fewstep.core.image_files import IMAGE_SUFFIXES, EmbeddedImage, ImageFile, open_image
-from fewstep.core.image_rows import Columns, ImageRows, label_numbers
-from fewstep.core.paths import file_inside, is_hub_id, nearest_folder
-from fewstep.core.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
+from fewstep.core.paths import is_hub_id, nearest_folder
 
-LABELS = ("label", "labels", "class", "cls")
-CAPTIONS = (*CAPTION_COLUMNS, "txt")
-BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {"keep_default_na": False}),  # NA and None are texts
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    ".json": ("json", {}), ".jsonl": ("json", {}), ".parquet": ("parquet", {}), ".tar": ("webdataset", {}),
-}  # by suffix: what reads a file  # fmt: skip
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # by suffix: what reads a file
 
 
-def dataset_rows(path: str, subset: str | None, split: str, columns: Columns) -> ImageRows:
-    """The rows of a data set. Raises ``UserError`` if it does not exist, cannot be read, or lacks a column."""
-    table = _load(path, subset, split)
-    folder = _folder(Path(path))
+@dataclass(frozen=True)
+class Dataset:
+    """A ``datasets.Dataset`` as an ``ImageTableSource``."""
 
-    def where(row: int) -> str:
-        return f"{path}, row {row + 1}"
+    table: Any
 
-    image = str(choose_column(path, table.column_names, columns.image, IMAGE_COLUMNS, "image"))
-    label = choose_column(path, table.column_names, columns.label, LABELS, "label", required=False)
-    caption = choose_column(path, table.column_names, columns.caption, CAPTIONS, "caption", required=False)
-    labels, names = torch.zeros(len(table), dtype=torch.int64), tuple[str, ...]()
-    if label is not None:
-        known = getattr(table.features[label], "names", None)  # of a ClassLabel
-        labels, names = label_numbers(_values(table, label), where, label, known)
-    captions = None if caption is None else _captions(_values(table, caption), path, caption, columns.caption)
-    cells = _undecoded(table, image)
+    @property
+    def names(self) -> Sequence[str]:
+        names: list[str] = self.table.column_names
+        return names
 
-    def file(row: int) -> ImageFile:
-        return _file(cells[row][image], folder, where(row), image)
+    def count(self, column: str) -> int:
+        return len(self.table)
 
-    return ImageRows(
-        path, lambda row: open_image(file(row)), where, labels, label is not None, label or "label", names, captions,
-        file,
-    )  # fmt: skip
+    def cells(self, column: str) -> list[Any]:
+        return list(self._undecoded(column)[:][column])
+
+    def labels(self, column: str) -> tuple[list[Any], Sequence[str] | None]:
+        feature = self.table.features[column]
+        return self.cells(column), feature.names if isinstance(feature, require_datasets().ClassLabel) else None
+
+    def images(self, column: str) -> Callable[[int], Any]:
+        alone = self._undecoded(column)
+        return lambda row: alone[row][column]
+
+    def _undecoded(self, column: str) -> Any:
+        """The column alone, images as their files' bytes or paths."""
+        datasets, alone = require_datasets(), self.table.select_columns([column])
+        if isinstance(self.table.features[column], datasets.Image):
+            return alone.cast_column(column, datasets.Image(decode=False))
+        return alone
 
 
 def require_datasets() -> Any:
@@ -63,8 +59,12 @@ def require_datasets() -> Any:
     return datasets
 
 
-def _load(path: str, subset: str | None, split: str) -> Any:
-    """A ``datasets.Dataset``. No code of a data set runs: loading scripts are gone since datasets 4."""
+def open_dataset(path: str, subset: str | None, split: str) -> Dataset:
+    """A Parquet or WebDataset file, a folder of such files or of ``save_to_disk``, or a data set on the hub.
+
+    No code of a data set runs: loading scripts are gone since datasets 4. Raises ``UserError`` if it does not exist or
+    cannot be read.
+    """
     datasets, place = require_datasets(), Path(path)
     if not place.exists() and not is_hub_id(path):
         raise UserError(f"There is no data set at {path!r}{nearest_folder(place)}.")
@@ -73,68 +73,23 @@ def _load(path: str, subset: str | None, split: str) -> Any:
     if place.is_file() and split != "train":
         raise UserError(f"{path} is one file, without splits: leave split out.")
     if place.is_file() and place.suffix.lower() not in BUILDERS:
-        raise UserError(f"{path} is none of {', '.join(BUILDERS)}.")
+        raise UserError(f"{path} is none of .csv, .jsonl, {', '.join(BUILDERS)}.")
     advice = "Check the file." if place.exists() else "Check its name, its subset and split, and the connection."
     with reading(place, "data set", advice):
         try:
-            return _read(datasets, path, subset, split)
+            return Dataset(_load(datasets, path, subset, split))
         except FileNotFoundError as error:  # of what it should contain
             raise ValueError(str(error)) from error
 
 
-def _read(datasets: Any, path: str, subset: str | None, split: str) -> Any:
+def _load(datasets: Any, path: str, subset: str | None, split: str) -> Any:
     place = Path(path)
     if place.is_file():
-        builder, settings = BUILDERS[place.suffix.lower()]
-        return datasets.load_dataset(builder, data_files=escape(path), split="train", **settings)
+        return datasets.load_dataset(BUILDERS[place.suffix.lower()], data_files=escape(path), split="train")
     if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(path)
         parts = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         if split not in parts:
             raise UserError(f"{path} has no split {split!r}{nearest(split, parts)}.")
         return parts[split]
-    if place.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in place.rglob("*")):
-        return datasets.load_dataset("imagefolder", data_dir=path, split=split)
     return datasets.load_dataset(path, subset, split=split)
-
-
-def _folder(place: Path) -> Path | None:
-    """Where the files lie that a table names."""
-    return place if place.is_dir() else place.parent if place.is_file() else None
-
-
-def _values(table: Any, column: str) -> list[Any]:
-    return list(table.select_columns([column])[:][column])
-
-
-def _captions(values: Sequence[Any], path: str, column: str, wanted: str | None) -> Sequence[str] | None:
-    """The captions, one text per row; None if a column that nobody named holds something else."""
-    wrong = [row for row, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
-    if wrong and wanted is not None:
-        raise UserError(f"{path}, row {wrong[0] + 1}: the column {column} has no text.")
-    return None if wrong else [value.strip() for value in values]
-
-
-def _undecoded(table: Any, column: str) -> Any:
-    """The column of images, with their files' bytes or paths as cells."""
-    datasets = require_datasets()
-    alone = table.select_columns([column])
-    if isinstance(table.features[column], datasets.Image):
-        return alone.cast_column(column, datasets.Image(decode=False))
-    return alone
-
-
-def _file(cell: Any, folder: Path | None, where: str, column: str) -> ImageFile:
-    """The image file in a cell: bytes, the path that ``datasets`` gave to a file, or a name in the table's folder."""
-    if isinstance(cell, dict) and cell.get("bytes") is None and isinstance(cell.get("path"), str):
-        cell = cell["path"]
-        if Path(cell).is_absolute() and Path(cell).is_file():
-            return Path(cell)
-    elif isinstance(cell, dict):
-        cell = cell.get("bytes")
-    if isinstance(cell, bytes):
-        content = cell
-        return EmbeddedImage(where, lambda: content)
-    if isinstance(cell, str) and folder is not None:
-        return file_inside(folder, cell, IMAGE_SUFFIXES, where)
-    raise UserError(f"{where}: the column {column} has no image, but {str(cell)[:80]!r}.")

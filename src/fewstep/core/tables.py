@@ -44,22 +44,28 @@ def read_table(file: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
     in UTF-8, or .parquet. Other columns and empty lines are ignored. Raises ``UserError`` that names a row that is
     damaged, lacks one of the columns or has more cells than the header, and if there are no rows or a column appears
     twice."""
-    rows: list[tuple[str, ...]] = []
-    given = _table_rows(file, columns)
-    try:
-        for row in given:
-            cells = [row.get(name) for name in columns] if isinstance(row, dict) else [None]
-            if not all(isinstance(cell, str) and cell.strip() for cell in cells):
-                raise UserError(f"{file}, row {len(rows) + 1} has no {' or no '.join(columns)}.")
-            "".join(map(str, cells)).encode()  # a lone surrogate, which JSON can escape, raises ValueError
-            rows.append(tuple(map(str, cells)))
-    except UserError:
-        raise
-    except Exception as error:  # on damaged bytes parsers raise exceptions of almost every type
-        raise UserError(f"{file}, row {len(rows) + 1} is not readable ({reason_of(error)}). Correct it.") from error
+    rows = []
+    for number, cells in enumerate(read_cells(file, columns), start=1):
+        if not all(isinstance(cell, str) and cell.strip() for cell in cells):
+            raise UserError(f"{file}, row {number} has no {' or no '.join(columns)}.")
+        rows.append(tuple(map(str, cells)))
     if not rows:
         raise UserError(f"{file} contains no {columns[-1]}s.")
     return rows
+
+
+def read_cells(file: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The same for cells of any type, None if they are missing: texts of .csv, JSON values of .jsonl."""
+    number = 1
+    given = _table_rows(file, columns)
+    try:
+        for row in given:
+            cells = tuple(row.get(name) if isinstance(row, dict) else None for name in columns)
+            "".join(cell for cell in cells if isinstance(cell, str)).encode()  # a lone surrogate raises ValueError
+            yield cells
+            number += 1
+    except Exception as error:  # on damaged bytes parsers raise exceptions of almost every type
+        raise UserError(f"{file}, row {number} is not readable ({reason_of(error)}). Correct it.") from error
 
 
 def table_columns(file: Path) -> list[str]:
