@@ -136,13 +136,15 @@ def _own_model(name: str, feature_layers: tuple[str, ...], from_file: bool) -> M
 def pipeline_of(model: Model) -> PipelineFolder:
     """The diffusers pipeline that supplies a model's text encoders and VAE: that of its base, or of its base's base.
 
-    Raises ``UserError`` for a class-conditional model, which has none.
+    Raises ``UserError`` for a class-conditional or unconditional model, which has none.
     """
     from fewstep.models.hub.folder import PipelineFolder  # needs the extra
 
     bases = _bases(model.config)
     if bases and is_pipeline(bases[-1]):
         return PipelineFolder.open(resolve_path(bases[-1]))
+    if model.config.unconditional:
+        raise UserError("This model is unconditional: it takes no prompts.")
     raise UserError("This model takes class labels, not prompts.")
 
 
