@@ -114,7 +114,7 @@ class Trainer:
                 f"stages.{number}: the objective {settings.name!r} needs {sorted(missing)} with each condition, and "
                 f"data.kind={self.config.data.kind} provides {sorted(probe) or 'none'}; use real images "
                 "(data.kind=folder, npz or dataset, data.path=PATH) or samples (data.kind=tensors, data.path=FILE; "
-                "fewstep data ode-pairs creates them). For a text-conditioned teacher, data.kind=prompts with images or "
+                "fewstep data ode-pairs creates it). For a text-conditioned teacher, data.kind=prompts with images or "
                 "preference pairs (fewstep data encode, fewstep data preferences)."
             )
         first = self.stage_ends[number] - stage.steps
