@@ -54,7 +54,7 @@ def encode(
     is empty or damaged, on a pipeline without text encoders, and on a folder of other prompts.
     """
     folder, given, place = PipelineFolder.open(resolve_path(teacher)), Path(prompts), pick_device(device)
-    images, pairs = _images(given, column, frames)
+    images, pairs = _images(folder, given, column, frames)
     if pairs:
         return encode_pairs(
             folder, given, Path(out), sizes=sizes, frames=frames, batch=batch, rows=rows, device=place,
@@ -72,11 +72,12 @@ def encode(
     return len(lines)
 
 
-def _images(given: Path, column: str | None, frames: int) -> tuple[list[Captioned], bool]:
+def _images(folder: PipelineFolder, given: Path, column: str | None, frames: int) -> tuple[list[Captioned], bool]:
     """The captioned images of a folder or table, and whether it is a table of preference pairs."""
     if given.is_dir():
         if column is not None:
             raise UserError(f"{given} is a folder, without columns: remove --column.")
+        require_vae(folder)
         return captioned_folder(given, frames), False
     if given.suffix.lower() not in TABLE_SUFFIXES:
         return [], False
