@@ -17,12 +17,14 @@ import fewstep
 from fewstep.api.data import make_ode_pairs
 from fewstep.api.report import compare_images
 from fewstep.core.errors import UserError
+from fewstep.core.files import write_tensors
 from fewstep.core.image_files import to_bytes
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.build import build_inputs
 from fewstep.distill.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import parse_config
+from fewstep.distill.data.readers import read_stored
 
 UNET = {"name": "unet", "widths": [8], "blocks": [1], "embedding": 8, "heads": 1}
 
@@ -191,3 +193,12 @@ def test_pixels_reach_training_unchanged(tmp_path: Path) -> None:
     for image, label in zip(to_bytes(batch["x0"]), batch.condition["labels"].tolist(), strict=True):
         (row,) = (known == image).flatten(1).all(1).nonzero().flatten().tolist()
         assert image_sets.LABELS[row] == label
+
+
+def test_stored_samples_of_an_unconditional_model_need_no_labels(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    write_tensors({"noise": torch.zeros(6, 1, 2, 2), "x0": torch.ones(6, 1, 2, 2)}, file)
+    batch = read_stored(file, 0)(KeyedRandom(0, 0, "data", 0), 4)
+    assert (batch.size, dict(batch.condition), batch["x0"].shape) == (4, {}, (4, 1, 2, 2))
+    with pytest.raises(UserError, match="must contain labels and samples"):
+        read_stored(file, 3)
