@@ -26,8 +26,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from fewstep.core.idx_files import read_idx
 from fewstep.core.image_files import to_unit
-from fewstep.distill.data.readers import read_idx
 from fewstep.eval.toy_captions import CaptionSet, tint
 
 WIDTH, TOKENS = 64, 16

@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 
 from fewstep.core.errors import UserError
+from fewstep.core.image_data import KINDS as IMAGE_KINDS
+from fewstep.core.image_data import open_images
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.core.registry import dotted_name
 from fewstep.distill import sharding
 from fewstep.distill.config import DATA_KINDS, Config, DataConfig
 from fewstep.distill.data.batch import SOURCES, Source
-from fewstep.distill.data.readers import read_folder, read_idx, read_stored
-from fewstep.distill.data.sources import Images, Labels, Prompts, Stored
+from fewstep.distill.data.readers import read_stored
+from fewstep.distill.data.sources import Images, Labels, Prompts
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role
 from fewstep.models.adapters import checkpoint_gradients, share_network
@@ -110,6 +112,9 @@ def _pretraining(
     roles = {"model": Role(_placed(denoiser, config, device, world))}
     source = data or _source(config.data, model_config, None, None)
     _check_shape(source, model_config)
+    if isinstance(source, Images) and model_config.classes and source.table.class_names:
+        names = model_config.class_names or source.table.class_names
+        model_config = model_config.model_copy(update={"class_names": names})
     return TrainingInputs(roles, {"data": source}, model_config)
 
 
@@ -182,7 +187,7 @@ def _prompts(data: DataConfig, pipeline: PipelineFolder, model: ModelConfig) -> 
 def _source(
     data: DataConfig, model: ModelConfig, prompts: EncodedPrompts | None, pipeline: PipelineFolder | None
 ) -> Source:
-    if data.kind != "prompts" and not model.classes and model.base is not None:
+    if data.kind != "prompts" and model.takes_prompts:
         raise UserError(
             "This teacher needs prompts: set data.kind=prompts, and data.path to a folder from fewstep data encode or "
             "fewstep data preferences."
@@ -193,18 +198,10 @@ def _source(
         sizes = [pipeline.family.shape(*size) for size in data.sizes]
         return Prompts(prompts, sizes or [model.shape])
     assert data.path is not None
-    source: Images | Stored
+    if data.kind in IMAGE_KINDS:
+        table = open_images(data.images, model.shape)
+        labels = table.labels_of(model.classes, model.class_names or ()) if model.classes else table.labels
+        return Images(table, labels, model.classes, data.flip)
     if data.kind == "tensors":
-        source = read_stored(Path(data.path), model.classes)
-    elif data.kind == "folder":
-        source = Images(*read_folder(data.path, model.shape), model.classes)
-    elif data.kind == "idx":
-        source = Images(*read_idx(data.path, data.split), model.classes)
-    else:
-        raise UserError(f"data.kind: {data.kind} needs a teacher that is a diffusers pipeline.")
-    if source.shape != model.shape or int(source.labels.max()) >= model.classes:
-        raise UserError(
-            f"The images in {data.path} are {list(source.shape)} with labels up to {int(source.labels.max())}; "
-            f"the model is for {list(model.shape)} and {model.classes} classes."
-        )
-    return source
+        return read_stored(Path(data.path), model.classes)
+    raise UserError(f"data.kind: {data.kind} needs a teacher that is a diffusers pipeline.")

@@ -9,7 +9,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from fewstep.core.errors import nearest
+from fewstep.core.errors import UserError, nearest
+from fewstep.core.image_data import KINDS as IMAGE_KINDS
+from fewstep.core.image_data import ImageData
+from fewstep.core.image_rows import Columns
 from fewstep.core.registry import Registry, is_dotted
 from fewstep.distill import objectives
 from fewstep.distill.data.batch import SOURCES
@@ -26,24 +29,36 @@ from fewstep.distill.trackers import check_names
 from fewstep.models.attention import Backend
 from fewstep.models.model_config import ModelConfig
 
+OF_IMAGES = ("subset", "split", "columns", "crop", "flip")
 Pixels = Annotated[int, Field(ge=1, le=65_536)]
-DATA_KINDS = ("labels", "idx", "folder", "tensors", "prompts")
+DATA_KINDS = ("labels", *IMAGE_KINDS, "tensors", "prompts")
 
 
 class DataConfig(BaseConfig):
     """The data source. ``kind`` is one of
 
-    ``labels``: uniform class labels, no data. ``idx``: a folder of idx files. ``folder``: images, one subfolder per
-    class. ``tensors``: a safetensors file of labelled samples (``fewstep data ode-pairs``, ``fewstep data
-    preferences``, or the real images of a reference). ``prompts``: a folder from ``fewstep data encode`` or ``fewstep
-    data preferences --captions``: prompts alone, with images, or with preference pairs. For prompts alone, ``sizes``
-    lists height, width and frames in pixels, and each batch has one of them (by default the run's ``size``). Any other
-    name is your own source, created with ``options``.
+    ``labels``: uniform class labels (of an unconditional model: nothing), no data. ``folder``: images, one subfolder
+    per class. ``idx``: a folder of idx files, of which ``split`` is ``train`` or ``test``. ``npz``: an .npz file of
+    arrays. ``dataset``: a table (.csv, .jsonl) of image files, a folder with a ``metadata.csv``, or what Hugging Face's
+    ``datasets`` reads: Parquet, WebDataset, a name on the hub with its ``subset`` and ``split``. ``tensors``: a
+    safetensors file of labelled samples (``fewstep data ode-pairs``, ``fewstep data preferences``, or the real images
+    of a reference). ``prompts``: a folder from ``fewstep data encode`` or ``fewstep data preferences --captions``:
+    prompts alone, with images, or with preference pairs. Any other name is your own source, created with ``options``.
+
+    Of images, ``columns`` names the columns or arrays ``image`` and ``label`` if they have unusual names; with
+    ``crop``, those of another size than the model's are scaled until they cover it and cropped around their centre
+    (otherwise they are an error); with ``flip``, each is mirrored with probability 1/2 whenever it is sampled. For
+    prompts alone, ``sizes`` lists height, width and frames in pixels, and each batch has one of them (by default the
+    run's ``size``).
     """
 
     kind: str = "labels"
     path: str | None = None
-    split: Literal["train", "test"] = "train"
+    subset: str | None = None
+    split: str = "train"
+    columns: Columns = Columns()
+    crop: bool = False
+    flip: bool = False
     sizes: tuple[tuple[Pixels, Pixels, Pixels], ...] = ()
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -57,7 +72,28 @@ class DataConfig(BaseConfig):
             raise ValueError(f"sizes are for kind prompts, not {self.kind}")
         if self.options and self.kind in DATA_KINDS:
             raise ValueError(f"options are for your own sources, not for kind {self.kind}")
+        if self.kind in IMAGE_KINDS:
+            self._check_images()
+        elif given := [name for name in OF_IMAGES if getattr(self, name) != type(self).model_fields[name].default]:
+            raise ValueError(f"{given[0]} is for images ({', '.join(IMAGE_KINDS)}), not for kind {self.kind}")
         return self
+
+    def _check_images(self) -> None:
+        if self.columns.caption is not None:
+            raise ValueError(
+                "columns.caption does not act in training: only a pipeline takes captions, which fewstep data encode "
+                "encodes (data.kind=prompts)"
+            )
+        try:
+            self.images  # noqa: B018, its own checks
+        except UserError as error:
+            raise ValueError(str(error).removesuffix(".")) from error
+
+    @property
+    def images(self) -> ImageData:
+        """The set of images, for the kinds that are images."""
+        assert self.path is not None
+        return ImageData(self.kind, self.path, self.split, self.subset, self.columns, self.crop)
 
 
 class CheckpointConfig(BaseConfig):

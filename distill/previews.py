@@ -102,8 +102,8 @@ def _decoder(inputs: TrainingInputs) -> Callable[[Tensor], Tensor] | None:
             return None
         return lambda samples: pipeline.decode_images(pipeline.decoder(), samples)
     model = inputs.model_config
-    latents = model.base is not None and not model.classes  # of a pipeline, with data of one's own
-    return to_bytes if len(model.shape) == 3 and model.shape[0] in (1, 3) and not latents else None
+    pixels = len(model.shape) == 3 and model.shape[0] in (1, 3) and not model.takes_prompts  # whose samples are latents
+    return to_bytes if pixels else None
 
 
 def _conditions(inputs: TrainingInputs, n: int) -> Condition:

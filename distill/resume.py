@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_json_lines
-from fewstep.distill.config import PreviewConfig
+from fewstep.distill.config import DataConfig, PreviewConfig
 
 MAY_CHANGE = (
     "out", "device", "attention", "gradient_checkpointing", "compile", "offload", "max_hours", "log_every",
@@ -39,10 +39,13 @@ def flat_settings(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def with_current_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run, of which an earlier version may have written the files, with today's keys."""
-    if "tensorboard" not in settings:
-        return dict(settings)
-    new = {"trackers": ["tensorboard"] if settings["tensorboard"] else [], "previews": PreviewConfig().model_dump()}
-    return {key: value for key, value in settings.items() if key != "tensorboard"} | new
+    current = dict(settings)
+    if "tensorboard" in current:
+        current["trackers"] = ["tensorboard"] if current.pop("tensorboard") else []
+        current["previews"] = PreviewConfig().model_dump()
+    if isinstance(current.get("data"), Mapping):
+        current["data"] = DataConfig().model_dump(mode="json") | dict(current["data"])
+    return current
 
 
 def check_changes(changed: Changes, stage: int) -> None:

@@ -113,8 +113,8 @@ class Trainer:
             raise UserError(
                 f"stages.{number}: the objective {settings.name!r} needs {sorted(missing)} with each condition, and "
                 f"data.kind={self.config.data.kind} provides {sorted(probe) or 'none'}; use real images "
-                "(data.kind=idx or folder, data.path=FOLDER) or a file of samples (data.kind=tensors data.path=FILE; "
-                "fewstep data ode-pairs creates one). For a text-conditioned teacher, data.kind=prompts with images or "
+                "(data.kind=folder, npz or dataset, data.path=PATH) or samples (data.kind=tensors, data.path=FILE; "
+                "fewstep data ode-pairs creates it). For a text-conditioned teacher, data.kind=prompts with images or "
                 "preference pairs (fewstep data encode, fewstep data preferences)."
             )
         first = self.stage_ends[number] - stage.steps

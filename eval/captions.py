@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_prompts, read_table
+from fewstep.core.files import read_prompts
+from fewstep.core.tables import read_table
 
 COLUMNS = ("file", "caption")
 SHOWN = 5  # names in a message

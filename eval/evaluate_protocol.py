@@ -65,14 +65,15 @@ class ProtocolEvaluator:
 
     def check(self, model: Model) -> None:
         """Raises ``UserError`` if the protocol does not fit the model, before any image is generated."""
-        if model.config.classes and self._captions:
-            raise UserError(f"The protocol {self.protocol.name!r} has captions; this model takes class labels.")
-        if not model.config.classes and not self._captions:
+        if not model.config.takes_prompts and self._captions:
+            takes = "is unconditional" if model.config.unconditional else "takes class labels"
+            raise UserError(f"The protocol {self.protocol.name!r} has captions; this model {takes}.")
+        if model.config.takes_prompts and not self._captions:
             raise UserError(f"The protocol {self.protocol.name!r} has no captions, which this model needs.")
         if (len(model.config.shape) == 4) != bool(self.protocol.frames):
             scored, generated = ("videos", "images") if self.protocol.frames else ("images", "videos")
             raise UserError(f"The protocol {self.protocol.name!r} scores {scored}; this model generates {generated}.")
-        self._check_count(self.protocol.n, model.config.classes or len(self._texts))
+        self._check_count(self.protocol.n, model.config.classes or max(1, len(self._texts)))
 
     def __call__(
         self, model: Model, name: str, sampling: SamplingConfig, progress: Progress | None = None
@@ -80,7 +81,7 @@ class ProtocolEvaluator:
         """Generates image k for class or caption k modulo their number, and returns one score per metric."""
         generated = GeneratedSet(model, sampling, self.protocol.n, self._texts, progress=progress)
         images = InMemoryImages(generated.parts(), self.protocol.crop)
-        measured = self.measure(images, self._texts, model.config.classes or len(self._texts))
+        measured = self.measure(images, self._texts, model.config.classes or max(1, len(self._texts)))
         captions = dict.fromkeys(measured, self._captions.sha256 if self._captions else None)
         return scores_of_generated(generated, measured, self._hashes(captions), model=name, **self._fields())
 

@@ -17,7 +17,7 @@ from fewstep.eval.metrics.frechet import Statistics, frechet_distance, frechet_e
 from fewstep.eval.metrics.jackknife import ERROR_OF
 from fewstep.eval.metrics.kid import ERROR_OF as KID_ERROR_OF
 from fewstep.eval.metrics.kid import kid_and_deviation
-from fewstep.eval.metrics.metric import NOTED_BIAS, Direction, Measurement
+from fewstep.eval.metrics.metric import NOTED_BIAS, SEEDS, Direction, Measurement
 from fewstep.eval.metrics.precision_recall import PRECISION_ERROR_OF, precision_error, precision_recall
 from fewstep.eval.networks.features import extract_features
 from fewstep.eval.references import DISTANCE_PREFIX, Reference
@@ -27,7 +27,6 @@ from fewstep.models.loading import Model
 from fewstep.samplers.generate import GeneratedSet, Progress
 from fewstep.samplers.plan import SamplingConfig
 
-DIVERSITY_SEEDS = 50  # seeds per class for the diversity, whose cost is quadratic in them
 DIRECTIONS: dict[str, Direction] = {
     "kid": "lower", "precision": "higher", "recall": "higher", "accuracy": "higher", "diversity": "higher",
     "garment": "higher", "colour": "higher", "background": "higher", "prompt": "higher",
@@ -57,18 +56,20 @@ def metrics(reference: Reference, features: Tensor, conditions: int = 0) -> dict
 
 
 def conditional_metrics(
-    reference: Reference, images: Tensor, labels: Tensor, conditions: int
+    reference: Reference, images: Tensor, labels: Tensor | None, conditions: int
 ) -> dict[str, Measurement]:
     """The metrics of images, uint8 [N, C, H, W], generated for ``conditions`` in turn; how many of them the classifier
-    assigns to their ``labels`` [N] (accuracy); and how much the images of one condition differ (diversity)."""
+    assigns to their ``labels`` [N], if they have some (accuracy); and how much the images of one condition differ
+    (diversity)."""
     features = extract_features(reference.network, images)
-    correct = reference.network.classes(features) == labels
-    seeds = min(len(images) // conditions, DIVERSITY_SEEDS)
-    by_seed = features[: conditions * seeds].reshape(seeds, conditions, -1)
-    return metrics(reference, features, conditions) | {
-        "accuracy": Measurement(correct.float().mean().item()),
-        "diversity": Measurement(cross_seed_diversity(by_seed)),
-    }
+    values = metrics(reference, features, conditions)
+    if labels is not None:
+        correct = reference.network.classes(features) == labels
+        values["accuracy"] = Measurement(correct.float().mean().item())
+    columns = conditions if conditions > 1 else max(1, len(images) // SEEDS)  # of one condition all images are seeds
+    seeds = min(len(images) // columns, SEEDS)
+    by_seed = features[: columns * seeds].reshape(seeds, columns, -1)
+    return values | {"diversity": Measurement(cross_seed_diversity(by_seed))}
 
 
 @dataclass(frozen=True)
@@ -93,26 +94,28 @@ class ReferenceEvaluator:
 
     def check(self, model: Model) -> None:
         """Raises ``UserError`` on a model whose samples cannot be scored, before any is generated."""
-        minimum = 2 * (model.config.classes or len(CaptionSet.all()))
+        prompted = model.config.takes_prompts
+        minimum = 2 * (len(CaptionSet.all()) if prompted else max(1, model.config.classes))
         if self.n < minimum:
             raise UserError(f"n must be at least {minimum} (two samples per class or caption), got {self.n}.")
-        if model.config.classes:
+        if not prompted:
             self.reference.network(torch.zeros(1, *model.config.shape, dtype=torch.uint8))
 
     def __call__(
         self, model: Model, name: str, sampling: SamplingConfig, progress: Progress | None = None
     ) -> list[Score]:
         """Generates the samples and returns one score per metric. Raises ``UserError`` on invalid requests."""
-        captions, classes = CaptionSet.all(), model.config.classes
-        prompts = () if classes else captions.captions
+        captions, classes, prompted = CaptionSet.all(), model.config.classes, model.config.takes_prompts
+        prompts = captions.captions if prompted else ()
         generated = GeneratedSet(model, sampling, self.n, prompts, batch=100, progress=progress)
         images = torch.cat(list(generated.parts()))
-        if classes:
-            values = conditional_metrics(self.reference, images, model.labels(self.n), classes)
+        if not prompted:
+            labels = model.labels(self.n) if classes else None
+            values = conditional_metrics(self.reference, images, labels, max(1, classes))
         else:
-            prompted = captions.select(torch.arange(self.n) % len(captions))
-            values = conditional_metrics(self.reference, read_back(images).grey, prompted.labels, len(captions))
-            followed = prompt_following(self.reference.network, images, prompted)
+            shown = captions.select(torch.arange(self.n) % len(captions))
+            values = conditional_metrics(self.reference, read_back(images).grey, shown.labels, len(captions))
+            followed = prompt_following(self.reference.network, images, shown)
             values |= {metric: Measurement(value) for metric, value in followed.items()}
         return scores_of_generated(generated, values, self._hashes(values), model=name, **self._fields())
 

@@ -20,13 +20,14 @@ from fewstep.models.model_config import ModelConfig
 from fewstep.samplers.generate import generate
 from fewstep.samplers.plan import SamplingConfig
 
-SHOWN_IMAGES = 80
+SHOWN_IMAGES, ROWS = 80, 8
 SEED = 1_000_000_007  # unlike seeds that people choose, so that validation and evaluation never share noise
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Writes a grid of images of a class-conditional student to ``samples/`` and returns its Fréchet distance.
+    """Writes a grid of images of a student that takes class labels, or nothing, to ``samples/`` and returns its Fréchet
+    distance.
 
     The trainer calls it with the student's averaged weights.
     """
@@ -45,8 +46,11 @@ class Validation:
         labels = model.labels(self.n)
         samples = generate(model, labels, replace(self.sampling, seed=SEED))
         images = to_bytes(samples.x0)
-        columns = max(1, SHOWN_IMAGES // config.classes)
-        shown = torch.cat([images[labels == label][:columns] for label in range(config.classes)])
+        rows = config.classes or ROWS
+        columns = max(1, SHOWN_IMAGES // rows)
+        shown = images[:SHOWN_IMAGES]
+        if config.classes:
+            shown = torch.cat([images[labels == label][:columns] for label in range(rows)])
         save_image(image_grid(shown, columns=columns), self.folder / "samples" / f"step-{step:07d}.png")
         features = extract_features(self.reference.network, images)
         return frechet_distance(Statistics.of(features), self.reference.statistics)

@@ -78,5 +78,7 @@ class Condition(Mapping[str, Tensor]):
 
     @staticmethod
     def of_labels(labels: Tensor, classes: int) -> Condition:
-        """Class labels [B] in [0, classes); the null label is ``classes``."""
+        """Class labels [B] in [0, classes); the null label is ``classes``. Of 0 classes the condition is empty."""
+        if not classes:
+            return Condition()
         return Condition({"labels": labels}, {"labels": torch.tensor(classes)})

@@ -46,11 +46,11 @@ class Model(BaseModel):
         return torch.device("cpu") if tensor is None else tensor.device
 
     def labels(self, n: int) -> Tensor:
-        """``0, 1, ..., classes - 1, 0, ...`` [n]: all classes equally often. Raises ``UserError`` on a model that takes
-        prompts."""
-        if not self.config.classes:
-            raise UserError("This needs a class-conditional model; this one takes prompts.")
-        return torch.arange(n) % self.config.classes
+        """``0, 1, ..., classes - 1, 0, ...`` [n]: all classes equally often; zeros, which have no meaning, for an
+        unconditional model. Raises ``UserError`` on a model that takes prompts."""
+        if self.config.takes_prompts:
+            raise UserError("This needs a model of class labels, or an unconditional one; this one takes prompts.")
+        return torch.arange(n) % max(1, self.config.classes)
 
 
 def _is_teacher(value: Any) -> bool:
@@ -147,13 +147,15 @@ def _own_model(name: str, feature_layers: tuple[str, ...], from_file: bool) -> M
 def pipeline_of(model: Model) -> PipelineFolder:
     """The diffusers pipeline that supplies a model's text encoders and VAE: that of its base, or of its base's base.
 
-    Raises ``UserError`` for a class-conditional model, which has none.
+    Raises ``UserError`` for a class-conditional or unconditional model, which has none.
     """
     from fewstep.models.hub.folder import PipelineFolder  # needs the extra
 
     bases = _bases(model.config)
     if bases and is_pipeline(bases[-1]):
         return PipelineFolder.open(resolve_path(bases[-1]))
+    if model.config.unconditional:
+        raise UserError("This model is unconditional: it takes no prompts.")
     raise UserError("This model takes class labels, not prompts.")
 
 

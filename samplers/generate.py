@@ -110,9 +110,11 @@ def generate(
     model: Model, condition: Condition | Tensor, config: SamplingConfig, *, numbers: Sequence[int] | None = None,
     batch: int = 100, progress: Progress | None = None,
 ) -> Samples:  # fmt: skip
-    """One sample per row of ``condition``, or per class label [N]. ``numbers`` (by default 0 to N - 1; required with an
-    empty condition) select the noise of each. Raises ``UserError`` as ``plan`` does."""
+    """One sample per row of ``condition``, or per class label [N] (any numbers for an unconditional model). ``numbers``
+    (by default 0 to N - 1; required with an empty condition) select the noise of each. Raises ``UserError`` as ``plan``
+    does."""
     if isinstance(condition, Tensor):
+        numbers = range(len(condition)) if numbers is None else numbers
         condition = Condition.of_labels(condition, model.config.classes)
     numbers = range(len(next(iter(condition.values())))) if numbers is None else numbers
     sampling_plan = plan(model, config)
@@ -125,8 +127,9 @@ def generate(
 
 
 class ImageGenerator:
-    """Generates images, uint8 [N, C, H, W] (or videos [N, F, 3, H, W]), of a model's classes or of the given prompts.
-    Prompts are encoded on use, so memory does not grow with their number."""
+    """Generates images, uint8 [N, C, H, W] (or videos [N, F, 3, H, W]), of a model's classes or of the given prompts;
+    of an unconditional model, as of one class. Prompts are encoded on use, so memory does not grow with their number.
+    """
 
     def __init__(self, model: Model, prompts: Sequence[str] = (), batch: int = 8) -> None:
         """``batch`` applies to pipelines. Raises ``UserError`` on prompts for a class-conditional model, on missing
@@ -140,8 +143,8 @@ class ImageGenerator:
             self._encode = lambda rows: folder.condition(pipeline, [prompts[k] for k in rows.tolist()])
             self._to_images: Callable[[Tensor], Tensor] = partial(folder.decode_images, pipeline, batch=batch)
         else:
-            self.conditions, self._batch = len(model.labels(model.config.classes)), 100
-            self._encode = lambda rows: Condition.of_labels(rows, self.conditions)
+            self.conditions, self._batch = len(model.labels(max(1, model.config.classes))), 100
+            self._encode = lambda rows: Condition.of_labels(rows, model.config.classes)
             self._to_images = to_bytes
 
     def __call__(
@@ -152,6 +155,7 @@ class ImageGenerator:
         Raises ``UserError`` as ``plan`` does."""
         unique, inverse = torch.as_tensor(indices).unique(return_inverse=True)
         condition = self._encode(unique).to("cpu").index(inverse)
+        numbers = range(len(inverse)) if numbers is None else numbers
         samples = generate(self.model, condition, config, numbers=numbers, batch=self._batch, progress=progress)
         self.nfe = samples.nfe
         return self._to_images(samples.x0)

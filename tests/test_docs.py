@@ -16,7 +16,7 @@ import yaml
 import fewstep
 from fewstep.api.bench_objectives import load_benchmark, run_config_of
 from fewstep.cli.main import app
-from fewstep.distill.config import OBJECTIVES
+from fewstep.distill.config import OBJECTIVES, DataConfig
 from fewstep.distill.config_files import CONFIGS, find_config, load_config, parse_config
 from fewstep.eval.metrics.registry import METRICS
 from fewstep.eval.protocol import Protocol
@@ -189,9 +189,11 @@ def test_python_in_a_page_uses_public_names(page: Path) -> None:
 def test_settings_in_a_page_are_valid(page: Path) -> None:
     for block in fenced(page.read_text(encoding="utf-8"), "yaml"):
         settings = yaml.safe_load(block)
-        if "stages" not in settings:
+        if "data" in settings and "stages" not in settings:
+            DataConfig.model_validate(settings["data"])
+        elif "stages" not in settings:
             Protocol.model_validate({"name": "page", **settings})
-        elif settings["teacher"] == "fashion" and isinstance(settings["stages"][0]["objective"], dict):
+        elif ":" not in settings.get("teacher", "") and isinstance(settings["stages"][0]["objective"], dict):
             parse_config(settings, str(page))  # the others need code of the page: test_docs_code.py
 
 

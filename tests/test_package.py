@@ -69,7 +69,7 @@ def test_a_wheel_is_whole_and_works_outside_the_repository(tmp_path: Path) -> No
 
 def test_the_core_imports_no_optional_library(tmp_path: Path) -> None:
     optional = ["diffusers", "peft", "torchvision", "open_clip", "cleanfid", "xformers", "wandb", "tensorboard"]
-    optional += ["av", "bitsandbytes", "mkdocs", "importlinter"]
+    optional += ["av", "bitsandbytes", "mkdocs", "importlinter", "datasets", "pyarrow", "pandas"]
     for name in optional:  # empty stand-ins, so that a guarded import shows too
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()

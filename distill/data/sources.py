@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.core.image_data import ImageTable
 from fewstep.core.image_files import to_unit
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.data.batch import Batch
@@ -17,39 +18,40 @@ from fewstep.models.hub.encoded import EncodedPrompts
 
 @dataclass(frozen=True)
 class Labels:
-    """Uniform class labels: all that a data-free method needs for a class-conditional teacher."""
+    """Uniform class labels: all that a data-free method needs for a class-conditional teacher; none for 0 classes."""
 
     classes: int
     shape: tuple[int, ...]
 
     def __call__(self, random: KeyedRandom, size: int) -> Batch:
-        labels = random.integers(size, self.classes)
+        labels = random.integers(size, max(1, self.classes))
         return Batch(size, self.shape, Condition.of_labels(labels, self.classes))
 
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images, uint8 [N, C, H, W], sampled with replacement; ``x0`` is float32 in [-1, 1]."""
+    """A set of images with ``labels`` [N] of ``classes`` classes (0: none), sampled with replacement; ``x0`` is float32
+    in [-1, 1]. With ``flip``, each sample is mirrored with probability 1/2."""
 
-    images: Tensor
+    table: ImageTable
     labels: Tensor
     classes: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one image."""
-        return tuple(self.images.shape[1:])
+    flip: bool = False
 
     def __call__(self, random: KeyedRandom, size: int) -> Batch:
-        rows = random.integers(size, len(self.images))
-        x0 = to_unit(self.images[rows])
+        rows = random.integers(size, len(self.table))
+        pixels, _ = self.table[rows]
+        if self.flip:
+            mirrored = random.uniform(size, stream="flip") < 0.5
+            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         condition = Condition.of_labels(self.labels[rows], self.classes)
-        return Batch(size, tuple(x0.shape[1:]), condition, {"x0": x0})
+        return Batch(size, self.table.shape, condition, {"x0": to_unit(pixels)})
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Tensors by name, float32 [N, ...], with labels [N]: noise and x0, or winner and loser."""
+    """Tensors by name, float32 [N, ...], with labels [N] of ``classes`` classes (0: none): noise and x0, or winner and
+    loser."""
 
     tensors: Mapping[str, Tensor]
     labels: Tensor

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError
 from fewstep.eval.metrics.metric import Metric, MetricInput
-from fewstep.eval.networks.features import as_matrices
+from fewstep.eval.networks.features import as_finite
 
 
 def cross_seed_diversity(features: Tensor) -> float:
@@ -20,7 +20,7 @@ def cross_seed_diversity(features: Tensor) -> float:
     """
     if features.ndim != 3 or len(features) < 2:
         raise UserError(f"Diversity needs features [seeds >= 2, conditions, D], got {list(features.shape)}.")
-    seeds = as_matrices(*features)
+    seeds = [as_finite(each) for each in features]
     return float(torch.stack([(a - b).norm(dim=1).mean() for a, b in combinations(seeds, 2)]).mean())
 
 

@@ -20,6 +20,7 @@ from fewstep.eval.metrics.frechet import Statistics
 Direction = Literal["lower", "higher"]
 T = TypeVar("T")
 NOTED_BIAS = 0.05  # of the value
+SEEDS = 50  # of one condition: the cost of a diversity is quadratic in them
 
 
 class Measurement(NamedTuple):
@@ -65,14 +66,16 @@ class MetricInput:
         return value
 
     def features_by_seed(self) -> Tensor:
-        """The features as [S, N, D]: S images of each of N conditions. Raises ``UserError`` if S would be below 2."""
+        """The features as [S, N, D]: S images of each of N conditions. Of one condition all images are seeds, of which
+        at most ``SEEDS`` are compared with each other. Raises ``UserError`` if S would be below 2."""
         features = self.images.features()
-        seeds = len(features) // self.conditions if self.conditions else 0
+        columns = max(1, len(features) // SEEDS) if self.conditions == 1 else self.conditions
+        seeds = len(features) // columns if columns else 0
         if seeds < 2:
             raise UserError(
                 f"{len(features)} images of {self.conditions} conditions: two images per condition are needed."
             )
-        return features[: seeds * self.conditions].reshape(seeds, self.conditions, -1)
+        return features[: seeds * columns].reshape(seeds, columns, -1)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fewstep.core.image_files import has_av
 from fewstep.core.image_grid import comparison, save_image, save_sample
 from fewstep.models.loading import Model
+from fewstep.models.model_config import ModelConfig
 from fewstep.samplers.generate import ImageGenerator
 from fewstep.samplers.plan import SamplingConfig
 
@@ -39,14 +40,14 @@ def write_comparison(
     Videos are shown by their first frames and, if PyAV is installed, in ``comparison.mp4``.
     """
     rows = _rows(student, teacher, seed, guidance)
-    if classes := student.config.classes:
-        names = [f"class {label}" for label in range(classes)]
-        conditions = student.labels(columns).sort().values.tolist()
-    else:
+    if prompts:
         count = min(columns, len(prompts))
         names = [prompts[k * len(prompts) // count] for k in range(count)]
         conditions = list(range(count))
-    generators = {row.label: ImageGenerator(row.model, () if classes else names) for row in rows}
+    else:
+        names = _class_names(student.config)
+        conditions = student.labels(columns).sort().values.tolist()
+    generators = {row.label: ImageGenerator(row.model, names if prompts else ()) for row in rows}
     images = [(row.label, generators[row.label](conditions, row.sampling)) for row in rows]
     save_image(comparison([(label, _first_frames(each)) for label, each in images]), folder / "comparison.png")
     if images[0][1].ndim == 5 and has_av():
@@ -61,6 +62,11 @@ def write_comparison(
     return folder / "comparison.png"
 
 
+def _class_names(config: ModelConfig) -> list[str]:
+    """What is written over the images of each class; one name for an unconditional model."""
+    return list(config.class_names or [f"class {label}" for label in range(config.classes)] or ["unconditional"])
+
+
 def _rows(student: Model, teacher: Model | None, seed: int, guidance: float | None) -> list[Row]:
     few_step = student.config.few_step
     nfe, default = len(few_step.times) if few_step else 4, SamplingConfig("student", None, seed=seed)
@@ -69,11 +75,12 @@ def _rows(student: Model, teacher: Model | None, seed: int, guidance: float | No
         return rows
     if teacher_few_step := teacher.config.few_step:
         return [Row(f"teacher, {len(teacher_few_step.times)} evaluations", teacher, default), *rows]
-    scale = guidance or (1.5 if student.config.classes else 2.0)
+    default_scale = 1.0 if student.config.unconditional else 1.5 if student.config.classes else 2.0
+    scale = guidance or default_scale
     guided = SamplingConfig("euler", TEACHER_STEPS, scale, seed=seed)
     unguided = SamplingConfig("euler", nfe, seed=seed)
     return [
-        Row(f"teacher, {2 * TEACHER_STEPS} evaluations", teacher, guided),
+        Row(f"teacher, {TEACHER_STEPS * (1 if scale == 1 else 2)} evaluations", teacher, guided),
         Row(f"teacher, {nfe} evaluations", teacher, unguided),
         *rows,
     ]

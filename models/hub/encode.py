@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -20,17 +20,25 @@ from fewstep.core.image_files import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
     Cover,
+    EmbeddedImage,
+    ImageFile,
+    file_bytes,
     image_size,
     list_files,
     read_image,
     read_video,
     to_unit,
 )
+from fewstep.core.image_rows import Columns
+from fewstep.core.image_tables import table_rows
+from fewstep.core.paths import file_inside
+from fewstep.core.tables import read_captioned, read_texts
 from fewstep.models.hub.encoded import PROMPTS, Index, fingerprint, read_index
 from fewstep.models.hub.folder import PipelineFolder
 
 Progress = Callable[[int, int], None]  # number done, total number
 T = TypeVar("T")
+F = TypeVar("F", bound=ImageFile)
 
 
 @torch.no_grad()
@@ -80,46 +88,87 @@ def encode_prompts(
             progress(last, len(prompts))
 
 
-@torch.no_grad()
-def encode_images(
-    folder: PipelineFolder, source: Path, out: Path, *, sizes: Sequence[Cover] = (), frames: int = 1, batch: int = 32,
-    rows: int = 512, device: torch.device | str = "cpu", progress: Progress | None = None,
-) -> int:  # fmt: skip
-    """Encodes the images in the folder ``source`` (with ``frames`` > 1, the first ``frames`` frames of its videos) and
-    their captions, text files with the same name (``a.png`` and ``a.txt``). Returns the number of files.
+class Captioned(NamedTuple):
+    """An image or video file and its caption."""
 
-    With ``sizes`` (height, width), each file is scaled and cropped to the size with the nearest aspect ratio; otherwise
-    all must have one size. Raises ``UserError`` that names a file that is damaged, has no caption or has another size.
-    """
+    file: ImageFile
+    caption: str
+
+
+def captioned_folder(source: Path, frames: int = 1) -> list[Captioned]:
+    """The images of a folder (with ``frames`` > 1 its videos), and their captions in text files of the same name
+    (``a.png`` and ``a.txt``). Raises ``UserError`` if there are none, or one has no caption."""
     suffixes = VIDEO_SUFFIXES if frames > 1 else IMAGE_SUFFIXES
     files = list_files(source, suffixes)
     if not files:
         raise UserError(f"No {'videos' if frames > 1 else 'images'} ({', '.join(suffixes)}) in {source}.")
+    return [Captioned(file, _caption(file)) for file in files]
+
+
+def captioned_table(table: Path, image: str, caption: str | None = None, frames: int = 1) -> list[Captioned]:
+    """The images in the column ``image`` of a table and their captions (see ``core.tables.read_texts``). It names files
+    in its folder (with ``frames`` > 1 videos); a .parquet table may also hold them. Raises ``UserError`` that names a
+    row."""
+    if table.suffix.lower() != ".parquet":
+        suffixes = VIDEO_SUFFIXES if frames > 1 else IMAGE_SUFFIXES
+        return [
+            Captioned(file_inside(table.parent, name, suffixes, f"{table}, row {number}"), text)
+            for number, (name, text) in enumerate(read_captioned(table, (image,), caption), start=1)
+        ]
+    if frames > 1:
+        raise UserError(f"{table}: videos are named by a .csv or .jsonl table, or lie in a folder.")
+    texts = read_texts(table, caption)
+    rows = table_rows(str(table), None, "train", Columns(image=image))
+    file = rows.file
+    assert file is not None
+    return [
+        Captioned(EmbeddedImage(rows.where(row), lambda row=row: file_bytes(file(row))), text)  # type: ignore[misc]
+        for row, text in enumerate(texts)
+    ]
+
+
+@torch.no_grad()
+def encode_images(
+    folder: PipelineFolder, images: Sequence[Captioned], out: Path, *, sizes: Sequence[Cover] = (), frames: int = 1,
+    batch: int = 32, rows: int = 512, device: torch.device | str = "cpu", progress: Progress | None = None,
+) -> int:  # fmt: skip
+    """Encodes images (with ``frames`` > 1, the first ``frames`` frames of videos) and their captions. Returns their
+    number.
+
+    With ``sizes`` (height, width), each file is scaled and cropped to the size with the nearest aspect ratio; otherwise
+    all must have one size. Raises ``UserError`` that names a file or row that is damaged or has another size.
+    """
     require_vae(folder)
-    captions = {file: _caption(file) for file in files}
-    prompts = list(dict.fromkeys(captions.values()))
+    files, captions = [image.file for image in images], [image.caption for image in images]
+    prompts = list(dict.fromkeys(captions))
     number = {prompt: k for k, prompt in enumerate(prompts)}
-    buckets = group_by_size(files, sizes)
+    size_of = {file: size for size, same in group_by_size(files, sizes).items() for file in same}
+    buckets: dict[Cover, list[Captioned]] = {}
+    for image in images:
+        buckets.setdefault(size_of[image.file], []).append(image)
     for height, width in buckets:
         folder.family.shape(height, width, frames)  # raises if the model does not support the size
     encode_prompts(
-        folder, prompts, out, device=device, images=len(files), rows=rows, sizes=tuple(sizes),
-        source=source_hash(folder, files, list(captions.values()), frames),
+        folder, prompts, out, device=device, images=len(images), rows=rows, sizes=tuple(sizes),
+        source=source_hash(folder, files, captions, frames),
     )  # fmt: skip
     pipeline = folder.pipeline().to(device)
 
-    def encoded(piece: Sequence[Path], size: Cover) -> dict[str, torch.Tensor]:
-        prompt = torch.tensor([number[captions[one]] for one in piece])
-        return {"x0": latents_of(folder, pipeline, piece, frames, size, batch), "prompt": prompt}
+    def encoded(piece: Sequence[Captioned], size: Cover) -> dict[str, torch.Tensor]:
+        prompt = torch.tensor([number[image.caption] for image in piece])
+        latents = latents_of(folder, pipeline, [image.file for image in piece], frames, size, batch)
+        return {"x0": latents, "prompt": prompt}
 
     write_shards(out, "images", buckets, rows, encoded, progress)
-    return len(files)
+    return len(images)
 
 
-def source_hash(folder: PipelineFolder, files: Sequence[Path], captions: Sequence[str], frames: int) -> str:
+def source_hash(folder: PipelineFolder, files: Sequence[ImageFile], captions: Sequence[str], frames: int) -> str:
     """The hash of what latents and their prompt numbers are computed from, for the index: the contents of the files,
     the captions and the VAE."""
-    contents = {file: sha256(file) for file in set(files)}
+    contents = {
+        file: sha256(file) if isinstance(file, Path) else hashlib.sha256(file.read()).hexdigest() for file in set(files)
+    }
     made_from = [frames, fingerprint(folder, ("vae",)), [contents[file] for file in files], list(captions)]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
@@ -148,21 +197,25 @@ def require_vae(folder: PipelineFolder) -> None:
 
 
 def latents_of(
-    folder: PipelineFolder, pipeline: Any, files: Sequence[Path], frames: int, size: Cover, batch: int
+    folder: PipelineFolder, pipeline: Any, files: Sequence[ImageFile], frames: int, size: Cover, batch: int
 ) -> torch.Tensor:
     """The latents [N, C, ...] of images, or of videos with ``frames`` > 1, at one ``size``, on the host."""
     parts = []
     for low in range(0, len(files), batch):
         some = files[low : low + batch]
-        pixels = torch.stack([read_video(f, frames, size) if frames > 1 else read_image(f, cover=size) for f in some])
+        pixels = torch.stack([_pixels(file, frames, size) for file in some])
         parts.append(folder.family.encode_images(pipeline, to_unit(pixels)).cpu())
     return torch.cat(parts)
 
 
-def group_by_size(files: Sequence[Path], sizes: Sequence[Cover]) -> dict[Cover, list[Path]]:
+def _pixels(file: ImageFile, frames: int, size: Cover) -> torch.Tensor:
+    return read_video(file, frames, size) if frames > 1 and isinstance(file, Path) else read_image(file, cover=size)
+
+
+def group_by_size(files: Sequence[F], sizes: Sequence[Cover]) -> dict[Cover, list[F]]:
     """The files by the size (height, width) at which they are encoded: the one of ``sizes`` with the nearest aspect
     ratio, or their own. Raises ``UserError`` if ``sizes`` is empty and they differ."""
-    found: dict[Cover, list[Path]] = {}
+    found: dict[Cover, list[F]] = {}
     for file in files:
         size = height, width = image_size(file)
         if sizes:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_table
 from fewstep.core.image_files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Cover
+from fewstep.core.paths import file_inside
+from fewstep.core.tables import read_table
 from fewstep.models.hub.encode import (
     Progress,
     encode_prompts,
@@ -23,7 +24,6 @@ from fewstep.models.hub.encode import (
 from fewstep.models.hub.folder import PipelineFolder
 
 COLUMNS = ("winner", "loser", "caption")
-TABLE_SUFFIXES = (".csv", ".jsonl")
 
 
 class FilePair(NamedTuple):
@@ -44,29 +44,13 @@ def read_pairs(table: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Fi
     pairs = []
     for number, (*names, caption) in enumerate(read_table(table, COLUMNS), start=1):
         where = f"{table}, row {number}"
-        winner, loser = (_inside(table.parent, name, suffixes, where) for name in names)
+        winner, loser = (file_inside(table.parent, name, suffixes, where) for name in names)
         if winner.resolve() == loser.resolve():
             raise UserError(f"{where}: winner and loser are one file, {names[0]}.")
         if len(caption.strip().splitlines()) != 1:
             raise UserError(f"{where}: a caption must be one line.")
         pairs.append(FilePair(winner, loser, caption.strip()))
     return pairs
-
-
-def _inside(folder: Path, name: str, suffixes: Sequence[str], where: str) -> Path:
-    file = folder / name
-    try:
-        inside = file.resolve().is_relative_to(folder.resolve())
-        found = file.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a name that is too long, a loop of links
-        raise UserError(f"{where}: {name!r} is not the name of a file ({error}).") from error
-    if not inside:
-        raise UserError(f"{where}: {name!r} is outside {folder}; name files in the folder of the table.")
-    if not found:
-        raise UserError(f"{where}: {name!r} does not exist in {folder}.")
-    if file.suffix.lower() not in suffixes:
-        raise UserError(f"{where}: {name!r} is not one of {', '.join(suffixes)}.")
-    return file
 
 
 @torch.no_grad()

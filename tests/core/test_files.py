@@ -22,7 +22,6 @@ from fewstep.core.files import (
     read_json_object,
     read_metadata,
     read_prompts,
-    read_table,
     read_tensors,
     replace_folder,
     restore_folder,
@@ -31,6 +30,7 @@ from fewstep.core.files import (
     write_text,
 )  # fmt: skip
 from fewstep.core.image_grid import save_grid
+from fewstep.core.tables import read_table
 from fewstep.distill.metrics_logger import append_line
 
 

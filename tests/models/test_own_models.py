@@ -238,7 +238,7 @@ def test_a_saved_model_loads_once_the_module_of_its_base_is_imported(acme: Modul
     model = load_model(based(acme, f"acme_networks:{name}", folder))
     assert not torch.equal(model.denoiser(X_T, 0.5, Condition()).raw, before)
     assert torch.equal(acme.TEACHER.denoiser(X_T, 0.5, Condition()).raw, before), "the teacher keeps its weights"
-    with pytest.raises(UserError, match="takes class labels, not prompts"):
+    with pytest.raises(UserError, match="is unconditional: it takes no prompts"):
         pipeline_of(model)
 
 

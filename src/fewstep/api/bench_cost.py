@@ -85,8 +85,7 @@ def bench_sampler(model: Model, sampling: SamplingConfig, batch: int, rounds: in
     rule, times = plan(model, sampling)
     steps = len(times) - 1
     x = torch.randn(batch, *model.config.shape, device=model.device)
-    classes = max(1, model.config.classes)
-    condition = Condition.of_labels(torch.arange(batch, device=model.device) % classes, classes)
+    condition = Condition.of_labels(model.labels(batch), model.config.classes).to(model.device)
     predict = Predictor(model.denoiser, condition)
     rule(predict, x, times, lambda: torch.randn_like(x))
     batch_times = [torch.full((batch,), t, dtype=torch.float64) for t in times]

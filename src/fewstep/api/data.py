@@ -13,17 +13,25 @@ from torch import Tensor
 from fewstep.api.models import Source, load, noise_image
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
-from fewstep.core.files import check_writable, read_prompts, require_empty, write_tensors
+from fewstep.core.files import check_writable, require_empty, write_tensors
+from fewstep.core.idx_files import read_idx
 from fewstep.core.image_files import to_bytes
-from fewstep.distill.data.readers import read_idx
+from fewstep.core.tables import IMAGE_COLUMNS, TABLE_SUFFIXES, choose_column, read_texts, table_columns
 from fewstep.eval import references
 from fewstep.eval.hashes import json_sha256, model_sha256
 from fewstep.eval.rewards.registry import find_prompt_reward, find_reward, rate
 from fewstep.models.condition import Condition
-from fewstep.models.hub.encode import encode_images, encode_prompts, require_vae
+from fewstep.models.hub.encode import (
+    Captioned,
+    captioned_folder,
+    captioned_table,
+    encode_images,
+    encode_prompts,
+    require_vae,
+)
 from fewstep.models.hub.encoded import EncodedPrompts, fingerprint
 from fewstep.models.hub.folder import PipelineFolder
-from fewstep.models.hub.pairs import TABLE_SUFFIXES, encode_pairs
+from fewstep.models.hub.pairs import encode_pairs
 from fewstep.models.loading import Model, pipeline_of, resolve_path
 from fewstep.models.model_config import Size
 from fewstep.samplers.generate import SampleNoise, generate
@@ -31,33 +39,55 @@ from fewstep.samplers.plan import SamplingConfig, plan
 
 
 def encode(
-    teacher: Source, prompts: Source, out: Source, *, sizes: Sequence[tuple[int, int]] = (), frames: int = 1,
-    batch: int = 16, rows: int = 512, device: str = "auto", progress: Callable[[int, int], None] | None = None,
+    teacher: Source, prompts: Source, out: Source, *, column: str | None = None, sizes: Sequence[tuple[int, int]] = (),
+    frames: int = 1, batch: int = 16, rows: int = 512, device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:  # fmt: skip
-    """Encodes the prompts of a text file, one per line, with a pipeline's text encoders, for ``data.kind=prompts``. Of
-    a folder of images (or videos, with ``frames``) with captions beside them (``a.png``, ``a.txt``), encodes these too,
-    with the pipeline's VAE, each at the nearest of the ``sizes`` (height, width). Of a table (.csv or .jsonl) of
-    preference pairs with the columns winner, loser and caption, encodes the images that it names in its own folder.
+    """Encodes the prompts of a text file, one per line, or of a table (.csv, .jsonl, .parquet) with a pipeline's text
+    encoders, for ``data.kind=prompts``; ``column`` of a table is by default the only one called caption, prompt or
+    text. Of a folder of images (or videos, with ``frames``) with captions beside them (``a.png``, ``a.txt``), and of a
+    table with a column of images (``image``, ``file_name``), encodes these too, with the pipeline's VAE, each at the
+    nearest of the ``sizes`` (height, width). Of a table (.csv or .jsonl) of preference pairs with the columns winner,
+    loser and caption, encodes both images. Tables name files in their own folder; a .parquet table may hold the images.
 
-    Returns the number of prompts, files or pairs. Existing shards are kept. Raises ``UserError`` on a line that is
-    empty or not UTF-8, on a pipeline without text encoders, and on a folder of other prompts.
+    Returns the number of prompts, images or pairs. Existing shards are kept. Raises ``UserError`` on a line or row that
+    is empty or damaged, on a pipeline without text encoders, and on a folder of other prompts.
     """
     folder, given, place = PipelineFolder.open(resolve_path(teacher)), Path(prompts), pick_device(device)
-    if given.is_dir():
-        return encode_images(
-            folder, given, Path(out), sizes=sizes, frames=frames, batch=batch, rows=rows, device=place,
-            progress=progress,
-        )  # fmt: skip
-    if given.suffix.lower() in TABLE_SUFFIXES:
+    images, pairs = _images(folder, given, column, frames)
+    if pairs:
         return encode_pairs(
             folder, given, Path(out), sizes=sizes, frames=frames, batch=batch, rows=rows, device=place,
             progress=progress,
         )  # fmt: skip
+    if images:
+        return encode_images(
+            folder, images, Path(out), sizes=sizes, frames=frames, batch=batch, rows=rows, device=place,
+            progress=progress,
+        )  # fmt: skip
     if sizes or frames != 1:
-        raise UserError(f"{given} is a text file of prompts, without images or videos: remove --sizes and --frames.")
-    lines = read_prompts(given)
+        raise UserError(f"{given} holds prompts, without images or videos: remove --sizes and --frames.")
+    lines = read_texts(given, column)
     encode_prompts(folder, lines, Path(out), batch=batch, rows=rows, device=place, progress=progress)
     return len(lines)
+
+
+def _images(folder: PipelineFolder, given: Path, column: str | None, frames: int) -> tuple[list[Captioned], bool]:
+    """The captioned images of a folder or table, and whether it is a table of preference pairs."""
+    if given.is_dir():
+        if column is not None:
+            raise UserError(f"{given} is a folder, without columns: remove --column.")
+        require_vae(folder)
+        return captioned_folder(given, frames), False
+    if given.suffix.lower() not in TABLE_SUFFIXES:
+        return [], False
+    columns = table_columns(given)
+    if {"winner", "loser"} & set(columns):
+        if column is not None:
+            raise UserError(f"{given} has preference pairs, whose captions are in the column caption: remove --column.")
+        return [], True
+    image = choose_column(str(given), columns, None, IMAGE_COLUMNS, "image", required=False)
+    return (captioned_table(given, image, column, frames) if image is not None else []), False
 
 
 def make_ode_pairs(
@@ -90,9 +120,9 @@ def make_preferences(
     """Writes preference pairs: of ``candidates`` samples for each of ``n`` labels, the one with the highest ``reward``
     is the ``winner`` and the one with the lowest the ``loser``. ``out`` is a safetensors file.
 
-    A text-conditioned model needs ``captions``, a text file with one per line, which are used in turn; ``size`` is that
-    of its samples in pixels, ``batch`` their number at a time. ``out`` is then a folder in the format of ``encode``,
-    with the encoded captions and shards of ``rows`` pairs; existing shards are kept.
+    A text-conditioned model needs ``captions``, a text file with one per line or a table (see ``encode``), which are
+    used in turn; ``size`` is that of its samples in pixels, ``batch`` their number at a time. ``out`` is then a folder
+    in the format of ``encode``, with the encoded captions and shards of ``rows`` pairs; existing shards are kept.
 
     Returns the number of pairs whose candidates all have one reward: their winner is their loser, and training learns
     nothing from them.
@@ -115,7 +145,7 @@ def make_preferences(
         winner, loser = compare(range(n), Condition.of_labels(labels, model.config.classes), labels, to_bytes)
         write_tensors({"winner": winner, "loser": loser, "labels": labels}, Path(out))
         return _ties(winner, loser)
-    folder, texts = pipeline_of(model), read_prompts(Path(captions))
+    folder, texts = pipeline_of(model), read_texts(Path(captions))
     require_vae(folder)
     rate(reward, judge, network, noise_image(model, prompts=True), texts[:1])  # refused before sampling
     made_from = {

@@ -16,8 +16,9 @@ from torch import Tensor
 from fewstep.api.models import Source, checkpoint_of, load, name_of, noise_image, run_of
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
-from fewstep.core.files import check_writable, read_prompts
+from fewstep.core.files import check_writable
 from fewstep.core.registry import Registry
+from fewstep.core.tables import read_texts
 from fewstep.distill.run_folder import teacher_of
 from fewstep.eval.evaluate_protocol import ProtocolEvaluator
 from fewstep.eval.evaluate_reference import ReferenceEvaluator
@@ -155,12 +156,12 @@ def win_rates(
     95 % interval, and both means, for each of ``rewards`` (default: all). The default seed is 1, other than that of
     ``make_preferences``.
 
-    Text-conditioned models need ``captions``, a text file with one per line, which are used in turn; ``size`` is that
-    of their samples in pixels, ``batch`` their number at a time."""
+    Text-conditioned models need ``captions``, a text file with one per line or a table with a column caption, prompt or
+    text, which are used in turn; ``size`` is that of their samples in pixels, ``batch`` their number at a time."""
     if n < 1:
         raise UserError(f"n must be at least 1, got {n}.")
     sampling = sampling or SamplingConfig(seed=1)
-    prompts = tuple(read_prompts(Path(captions))) if captions is not None else ()
+    prompts = tuple(read_texts(Path(captions))) if captions is not None else ()
     registry: Registry[Any] = PROMPT_REWARDS if prompts else REWARDS
     chosen = {name: registry.resolve(name) for name in rewards or registry.names()}
     found = [

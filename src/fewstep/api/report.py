@@ -27,7 +27,8 @@ def compare_images(
     student = load(folder, device)
     size = tuple(settings["size"]) if settings.get("size") else None
     teacher = load(settings["teacher"], device, size, from_file=True) if settings.get("teacher") else None
-    prompts = [] if student.config.classes else read_prompts(Path(settings["data"]["path"]) / PROMPTS)
+    prompted = student.config.takes_prompts
+    prompts = read_prompts(Path(settings["data"]["path"]) / PROMPTS) if prompted else []
     return write_comparison(
         student, teacher, prompts, folder / "samples", columns=columns, seed=seed, guidance=guidance
     )

@@ -32,20 +32,22 @@ def sample(
     sampling: SamplingConfig | None = None,
     device: str = "auto",
 ) -> Tensor:
-    """``n`` images, uint8 [n, C, H, W]; ``labels`` are repeated in turn (all classes by default). Of a text-conditioned
-    model, one image per prompt of ``prompts``, or one video, uint8 [n, F, 3, H, W].
+    """``n`` images, uint8 [n, C, H, W]; ``labels`` are repeated in turn (all classes by default; an unconditional model
+    takes none). Of a text-conditioned model, one image per prompt of ``prompts``, or one video, uint8 [n, F, 3, H, W].
 
     ``sampling`` says how; by default a student uses its own rule and times, and a teacher 32 Euler steps. Raises
     ``UserError`` on a request that does not fit the model.
     """
     model = source if isinstance(source, Model) else load(source, device)
     sampling = sampling or SamplingConfig()
-    if prompts is not None or model.config.backbone.get("name") == "diffusers":
+    if prompts is not None or model.config.takes_prompts:
         if not prompts:
             raise UserError("This model takes prompts: give at least one.")
         plan(model, sampling)  # refuses, before anything is loaded or encoded
         return ImageGenerator(model, prompts)(range(len(prompts)), sampling)
-    classes = model.config.classes
+    if model.config.unconditional and labels is not None:
+        raise UserError("This model is unconditional: leave labels out.")
+    classes = max(1, model.config.classes)
     wanted = list(range(classes)) if labels is None else list(labels)
     wrong = [label for label in wanted if not 0 <= label < classes]
     if wrong or not wanted:

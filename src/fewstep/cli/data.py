@@ -34,12 +34,16 @@ def encode(
         Path,
         typer.Argument(
             metavar="PROMPTS",
-            help="A text file, one prompt per line; a folder of images + .txt; or preference pairs, a table (.csv, "
-            ".jsonl) of winner, loser (files in its folder) and caption.",
+            help="A text file, one prompt per line; a table (.csv, .jsonl, .parquet) with a column of captions, and "
+            "perhaps one of images (files in its folder) or two of a preference (winner, loser); a folder of images + "
+            ".txt.",
         ),
     ],
     teacher: Annotated[str, typer.Option(help="A diffusers pipeline, by folder or hub id.")],
     folder: Annotated[Path, typer.Option("--out", help="A folder, for data.path with data.kind=prompts.")],
+    column: Annotated[
+        str | None, typer.Option(help="Captions of a table. Default: the column caption, prompt or text.")
+    ] = None,
     sizes: Annotated[
         str | None, typer.Option(help="For images: HEIGHTxWIDTH,...; each is encoded at the nearest.")
     ] = None,
@@ -56,8 +60,8 @@ def encode(
         raise UserError(f"--sizes takes HEIGHTxWIDTH, got {sizes!r}: give the number of frames with --frames.")
     with counting("encoding") as progress:
         n = data.encode(
-            teacher, prompts, folder, sizes=[size[:2] for size in wanted], frames=frames, batch=batch, rows=rows,
-            device=device, progress=progress,
+            teacher, prompts, folder, column=column, sizes=[size[:2] for size in wanted], frames=frames, batch=batch,
+            rows=rows, device=device, progress=progress,
         )  # fmt: skip
     print_text(f"{n} are encoded in {folder}.")
 

@@ -53,7 +53,7 @@ def sample(
     ] = None,
     steps: Steps = None,
     prompt: Annotated[str | None, typer.Option(help="What to show, for a text-conditioned model.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one per line.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt per line, or a table.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds for each prompt: 0-3 or 0,5,7. Default: --seed.")] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for a pipeline.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts per batch. Default: 8.")] = None,
@@ -72,8 +72,9 @@ def sample(
     from fewstep.api.models import load
     from fewstep.api.sample import sample as sample_labels
     from fewstep.api.sample import sample_files
-    from fewstep.core.files import check_writable, read_prompts
+    from fewstep.core.files import check_writable
     from fewstep.core.image_grid import save_grid
+    from fewstep.core.tables import read_texts
 
     numbers = parse_numbers(labels, int, "--labels") if labels is not None else None
     sampling = sampling_of(solver, steps, guidance, grid, seed or 0)
@@ -85,13 +86,15 @@ def sample(
     if prompt is not None or prompts is not None:
         if model.config.classes:
             raise UserError("This model takes class labels, not prompts: use --labels.")
+        if model.config.unconditional:
+            raise UserError("This model is unconditional: it takes no prompts.")
         refuse("This model takes prompts, one sample for each of --seeds", n=n, labels=labels)
         if len(model.config.shape) != 4:
             refuse("This model generates images", video=video)
         file = file or Path("samples")
         if file.suffix:
             raise UserError(f"--out is a folder for prompts, with one file each; {file} looks like a file.")
-        lines = [prompt] if prompt is not None else read_prompts(prompts or Path())
+        lines = [prompt] if prompt is not None else read_texts(prompts or Path())
         with counting("sampling") as progress:
             written = sample_files(
                 model, lines, file, seeds=parse_seeds(seeds, sampling.seed), batch=batch or 8, sampling=sampling,
@@ -99,8 +102,8 @@ def sample(
             )  # fmt: skip
         print_text(f"{len(written)} samples are in {file}.")
         return
-    if model.config.classes:
-        refuse("This model takes class labels", seeds=seeds, size=size, batch=batch, video=video)
+    if not model.config.takes_prompts:
+        refuse("This model takes no prompts", seeds=seeds, size=size, batch=batch, video=video)
     file, n = file or Path("grid.png"), 80 if n is None else n
     check_writable(file)
     images = sample_labels(model, n=n, labels=numbers, sampling=sampling)

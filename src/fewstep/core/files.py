@@ -1,14 +1,13 @@
-"""Files and folders written atomically, and read with clear errors: JSON, safetensors, prompts, tables, hashes."""
+"""Files and folders written atomically, and read with clear errors: JSON, safetensors, prompts, hashes."""
 
 from __future__ import annotations
 
 import codecs
-import csv
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
@@ -183,9 +182,10 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str,
 
 
 @contextmanager
-def reading(file: Path, kind: str, advice: str = "Restore it or regenerate it.") -> Iterator[None]:
-    """Turns whatever is raised inside into a ``UserError`` that names ``file``, what ``kind`` of file it should be, and
-    the reason. Only the parser belongs inside: on damaged bytes parsers raise exceptions of almost every type."""
+def reading(file: object, kind: str, advice: str = "Restore it or regenerate it.") -> Iterator[None]:
+    """Turns whatever is raised inside into a ``UserError`` that names ``file`` (or a place in one), what ``kind`` of
+    file it should be, and the reason. Only the parser belongs inside: on damaged bytes parsers raise exceptions of
+    almost every type."""
     try:
         yield
     except UserError:
@@ -193,10 +193,10 @@ def reading(file: Path, kind: str, advice: str = "Restore it or regenerate it.")
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist. {advice}") from error
     except Exception as error:
-        raise UserError(f"{file} is not a readable {kind} ({_reason(error)}). {advice}") from error
+        raise UserError(f"{file} is not a readable {kind} ({reason_of(error)}). {advice}") from error
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The message of an error in one line; of several mistakes the first, with its place."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
@@ -276,44 +276,6 @@ def read_prompts(file: Path) -> list[str]:
     if not prompts:
         raise UserError(f"{file} contains no prompts.")
     return prompts
-
-
-def read_table(file: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """The cells of these columns, row by row, of a UTF-8 table: .csv with a header, or .jsonl with one object per line.
-    Other columns and empty lines are ignored. Raises ``UserError`` that names a row that is damaged, lacks one of the
-    columns or has more cells than the header, and if there are no rows or a column appears twice."""
-    with reading(file, "table, .csv or .jsonl"):
-        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    lines = (line.decode("utf-8") for line in content.splitlines(keepends=True))
-    rows: list[tuple[str, ...]] = []
-    try:
-        for row in _csv_rows(lines, columns) if file.suffix.lower() == ".csv" else _json_rows(lines):
-            cells = [row.get(name) for name in columns] if isinstance(row, dict) else [None]
-            if not all(isinstance(cell, str) and cell.strip() for cell in cells):
-                raise UserError(f"{file}, row {len(rows) + 1} has no {' or no '.join(columns)}.")
-            "".join(map(str, cells)).encode()  # a lone surrogate, which JSON can escape, raises ValueError
-            rows.append(tuple(map(str, cells)))
-    except UserError:
-        raise
-    except Exception as error:  # on damaged bytes parsers raise exceptions of almost every type
-        raise UserError(f"{file}, row {len(rows) + 1} is not readable ({_reason(error)}). Correct it.") from error
-    if not rows:
-        raise UserError(f"{file} contains no {columns[-1]}s.")
-    return rows
-
-
-def _csv_rows(lines: Iterator[str], columns: Sequence[str]) -> Iterator[dict[str | None, Any]]:
-    reader = csv.DictReader(lines, strict=True)
-    if twice := [name for name in columns if (reader.fieldnames or ()).count(name) > 1]:
-        raise ValueError(f"the header has {twice[0]} twice")
-    for row in reader:
-        if None in row:
-            raise ValueError("it has more cells than the header: put a text with commas in double quotes")
-        yield row
-
-
-def _json_rows(lines: Iterator[str]) -> Iterator[Any]:
-    return (json.loads(line) for line in lines if line.strip())
 
 
 def sha256(*files: Path) -> str:

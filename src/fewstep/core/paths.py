@@ -1,10 +1,11 @@
-"""Names on the command line that may be local folders or ids on the hub."""
+"""Names that may be local folders or ids on the hub, and names of files in a table."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.core.errors import nearest
+from fewstep.core.errors import UserError, nearest
 
 RUNS = "runs"  # where the configs of this project write
 
@@ -25,3 +26,21 @@ def nearest_folder(path: Path) -> str:
     if existing == path.parent:
         return nearest(str(path), sorted(str(child) for child in existing.iterdir() if child.is_dir()))
     return f"; the nearest folder that exists is {str(existing.resolve())!r}"
+
+
+def file_inside(folder: Path, name: str, suffixes: Sequence[str], where: str) -> Path:
+    """The file that a table names, relative to its folder. Raises ``UserError`` that begins with ``where`` if it is
+    missing, outside the folder (also through a link), or of another type."""
+    file = folder / name
+    try:
+        inside = file.resolve().is_relative_to(folder.resolve())
+        found = file.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a name that is too long, a loop of links
+        raise UserError(f"{where}: {name!r} is not the name of a file ({error}).") from error
+    if not inside:
+        raise UserError(f"{where}: {name!r} is outside {folder}; name files in the folder of the table.")
+    if not found:
+        raise UserError(f"{where}: {name!r} does not exist in {folder}.")
+    if file.suffix.lower() not in suffixes:
+        raise UserError(f"{where}: {name!r} is not one of {', '.join(suffixes)}.")
+    return file

@@ -22,6 +22,14 @@ def test_diversity_compares_seeds_not_conditions() -> None:
     assert cross_seed_diversity(normal(1, 20, 3).repeat(4, 1, 1)) == 0
 
 
+def test_samples_of_one_condition_differ_by_the_mean_distance_of_pairs() -> None:
+    samples = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 4.0]])
+    assert cross_seed_diversity(samples[:, None]) == pytest.approx((3 + 4 + 5) / 3)
+    many = normal(1, 1000, 3)[0]
+    expected = torch.pdist(many).mean().item()
+    assert cross_seed_diversity(many.reshape(50, 20, 3)) == pytest.approx(expected, rel=0.02)
+
+
 def test_similarity_of_equal_and_of_orthogonal_samples() -> None:
     one = torch.eye(4)[None]
     assert in_batch_similarity(one.repeat(3, 1, 1)) == pytest.approx(1)

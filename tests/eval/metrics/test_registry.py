@@ -111,6 +111,8 @@ def test_images_in_turn_are_ordered_by_seed_and_condition() -> None:
     own = inputs(METRICS.resolve("diversity"), 8)
     features = own.images.features()
     torch.testing.assert_close(own.features_by_seed(), torch.stack([features[:3], features[3:6]]))
+    of_one = replace(inputs(METRICS.resolve("diversity"), 120), conditions=1)
+    assert of_one.features_by_seed().shape[:2] == (60, 2)
     for n, conditions in ((5, CONDITIONS), (8, 0)):
         few = replace(inputs(METRICS.resolve("diversity"), n), conditions=conditions)
         message = f"{n} images of {conditions} conditions: two images per condition are needed"

@@ -1,0 +1,70 @@
+"""The page "Your own images": its commands run in its order, with its configs, on a folder like its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import completes
+from PIL import Image
+
+from fewstep.core.image_data import ImageData, open_images
+from fewstep.core.tables import read_texts
+
+PAGE = (Path(__file__).parents[1] / "docs" / "own_data.md").read_text(encoding="utf-8")
+TINY = ["batch=4", "stages.0.steps=2", "previews.every=2", "device=cpu"]
+NETWORK = ["model.backbone.widths=[8, 8]", "model.backbone.blocks=[1, 1]", "model.backbone.patch=8"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the page begins with: photos of three classes and several sizes, its two configs, a table of captions."""
+    numbers = np.random.default_rng(0)
+    for number, name in enumerate(("bee", "cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for k in range(3):
+            pixels = numbers.integers(0, 256, (70 + 10 * number, 90, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{k:04d}.jpg")
+    teacher, student, _ = blocks("yaml")
+    (tmp_path / "teacher.yaml").write_text(teacher)
+    (tmp_path / "student.yaml").write_text(student)
+    with (tmp_path / "captions.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(
+            [("title", "caption"), ("shirt", "a red t-shirt, on white"), ("bag", "a green bag")]
+        )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_of_the_page_runs_in_turn(folder: Path) -> None:
+    commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    assert len(commands) == 9
+    for program, *arguments in commands:
+        assert program == "fewstep"
+        if arguments[0] == "train":
+            arguments += TINY + (NETWORK if arguments[1] == "teacher.yaml" else [])
+        completes(*arguments)
+    configs = {run: json.loads((folder / "runs" / run / "student" / "config.json").read_text())
+               for run in ("photos", "photos_4_steps", "faces", "faces_4_steps")}  # fmt: skip
+    assert configs["photos"]["class_names"] == configs["photos_4_steps"]["class_names"] == ["bee", "cat", "dog"]
+    assert configs["faces_4_steps"]["classes"] == 0
+    for name in ("grid.png", "teacher.png", "faces.png"):
+        with Image.open(folder / name) as grid:
+            assert min(grid.size) > 64
+    assert read_texts(folder / "runs" / "captions" / "prompts.txt") == ["a red t-shirt, on white", "a green bag"]
+    assert read_texts(folder / "runs" / "titles" / "prompts.txt") == ["shirt", "bag"]
+
+
+def test_the_expression_of_the_page_opens_the_images(folder: Path) -> None:
+    (expression,) = re.findall(r"`(open_images\(.*?\))` of", PAGE)
+    table = eval(expression, {"open_images": open_images, "ImageData": ImageData})
+    assert (len(table), table.class_names, table.shape) == (9, ("bee", "cat", "dog"), (3, 64, 64))
