@@ -105,13 +105,14 @@ class CheckpointConfig(BaseConfig):
 
 class ValidationConfig(BaseConfig):
     """Every ``every`` steps (0: never) ``n`` samples of the averaged student are scored against the *training*-image
-    statistics of ``reference``, and the best student so far is saved. They are generated with ``solver`` (``student``:
+    statistics of ``reference`` (a folder of ``fewstep data reference``; by default that of the teacher's run, or of a
+    bundled teacher), and the best student so far is saved. They are generated with ``solver`` (``student``:
     the student's own few-step rule), ``steps`` and ``guidance``. A pipeline's student is not scored: it generates
     ``images`` for prompts spread over all."""
 
     every: int = Field(0, ge=0, le=MAX_STEPS)
     n: int = Field(1000, ge=10, le=MAX_COUNT)
-    reference: str = "fashion"
+    reference: str | None = None
     solver: str = "student"
     steps: int | None = Field(None, ge=1, le=MAX_COUNT)
     guidance: float = Field(1.0, ge=0, le=MAX_GUIDANCE)

@@ -19,7 +19,7 @@ from fewstep.eval.metrics.kid import ERROR_OF as KID_ERROR_OF
 from fewstep.eval.metrics.kid import kid_and_deviation
 from fewstep.eval.metrics.metric import NOTED_BIAS, SEEDS, Direction, Measurement
 from fewstep.eval.metrics.precision_recall import PRECISION_ERROR_OF, precision_error, precision_recall
-from fewstep.eval.networks.features import extract_features
+from fewstep.eval.networks.features import ClassifierFeatures, extract_features, require_images
 from fewstep.eval.references import DISTANCE_PREFIX, Reference
 from fewstep.eval.score_files import Score, scores_of_generated, scores_of_images
 from fewstep.eval.toy_captions import CaptionSet, prompt_following, read_back
@@ -63,7 +63,7 @@ def conditional_metrics(
     (diversity)."""
     features = extract_features(reference.network, images)
     values = metrics(reference, features, conditions)
-    if labels is not None:
+    if labels is not None and isinstance(reference.network, ClassifierFeatures):
         correct = reference.network.classes(features) == labels
         values["accuracy"] = Measurement(correct.float().mean().item())
     columns = conditions if conditions > 1 else max(1, len(images) // SEEDS)  # of one condition all images are seeds
@@ -98,8 +98,20 @@ class ReferenceEvaluator:
         minimum = 2 * (len(CaptionSet.all()) if prompted else max(1, model.config.classes))
         if self.n < minimum:
             raise UserError(f"n must be at least {minimum} (two samples per class or caption), got {self.n}.")
-        if not prompted:
-            self.reference.network(torch.zeros(1, *model.config.shape, dtype=torch.uint8))
+        if prompted:
+            _ = self.reference.classifier
+            return
+        require_images(
+            self.reference.network.name,
+            torch.zeros(1, *model.config.shape, dtype=torch.uint8),
+            self.reference.network.shape,
+        )
+        ours, theirs = model.config.class_names, self.reference.class_names
+        if ours and theirs and tuple(ours) != tuple(theirs):
+            raise UserError(
+                f"The model's classes ({', '.join(ours)}) are not those of the reference {self.reference.name} "
+                f"({', '.join(theirs)})."
+            )
 
     def __call__(
         self, model: Model, name: str, sampling: SamplingConfig, progress: Progress | None = None
@@ -115,7 +127,7 @@ class ReferenceEvaluator:
         else:
             shown = captions.select(torch.arange(self.n) % len(captions))
             values = conditional_metrics(self.reference, read_back(images).grey, shown.labels, len(captions))
-            followed = prompt_following(self.reference.network, images, shown)
+            followed = prompt_following(self.reference.classifier, images, shown)
             values |= {metric: Measurement(value) for metric, value in followed.items()}
         return scores_of_generated(generated, values, self._hashes(values), model=name, **self._fields())
 

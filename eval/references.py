@@ -1,40 +1,68 @@
 """Reference sets, with which generated images are compared. They are files; nothing is downloaded.
 
-A reference folder contains the evaluator's classifier, its features of two sets of real images (``test``, which only
-evaluation uses, and ``train``, by which training chooses its best checkpoint) and some real images to look at.
+A reference folder contains features of two sets of real images (``test``, which only evaluation uses, and ``train``, by
+which training chooses its best checkpoint), some real images to look at, and either a classifier trained on them or,
+in ``reference.json``, the name of the network that computed the features. ``fewstep data reference`` writes one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fewstep.core.errors import UserError, nearest
-from fewstep.core.files import atomic_folder, check_writable, read_tensors, sha256, write_tensors
-from fewstep.eval.metrics.frechet import Statistics, frechet_distance
-from fewstep.eval.networks.classifier import WEIGHTS, accuracy, save_classifier, train_classifier
-from fewstep.eval.networks.features import REFERENCES, ClassifierFeatures, extract_features
+from fewstep.core.files import read_tensors, reading, sha256
+from fewstep.eval.metrics.frechet import Statistics
+from fewstep.eval.networks.features import REFERENCES, ClassifierFeatures, ReferenceNetwork
+from fewstep.eval.networks.image_features import ImageFeatures
+from fewstep.eval.networks.weights import WeightsLocator
 
 Split = Literal["test", "train"]
+CONFIG, CLASSIFIER = "reference.json", "classifier"
+OF_BUNDLED = {"fashion": "fashion", "fashion-text": "fashion"}  # the references of bundled models
 DISTANCE_PREFIX = "fd_"  # of Fréchet distances: "FID" is reserved for Inception's
+
+
+class ReferenceConfig(BaseModel):
+    """``reference.json``: the network, ``classifier`` or one of ``networks/image_features.py``, with the hash of its
+    weights; the shape [C, H, W] of the images, the names of their classes, and a record of their source."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: Literal["fewstep-reference"] = "fewstep-reference"
+    network: str
+    network_sha256: str
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...] = ()
+    images: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class Reference:
     """Features [N, D] of one set of real images, their statistics, the network that computed them, and the hash of
-    their file."""
+    their file. ``class_names`` are those of the classifier's classes, if they have some."""
 
     name: str
     split: Split
-    network: ClassifierFeatures
+    network: ReferenceNetwork
     features: Tensor
     statistics: Statistics
     sha256: str
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def classifier(self) -> ClassifierFeatures:
+        """The network. Raises ``UserError`` if it is none that classifies images."""
+        if not isinstance(self.network, ClassifierFeatures):
+            raise UserError(
+                f"The reference {self.name} compares features of {self.network.name} and has no classifier: make one "
+                "with fewstep data reference --network classifier."
+            )
+        return self.network
 
     @property
     def metric(self) -> str:
@@ -47,21 +75,46 @@ def bundled_references() -> list[str]:
     return sorted(folder.name for folder in REFERENCES.iterdir() if (folder / "test.safetensors").is_file())
 
 
-def load_reference(name: str, split: Split = "test", device: torch.device | str = "cpu") -> Reference:
-    """A bundled reference by name, or a reference folder. Raises ``UserError`` if it is missing or damaged."""
+def load_reference(
+    name: str, split: Split = "test", device: torch.device | str = "cpu", locator: WeightsLocator | None = None
+) -> Reference:
+    """A bundled reference by name, or a reference folder. ``locator`` finds the weights of a network that is not in the
+    folder. Raises ``UserError`` if something is missing or damaged."""
     folder = _folder(name)
     if not (folder / f"{split}.safetensors").is_file():
-        raise UserError(f"No reference {name!r}{nearest(name, bundled_references())}.")
-    network = ClassifierFeatures.load(folder, device)
+        raise UserError(
+            f"No reference {name!r}{nearest(name, bundled_references())}. fewstep data reference makes one from images."
+        )
+    config = _config(folder)
+    network: ReferenceNetwork
+    if config is None or config.network == CLASSIFIER:
+        network = ClassifierFeatures.load(folder, device)
+    else:
+        network = ImageFeatures.load(config.network, config.shape, locator or WeightsLocator.from_environment(), device)
+        if network.sha256 != config.network_sha256:
+            raise UserError(
+                f"{folder} contains features of {config.network} with other weights than those found here: create the "
+                "reference again with fewstep data reference."
+            )
     file = folder / f"{split}.safetensors"
     features = read_tensors(file).get("features", torch.empty(0))
     if features.ndim != 2 or not features.is_floating_point():
         raise UserError(f"{file} contains no features [N, D]; create the reference again with fewstep data reference.")
     if features.shape[1] != network.dimension:
         raise UserError(
-            f"{folder} contains features of dimension {features.shape[1]}, but its classifier has {network.dimension}."
+            f"{folder} contains features of dimension {features.shape[1]}, but its network has {network.dimension}."
         )
-    return Reference(name, split, network, features, Statistics.of(features), sha256(file))
+    names = config.class_names if config is not None else ()
+    return Reference(name, split, network, features, Statistics.of(features), sha256(file), names)
+
+
+def _config(folder: Path) -> ReferenceConfig | None:
+    """``reference.json``; None in older references, whose network is a classifier."""
+    file = folder / CONFIG
+    if not file.is_file():
+        return None
+    with reading(file, "description of a reference"):
+        return ReferenceConfig.model_validate_json(file.read_bytes())
 
 
 def real_images(name: str) -> tuple[Tensor, Tensor]:
@@ -78,32 +131,3 @@ def real_images(name: str) -> tuple[Tensor, Tensor]:
 
 def _folder(name: str) -> Path:
     return Path(name) if Path(name).is_dir() else REFERENCES / name
-
-
-def build_reference(
-    folder: Path, name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, epochs: int, seed: int,
-    size: int = 10_000, shown: int = 2_000, progress: Callable[[int, int, float], None] | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Trains the classifier on ``train`` and writes the reference folder.
-
-    ``train`` and ``test`` are images, uint8 [N, C, H, W], with their labels [N]. Returns the test accuracy and the
-    distance of ``size`` training images from the test images, which is the score of a perfect generator.
-    """
-    check_writable(folder / WEIGHTS)
-    network = train_classifier(*train, epochs=epochs, seed=seed, progress=progress)
-    record = {"epochs": epochs, "seed": seed, "test_accuracy": accuracy(network, *test)}
-    shape = tuple(train[0].shape[1:])
-    with atomic_folder(folder) as part:
-        save_classifier(network, part, name=name, shape=shape, training=record)  # type: ignore[arg-type]
-        loaded = ClassifierFeatures.load(part)
-        rows = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))
-        features = {
-            "train": extract_features(loaded, train[0][rows[:size]]),
-            "test": extract_features(loaded, test[0][:size]),
-        }
-        for split, values in features.items():
-            write_tensors({"features": values}, part / f"{split}.safetensors")
-        few = rows[size : size + shown]
-        write_tensors({"images": train[0][few], "labels": train[1][few].to(torch.uint8)}, part / "real.safetensors")
-    distance = frechet_distance(Statistics.of(features["train"]), Statistics.of(features["test"]))
-    return {"test_accuracy": record["test_accuracy"], DISTANCE_PREFIX + name: distance}

@@ -62,11 +62,7 @@ class ClassifierFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [N, C, H, W] on any device -> float32 [N, D] on the network's. Raises ``UserError`` on other
         images."""
-        if images.dtype != torch.uint8 or images.shape[1:] != self.shape:
-            raise UserError(
-                f"The features {self.name!r} need uint8 images of shape {list(self.shape)}, "
-                f"got {images.dtype} of shape {list(images.shape[1:])}."
-            )
+        require_images(self.name, images, self.shape)
         # TF32, cuDNN's default, keeps 10 bits, which would change a distance between distributions
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             return self.network.features(images.to(self.network.device))
@@ -77,7 +73,31 @@ class ClassifierFeatures:
             return self.network.classify(features.to(self.network.device)).argmax(1).cpu()
 
 
-def extract_features(network: ClassifierFeatures, images: Tensor, batch: int = 500) -> Tensor:
+class ReferenceNetwork(Protocol):
+    """Maps images of one ``shape`` [C, H, W], uint8 [N, C, H, W], to features, float32 [N, ``dimension``]. ``name`` is
+    part of the name of their Fréchet distance; values are comparable only if ``name`` and ``sha256`` agree."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def dimension(self) -> int: ...
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+def require_images(name: str, images: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ``UserError`` unless images are uint8 and of ``shape`` [C, H, W]."""
+    if images.dtype != torch.uint8 or images.shape[1:] != shape:
+        raise UserError(
+            f"The features {name!r} need uint8 images of shape {list(shape)}, "
+            f"got {images.dtype} of shape {list(images.shape[1:])}."
+        )
+
+
+def extract_features(network: ReferenceNetwork, images: Tensor, batch: int = 500) -> Tensor:
     """Features of many images, uint8 [N, C, H, W] -> float32 [N, D] on the host, ``batch`` images at a time."""
     return torch.cat([network(part).cpu() for part in images.split(batch)])
 

@@ -109,9 +109,11 @@ def test_scores_are_merged_into_their_file_and_files_are_compared(squares: Path,
 def test_eval_refuses_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = tiny_teacher(tmp_path / "teacher")
     assert "No reference 'fashon'" in refused(capsys, "eval", teacher, "--reference", "fashon")
-    assert "n must be at least 20" in refused(capsys, "eval", teacher, "--n", "5")
-    assert "steps must be at least 1" in refused(capsys, "eval", teacher, "--steps", "0")
-    assert "uint8 images of shape [1, 28, 28]" in refused(capsys, "eval", teacher, "--n", "20", "--steps", "1")
+    assert f"No reference is known for {teacher}: give --reference" in refused(capsys, "eval", teacher)
+    command = ["eval", teacher, "--reference", "fashion"]
+    assert "n must be at least 20" in refused(capsys, *command, "--n", "5")
+    assert "steps must be at least 1" in refused(capsys, *command, "--steps", "0")
+    assert "uint8 images of shape [1, 28, 28]" in refused(capsys, *command, "--n", "20", "--steps", "1")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
 def test_a_reference_that_cannot_be_written_is_refused_before_any_training(
     squares: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fewstep.eval.references.train_classifier", lambda *a, **k: pytest.fail("it began"))
+    monkeypatch.setattr("fewstep.eval.build_reference.train_classifier", lambda *a, **k: pytest.fail("it began"))
     assert "Cannot write" in refused(capsys, "data", "reference", squares.parent, "--out", "/proc/none")
 
 

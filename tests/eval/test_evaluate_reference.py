@@ -85,7 +85,7 @@ def test_images_of_the_bundled_reference_are_scored_by_its_protocol(tmp_path: Pa
 def test_a_model_of_another_size_and_too_few_samples_are_refused(tmp_path: Path) -> None:
     teacher = tiny_teacher(tmp_path / "teacher")
     with pytest.raises(UserError, match=r"need uint8 images of shape \[1, 28, 28\]"):
-        evaluate(teacher, n=20, steps=[1], device="cpu")
+        evaluate(teacher, reference="fashion", n=20, steps=[1], device="cpu")
     for model, minimum in (("fashion", 20), ("fashion-text", 1440)):
         if model == "fashion-text":
             pytest.importorskip("diffusers")

@@ -49,7 +49,7 @@ class ObjectivesBenchmark(BaseConfig):
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field((0, 1, 2), min_length=1)
     steps: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = ()
     n: int = Field(10_000, ge=20, le=10**7)
-    reference: str = "fashion"
+    reference: str | None = None
     base: dict[str, Any]
     methods: dict[str, MethodConfig] = Field(min_length=1)
 

@@ -1,4 +1,4 @@
-"""Creating the files that training reads: encoded prompts, ODE pairs, preference pairs, references."""
+"""Creating the files that training reads: encoded prompts, ODE pairs, preference pairs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from fewstep.api.models import Source, load, noise_image
+from fewstep.api.reference import reference_for
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
-from fewstep.core.files import check_writable, require_empty, write_tensors
-from fewstep.core.idx_files import read_idx
+from fewstep.core.files import check_writable, write_tensors
 from fewstep.core.image_files import to_bytes
 from fewstep.core.tables import IMAGE_COLUMNS, TABLE_SUFFIXES, choose_column, read_texts, table_columns
-from fewstep.eval import references
 from fewstep.eval.hashes import json_sha256, model_sha256
+from fewstep.eval.references import load_reference
 from fewstep.eval.rewards.registry import find_prompt_reward, find_reward, rate
 from fewstep.models.condition import Condition
 from fewstep.models.hub.encode import (
@@ -114,7 +114,7 @@ def make_ode_pairs(
 
 def make_preferences(
     source: Source, out: Source, *, reward: str, n: int = 2_000, candidates: int = 4, captions: Source | None = None,
-    size: Size | None = None, sampling: SamplingConfig | None = None, reference: str = "fashion",
+    size: Size | None = None, sampling: SamplingConfig | None = None, reference: str | None = None,
     batch: int = 8, rows: int = 512, device: str = "auto", progress: Callable[[int], None] | None = None,
 ) -> int:  # fmt: skip
     """Writes preference pairs: of ``candidates`` samples for each of ``n`` labels, the one with the highest ``reward``
@@ -137,7 +137,7 @@ def make_preferences(
         check_writable(out)
     model, sampling = load(source, device, size), sampling or SamplingConfig()
     plan(model, sampling)
-    network = references.load_reference(reference, "train", model.device).network
+    network = load_reference(reference_for(source, reference), "train", model.device).classifier
     batch = 100 if captions is None else batch
     compare = _Comparison(model, sampling, partial(rate, reward, judge, network), n, candidates, batch, progress)
     if captions is None:
@@ -203,15 +203,3 @@ class _Comparison:
     def _report(self, before: int, done: int) -> None:
         if self.progress is not None:
             self.progress(before + done)
-
-
-def make_reference(
-    data: Source, out: Source, *, epochs: int = 6, seed: int = 0,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Trains a classifier on the images of a folder of idx files and writes a reference folder: its features of real
-    images, and some of the images. Returns the classifier's accuracy and the score of real training images."""
-    folder = Path(out)
-    require_empty(folder)
-    train, test = read_idx(data, "train"), read_idx(data, "test")
-    return references.build_reference(folder, folder.name, train, test, epochs=epochs, seed=seed, progress=progress)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.api.models import Source, checkpoint_of, load, name_of, noise_image, run_of
+from fewstep.api.reference import reference_for
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable
@@ -43,7 +44,7 @@ def evaluate(
     *,
     protocol: Protocol | None = None,
     locator: WeightsLocator | None = None,
-    reference: str = "fashion",
+    reference: str | None = None,
     steps: Sequence[int] = (),
     nfe: Sequence[int] = (),
     solver: Sequence[str] = (),
@@ -60,15 +61,18 @@ def evaluate(
     ``guidance`` (a teacher's times are spaced by ``grid``, see ``samplers.grids``).
 
     A ``protocol`` specifies what is measured, on how many samples of which seeds, and against what; ``locator`` finds
-    the weights of its networks. Without one, ``n`` samples are compared with the test images of a bundled
-    ``reference``. ``nfe`` replaces ``steps``: as many steps as fit into that number of evaluations. After each
-    combination the scores are merged into ``json_file``, by default a run's ``eval.json``, which also takes over the
-    known scores of its teacher. Raises ``UserError`` on a request that cannot be met, before anything is computed.
+    the weights of its networks. Without one, ``n`` samples are compared with the test images of a ``reference``, by
+    default the run's (``reference_for``). ``nfe`` replaces ``steps``: as many steps as fit into that number of
+    evaluations. After each combination the scores are merged into ``json_file``, by default a run's ``eval.json``,
+    which also takes over the known scores of its teacher. Raises ``UserError`` on a request that cannot be met, before
+    anything is computed.
     """
+    if protocol is None:
+        reference = reference_for(source, reference)
     model = load(source, device)
     evaluator: ReferenceEvaluator | ProtocolEvaluator
     if protocol is None:
-        evaluator = ReferenceEvaluator(load_reference(reference, "test", model.device), n, (seed,))
+        evaluator = ReferenceEvaluator(load_reference(str(reference), "test", model.device, locator), n, (seed,))
     else:
         evaluator = _evaluator(protocol, locator, model.device)
     solvers = list(solver) or ["student" if model.config.few_step else "euler"]
@@ -149,7 +153,7 @@ def _default_json(source: Path) -> Path | None:
 
 def win_rates(
     ours: Source, theirs: Source, *, n: int = 2_000, captions: Source | None = None, size: Size | None = None,
-    rewards: Sequence[str] = (), sampling: SamplingConfig | None = None, reference: str = "fashion", batch: int = 8,
+    rewards: Sequence[str] = (), sampling: SamplingConfig | None = None, reference: str | None = None, batch: int = 8,
     device: str = "auto",
 ) -> list[dict[str, Any]]:  # fmt: skip
     """How often ``ours`` has a higher reward than ``theirs`` on the same label (or caption) and noise, with Wilson's
@@ -164,10 +168,11 @@ def win_rates(
     prompts = tuple(read_texts(Path(captions))) if captions is not None else ()
     registry: Registry[Any] = PROMPT_REWARDS if prompts else REWARDS
     chosen = {name: registry.resolve(name) for name in rewards or registry.names()}
-    found = [
-        _rewards(load(source, device, size), chosen, prompts, n, sampling, reference, batch)
-        for source in (ours, theirs)
-    ]
+    found = []
+    for source in (ours, theirs):
+        model = load(source, device, size)
+        named = reference = reference_for(ours, reference)
+        found.append(_rewards(model, chosen, prompts, n, sampling, named, batch))
     results = []
     for name in chosen:
         a, b = (values[name] for values in found)
@@ -184,7 +189,7 @@ def _rewards(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Rewards [n] of samples of a model, by name."""
     shown: Tensor | list[str] = [prompts[k % len(prompts)] for k in range(n)] if prompts else model.labels(n)
-    network, parts, done = load_reference(reference, "train", model.device).network, [], 0
+    network, parts, done = load_reference(reference, "train", model.device).classifier, [], 0
     for name, reward in rewards.items():
         rate(name, reward, network, noise_image(model, bool(prompts)), shown[:1])  # refused before sampling
     for images in GeneratedSet(model, sampling, n, prompts, batch).parts():

@@ -75,10 +75,12 @@ def config_of(source: Source) -> ModelConfig | None:
 
 
 def run_of(source: Source) -> Path | None:
-    """The run folder of a run or of one of its checkpoints; None for any other source."""
+    """The run folder of a run, of its student or of one of its checkpoints; None for any other source."""
     folder = Path(source)
     if is_checkpoint(folder):
         folder = folder.parents[1]
+    elif folder.name in ("student", "best"):
+        folder = folder.parent
     return folder if (folder / "config.yaml").is_file() else None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fewstep.api.models import Source
+from fewstep.api.reference import training_reference
 from fewstep.api.training_progress import TrainingProgress
 from fewstep.core.errors import UserError
 from fewstep.distill.build import build_inputs
@@ -84,5 +85,6 @@ def _validation(config: Config, run: RunFolder, folder: Path) -> Validation | Pr
     sampling = SamplingConfig(settings.solver, settings.steps, settings.guidance)
     if inputs.prompts is not None and inputs.pipeline is not None:
         return PromptValidation(sampling, settings.images, inputs.pipeline, inputs.prompts, folder)
-    reference = load_reference(settings.reference, "train", run.trainer.device)
+    named = training_reference(settings.reference, config.teacher)
+    reference = load_reference(named, "train", run.trainer.device)
     return Validation(sampling, settings.n, reference, folder)

@@ -66,20 +66,59 @@ def encode(
     print_text(f"{n} are encoded in {folder}.")
 
 
-@app.command(epilog="Example: fewstep data reference DIR --out squares")
+@app.command(epilog="Example: fewstep data reference photos --size 64x64 --crop --out runs/photos_reference")
 def reference(
-    data_folder: Annotated[Path, typer.Argument(metavar="DATA", help="A folder with the four idx files.")],
+    images: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMAGES",
+            help="A folder of images (a subfolder per class) or of idx files, an .npz file, a table (.csv, .jsonl, "
+            ".parquet), or a data set on the hub.",
+        ),
+    ],
     folder: Annotated[Path, typer.Option("--out", help="A new folder for the reference.")],
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the classifier's training.")] = 6,
-    seed: Annotated[int, typer.Option(help="Seed of the classifier's training.")] = 0,
+    test: Annotated[str | None, typer.Option(help="Images to hold out, like IMAGES. Default: some of IMAGES.")] = None,
+    share: Annotated[float, typer.Option(min=0.01, max=0.9, help="The share of IMAGES to hold out.")] = 0.2,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the model. Default: of the first image.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1: grey, 3: RGB. Default: as the first image.")] = None,
+    crop: Annotated[bool, typer.Option("--crop", help="Scale and crop images of other sizes.")] = False,
+    split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="The subset of a data set.")] = None,
+    label: Annotated[str | None, typer.Option(help="The column of labels.")] = None,
+    image: Annotated[str | None, typer.Option(help="The column of images.")] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="classifier (trained on the labels), efficientnet, dinov2, inception, or random. Default: a "
+            "classifier if there are labels, else efficientnet if its extra is installed, else random."
+        ),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="The folder with the weights of the network.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs of the classifier's training. Default: 6; more for small sets.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the classifier's training, and of the images held out.")] = 0,
+    device: Device = "cpu",
 ) -> None:
-    """Train a classifier on images and write a reference: its features of real images, and some of the images."""
-    from fewstep.api import data
+    """Write a reference, by which models are scored: features of real images, and some of the images."""
+    from fewstep.api.reference import make_reference
+    from fewstep.core.image_data import ImageData, kind_of
+    from fewstep.core.image_rows import Columns
 
+    def described(path: str) -> ImageData:
+        return ImageData(kind_of(path), path, split, subset, Columns(image=image, label=label), crop)
+
+    wanted = parse_size(size)
+    if wanted is not None and wanted[2] != 1:
+        raise UserError(f"--size takes HEIGHTxWIDTH, got {size!r}.")
+    if channels not in (None, 1, 3):
+        raise UserError(f"--channels is 1 (grey) or 3 (RGB), got {channels}.")
     with progress_bar() as bar:
         task = bar.add_task("training the classifier", total=None)
-        result = data.make_reference(
-            data_folder, folder, epochs=epochs, seed=seed,
+        result = make_reference(
+            described(images), folder, test=described(test) if test is not None else None, share=share,
+            size=wanted[:2] if wanted is not None else None, channels=channels, network=network, epochs=epochs,
+            seed=seed, weights=weights, device=device,
             progress=lambda step, steps, loss: bar.update(task, completed=step, total=steps),
         )  # fmt: skip
     print_text("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
@@ -125,7 +164,9 @@ def preferences(
     captions: Captions = None,
     size: Size = None,
     batch: Batch = 8,
-    reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",
+    reference: Annotated[
+        str | None, typer.Option(help="A reference with a classifier. Default: that of the model or its run.")
+    ] = None,
     candidates: Annotated[int, typer.Option(help="Samples per pair; the best and the worst are kept.")] = 4,
     solver: Solver = None,
     steps: Steps = None,

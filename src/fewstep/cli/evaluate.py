@@ -49,7 +49,8 @@ def evaluate(
     ],
     protocol: Annotated[str | None, typer.Option(help="What is measured: a file of configs/eval, or yours.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Real images, instead of the protocol's. Without a protocol: fashion by default.")
+        str | None,
+        typer.Option(help="Real images. Default: the protocol's, or those of the run or its teacher."),
     ] = None,
     captions: Annotated[str | None, typer.Option(help="Instead of the protocol's: a file, one per line.")] = None,
     steps: Annotated[
@@ -131,7 +132,7 @@ def evaluate(
         samples = 10_000 if n is None else n
         with sampling_bar(settings.n if settings else samples) as progress:
             scores = evaluate_model(
-                source, protocol=settings, locator=locator, reference=reference or "fashion",
+                source, protocol=settings, locator=locator, reference=reference,
                 steps=parse_numbers(steps, int, "--steps") if steps else [],
                 nfe=parse_numbers(nfe, int, "--nfe") if nfe else [], solver=parse_names(solver, "--solver"),
                 guidance=parse_numbers(guidance or "1", float, "--guidance"), grid=grid or "time",
@@ -190,7 +191,9 @@ def winrate(
     ] = None,
     size: Size = None,
     batch: Batch = 8,
-    reference: Annotated[str, typer.Option(help="A reference by name or folder, for its classifier.")] = "fashion",
+    reference: Annotated[
+        str | None, typer.Option(help="A reference with a classifier. Default: that of the model or its run.")
+    ] = None,
     solver: Solver = None,
     steps: Steps = None,
     guidance: GuidanceScale = 1.0,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.files import reading
+from fewstep.core.idx_files import IDX_FILES
 from fewstep.core.image_files import Cover, is_grey, to_pixels, upright_size
 from fewstep.core.image_rows import Columns, ImageRows, folder_rows, idx_rows, npz_rows
 from fewstep.core.image_tables import table_rows
@@ -58,6 +59,20 @@ class ImageData:
             raise UserError(f"split is train or test for kind idx, not {self.split!r}.")
         if self.kind == "npz" and self.columns.caption is not None:
             raise UserError("columns.caption does not act on kind npz: leave it out.")
+
+
+def kind_of(path: str) -> str:
+    """The kind of the images at a path, by what is there."""
+    place = Path(path)
+    if place.suffix.lower() == ".npz":
+        return "npz"
+    if not place.is_dir():
+        return "dataset"
+    names = {file.name.removesuffix(".gz") for file in place.iterdir()}
+    if set(IDX_FILES["train"]) & names:
+        return "idx"
+    table = any(name.startswith("metadata.") or name.endswith((".parquet", ".tar", ".arrow")) for name in names)
+    return "dataset" if table or "dataset_dict.json" in names else "folder"
 
 
 @dataclass(frozen=True)
@@ -167,6 +182,14 @@ def open_images(data: ImageData, shape: tuple[int, ...] | None = None) -> ImageT
     if len(table) * math.prod(table.shape) > IN_MEMORY:
         return table
     return ImageTable(rows, table.shape, data.crop, table.decode(range(len(table))))
+
+
+def first_shape(data: ImageData) -> tuple[int, ...]:
+    """The shape [C, H, W] of the first image. Raises as ``open_images`` does."""
+    rows = _rows(data)
+    if not len(rows.labels):
+        raise UserError(f"{rows.name} contains no images.")
+    return _first_shape(rows)
 
 
 def _rows(data: ImageData) -> ImageRows:

@@ -1,0 +1,106 @@
+"""References: the one by which a model is scored, and making one from images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fewstep.api.models import Source, run_of
+from fewstep.core.devices import pick_device
+from fewstep.core.errors import UserError
+from fewstep.core.files import require_empty
+from fewstep.core.image_data import ImageData, first_shape, kind_of, open_images
+from fewstep.distill.run_folder import run_settings
+from fewstep.eval.build_reference import build_reference, choose_network, held_out
+from fewstep.eval.networks.weights import WeightsLocator
+from fewstep.eval.references import OF_BUNDLED
+
+
+def reference_for(source: Source, given: str | None = None) -> str:
+    """The reference by which a model is scored: the one ``given``, that of its run's validation, or that of the bundled
+    model, or run, that its run distils. Raises ``UserError`` that says how to make one."""
+    if (found := given or _known_reference(source, set())) is None:
+        raise UserError(
+            f"No reference is known for {source}: give --reference FOLDER, which fewstep data reference makes from "
+            "images, or --protocol."
+        )
+    return found
+
+
+def _known_reference(source: Source, seen: set[str]) -> str | None:
+    if str(source) in seen:
+        return None
+    if (bundled := OF_BUNDLED.get(str(source))) is not None:
+        return bundled
+    run = run_of(source)
+    settings = run_settings(run) if run is not None else {}
+    validation, teacher = settings.get("validation"), settings.get("teacher")
+    if isinstance(validation, dict) and isinstance(reference := validation.get("reference"), str):
+        return reference
+    return _known_reference(teacher, {*seen, str(source)}) if isinstance(teacher, str) else None
+
+
+def training_reference(reference: str | None, teacher: str | None) -> str:
+    """The reference of a run's validation. Raises ``UserError`` if none is given, and none is known for its teacher."""
+    if (found := reference or (_known_reference(teacher, set()) if teacher is not None else None)) is None:
+        raise UserError(
+            "validation.every needs a reference, by which students are scored: set validation.reference to a folder "
+            "that fewstep data reference makes from images, or validation.every=0 to train without scores."
+        )
+    return found
+
+
+def make_reference(
+    images: ImageData | Source, out: Source, *, test: ImageData | Source | None = None, share: float = 0.2,
+    size: tuple[int, int] | None = None, channels: int | None = None, network: str | None = None,
+    epochs: int | None = None, seed: int = 0, weights: Source | None = None, device: str = "cpu",
+    progress: Callable[[int, int, float], None] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Writes a reference folder: features of images, by which models are scored and the best student is chosen, and
+    some of the images.
+
+    ``images`` are learned from, ``test`` are held out: the test files of idx images, and otherwise by default a random
+    ``share`` of ``images``. They have ``size`` (height, width) and ``channels`` (1: grey, 3: RGB), by default those of
+    the first image. ``network`` is ``classifier``, which is trained on the images' labels, ``efficientnet``,
+    ``dinov2``, ``inception`` or ``random``; by default the best that is at hand (see ``build_reference``); ``weights``
+    is a folder with its weights.
+
+    Returns a classifier's test accuracy, and the score of real images. Raises ``UserError`` before anything is computed
+    if the images cannot be read, or weights are missing.
+    """
+    folder = Path(out)
+    require_empty(folder)
+    data = _image_data(images)
+    shape = _shape_of(data, size, channels)
+    table = open_images(data, shape)
+    if test is None and data.kind == "idx":
+        test = replace(data, split="test")
+    if test is None:
+        rows, held = held_out(len(table), share, seed)
+        other, others = table, held
+    else:
+        other = open_images(_image_data(test), table.shape)
+        if other.class_names != table.class_names:
+            raise UserError(f"The test images have the classes {other.class_names}, the others {table.class_names}.")
+        rows, others = torch.arange(len(table)), torch.arange(len(other))
+    source = {"kind": data.kind, "name": Path(data.path).name, "split": data.split, "crop": data.crop}
+    locator = WeightsLocator.from_environment(Path(weights) if weights is not None else None)
+    return build_reference(
+        folder, (table, rows), (other, others), network=network or choose_network(table, rows), epochs=epochs,
+        seed=seed, source=source, locator=locator, device=pick_device(device), progress=progress,
+    )  # fmt: skip
+
+
+def _image_data(images: ImageData | Source) -> ImageData:
+    return images if isinstance(images, ImageData) else ImageData(kind_of(str(images)), str(images))
+
+
+def _shape_of(data: ImageData, size: tuple[int, int] | None, channels: int | None) -> tuple[int, ...] | None:
+    """The shape [C, H, W] that is asked for; None for that of the first image."""
+    if size is None and channels is None:
+        return None
+    first = first_shape(data)
+    return (channels or first[0], *(size or first[1:]))
