@@ -19,10 +19,11 @@ def json_sha256(content: Any) -> str:
 
 
 def model_sha256(model: Model) -> str:
-    """The hash of a model's tensors and of the settings of its config other than paths."""
+    """The hash of a model's tensors and of the settings of its config other than paths and names for people."""
     backbone = model.denoiser.backbone
     modules: list[nn.Module] = [backbone, *([backbone.shared_network] if isinstance(backbone, AdapterView) else [])]
-    digest = hashlib.sha256(json_sha256(model.config.model_dump(mode="json", exclude={"base"})).encode())
+    settings = model.config.model_dump(mode="json", exclude={"base", "class_names"})
+    digest = hashlib.sha256(json_sha256(settings).encode())
     for module in modules:
         for name, value in sorted(module.state_dict().items()):
             if isinstance(value, Tensor):

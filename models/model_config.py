@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import nn
 
 from fewstep.core.errors import UserError
@@ -58,10 +58,10 @@ class Lora(BaseModel):
 
 class ModelConfig(BaseModel):
     """``config.json``. With ``boundaries`` the model has several backbones, each for the times down to its boundary
-    (``denoiser.Routed``). With ``base``, another model's folder or name, the network is that model's: with ``lora`` its
-    weights (whose SHA-256 is ``base_sha256``) and an adapter, otherwise other weights. ``shift`` applies to a teacher's
-    time grid. ``precision`` is that in which the network was trained and therefore computes, ``base_weights`` the type
-    of the base's weights under an adapter; None is float32.
+    (``denoiser.Routed``). ``class_names``, one per class, are shown to people. With ``base``, another model's folder or
+    name, the network is that model's: with ``lora`` its weights (whose SHA-256 is ``base_sha256``) and an adapter,
+    otherwise other weights. ``shift`` applies to a teacher's time grid. ``precision`` is that in which the network was
+    trained and therefore computes, ``base_weights`` the type of the base's weights under an adapter; None is float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -71,6 +71,7 @@ class ModelConfig(BaseModel):
     prediction: Kind = "velocity"
     shape: tuple[Width, ...] = Field(min_length=1)
     classes: int = Field(0, ge=0, le=10**6)
+    class_names: tuple[str, ...] | None = None
     shift: Shift = 1.0
     base: str | None = None
     base_sha256: str | None = None
@@ -79,6 +80,12 @@ class ModelConfig(BaseModel):
     boundaries: tuple[Time, ...] | None = Field(None, max_length=16)
     precision: Literal["bfloat16"] | None = None
     base_weights: Literal["bfloat16"] | None = None
+
+    @model_validator(mode="after")
+    def _one_name_per_class(self) -> Self:
+        if self.class_names is not None and len(self.class_names) != self.classes:
+            raise ValueError(f"class_names must have {self.classes} names, one per class, got {len(self.class_names)}")
+        return self
 
     def build(self, feature_layers: tuple[str, ...] = (), *, from_file: bool = False) -> Denoiser:
         """A new denoiser in eval mode, randomly initialised. ``from_file``: this config was read from a saved model, so

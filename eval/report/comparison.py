@@ -61,6 +61,14 @@ def write_comparison(
     return folder / "comparison.png"
 
 
+def teacher_sampling(teacher: Model, seed: int, guidance: float | None = None) -> SamplingConfig:
+    """How a teacher is shown beside its student: guided Euler steps, or a student's own rule if it is one itself."""
+    if teacher.config.few_step:
+        return SamplingConfig(seed=seed)
+    scale = guidance or (1.5 if teacher.config.classes else 2.0)
+    return SamplingConfig("euler", TEACHER_STEPS, scale, seed=seed)
+
+
 def _rows(student: Model, teacher: Model | None, seed: int, guidance: float | None) -> list[Row]:
     few_step = student.config.few_step
     nfe, default = len(few_step.times) if few_step else 4, SamplingConfig("student", None, seed=seed)
@@ -69,8 +77,7 @@ def _rows(student: Model, teacher: Model | None, seed: int, guidance: float | No
         return rows
     if teacher_few_step := teacher.config.few_step:
         return [Row(f"teacher, {len(teacher_few_step.times)} evaluations", teacher, default), *rows]
-    scale = guidance or (1.5 if student.config.classes else 2.0)
-    guided = SamplingConfig("euler", TEACHER_STEPS, scale, seed=seed)
+    guided = teacher_sampling(teacher, seed, guidance)
     unguided = SamplingConfig("euler", nfe, seed=seed)
     return [
         Row(f"teacher, {2 * TEACHER_STEPS} evaluations", teacher, guided),

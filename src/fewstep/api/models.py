@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.image_files import to_bytes
+from fewstep.distill.run_folder import run_settings
 from fewstep.models.loading import Model, load_model, pipeline_of
 from fewstep.models.model_config import Size
 from fewstep.samplers.generate import SampleNoise
@@ -45,6 +46,17 @@ def model_folder(source: Source) -> Source:
             )
         return folder / "student"
     return source
+
+
+def teacher_of_run(source: Source, device: str = "auto") -> Model | None:
+    """The teacher of a run, or of the run that contains a model folder, as its config names it; None without one."""
+    path = Path(source)
+    run = next((folder for folder in (path, *path.parents[:2]) if (folder / "config.yaml").is_file()), None)
+    if run is None or not path.exists():
+        return None
+    settings = run_settings(run)
+    size = tuple(settings["size"]) if settings.get("size") else None
+    return load(settings["teacher"], device, size, from_file=True) if settings.get("teacher") else None
 
 
 def noise_image(model: Model, prompts: bool) -> Tensor:
