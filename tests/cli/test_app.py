@@ -148,7 +148,10 @@ def test_an_empty_prompt_and_an_unexpected_error_give_messages(
     assert "RuntimeError: out of &lt;memory&gt;" in click(models, 3, 2, 0, 1, [])[0]
 
 
-def test_a_student_that_takes_its_number_of_steps_refuses_others(models: AppModels) -> None:
+def test_a_student_that_takes_its_number_of_steps_refuses_others_at_once(
+    models: AppModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AppModels, "generate", lambda *_: pytest.fail("it began"))
     config = models.model.config
     few_step = config.few_step.model_copy(update={"counts": (1, 4)}) if config.few_step else None
     model = models.model.model_copy(update={"config": config.model_copy(update={"few_step": few_step})})
@@ -228,7 +231,7 @@ main()
 def test_the_page_in_a_browser(finished: Path) -> None:
     """The real command: two images, equal to those of ``fewstep.sample``; nothing reaches beyond this machine."""
     pytest.importorskip("gradio")
-    pytest.importorskip("playwright")
+    playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium was found")
     with running_app(finished, start=("-c", LISTEN)) as (address, process), browser_page(1300, 900) as page:
@@ -247,11 +250,11 @@ def test_the_page_in_a_browser(finished: Path) -> None:
         taught = teacher_sampling(load_model(source), 7)
         assert torch.equal(images[0], fewstep.sample(source, n=1, sampling=taught, device="cpu"))
         generate(page, 8)
-        assert page.locator(".fewstep-earlier figure").count() == 1
+        playwright.expect(page.locator(".fewstep-earlier figure")).to_have_count(1)
         page.get_by_label("Seed").fill("")
         page.get_by_role("button", name="Generate").click()
         page.get_by_role("alert").get_by_text("The seed must be a whole number").wait_for()
-        assert page.locator(".fewstep-earlier figure").count() == 2
+        playwright.expect(page.locator(".fewstep-earlier figure")).to_have_count(2)
         for width in (1300, 390):
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate("document.documentElement.scrollWidth") <= width
