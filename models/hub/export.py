@@ -66,7 +66,8 @@ def export(model: Model, form: ExportFormat, out: Path, card: str = "") -> Path:
     """Writes a student, or another model based on a pipeline, in the format ``form`` to the new folder ``out`` and
     returns ``out``.
 
-    ``diffusers``: a pipeline whose default call, with the student's number of steps, samples like the student.
+    ``diffusers``: a pipeline whose call, with the student's number of steps and guidance off, is the student; that of
+    ``load_pipeline`` has these defaults.
     ``merged``: its denoiser alone. ``lora``: an adapter for ``load_lora_weights`` or PEFT. ``comfyui``: the same with
     the keys of ComfyUI. All contain a ``scheduler/`` with the student's times and a model card with the code that
     samples the student, to which ``card`` is added. A student with several experts gets files for each, and the code

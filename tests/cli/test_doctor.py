@@ -107,6 +107,10 @@ def test_weights_are_found_where_eval_looks_for_them(tmp_path: Path, monkeypatch
     (tmp_path / SCRIPT).touch()
     found = doctor.metric_weights()
     assert found["Inception-V3"] == {"file": str(tmp_path / SCRIPT), "missing": None}
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # clean-fid's cache
+    assert doctor.metric_weights()["Inception-V3"] == found["Inception-V3"]
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
     assert "I3D" in found
     assert "were not found. Download http" in str(found["I3D"]["missing"])
     _, missing = doctor.conclusions([], {}, found)
