@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.core.errors import UserError
+from fewstep.core.paths import is_hub_id
 from fewstep.models.hub.export_format import ExportFormat
 from fewstep.models.hub.family import Family, family_of
 from fewstep.models.hub.few_step_scheduler import step_changes
@@ -21,13 +22,16 @@ from fewstep.models.hub.manifest import Manifest, read_manifest
 
 
 def load_pipeline(folder: str | Path, **settings: Any) -> Any:
-    """The pipeline in a folder that ``fewstep export --to diffusers`` wrote, as diffusers loads it. In its call, the
+    """The pipeline in a folder that ``fewstep export --to diffusers`` wrote, or in such a repository of the hub
+    (``owner/name``, downloaded if it is not in the cache), as diffusers loads it. In its call, the
     student's number of steps and guidance off are the defaults: ``load_pipeline(folder)("a photo").images[0]``.
 
     ``settings`` are those of ``from_pretrained``, for example ``dtype=torch.bfloat16``. A student with several experts
     changes between them in its call, so that this call takes neither another number of steps nor a callback. Raises
     ``UserError`` if the folder is not such an export.
     """
+    if is_hub_id(str(folder)):
+        folder = _download(str(folder))
     manifest = read_manifest(Path(folder))
     if manifest is None or manifest.form is not ExportFormat.diffusers:
         raise UserError(
@@ -35,7 +39,8 @@ def load_pipeline(folder: str | Path, **settings: Any) -> Any:
             "as their README.md describes."
         )
     family = family_of(manifest.pipeline)
-    cls = family.classes.get(manifest.pipeline) or getattr(require_diffusers(), manifest.pipeline)
+    diffusers = require_diffusers()
+    cls: Any = family.classes.get(manifest.pipeline) or getattr(diffusers, manifest.pipeline)
     pipeline = cls.from_pretrained(folder, **settings)
     defaults: dict[str, Any] = {}
     if manifest.times:
@@ -46,6 +51,16 @@ def load_pipeline(folder: str | Path, **settings: Any) -> Any:
         fixed = ("num_inference_steps", family.step_callback)
     pipeline.__class__ = _with_defaults(cls, defaults, fixed)
     return pipeline
+
+
+def _download(name: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(name))
+    except (OSError, ValueError) as error:  # offline, no such repository, no rights
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name!r} is no folder, and its download from the hub failed: {first}") from error
 
 
 def _with_defaults(cls: Any, defaults: dict[str, Any], fixed: tuple[str, ...]) -> Any:

@@ -42,7 +42,7 @@ def test_the_plain_call_is_the_student(runs: Runs, saved: Saved, name: str, expe
         noise, arguments = inputs(TINY[name], folder, pipeline)
         latents = pipeline(**arguments, output_type="latent", **embedded(TINY[name], pipeline))[0]
         ours = student_samples(run / "student", TINY[name], pipeline, noise)
-        assert difference(ours, torch.as_tensor(latents)) < 1e-4
+        assert difference(ours, torch.as_tensor(latents)) < 3e-6  # another expert changes some by 8e-6
 
 
 def test_diffusers_itself_has_other_defaults_that_no_file_changes(runs: Runs, tmp_path: Path) -> None:
