@@ -112,7 +112,7 @@ BAD = [
     ((3, 9, 0, 1), "between 1 and 8, got 9"),
     ((3, 2.5, 0, 1), "whole number"),
     ((3, "2", 0, 1), "whole number"),
-    ((3, 2, None, 1), "The seed must be a whole number between 0"),
+    ((3, 2, None, 1), "The seed must be a whole number between 0 and 9007199254740992, got nothing."),
     ((3, 2, -1, 1), "The seed must be"),
     ((3, 2, float("nan"), 1), "The seed must be"),
     ((3, 2, 1e300, 1), "The seed must be"),

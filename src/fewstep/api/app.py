@@ -140,5 +140,6 @@ def whole(what: str, value: Any, low: int, high: int) -> int:
     """``value`` as a whole number. Raises ``UserError`` if it is none between ``low`` and ``high``."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value != int(value) or not low <= value <= high:
-        raise UserError(f"{what} must be a whole number between {low} and {high}, got {value!r}.")
+        given = "nothing" if value is None else repr(value)
+        raise UserError(f"{what} must be a whole number between {low} and {high}, got {given}.")
     return int(value)
