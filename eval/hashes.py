@@ -19,7 +19,7 @@ def json_sha256(content: Any) -> str:
 
 
 def model_sha256(model: Model) -> str:
-    """The hash of a model's tensors and of the settings of its config other than paths and names."""
+    """The hash of a model's tensors and of the settings of its config other than paths and names for people."""
     backbone = model.denoiser.backbone
     modules: list[nn.Module] = [backbone, *([backbone.shared_network] if isinstance(backbone, AdapterView) else [])]
     settings = model.config.model_dump(mode="json", exclude={"base", "class_names"})

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,14 +131,15 @@ class ImageGenerator:
     of an unconditional model, as of one class. Prompts are encoded on use, so memory does not grow with their number.
     """
 
-    def __init__(self, model: Model, prompts: Sequence[str] = (), batch: int = 8) -> None:
-        """``batch`` applies to pipelines. Raises ``UserError`` on prompts for a class-conditional model, on missing
-        prompts for a text-conditioned one, and on a pipeline that cannot encode them."""
+    def __init__(self, model: Model, prompts: Sequence[str] = (), batch: int = 8, pipeline: Any = None) -> None:
+        """``batch`` applies to pipelines; ``pipeline`` holds text encoders and VAE that are loaded already. Raises
+        ``UserError`` on prompts for a class-conditional model, on missing prompts for a text-conditioned one, and on a
+        pipeline that cannot encode them."""
         self.model, self.nfe = model, 0  # network evaluations per image in the last call
         self._encode: Callable[[Tensor], Condition]
         if prompts:
             folder = pipeline_of(model)
-            pipeline = folder.pipeline().to(model.device)
+            pipeline = folder.pipeline().to(model.device) if pipeline is None else pipeline
             self.conditions, self._batch = len(prompts), batch
             self._encode = lambda rows: folder.condition(pipeline, [prompts[k] for k in rows.tolist()])
             self._to_images: Callable[[Tensor], Tensor] = partial(folder.decode_images, pipeline, batch=batch)

@@ -18,6 +18,8 @@ from fewstep.models.loading import load_model
 from fewstep.samplers.ddim import ddim
 from fewstep.samplers.predictor import Predictor
 
+ADAPTERS = {"rank": 2, "alpha": 6.0}
+
 
 def absent(folder: Path) -> dict[str, None]:
     """The components that a tiny pipeline does not have, which its loader must be told."""
@@ -53,10 +55,13 @@ def card_samples(tiny: Tiny, folder: PipelineFolder, pipeline: Any, arguments: d
     given = dict(arguments)
     assert given.pop("num_inference_steps") == STEPS
     scale = given.pop(tiny.scale if tiny.scale in given else "guidance_scale")
-    embeddings = {tiny.arguments[key]: value for key, value in tiny.embeddings(2, 1).items()}
-    if type(pipeline).__name__.startswith("PixArt"):
-        embeddings["negative_prompt"] = None  # type: ignore[assignment]
-    return called(tiny, folder, pipeline, scale, output_type="latent", **embeddings, **given)
+    return called(tiny, folder, pipeline, scale, output_type="latent", **embedded(tiny, pipeline), **given)
+
+
+def embedded(tiny: Tiny, pipeline: Any) -> dict[str, Any]:
+    """Random embeddings as arguments of a pipeline's call, instead of a prompt."""
+    embeddings: dict[str, Any] = {tiny.arguments[key]: value for key, value in tiny.embeddings(2, 1).items()}
+    return embeddings | ({"negative_prompt": None} if type(pipeline).__name__.startswith("PixArt") else {})
 
 
 def student_samples(student: Path, tiny: Tiny, pipeline: Any, noise: Tensor) -> Tensor:

@@ -283,18 +283,22 @@ def packed(pipeline: Any, latents: Tensor) -> Tensor:
     return pipeline._pack_latents(latents, *latents.shape)
 
 
-def called(tiny: Tiny, folder: PipelineFolder, pipeline: Any, scale: float, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """The initial noise [N, ...] of a call of the pipeline, and its output."""
+def inputs(tiny: Tiny, folder: PipelineFolder, pipeline: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Initial noise [N, ...], and the arguments for it of a call of the pipeline."""
     height, width, frames = tiny.size
     noise = torch.randn(N, *folder.family.shape(height, width, frames), generator=torch.Generator().manual_seed(0))
+    arguments: dict[str, Any] = {"height": height, "width": width, "latents": packed(pipeline, noise)}
     if type(pipeline).__name__.startswith("PixArt"):
         arguments["use_resolution_binning"] = False
     if frames > 1:
         arguments["num_frames"] = frames
-    out = pipeline(
-        height=height, width=width, num_inference_steps=STEPS, latents=packed(pipeline, noise), **arguments,
-        **{tiny.scale: scale},
-    )  # fmt: skip
+    return noise, arguments
+
+
+def called(tiny: Tiny, folder: PipelineFolder, pipeline: Any, scale: float, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """The initial noise [N, ...] of a call of the pipeline, and its output."""
+    noise, own = inputs(tiny, folder, pipeline)
+    out = pipeline(num_inference_steps=STEPS, **own, **arguments, **{tiny.scale: scale})
     return noise, torch.as_tensor(out[0])
 
 

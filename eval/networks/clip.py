@@ -104,7 +104,6 @@ def _find_weights(model: str, tag: str, locator: WeightsLocator) -> Path:
     """The weights of a tag, from open_clip's cache or found by ``locator``. Raises ``UserError`` on an unknown tag or
     missing weights."""
     import open_clip
-    from huggingface_hub import try_to_load_from_cache
 
     known = open_clip.list_pretrained_tags_by_model(model)
     if tag not in known:
@@ -112,11 +111,17 @@ def _find_weights(model: str, tag: str, locator: WeightsLocator) -> Path:
     settings = open_clip.get_pretrained_cfg(model, tag)
     repository, _, file = settings.get("hf_hub", "").rpartition("/")
     names = [file] if file else list(FILES)
-    for name in names:
-        found = try_to_load_from_cache(repository, name) if repository else None
-        if isinstance(found, str):
-            return Path(found)
+    if repository and (cached := find_cached(repository, names)):
+        return cached
     if locator.download:
         return Path(open_clip.download_pretrained(settings))
     url = f"https://huggingface.co/{repository}" if repository else settings.get("url", "")
     return locator.find(f"{model}-{tag}.safetensors", f"{names[0]} of {url}")
+
+
+def find_cached(repository: str, names: Sequence[str] = FILES) -> Path | None:
+    """The first of these files of a repository in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(repository, name) for name in names)
+    return next((Path(file) for file in found if isinstance(file, str)), None)

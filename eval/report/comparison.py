@@ -67,6 +67,14 @@ def _class_names(config: ModelConfig) -> list[str]:
     return list(config.class_names or [f"class {label}" for label in range(config.classes)] or ["unconditional"])
 
 
+def teacher_sampling(teacher: Model, seed: int, guidance: float | None = None) -> SamplingConfig:
+    """How a teacher is shown beside its student: guided Euler steps, or a student's own rule if it is one itself."""
+    if teacher.config.few_step:
+        return SamplingConfig(seed=seed)
+    scale = guidance or (1.0 if teacher.config.unconditional else 1.5 if teacher.config.classes else 2.0)
+    return SamplingConfig("euler", TEACHER_STEPS, scale, seed=seed)
+
+
 def _rows(student: Model, teacher: Model | None, seed: int, guidance: float | None) -> list[Row]:
     few_step = student.config.few_step
     nfe, default = len(few_step.times) if few_step else 4, SamplingConfig("student", None, seed=seed)
@@ -75,12 +83,10 @@ def _rows(student: Model, teacher: Model | None, seed: int, guidance: float | No
         return rows
     if teacher_few_step := teacher.config.few_step:
         return [Row(f"teacher, {len(teacher_few_step.times)} evaluations", teacher, default), *rows]
-    default_scale = 1.0 if student.config.unconditional else 1.5 if student.config.classes else 2.0
-    scale = guidance or default_scale
-    guided = SamplingConfig("euler", TEACHER_STEPS, scale, seed=seed)
+    guided = teacher_sampling(teacher, seed, guidance)
     unguided = SamplingConfig("euler", nfe, seed=seed)
     return [
-        Row(f"teacher, {TEACHER_STEPS * (1 if scale == 1 else 2)} evaluations", teacher, guided),
+        Row(f"teacher, {TEACHER_STEPS * (1 if guided.guidance == 1 else 2)} evaluations", teacher, guided),
         Row(f"teacher, {nfe} evaluations", teacher, unguided),
         *rows,
     ]

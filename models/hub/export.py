@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import atomic_folder, read_json_object, require_empty, write_text
+from fewstep.core.image_grid import save_image
 from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, Routed
 from fewstep.models.guidance import guide
-from fewstep.models.hub.card import ADAPTERS, model_card
+from fewstep.models.hub.card import ADAPTERS, SAMPLES, CardContent, license_of, model_card
 from fewstep.models.hub.export_format import ExportFormat
 from fewstep.models.hub.export_lora import adapters_of, check_factors, load_adapter, write_adapter
 from fewstep.models.hub.family import HubBackbone
@@ -63,20 +64,22 @@ class Expert:
                 raise UserError(f"Not exported: the export differs from the student by {difference:.2g} at t = {t:g}.")
 
 
-def export(model: Model, form: ExportFormat, out: Path, card: str = "") -> Path:
+def export(model: Model, form: ExportFormat, out: Path, card: CardContent | None = None) -> Path:
     """Writes a student, or another model based on a pipeline, in the format ``form`` to the new folder ``out`` and
     returns ``out``.
 
-    ``diffusers``: a pipeline whose default call, with the student's number of steps, samples like the student.
+    ``diffusers``: a pipeline whose call, with the student's number of steps and guidance off, is the student; that of
+    ``load_pipeline`` has these defaults.
     ``merged``: its denoiser alone. ``lora``: an adapter for ``load_lora_weights`` or PEFT. ``comfyui``: the same with
     the keys of ComfyUI. All contain a ``scheduler/`` with the student's times and a model card with the code that
-    samples the student, to which ``card`` is added. A student with several experts gets files for each, and the code
+    samples the student and with ``card``. A student with several experts gets files for each, and the code
     changes between them; a ``diffusers`` export of a family with two denoisers (Wan 2.2) needs no such code.
 
     Raises ``UserError``, and leaves no files, if the format does not support the model, if no scheduler has the
     student's times, if ``out`` is not empty, or if the export does not compute the same as the student.
     """
     require_empty(out)
+    card = card or CardContent()
     folder = pipeline_of(model)
     if len(folder.parts) > 1 and form is not ExportFormat.diffusers:
         raise UserError(
@@ -97,7 +100,9 @@ def export(model: Model, form: ExportFormat, out: Path, card: str = "") -> Path:
         if scheduler is not None:
             scheduler.save_pretrained(part / "scheduler")
         write_text(json.dumps(manifest.content(), indent=2) + "\n", part / MANIFEST)
-        write_text(model_card(manifest, folder.family, card), part / "README.md")
+        if card.samples is not None:
+            save_image(card.samples, part / SAMPLES)
+        write_text(model_card(manifest, folder.family, card, license_of(folder.path)), part / "README.md")
     return out
 
 

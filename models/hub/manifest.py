@@ -58,12 +58,12 @@ class Manifest(BaseModel):
         """What is written: the settings that apply."""
         return {name: value for name, value in self.model_dump(mode="json").items() if value not in (None, [])}
 
-    def second_denoiser(self, family: Family) -> str:
+    def second_denoiser(self, family: Family | type[Family]) -> str:
         """The component of the pipeline for the second of two experts, if its class has one; otherwise empty."""
         native = self.form is ExportFormat.diffusers and bool(family.two_experts) and len(self.boundaries) == 2
         return f"{family.part}_2" if native else ""
 
-    def network_folders(self, root: Path, family: Family) -> list[Path]:
+    def network_folders(self, root: Path, family: Family | type[Family]) -> list[Path]:
         """The folders of the networks of all experts."""
         others = [root / expert_name(k) for k in range(1, len(self.boundaries))]
         if self.form is ExportFormat.diffusers:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fewstep.models.condition import Condition as Condition
     from fewstep.models.denoiser import Denoiser as Denoiser
     from fewstep.models.guidance import Guidance as Guidance
+    from fewstep.models.hub.student_pipeline import load_pipeline as load_pipeline
     from fewstep.models.loading import Model as Model
     from fewstep.models.model_config import ModelConfig as ModelConfig
     from fewstep.models.saving import save_model as save_model
@@ -37,7 +38,8 @@ _MODULES = {
     "Denoiser": "models.denoiser", "Guidance": "models.guidance", "Model": "models.loading",
     "ModelConfig": "models.model_config", "SamplingConfig": "samplers.plan", "Trainer": "distill.trainer",
     "UserError": "core.errors", "encode": "api.data", "evaluate": "api.evaluate", "export": "api.export",
-    "load": "api.models", "register": "core.registry", "report": "api.report", "sample": "api.sample",
+    "load": "api.models", "load_pipeline": "models.hub.student_pipeline",
+    "register": "core.registry", "report": "api.report", "sample": "api.sample",
     "sample_files": "api.sample", "save_grid": "core.image_grid", "save_model": "models.saving", "train": "api.train",
 }  # fmt: skip
 __all__ = list(_MODULES)

@@ -47,6 +47,7 @@ COMMANDS = dict(commands())
 def test_the_commands_are_those_of_the_design() -> None:
     assert set(COMMANDS) == {
         "demo", "train", "sample", "eval", "compare", "report", "export", "explain", "winrate", "replay",
+        "app", "doctor",
         "data encode", "data reference", "data ode-pairs", "data preferences",
         "solver list", "solver compare", "solver fit-v3", "solver fit-dc",
         "bench objectives", "bench step", "bench sampler", "bench memory",

@@ -2,39 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
+from PIL import Image
 
+from fewstep.api.hub import open_repository, upload
 from fewstep.api.models import Source, checkpoint_of, config_of, load, run_of
 from fewstep.core.errors import UserError
+from fewstep.core.files import read_prompts
+from fewstep.core.image_grid import image_grid
 from fewstep.core.yaml_files import dump_yaml
 from fewstep.distill.config_files import read_settings
 from fewstep.eval.report.tables import markdown
 from fewstep.eval.score_files import read_scores
-from fewstep.models.hub.card import ADAPTERS
+from fewstep.models.hub.card import ADAPTERS, CardContent
+from fewstep.models.hub.encoded import ENCODERS, PROMPTS
 from fewstep.models.hub.export import export as export_model
 from fewstep.models.hub.export_format import ExportFormat
-from fewstep.models.loading import base_dtype
+from fewstep.models.loading import Model, base_dtype, pipeline_of
+from fewstep.samplers.generate import ImageGenerator
+from fewstep.samplers.plan import SamplingConfig
+
+SMALL, GRID = 64, 768  # pixels: images that are enlarged, and the longest side of the grid on a card
 
 
-def export(run: Source, form: ExportFormat, out: Source, device: str = "cpu", dtype: torch.dtype | None = None) -> Path:
+def export(
+    run: Source, form: ExportFormat, out: Source, device: str = "cpu", dtype: torch.dtype | None = None, *,
+    samples: int = 8, push: str | None = None, private: bool = True,
+) -> Path:  # fmt: skip
     """Writes a student as a diffusers pipeline, its denoiser alone (``merged``), a LoRA file, or one for ComfyUI, and
-    compares what was written with the student before it gets its name. A run's config and scores go into the model
-    card, without absolute paths. ``dtype`` is the type of a network's weights, by default that of the base's; adapters
-    are float32. Raises ``UserError`` if the model cannot be exported so."""
+    compares what was written with the student before it gets its name. ``dtype`` is the type of a network's weights, by
+    default that of the base's; adapters are float32.
+
+    The model card has a run's config and scores, without absolute paths, and images of ``samples`` of its prompts from
+    seed 0, if the pipeline can encode prompts. ``push``: a repository on the Hugging Face hub (``owner/name``) to
+    upload the folder to, with the token of the environment; it is created ``private`` if it does not exist.
+
+    Raises ``UserError`` if the model cannot be exported so and, before any work, if it cannot be uploaded.
+    """
     if dtype is not None and form in ADAPTERS:
         raise UserError(f"An adapter ({form}) is written in float32: leave out dtype, which is for networks.")
-    folder, card = run_of(run), ""
-    if folder is not None:
-        config = dump_yaml(_without_folders(read_settings(folder / "config.yaml")[0]))
-        card = f"## Config\n\n```yaml\n{config}```\n"
-        if checkpoint_of(run) is None and (folder / "eval.json").is_file():
-            card += f"\n## Scores\n\n{markdown(read_scores(folder / 'eval.json'))}"
+    api = open_repository(push, private) if push is not None else None
     saved = config_of(run)
     model = load(run, device, dtype=dtype or (base_dtype(saved) if saved is not None else None))
-    return export_model(model, form, Path(out), card)
+    written = export_model(model, form, Path(out), _card(model, run, samples, push or "."))
+    if api is not None and push is not None:
+        upload(api, push, written)
+    return written
+
+
+def _card(model: Model, source: Source, samples: int, at: str) -> CardContent:
+    """What a run contributes to the card of its student; of another model, only where it will be found."""
+    if (run := run_of(source)) is None:
+        return CardContent(at=at)
+    settings = read_settings(run / "config.yaml")[0]
+    config = dump_yaml(_without_folders(settings))
+    text = f"## Training\n\n`fewstep train config.yaml`, with\n\n```yaml\n{config}```\n"
+    if checkpoint_of(source) is None and (run / "eval.json").is_file():
+        text += f"\n## Scores\n\n{markdown(read_scores(run / 'eval.json'))}"
+    methods = [_objective(stage.get("objective")) for stage in settings.get("stages") or []]
+    prompts = _prompts(model, settings, samples)
+    return CardContent(text, tuple(dict.fromkeys(methods)), _images(model, prompts), tuple(prompts), at)
+
+
+def _objective(objective: Any) -> str:
+    """The name of an objective in a config: a text, or settings with a ``name``."""
+    return str(objective["name"] if isinstance(objective, dict) else objective)
+
+
+def _prompts(model: Model, settings: dict[str, Any], count: int) -> list[str]:
+    """``count`` of a student's training prompts, spread over all; none if they, or the text encoders, are missing."""
+    file = Path(str((settings.get("data") or {}).get("path"))) / PROMPTS
+    encodes = any(pipeline_of(model).has_component(name) for name in ENCODERS)
+    if not (model.config.few_step and encodes and file.is_file() and file.stat().st_size):
+        return []
+    prompts = read_prompts(file)
+    count = min(count, len(prompts))
+    return [prompts[k * len(prompts) // count] for k in range(count)]
+
+
+def _images(model: Model, prompts: Sequence[str]) -> Image.Image | None:
+    """A small grid of the student's images (of videos the first frames), one per prompt, from seed 0."""
+    if not prompts:
+        return None
+    images = ImageGenerator(model, prompts)(range(len(prompts)), SamplingConfig())
+    images = images[:, 0] if images.ndim == 5 else images
+    grid = image_grid(images, columns=4, scale=2 if images.shape[-1] <= SMALL else 1, gap=4)
+    grid.thumbnail((GRID, GRID))
+    return grid
 
 
 def _without_folders(value: Any) -> Any:

@@ -13,6 +13,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.image_files import to_bytes
 from fewstep.distill.checkpoint import step_of
 from fewstep.distill.checkpoint_student import is_checkpoint, load_student, newest_checkpoint, student_config
+from fewstep.distill.run_folder import run_settings
 from fewstep.models.loading import Model, load_model, pipeline_of, read_config, resolve_path
 from fewstep.models.model_config import ModelConfig, Size
 from fewstep.samplers.generate import SampleNoise
@@ -82,6 +83,15 @@ def run_of(source: Source) -> Path | None:
     elif folder.name in ("student", "best"):
         folder = folder.parent
     return folder if (folder / "config.yaml").is_file() else None
+
+
+def teacher_of_run(source: Source, device: str = "auto") -> Model | None:
+    """The teacher of a run, or of the run that contains a model folder, as its config names it; None without one."""
+    if (run := run_of(source)) is None:
+        return None
+    settings = run_settings(run)
+    size = tuple(settings["size"]) if settings.get("size") else None
+    return load(settings["teacher"], device, size, from_file=True) if settings.get("teacher") else None
 
 
 def noise_image(model: Model, prompts: bool) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.api.models import Source, load
+from fewstep.api.models import Source, load, teacher_of_run
 from fewstep.core.files import read_prompts
 from fewstep.distill.run_folder import run_settings
 from fewstep.eval.report.comparison import write_comparison
@@ -25,8 +25,7 @@ def compare_images(
     folder = Path(run)
     settings = run_settings(folder)
     student = load(folder, device)
-    size = tuple(settings["size"]) if settings.get("size") else None
-    teacher = load(settings["teacher"], device, size, from_file=True) if settings.get("teacher") else None
+    teacher = teacher_of_run(folder, device)
     prompted = student.config.takes_prompts
     prompts = read_prompts(Path(settings["data"]["path"]) / PROMPTS) if prompted else []
     return write_comparison(

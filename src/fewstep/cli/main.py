@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli import bench, data, demo, evaluate, models, solver, train
+from fewstep.cli import app as app_command
+from fewstep.cli import bench, data, demo, doctor, evaluate, models, solver, train
 from fewstep.cli.options import FIRST, err, leave, print_text
 from fewstep.core.errors import UserError
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     help="Distil a many-step diffusion or flow model into a few-step generator.",
     epilog="Example: fewstep train configs/fashion/demo.yaml out=runs/first",
 )  # fmt: skip
-for group in (train, models, evaluate, demo):
+for group in (train, models, evaluate, demo, app_command, doctor):
     app.add_typer(group.app)
 app.add_typer(data.app, name="data")
 app.add_typer(solver.app, name="solver")

@@ -121,11 +121,31 @@ def export(
     dtype: Annotated[
         WeightType | None, typer.Option(help="The type of a network's weights. Default: that of the base's weights.")
     ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Images on the model card, of the run's prompts; 0 samples none.")
+    ] = 8,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Also upload it to a repository of the Hugging Face hub."),
+    ] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="With --push: the repository. Default: private.")
+    ] = None,
 ) -> None:
-    """Write a student as a diffusers pipeline, a bare network or a LoRA file, and compare it with the student."""
+    """Write a student as a diffusers pipeline, a bare network or a LoRA file, and compare it with the student.
+
+    Nothing is uploaded without --push, which needs a token (HF_TOKEN, or hf auth login).
+    """
     import torch
 
     from fewstep.api.export import export as export_model
 
-    written = export_model(model_name, form, folder, device, None if dtype is None else getattr(torch, dtype))
+    if push is None:
+        refuse("--private and --public are for --push", **{"public" if private is False else "private": private})
+    written = export_model(
+        model_name, form, folder, device, None if dtype is None else getattr(torch, dtype), samples=samples, push=push,
+        private=private is not False,
+    )  # fmt: skip
     print_text(f"The student is in {written}. It was reloaded and gives the same output.")
+    if push is not None:
+        print_text(f"It was uploaded to https://huggingface.co/{push}.")

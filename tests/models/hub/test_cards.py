@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exported import card_samples, run_card, student_samples
+from exported import ADAPTERS, card_samples, run_card, student_samples
 from tiny_pipelines import STEPS, TINY, difference, settings
 
 import fewstep
 from fewstep.core.files import read_tensors
 from fewstep.distill.config_files import parse_config
-from fewstep.models.hub.card import without_paths
+from fewstep.models.hub.card import CardContent, without_paths
 from fewstep.models.hub.export import export
 from fewstep.models.hub.export_format import ExportFormat
 from fewstep.models.hub.folder import PipelineFolder
@@ -25,35 +25,7 @@ from fewstep.models.loading import load_model
 pytest.importorskip("peft")
 Saved = Callable[[str], Path]
 Runs = Callable[..., Path]
-ADAPTERS = {"rank": 2, "alpha": 6.0}
 FORMS = list(ExportFormat)
-
-
-@pytest.fixture(scope="module")
-def runs(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Trains a student, once per setting, and returns its run."""
-    folders: dict[Any, Path] = {}
-
-    def train(family: str, adapters: dict[str, Any] | None = ADAPTERS, experts: int = 1, shift: float = 1.0) -> Path:
-        key = family, str(adapters), experts, shift
-        if key not in folders:
-            raw = settings(saved(family), family, tmp_path_factory.mktemp("my runs") / "run", adapters)
-            tdm = {"name": "tdm", "steps": STEPS, "shift": shift}
-            roles = {role: {"lr": 0.03} for role in ("student", "fake")}  # the experts must differ visibly
-            raw["stages"] = [{"steps": 2, "objective": tdm, "roles": roles}]
-            if experts > 1:
-                phased = {"name": "phased_dmd", "steps": STEPS, "phases": experts, "shift": shift, "critic_updates": 1}
-                raw["stages"] = [
-                    {
-                        "steps": 1, "objective": phased | {"phase": phase}, "roles": roles,
-                        "freeze": {f"expert{phase - 1}": "student"} if phase > 1 else {},
-                    }
-                    for phase in range(1, experts + 1)
-                ]  # fmt: skip
-            folders[key] = fewstep.train(parse_config(raw, "test"))
-        return folders[key]
-
-    return train
 
 
 def check(out: Path, run: Path, base: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +33,9 @@ def check(out: Path, run: Path, base: Path, name: str, monkeypatch: pytest.Monke
     pipeline, arguments = run_card(out, base)
     for _ in range(2):  # the second call must start with the first expert again
         noise, theirs = card_samples(TINY[name], PipelineFolder.open(base), pipeline, arguments)
-        assert difference(student_samples(run / "student", TINY[name], pipeline, noise), theirs) < 1e-4
+        assert (
+            difference(student_samples(run / "student", TINY[name], pipeline, noise), theirs) < 3e-6
+        )  # another expert changes some by 8e-6
 
 
 @pytest.mark.parametrize(
@@ -162,7 +136,8 @@ def test_copied_components_and_added_text_contain_no_local_path(saved: Saved, tm
     shutil.copytree(saved("sd"), base)
     for file in (base / "model_index.json", base / "vae" / "config.json", base / "text_encoder" / "config.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"_name_or_path": str(base)}))
-    out = export(load_model(base), ExportFormat.diffusers, tmp_path / "out", f"Compared with {tmp_path}/ref.npz.")
+    content = CardContent(f"Compared with {tmp_path}/ref.npz.")
+    out = export(load_model(base), ExportFormat.diffusers, tmp_path / "out", content)
     assert leaks(out, tmp_path) == []
     assert "Compared with ref.npz." in (out / "README.md").read_text()
 
@@ -187,7 +162,7 @@ def test_the_card_of_a_hub_teachers_student_is_headed_by_its_hub_id(saved: Saved
     run = fewstep.train(parse_config(settings(snapshot, "sd", tmp_path / "run", ADAPTERS), "test"))
     out = fewstep.export(run, ExportFormat.lora, tmp_path / "out")
     card = (out / "README.md").read_text()
-    assert card.startswith("# A 2-step student of owner/my-model\n")
+    assert "\n---\n\n# A 2-step student of owner/my-model\n" in card
     assert 'DiffusionPipeline.from_pretrained("owner/my-model")' in card
     assert json.loads((out / "fewstep.json").read_text())["base"] == "owner/my-model"
 
