@@ -15,6 +15,7 @@ from PIL import Image
 
 from fewstep.core.image_data import ImageData, open_images
 from fewstep.core.tables import read_texts
+from fewstep.eval.score_files import read_scores
 
 PAGE = (Path(__file__).parents[1] / "docs" / "own_data.md").read_text(encoding="utf-8")
 TINY = ["batch=4", "stages.0.steps=2", "previews.every=2", "device=cpu"]
@@ -31,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     numbers = np.random.default_rng(0)
     for number, name in enumerate(("bee", "cat", "dog")):
         (tmp_path / "photos" / name).mkdir(parents=True)
-        for k in range(3):
+        for k in range(30):
             pixels = numbers.integers(0, 256, (70 + 10 * number, 90, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{k:04d}.jpg")
     teacher, student, _ = blocks("yaml")
@@ -47,16 +48,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_command_of_the_page_runs_in_turn(folder: Path) -> None:
     commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 9
+    assert len(commands) == 13
     for program, *arguments in commands:
         assert program == "fewstep"
         if arguments[0] == "train":
             arguments += TINY + (NETWORK if arguments[1] == "teacher.yaml" else [])
+            arguments += ["validation.every=2", "validation.n=10"] if "out=runs/photos_scored" in arguments else []
+        if arguments[:2] == ["data", "reference"]:
+            arguments += ["--epochs", "1"]
+        if arguments[0] == "eval":
+            arguments[arguments.index("--n") + 1] = "20"
         completes(*arguments)
     configs = {run: json.loads((folder / "runs" / run / "student" / "config.json").read_text())
                for run in ("photos", "photos_4_steps", "faces", "faces_4_steps")}  # fmt: skip
     assert configs["photos"]["class_names"] == configs["photos_4_steps"]["class_names"] == ["bee", "cat", "dog"]
     assert configs["faces_4_steps"]["classes"] == 0
+    scores = read_scores(folder / "runs" / "photos_scored" / "eval.json")
+    assert {score.steps for score in scores} == {2, 4}
+    assert {"fd_photos_reference", "accuracy"} <= {score.metric for score in scores}
+    assert "fd_photos_reference" in (folder / "runs" / "photos_scored" / "report.html").read_text()
     for name in ("grid.png", "teacher.png", "faces.png"):
         with Image.open(folder / name) as grid:
             assert min(grid.size) > 64
@@ -67,4 +77,4 @@ def test_every_command_of_the_page_runs_in_turn(folder: Path) -> None:
 def test_the_expression_of_the_page_opens_the_images(folder: Path) -> None:
     (expression,) = re.findall(r"`(open_images\(.*?\))` of", PAGE)
     table = eval(expression, {"open_images": open_images, "ImageData": ImageData})
-    assert (len(table), table.class_names, table.shape) == (9, ("bee", "cat", "dog"), (3, 64, 64))
+    assert (len(table), table.class_names, table.shape) == (90, ("bee", "cat", "dog"), (3, 64, 64))

@@ -188,7 +188,7 @@ def test_names_of_classes_are_checked_and_no_part_of_a_models_hash() -> None:
     model = load_model("fashion")
     nameless = model.model_copy(update={"config": model.config.model_copy(update={"class_names": None})})
     assert model_sha256(nameless) == model_sha256(model)
-    with pytest.raises(ValueError, match="class_names must have 10 names, one per class, got 1"):
+    with pytest.raises(ValueError, match="class_names must be 10 different names, one for each of the classes"):
         fewstep.ModelConfig.model_validate(model.config.model_dump() | {"class_names": ["bag"]})
 
 

@@ -32,6 +32,7 @@ USES = {  # what an extra is for; those that are not here are for developers
     "eval": "FID, KID, CLIP scores and the other metrics of protocols (fewstep eval --protocol)",
     "efficientnet": "the metric fd_efficientnet",
     "quantized": "8- and 4-bit weights, 8-bit AdamW",
+    "data": "images from Parquet files, WebDatasets and the hub (data.kind: dataset)",
     "video": "reading and writing MP4",
     "tensorboard": "the tracker TensorBoard",
     "app": "trying a model in the browser (fewstep app)",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fewstep.api.hub import open_repository, upload
 from fewstep.api.models import Source, checkpoint_of, config_of, load, run_of
-from fewstep.core.errors import UserError
+from fewstep.core.errors import UserError, nearest
 from fewstep.core.files import read_prompts
 from fewstep.core.image_grid import image_grid
 from fewstep.core.yaml_files import dump_yaml
@@ -30,7 +30,7 @@ SMALL, GRID = 64, 768  # pixels: images that are enlarged, and the longest side 
 
 
 def export(
-    run: Source, form: ExportFormat, out: Source, device: str = "cpu", dtype: torch.dtype | None = None, *,
+    run: Source, form: ExportFormat | str, out: Source, device: str = "cpu", dtype: torch.dtype | None = None, *,
     samples: int = 8, push: str | None = None, private: bool = True,
 ) -> Path:  # fmt: skip
     """Writes a student as a diffusers pipeline, its denoiser alone (``merged``), a LoRA file, or one for ComfyUI, and
@@ -43,6 +43,7 @@ def export(
 
     Raises ``UserError`` if the model cannot be exported so and, before any work, if it cannot be uploaded.
     """
+    form = _format(form)
     if dtype is not None and form in ADAPTERS:
         raise UserError(f"An adapter ({form}) is written in float32: leave out dtype, which is for networks.")
     api = open_repository(push, private) if push is not None else None
@@ -52,6 +53,12 @@ def export(
     if api is not None and push is not None:
         upload(api, push, written)
     return written
+
+
+def _format(name: str) -> ExportFormat:
+    if name not in list(ExportFormat):
+        raise UserError(f"{name!r} is no format of exports{nearest(name, list(ExportFormat))}.")
+    return ExportFormat(name)
 
 
 def _card(model: Model, source: Source, samples: int, at: str) -> CardContent:
