@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fewstep.api.evaluate import evaluate as evaluate
     from fewstep.api.export import export as export
     from fewstep.api.models import load as load
+    from fewstep.api.reference import make_reference as make_reference
     from fewstep.api.report import report as report
     from fewstep.api.sample import sample as sample
     from fewstep.api.sample import sample_files as sample_files
@@ -39,7 +40,7 @@ _MODULES = {
     "ModelConfig": "models.model_config", "SamplingConfig": "samplers.plan", "Trainer": "distill.trainer",
     "UserError": "core.errors", "encode": "api.data", "evaluate": "api.evaluate", "export": "api.export",
     "load": "api.models", "load_pipeline": "models.hub.student_pipeline",
-    "register": "core.registry", "report": "api.report", "sample": "api.sample",
+    "make_reference": "api.reference", "register": "core.registry", "report": "api.report", "sample": "api.sample",
     "sample_files": "api.sample", "save_grid": "core.image_grid", "save_model": "models.saving", "train": "api.train",
 }  # fmt: skip
 __all__ = list(_MODULES)
