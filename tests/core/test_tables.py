@@ -37,7 +37,8 @@ every_suffix = pytest.mark.parametrize("suffix", tables.TABLE_SUFFIXES)
 @every_suffix
 @pytest.mark.parametrize("column", tables.CAPTION_COLUMNS)
 def test_captions_are_those_of_the_only_usual_column(suffix: str, column: str, tmp_path: Path) -> None:
-    file = write(tmp_path, suffix, id=["1", "2", "3"], **{column: TEXTS})
+    padded = [f" {TEXTS[0]} ", *TEXTS[1:]]
+    file = write(tmp_path, suffix, id=["1", "2", "3"], **{column: padded})
     assert table_columns(file) == ["id", column]
     assert read_texts(file) == TEXTS
     assert read_texts(file, "id") == ["1", "2", "3"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from worlds import tiny_teacher
 from fewstep.api.evaluate import evaluate, evaluate_images
 from fewstep.core.errors import UserError
 from fewstep.eval.evaluate_reference import DIRECTIONS, ReferenceEvaluator, conditional_metrics, reference_direction
+from fewstep.eval.hashes import model_sha256
 from fewstep.eval.metrics.frechet import frechet_error, grouped_moments
 from fewstep.eval.networks.features import extract_features
 from fewstep.eval.protocol import load_protocol
 from fewstep.eval.references import load_reference, real_images
 from fewstep.eval.toy_captions import CaptionSet, prompt_following, tint
-from fewstep.models.loading import load_model
+from fewstep.models.loading import Model, load_model
 
 REFERENCE = load_reference("fashion")
 IMAGES, LABELS = real_images("fashion")
@@ -99,3 +101,14 @@ def test_a_grid_that_lists_its_times_has_their_number_of_steps() -> None:
         assert sorted({score.steps for score in found}) == steps
     with pytest.raises(UserError, match="it has 3 steps, but 2 were requested"):
         evaluate("fashion", n=20, grid="times:1,0.6,0.3", steps=[2], device="cpu")
+
+
+def test_names_of_classes_are_no_part_of_a_models_hash(tmp_path: Path) -> None:
+    """A score stays that of its model, and hashes from before there were names stay valid."""
+    model = load_model(tiny_teacher(tmp_path))
+
+    def changed(**changes: Any) -> Model:
+        return Model(denoiser=model.denoiser, config=model.config.model_copy(update=changes))
+
+    assert model_sha256(changed(class_names=tuple("abcdefghij"))) == model_sha256(model)
+    assert model_sha256(changed(shift=2.0)) != model_sha256(model)
