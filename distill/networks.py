@@ -85,6 +85,7 @@ def _new_of_pipeline(changed: Mapping[str, Any], teacher: Model) -> tuple[Denois
             "name out, and change the settings of that class."
         )
     folder = _one_denoiser(pipeline_of(teacher))
+    folder.require_settings(changed)
     before = teacher.config.backbone.get("network", folder.network_settings(folder.path / folder.family.part))
     settings = {**before, **changed}
     update = {

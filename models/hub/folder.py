@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,12 +155,9 @@ class PipelineFolder:
     ) -> Denoiser:  # fmt: skip
         """A new network of the class of the pipeline's denoiser, randomly initialised, in eval mode on the CPU.
 
-        Raises ``UserError`` on unknown settings and those of which no network can be built.
+        Raises ``UserError`` on settings of which no network can be built.
         """
         cls = self.network_class
-        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
-        if unknown := sorted(settings.keys() - set(known)):
-            raise UserError(f"A {cls.__name__} has no setting {unknown[0]!r}{nearest(unknown[0], known)}.")
         try:
             with _without_progress_bars():
                 network = cls.from_config(dict(settings)).eval()
@@ -176,6 +173,14 @@ class PipelineFolder:
         style = GuidanceStyle(family.embeds_guidance, family.postprocess_guidance if own else None)
         paths = [path if path == AUTO else f"network.{path}" for path in feature_layers]
         return Denoiser(HubBackbone(family, network), schedule, kind, paths, style).eval()
+
+    def require_settings(self, names: Iterable[str]) -> None:
+        """Raises ``UserError`` if the class of the pipeline's denoiser has no setting of one of these names."""
+        known = [name for name in inspect.signature(self.network_class.__init__).parameters if name != "self"]
+        if unknown := sorted(set(names) - set(known)):
+            raise UserError(
+                f"A {self.network_class.__name__} has no setting {unknown[0]!r}{nearest(unknown[0], known)}."
+            )
 
     @staticmethod
     def network_settings(folder: Path) -> dict[str, Any]:
