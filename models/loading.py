@@ -296,7 +296,7 @@ def _network(
         schedule = schedule_from_dict(config.noise_schedule)
         return folder.build(network, schedule, config.prediction, dtype or torch.float32, feature_layers)
 
-    networks = [backbone.get("network") for backbone in config.backbones]
+    networks = [None if config.lora else backbone.get("network") for backbone in config.backbones]
     if None not in networks:
         experts = [build(network) for network in networks if network is not None]
         return routed(experts, config.boundaries).eval() if config.boundaries else experts[0]

@@ -221,6 +221,24 @@ def test_experts_are_a_small_student_and_the_teacher(saved: Saved, tmp_path: Pat
     for model in (load_model(tmp_path / "run"), fewstep.load(checkpoints(tmp_path / "run/checkpoints")[-1], "cpu")):
         assert_same(trained, weights(model))
         assert [len(expert.network.transformer_blocks) for expert in model.denoiser.backbone.experts] == [1, 2]
+    exported = load_model(fewstep.export(tmp_path / "run", ExportFormat.diffusers, tmp_path / "export"))
+    assert_same(weights(exported), trained)
+
+
+def test_a_small_student_is_the_teacher_of_another_run(saved: Saved, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    first = fewstep.train(config(saved("sd3"), "sd3", tmp_path / "first", {"backbone": {"num_layers": 1}}),
+                          progress=False)  # fmt: skip
+    for name, adapters in (("copies", None), ("adapters", ADAPTERS)):
+        raw = settings(first, "sd3", tmp_path / name, adapters)
+        raw["data"]["path"] = str(saved("sd3") / "prompts")
+        run = RunFolder.create(parse_config(raw, "test"), CPU)
+        run.train()
+        assert_same(weights(load_model(tmp_path / name)), run.trainer.generator.backbone.state_dict())
+        if adapters is None:
+            assert plan_memory(run.trainer.config).roles["teacher"].weights == sum(
+                value.nbytes for value in weights(load_model(first)).values()
+            )
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
