@@ -192,6 +192,8 @@ def test_a_frozen_copy_of_a_network_is_the_reference_of_preferences(tmp_path: Pa
     data = {"kind": "tensors", "path": str(tmp_path / "pairs.safetensors")}
     trainer = Trainer.create(config(tmp_path, stages=[stage], data=data), device="cpu")
     assert trainer.advance(1)["loss/dpo"] == pytest.approx(0.6931, abs=1e-3), "student and reference are equal at first"
+    student, reference = (trainer.roles.denoiser(name).backbone.enter.weight for name in ("student", "reference"))
+    assert not torch.equal(student, reference), "each role has its own copy"
 
 
 # --- schedules and features -------------------------------------------------------------------------------------------
