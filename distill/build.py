@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from fewstep.distill.config import DATA_KINDS, Config, DataConfig
 from fewstep.distill.data.batch import SOURCES, Source
 from fewstep.distill.data.readers import read_stored
 from fewstep.distill.data.sources import Images, Labels, Prompts
+from fewstep.distill.networks import load_networks
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role
 from fewstep.models.adapters import checkpoint_gradients, share_network
@@ -40,8 +41,8 @@ DTYPES = {
 @dataclass(frozen=True)
 class TrainingInputs:
     """The inputs of training. ``roles`` holds the teacher, or the new network as ``model``; ``model_config`` belongs to
-    that network. ``prompts`` and ``pipeline`` belong to a text-conditioned teacher, ``teacher_sha256`` is the hash of
-    the teacher's weights."""
+    that network. ``networks`` are others, on the host, from which roles start. ``prompts`` and ``pipeline`` belong to a
+    text-conditioned teacher, ``teacher_sha256`` is the hash of the teacher's weights. ``notes`` are for the log."""
 
     roles: Mapping[str, Role]
     sources: Mapping[str, Source]
@@ -49,6 +50,13 @@ class TrainingInputs:
     prompts: EncodedPrompts | None = None
     pipeline: PipelineFolder | None = None
     teacher_sha256: str | None = None
+    networks: Mapping[str, Model] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def networks_sha256(self) -> dict[str, str]:
+        """The hashes of the weights of ``networks``."""
+        return {name: weights_hash(model.denoiser) for name, model in self.networks.items()}
 
 
 def build_inputs(
@@ -75,25 +83,30 @@ def build_inputs(
     else:
         raise UserError("The config has neither teacher (to distil) nor model (to pretrain); give one of them.")
     pipeline = pipeline_of(model) if config.data.kind == "prompts" and data is None else None
+    networks, notes = load_networks(config, model)
     backbone, model_config = model.denoiser.backbone, model.config
-    set_attention(backbone, config.attention, device)
+    for network in (backbone, *(other.denoiser.backbone for other in networks.values())):
+        set_attention(network, config.attention, device)
     if config.weights in ("int8", "nf4"):
         quantize(backbone, config.weights)
     if config.adapters is not None:
         lora = share_network(model.denoiser, **dict(config.adapters))
         model_config = model_config.model_copy(update={"base": config.teacher, "lora": lora})
     if config.gradient_checkpointing:
-        checkpoint_gradients(model.denoiser.backbone)
+        for each in (model, *networks.values()):
+            checkpoint_gradients(each.denoiser.backbone)
     teacher_sha256 = weights_hash(model.denoiser)
-    roles = {"teacher": Role(_placed(model.denoiser, config, device, world))}
+    roles = {"teacher": Role(placed(model.denoiser, config, device, world))}
     prompts = _prompts(config.data, pipeline, model_config) if pipeline is not None else None
     source = data or _source(config.data, model_config, prompts, pipeline)
     if pipeline is None:
         _check_shape(source, model_config)
-    return TrainingInputs(roles, {"data": source}, model_config, prompts, pipeline, teacher_sha256)
+    return TrainingInputs(
+        roles, {"data": source}, model_config, prompts, pipeline, teacher_sha256, networks, notes
+    )  # fmt: skip
 
 
-def _placed(denoiser: Denoiser, config: Config, device: torch.device, world: World) -> Denoiser:
+def placed(denoiser: Denoiser, config: Config, device: torch.device, world: World) -> Denoiser:
     """The denoiser on its device, or split over the processes, layer by layer: a device may not hold it whole."""
     if config.shard and world.mesh is not None:
         sharding.split(denoiser, world.mesh)
@@ -109,7 +122,7 @@ def _pretraining(
     set_attention(denoiser.backbone, config.attention, device)
     if config.gradient_checkpointing:
         checkpoint_gradients(denoiser.backbone)
-    roles = {"model": Role(_placed(denoiser, config, device, world))}
+    roles = {"model": Role(placed(denoiser, config, device, world))}
     source = data or _source(config.data, model_config, None, None)
     _check_shape(source, model_config)
     if isinstance(source, Images) and model_config.classes and source.table.class_names:

@@ -167,9 +167,25 @@ class AdapterConfig(BaseConfig):
     targets: tuple[str, ...] | None = None
 
 
+class NetworkConfig(BaseConfig):
+    """Another network than the teacher's, from which roles start (``init: NAME``): the saved model ``checkpoint`` (a
+    run, a model folder, a bundled name; beside a pipeline also a pipeline, or a denoiser's folder as diffusers saves
+    it), or a new one with the teacher's settings but for those in ``backbone``. Samples and conditions must be the
+    teacher's. Of a new network, tensors with the name and shape of one of the teacher's are copied."""
+
+    checkpoint: str | None = None
+    backbone: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.checkpoint is None) == (self.backbone is None):
+            raise ValueError("give either checkpoint (a saved model) or backbone (a new network's settings)")
+        return self
+
+
 class Config(BaseConfig):
     """A run. Give either ``teacher`` (a folder, a bundled name, or a diffusers pipeline by folder or hub id) or
-    ``model`` (a new network).
+    ``model`` (a new network). ``networks`` are others, by name, from which roles start: a smaller student, say.
 
     For pipelines: ``size`` is height, width and frames in pixels; ``weights`` is the type of the teacher's weights
     (with adapters also ``int8`` or ``nf4`` for linear layers); trained weights are float32, and all networks compute in
@@ -197,6 +213,7 @@ class Config(BaseConfig):
     offload: bool = False
     shard: bool = False
     model: ModelConfig | None = None
+    networks: dict[str, NetworkConfig] = Field(default_factory=dict)
     data: DataConfig = DataConfig()
     batch: int = Field(64, ge=1, le=MAX_COUNT)
     accumulate: int = Field(1, ge=1, le=MAX_COUNT)
@@ -236,12 +253,18 @@ class Config(BaseConfig):
             )
         if self.data.kind == "prompts" and self.model is not None:
             raise ValueError("data.kind: prompts needs a teacher that is a diffusers pipeline")
-        for name in ("base", "base_sha256", "lora", "precision", "base_weights"):
+        for name in ("base", "base_sha256", "lora", "precision", "base_weights", "expert_backbones"):
             if self.model is not None and getattr(self.model, name) is not None:
                 raise ValueError(f"model.{name} describes a trained model, not a new one: leave it out")
         if self.weights in ("int8", "nf4") and self.adapters is None:
             raise ValueError(f"weights: {self.weights} cannot be trained; add adapters")
-        if self.weights in ("int8", "nf4") and any(r.full_finetune for s in self.stages for r in s.roles.values()):
+        copies = [  # of the teacher
+            role
+            for k, stage in enumerate(self.stages)
+            for name, role in stage.roles.items()
+            if self.origins(k)[name] not in self.networks
+        ]
+        if self.weights in ("int8", "nf4") and any(role.full_finetune for role in copies):
             raise ValueError(f"weights: {self.weights} cannot be trained, so no role can have full_finetune")
         if self.shard and self.offload:
             raise ValueError("shard and offload both save device memory; give one of them")
@@ -250,11 +273,40 @@ class Config(BaseConfig):
         roles = [role for stage in self.stages for role in stage.roles.values()]
         if self.shard and any(role.optimizer == "adamw8bit" for role in roles):
             raise ValueError("shard splits the moments of adamw, not those of adamw8bit")
-        if self.shard and self.adapters is not None and any(role.full_finetune for role in roles):
+        if self.shard and self.adapters is not None and any(role.full_finetune for role in copies):
             raise ValueError("with shard and adapters, no role can have full_finetune: the shared network is split")
         if self.offload and self.adapters is not None:
             raise ValueError("offload is for copies: with adapters every evaluation needs the one shared network")
         return self
+
+    @model_validator(mode="after")
+    def _networks_fit(self) -> Self:
+        if self.networks and self.model is not None:
+            raise ValueError("networks are for a teacher's students, not for a new network (model)")
+        names = {"teacher", "model", "keep", "new"}.union(*({*stage.roles, *stage.freeze} for stage in self.stages))
+        if taken := sorted(names & self.networks.keys()):
+            raise ValueError(f"networks.{taken[0]}: roles and values of init have this name; choose another")
+        starts = {role.init for stage in self.stages for role in stage.roles.values()}
+        if unused := sorted(self.networks.keys() - starts.union(*(stage.freeze.values() for stage in self.stages))):
+            raise ValueError(f"networks.{unused[0]}: no role starts from it; set init: {unused[0]} for one")
+        for k, stage in enumerate(self.stages):
+            for name, role in stage.roles.items():
+                adapts = self.adapters is not None and role.init != "keep" and not role.full_finetune
+                if adapts and self.origins(k)[name] in self.networks:
+                    raise ValueError(
+                        f"stages.{k}.roles.{name}.init = {role.init!r}: adapters are on the teacher's network, and "
+                        "this is another one; set full_finetune: true for this role"
+                    )
+        return self
+
+    def origins(self, number: int) -> dict[str, str]:
+        """The network that each role of a stage is a copy of: ``teacher``, ``model``, or one of ``networks``."""
+        first = "teacher" if self.model is None else "model"
+        found = {first: first} | {name: name for name in self.networks}
+        for stage in self.stages[: number + 1]:
+            starts = {name: name if role.init == "keep" else role.init for name, role in stage.roles.items()}
+            found |= {name: found.get(start, first) for name, start in (stage.freeze | starts).items()}
+        return found
 
     @property
     def steps(self) -> int:

@@ -26,6 +26,7 @@ from fewstep.distill.update import Every, StudentSample
 from fewstep.models.backbone import Backbone
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.loading import Model
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.schedules import RectifiedFlow
 
@@ -125,10 +126,9 @@ def stand_in_trainer(config: Config) -> Trainer:
     tensors = frozenset(name for stage in config.stages for name in stage.objective.tensors)
     denoiser = Denoiser(StandIn(), schedule)
     denoiser.record_features([path for stage in config.stages for path in stage.objective.teacher_features])
-    inputs = TrainingInputs(
-        {origin: Role(denoiser)}, {"data": StandInData(tensors)},
-        ModelConfig(backbone={"name": "stand-in"}, shape=SHAPE, classes=2),
-    )  # fmt: skip
+    model_config = ModelConfig(backbone={"name": "stand-in"}, shape=SHAPE, classes=2)
+    others = {name: Model(denoiser=Denoiser(StandIn(), schedule), config=model_config) for name in config.networks}
+    inputs = TrainingInputs({origin: Role(denoiser)}, {"data": StandInData(tensors)}, model_config, networks=others)
     plain = {"batch": BATCH, "adapters": None, "offload": False, "precision": "float32"}
     return Trainer(config.model_copy(update=plain), inputs, torch.device("cpu"))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep.core.errors import UserError
+from fewstep.core.files import read_json_object
 from fewstep.distill.build import DTYPES
-from fewstep.distill.config import Config
+from fewstep.distill.config import AdapterConfig, Config, NetworkConfig
 from fewstep.distill.explain import stand_in_trainer
+from fewstep.distill.networks import is_network_folder
 from fewstep.distill.processes import GROUP
 from fewstep.distill.roles import Role
 from fewstep.distill.sharded_memory import Shards
@@ -34,6 +37,7 @@ from fewstep.models.attention import set_attention
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.live_memory import EvaluationMemory, evaluation_memory, to_fake
+from fewstep.models.loading import resolve_path
 from fewstep.models.quantized import is_quantized, quantized_bytes
 from fewstep.models.skeleton import META, Skeleton, encoded_shapes, skeleton, skeleton_of
 
@@ -151,6 +155,7 @@ class PlannedStage:
 def _stages(config: Config) -> Iterator[PlannedStage]:
     network = _network(config)
     before = {"teacher" if config.model is None else "model": Role(network.denoiser)}
+    others = {name: partial(_other, config, settings) for name, settings in config.networks.items()}
     trainer = stand_in_trainer(config.model_copy(update={"accumulate": min(2, config.accumulate)}))  # more repeat it
     rows = {name: torch.zeros(1, *shape, dtype=dtype, device=META)
             for name, (shape, dtype) in network.condition.items() if name != "guidance"}  # fmt: skip
@@ -160,7 +165,7 @@ def _stages(config: Config) -> Iterator[PlannedStage]:
         with META:
             networks = stage.objective.networks(network.denoiser, network.shape, Condition(rows))
             configs = {name: role.model_copy(update={"optimizer": "adamw"}) for name, role in stage.roles.items()}
-            roles = roles_of_stage(before, configs, stage.freeze, networks)
+            roles = roles_of_stage(before, configs, stage.freeze, networks, others)
         frozen = roles.keys() - stage.roles.keys() - dict(trainer.objective.experts).keys()
         updates = {update.name: update.roles for update in trainer.objective.updates}
         yield PlannedStage(number, network, roles, frozenset(frozen), snapshots(trainer), updates)
@@ -178,12 +183,29 @@ def _network(config: Config) -> Skeleton:
     condition = {name: (shapes.get(name, shape), dtype) for name, (shape, dtype) in network.condition.items()}
     denoiser = network.denoiser
     denoiser.record_features([path for stage in config.stages for path in stage.objective.teacher_features])
+    return Skeleton(_prepared(denoiser, config, config.adapters), network.shape, condition)
+
+
+def _other(config: Config, settings: NetworkConfig) -> Denoiser:
+    """One of the networks from which roles start, as ``load_networks`` returns it."""
+    assert config.teacher is not None
+    if settings.checkpoint is None:
+        denoiser = skeleton(config.teacher, config.size, torch.float32, settings.backbone or {}).denoiser
+    elif is_network_folder(settings.checkpoint):
+        network = read_json_object(resolve_path(settings.checkpoint) / "config.json")
+        denoiser = skeleton(config.teacher, config.size, torch.float32, network).denoiser
+    else:
+        denoiser = skeleton(settings.checkpoint, config.size, torch.float32).denoiser
+    return _prepared(denoiser, config)
+
+
+def _prepared(denoiser: Denoiser, config: Config, adapters: AdapterConfig | None = None) -> Denoiser:
     set_attention(denoiser.backbone, "math" if config.attention == "math" else "sdpa", torch.device("cpu"))
-    if config.adapters is not None:
-        share_network(denoiser, **dict(config.adapters))
+    if adapters is not None:
+        share_network(denoiser, **dict(adapters))
     if config.gradient_checkpointing:
         checkpoint_gradients(denoiser.backbone)
-    return Skeleton(denoiser, network.shape, condition)
+    return denoiser
 
 
 def _plan_stage(config: Config, stage: PlannedStage, devices: int, costs: Cost) -> MemoryPlan:

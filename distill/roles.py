@@ -106,13 +106,18 @@ def blend(role: Role, towards: Role, share: float) -> None:
 
 
 def require_blendable(roles: Roles, *names: str) -> None:
-    """Raises ``UserError`` unless these roles are copies: the product of averaged LoRA factors is not the average of
-    their products, which has twice the rank."""
+    """Raises ``UserError`` unless these roles are copies of one network: other networks have no common parameters, and
+    the product of averaged LoRA factors is not the average of their products, which has twice the rank."""
     adapters = [name for name in names if isinstance(roles.denoiser(name).backbone, AdapterView)]
     if adapters:
         raise UserError(
             f"blend interpolates {' and '.join(names)}, but these train adapters: {' and '.join(adapters)}. "
             "Averaged LoRA factors are not an averaged network. Set blend: 0, or full_finetune: true for both roles."
+        )
+    if len({tuple((n, p.shape) for n, p in roles[name].module.named_parameters()) for name in names}) > 1:
+        raise UserError(
+            f"blend interpolates {' and '.join(names)}, but these are different networks. Set blend: 0, or let both "
+            "start from the same one."
         )
 
 

@@ -57,6 +57,7 @@ class RunFolder(Callback):
         self._origin: dict[str, Any] = {  # what checkpoints are bound to
             "config": trainer.config.model_dump(mode="json"),
             "teacher_sha256": trainer.inputs.teacher_sha256,
+            "networks_sha256": trainer.inputs.networks_sha256,
             "processes": trainer.world.size,
         }
         self._resumed: dict[str, Any] | None = None  # the line for resumes.jsonl
@@ -74,6 +75,7 @@ class RunFolder(Callback):
         world.once(lambda: check_installed(config.trackers))
         with world.together():
             run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device, world=world), device, world))
+        run._notes += run.trainer.inputs.notes
         world.once(run._start)
         run._lock.release()
         return run
@@ -240,6 +242,9 @@ class RunFolder(Callback):
             raise UserError(f"The run is at step {state['step']}, after the end of its stage with these settings.")
         if before["teacher_sha256"] != self._origin["teacher_sha256"]:
             raise UserError("The run's teacher had other weights: restore them, or train in another folder.")
+        for name, sha256 in before.get("networks_sha256", {}).items():
+            if sha256 != self._origin["networks_sha256"].get(name):
+                raise UserError(f"networks.{name} had other weights: restore them, or train in another folder.")
         if before["processes"] != self._origin["processes"]:
             self._notes.append(
                 f"The run had {before['processes']} processes and has {self._origin['processes']} now: they share the "
@@ -290,6 +295,9 @@ def _named_modules(settings: dict[str, Any]) -> Iterator[tuple[Kind, Any]]:
 
     yield "teacher", get("teacher")
     yield "backbone", get("model", "backbone", "name")
+    for name in settings["networks"] if isinstance(settings.get("networks"), dict) else ():
+        yield "teacher", get("networks", name, "checkpoint")
+        yield "backbone", get("networks", name, "backbone", "name")
     yield "data", get("data", "kind")
     yield "solver", get("validation", "solver")
     for stage in settings.get("stages") or []:

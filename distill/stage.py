@@ -107,6 +107,17 @@ class ObjectiveConfig(BaseConfig):
         """The modules of the teacher's network, and of its copies, whose outputs it uses as features."""
         return ()
 
+    @property
+    def feature_roles(self) -> frozenset[str]:
+        """The roles with these features."""
+        return frozenset({"teacher", "fake"} if self.teacher_features else ())
+
+    @property
+    def own_schedules(self) -> frozenset[str]:
+        """The roles that may have another noise schedule than the teacher's: those whose samples it uses at level 0
+        alone, and at no time of theirs."""
+        return frozenset()
+
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
         """The networks that it creates, by the role that uses them (``init: new``); ``condition`` has one row."""
         return {}
@@ -132,11 +143,12 @@ def guidance_of(objective: ObjectiveConfig) -> float:
 class RoleConfig(BaseConfig):
     """How a trained role starts and learns.
 
-    ``init`` names the role that it copies (``teacher``, or ``student`` of the previous stage); ``model`` is a newly
-    initialised network, ``new`` one that the objective creates (a discriminator), and ``keep`` continues with the role
-    as it was. ``full_finetune`` makes it a copy even in a run with adapters. The learning rate is warmed up linearly
-    over ``warmup`` updates. Then it is constant or, with ``lr_schedule: cosine``, falls to zero over the role's updates
-    in the stage. ``ema`` is the decay of the weights' moving average.
+    ``init`` names the role that it copies (``teacher``, or ``student`` of the previous stage), or one of the run's
+    ``networks``; ``model`` is a newly initialised network, ``new`` one that the objective creates (a discriminator),
+    and ``keep`` continues with the role as it was. ``full_finetune`` makes it a copy even in a run with adapters, as a
+    role that starts from one of ``networks`` must be. The learning rate is warmed up linearly over ``warmup`` updates.
+    Then it is constant or, with ``lr_schedule: cosine``, falls to zero over the role's updates in the stage. ``ema`` is
+    the decay of the weights' moving average.
     """
 
     init: str = "teacher"
@@ -189,21 +201,27 @@ def roles_of_stage(
     configs: Mapping[str, RoleConfig],
     freeze: Mapping[str, str],
     networks: Mapping[str, nn.Module] = MappingProxyType({}),
+    others: Mapping[str, Callable[[], nn.Module]] = MappingProxyType({}),
 ) -> dict[str, Role]:
     """The roles of the next stage: frozen copies first (``freeze`` maps new name -> role), then the trained ones.
 
-    A copy of a trained role has its averaged weights. Roles that are not named stay, frozen. Raises ``UserError`` if a
-    role to start from does not exist.
+    ``networks`` are those that the objective creates, ``others`` return a copy of a network that is no role. A copy of
+    a trained role has its averaged weights. Roles that are not named stay, frozen. Raises ``UserError`` if a role to
+    start from does not exist.
     """
 
     def source(name: str, user: str) -> Role:
         if name not in before:
             raise UserError(
-                f"The role {user!r} starts from {name!r}, which this stage does not have{nearest(name, before)}."
+                f"The role {user!r} starts from {name!r}, which this stage does not have"
+                f"{nearest(name, [*before, *others])}."
             )
         return before[name]
 
-    def duplicate(role: Role, full_finetune: bool = False, trained: bool = True) -> nn.Module:
+    def duplicate(name: str, user: str, full_finetune: bool = False, trained: bool = True) -> nn.Module:
+        if name in others:
+            return others[name]()
+        role = source(name, user)
         with role.averaged():
             module = role.module
             if not isinstance(module, Denoiser):
@@ -218,7 +236,7 @@ def roles_of_stage(
 
     roles = {name: Role(role.module) for name, role in before.items()}
     for name, origin in freeze.items():
-        roles[name] = Role(duplicate(source(origin, name), trained=False))
+        roles[name] = Role(duplicate(origin, name, trained=False))
     for name, config in configs.items():
         if config.init == "keep":
             roles[name] = make_role(source(name, name).module, config)
@@ -227,5 +245,5 @@ def roles_of_stage(
                 raise UserError(f"The objective creates no network {name!r}{nearest(name, networks)}; change its init.")
             roles[name] = make_role(networks[name], config)
         else:
-            roles[name] = make_role(duplicate(source(config.init, name), config.full_finetune), config)
+            roles[name] = make_role(duplicate(config.init, name, config.full_finetune), config)
     return roles

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fewstep.core.devices import pick_device
-from fewstep.core.errors import UserError, nearest
+from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.build import DTYPES, TrainingInputs, build_inputs
+from fewstep.distill import stage_checks as checks
+from fewstep.distill.build import DTYPES, TrainingInputs, build_inputs, placed
 from fewstep.distill.callback import Callback, Interrupted, Validator
 from fewstep.distill.checkpoint import StoredTensors, restore_role, role_tensors
 from fewstep.distill.config import Config
@@ -63,7 +66,8 @@ class Trainer:
     evaluations: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        for name, role in self.inputs.roles.items():
+        networks = {name: Role(model.denoiser) for name, model in self.inputs.networks.items()}
+        for name, role in {**self.inputs.roles, **networks}.items():
             require_finite(name, role)
         health = self.config.health
         rows = self.inputs.sources["data"](KeyedRandom(0, 0, "health", 0), health.conditions).condition
@@ -95,28 +99,13 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             networks = settings.networks(network, probe.shape, probe.condition)
-        for name in networks:
-            if name in stage.roles and stage.roles[name].init not in ("new", "keep"):
-                raise UserError(
-                    f"stages.{number}.roles.{name}.init = {stage.roles[name].init!r}: the objective {settings.name!r} "
-                    "creates this network itself; use init: new."
-                )
+        checks.require_new(stage, number, networks)
         if self.stage >= 0:
             self.roles.fetch()  # copies are created on the device
-        roles = roles_of_stage(before, stage.roles, stage.freeze, networks)
-        if missing := settings.needs - set(roles):
-            raise UserError(
-                f"stages.{number}: the objective {settings.name!r} needs the roles {sorted(settings.needs)}, "
-                f"but {sorted(missing)} is missing: add it under roles: or freeze: (known here: {', '.join(roles)})."
-            )
-        if missing := settings.tensors - set(probe):
-            raise UserError(
-                f"stages.{number}: the objective {settings.name!r} needs {sorted(missing)} with each condition, and "
-                f"data.kind={self.config.data.kind} provides {sorted(probe) or 'none'}; use real images "
-                "(data.kind=folder, npz or dataset, data.path=PATH) or samples (data.kind=tensors, data.path=FILE; "
-                "fewstep data ode-pairs creates it). For a text-conditioned teacher, data.kind=prompts with images or "
-                "preference pairs (fewstep data encode, fewstep data preferences)."
-            )
+        others = {name: partial(self._copy_of, name) for name in self.inputs.networks}
+        roles = roles_of_stage(before, stage.roles, stage.freeze, networks, others)
+        checks.require_needs(self.config, number, roles, probe)
+        checks.require_comparable(self.config, number, roles)
         first = self.stage_ends[number] - stage.steps
         self.stage = number
         self.roles = Roles(roles, DTYPES[self.config.precision])
@@ -129,17 +118,9 @@ class Trainer:
         if self.config.offload:
             frozen = roles.keys() - stage.roles.keys() - dict(self.objective.experts).keys()
             self.roles.offload(frozen, self.device)
-        trained = {role for update in self.objective.updates for role in update.roles}
-        if unused := sorted(set(stage.roles) - trained):
-            raise UserError(
-                f"stages.{number}.roles.{unused[0]}: the objective {settings.name!r} does not train this role"
-                f"{nearest(unused[0], sorted(trained))}."
-            )
-        if unknown := trained - set(stage.roles):
-            raise UserError(
-                f"stages.{number}.roles: the objective trains {sorted(unknown)}, so add it with a learning rate."
-            )
-        self.few_step = self.objective.few_step or (self.few_step if number else self.inputs.model_config.few_step)
+        checks.require_trained(stage, number, self.objective)
+        checks.require_one_generator(self.objective, self.roles)
+        self.few_step = self.objective.few_step or (self.few_step if number else self._config_of("student").few_step)
         for name, role in stage.roles.items():
             due = [update.due for update in self.objective.updates if name in update.roles]
             self.roles[name].lr_factor = learning_rate(role, sum(d.count(first, self.stage_ends[number]) for d in due))
@@ -159,19 +140,31 @@ class Trainer:
     @property
     def student_config(self) -> ModelConfig:
         """The model config of the student: the teacher's, with the objective's sampling rule and settings."""
-        origin = self.inputs.model_config
+        origin = self._config_of("student")
         boundaries = tuple(lowest for _, lowest in self.objective.experts)
+        backbones = [self._config_of(role).backbone | self.objective.backbone for role, _ in self.objective.experts]
         adapter = isinstance(self.roles.denoiser("student").backbone, AdapterView)
         return origin.model_copy(
             update={
                 "few_step": self.few_step,
                 "boundaries": boundaries if len(boundaries) > 1 else None,
                 "backbone": origin.backbone | self.objective.backbone,
+                "expert_backbones": tuple(backbones) if any(b != backbones[0] for b in backbones) else None,
                 "lora": origin.lora if adapter else None,
                 "precision": None if self.config.precision == "float32" else self.config.precision,
                 "base_weights": "bfloat16" if adapter and self.config.weights != "float32" else None,
             }
         )
+
+    def _config_of(self, role: str) -> ModelConfig:
+        """The model config of the network that a role is a copy of."""
+        origin = self.config.origins(self.stage).get(role, "")
+        model = self.inputs.networks.get(origin)
+        return self.inputs.model_config if model is None else model.config
+
+    def _copy_of(self, name: str) -> Denoiser:
+        """A copy of one of the run's networks, on the device."""
+        return placed(copy.deepcopy(self.inputs.networks[name].denoiser), self.config, self.device, self.world)
 
     @property
     def generator(self) -> Denoiser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from fewstep.core.registry import Registry
 from fewstep.models.adapters import AdapterView, share_network
 from fewstep.models.denoiser import Denoiser, routed
 from fewstep.models.model_config import ModelConfig, Size
-from fewstep.models.schedules import schedule_to_dict
+from fewstep.models.schedules import schedule_from_dict, schedule_to_dict
 
 if TYPE_CHECKING:
     from fewstep.models.hub.folder import PipelineFolder
@@ -124,7 +124,7 @@ def model_of(
 def _of_size(model: Model, size: Size | None) -> Model:
     """The model. Raises ``UserError`` if its own shape is not that of ``size``, which only a pipeline can follow."""
     if size is not None:
-        bases = _bases(model.config)
+        bases = bases_of(model.config)
         of_pipeline = bases and is_pipeline(bases[-1])
         shape = pipeline_of(model).family.shape(*size) if of_pipeline else None
         if shape is None or tuple(shape) != tuple(model.config.shape):
@@ -149,17 +149,22 @@ def pipeline_of(model: Model) -> PipelineFolder:
 
     Raises ``UserError`` for a class-conditional or unconditional model, which has none.
     """
-    from fewstep.models.hub.folder import PipelineFolder  # needs the extra
-
-    bases = _bases(model.config)
-    if bases and is_pipeline(bases[-1]):
-        return PipelineFolder.open(resolve_path(bases[-1]))
+    if (folder := pipeline_of_config(model.config)) is not None:
+        return folder
     if model.config.unconditional:
         raise UserError("This model is unconditional: it takes no prompts.")
     raise UserError("This model takes class labels, not prompts.")
 
 
-def _bases(config: ModelConfig) -> list[str]:
+def pipeline_of_config(config: ModelConfig) -> PipelineFolder | None:
+    """The pipeline on which a model is based; None without one."""
+    from fewstep.models.hub.folder import PipelineFolder  # needs the extra
+
+    bases = bases_of(config)
+    return PipelineFolder.open(resolve_path(bases[-1])) if bases and is_pipeline(bases[-1]) else None
+
+
+def bases_of(config: ModelConfig) -> list[str]:
     """The base of a model, the base of that one, and so on. Raises ``UserError`` if one of them is its own base."""
     bases: list[str] = []
     while config.base is not None:
@@ -226,8 +231,11 @@ def _load_pipeline(
         base = source.name
     else:
         base = str(source) if is_hub_id(str(source)) else str(folder.path.resolve())
+    networks = manifest.network_folders(merged or folder.path, folder.family) if manifest else [None]
+    backbones = tuple(_backbone(folder, weights) for weights in networks)
     config = ModelConfig(
-        backbone={"name": "diffusers"},
+        backbone=backbones[0],
+        expert_backbones=backbones if any(other != backbones[0] for other in backbones) else None,
         noise_schedule=schedule_to_dict(folder.noise_process.schedule),
         prediction=folder.noise_process.kind,
         shape=shape,
@@ -236,10 +244,17 @@ def _load_pipeline(
         few_step=few_step,
         boundaries=boundaries or None,
     )
-    networks = manifest.network_folders(merged or folder.path, folder.family) if manifest else [None]
     experts = [folder.denoiser(dtype, feature_layers, weights) for weights in networks]
     denoiser = routed(experts, boundaries).eval() if len(experts) > 1 else experts[0]
     return Model(denoiser=denoiser, config=config, path=merged or folder.path)
+
+
+def _backbone(folder: PipelineFolder, weights: Path | None) -> dict[str, Any]:
+    """The settings of the network in ``weights``, if they are not those of the pipeline's own."""
+    own = folder.path / folder.family.part
+    if weights is None or weights == own or folder.network_settings(weights) == folder.network_settings(own):
+        return {"name": "diffusers"}
+    return {"name": "diffusers", "network": folder.network_settings(weights)}
 
 
 def base_sha256(base: str) -> str | None:
@@ -257,10 +272,8 @@ def base_sha256(base: str) -> str | None:
 
 def base_dtype(config: ModelConfig) -> torch.dtype | None:
     """The type by default of the pipeline on which a model is based; None without one."""
-    from fewstep.models.hub.folder import PipelineFolder  # needs the extra
-
-    bases = _bases(config)
-    return PipelineFolder.open(resolve_path(bases[-1])).dtype if bases and is_pipeline(bases[-1]) else None
+    folder = pipeline_of_config(config)
+    return None if folder is None else folder.dtype
 
 
 def _network(
@@ -269,7 +282,7 @@ def _network(
     """The network for the weights of a model folder; ``stored`` are the names of its tensors."""
     if config.base is None:
         return config.build(feature_layers, from_file=True)
-    _bases(config)  # refuses a circle
+    bases_of(config)  # refuses a circle
     if config.lora is not None:
         dtype = dtype or DTYPES[config.base_weights]
 
@@ -277,6 +290,16 @@ def _network(
         assert config.base is not None
         return load_model(config.base, feature_layers, dtype=dtype, from_file=True).denoiser
 
+    def build(network: Mapping[str, Any]) -> Denoiser:
+        folder = pipeline_of_config(config)
+        assert folder is not None
+        schedule = schedule_from_dict(config.noise_schedule)
+        return folder.build(network, schedule, config.prediction, dtype or torch.float32, feature_layers)
+
+    networks = [None if config.lora else backbone.get("network") for backbone in config.backbones]
+    if None not in networks:
+        experts = [build(network) for network in networks if network is not None]
+        return routed(experts, config.boundaries).eval() if config.boundaries else experts[0]
     denoiser = load_base()
     if (lora := config.lora) and config.base_sha256 not in (None, base_sha256(config.base)):
         raise UserError(
@@ -288,7 +311,10 @@ def _network(
     if config.boundaries:  # an expert without stored weights is the base
         trained = [any(name.startswith(f"experts.{k}.") for name in stored) for k in range(len(config.boundaries))]
         another = (lambda: copy.deepcopy(denoiser)) if lora else load_base
-        experts = [another() if own_weights else denoiser for own_weights in trained]
+        experts = [
+            build(network) if network is not None else another() if own_weights else denoiser
+            for own_weights, network in zip(trained, networks, strict=True)
+        ]
         return routed(experts, config.boundaries).eval()
     return (copy.deepcopy(denoiser) if lora else denoiser).eval()
 

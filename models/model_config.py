@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -58,11 +59,13 @@ class Lora(BaseModel):
 
 class ModelConfig(BaseModel):
     """``config.json``. With ``boundaries`` the model has several backbones, each for the times down to its boundary
-    (``denoiser.Routed``). With ``base``, another model's folder or name, the network is that model's: with ``lora`` its
-    weights (whose SHA-256 is ``base_sha256``) and an adapter, otherwise other weights. ``classes`` is 0 for an
-    unconditional model and a pipeline's; ``class_names`` are those of the training images, by label. ``shift`` applies
-    to a teacher's time grid. ``precision`` is that in which the network was trained and therefore computes,
-    ``base_weights`` the type of the base's weights under an adapter; None is float32.
+    (``denoiser.Routed``), whose settings are ``expert_backbones`` where they differ. With ``base``, another model's
+    folder or name, the network is that model's: with ``lora`` its weights (whose SHA-256 is ``base_sha256``) and an
+    adapter, otherwise other weights; a pipeline's network with other settings than its base's has them all in
+    ``backbone["network"]``. ``classes`` is 0 for an unconditional model and a pipeline's; ``class_names`` are those of
+    the training images, by label. ``shift`` applies to a teacher's time grid. ``precision`` is that in which the
+    network was trained and therefore computes, ``base_weights`` the type of the base's weights under an adapter; None
+    is float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -79,6 +82,7 @@ class ModelConfig(BaseModel):
     lora: Lora | None = None
     few_step: FewStep | None = None
     boundaries: tuple[Time, ...] | None = Field(None, max_length=16)
+    expert_backbones: tuple[dict[str, Any], ...] | None = Field(None, max_length=16)
     precision: Literal["bfloat16"] | None = None
     base_weights: Literal["bfloat16"] | None = None
 
@@ -87,7 +91,14 @@ class ModelConfig(BaseModel):
         names = self.class_names
         if names is not None and not len(names) == len(set(names)) == self.classes:
             raise ValueError(f"class_names must be {self.classes} different names, one for each of the classes")
+        if self.expert_backbones is not None and len(self.expert_backbones) != len(self.boundaries or ()):
+            raise ValueError("expert_backbones must have the settings of one network for each of the boundaries")
         return self
+
+    @property
+    def backbones(self) -> tuple[dict[str, Any], ...]:
+        """The settings of the network, or of each expert's."""
+        return self.expert_backbones or (self.backbone,) * len(self.boundaries or (0.0,))
 
     @property
     def takes_prompts(self) -> bool:
@@ -105,17 +116,22 @@ class ModelConfig(BaseModel):
 
         Raises ``UserError`` on an unknown backbone, setting or feature layer.
         """
-        settings = dict(self.backbone)
-        cls = BACKBONES.resolve(str(settings.pop("name", "")), from_file=from_file)
         try:
-            experts = [self._network(cls, settings) for _ in self.boundaries or [0.0]]
+            experts = [self._network(settings, from_file) for settings in self.backbones]
             backbone = Routed(experts, self.boundaries) if self.boundaries else experts[0]
             return Denoiser(backbone, schedule_from_dict(self.noise_schedule), self.prediction, feature_layers).eval()
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"Cannot build a network from the model's settings: {error}.") from error
 
-    def _network(self, cls: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
+    def _network(self, backbone: dict[str, Any], from_file: bool) -> nn.Module:
         """A subclass of ``Backbone`` also receives shape and classes; any other network only its settings."""
+        settings = dict(backbone)
+        cls = BACKBONES.resolve(str(settings.pop("name", "")), from_file=from_file)
         if issubclass(cls, Backbone):
             return cls.build(self.shape, self.classes, **settings)
         return cls(**settings)
+
+
+def with_settings(backbone: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a network with changed ones; those of a network with another ``name`` are its own."""
+    return dict(changed) if changed.get("name", backbone["name"]) != backbone["name"] else {**backbone, **changed}

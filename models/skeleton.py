@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.core.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, GuidanceStyle, Routed
 from fewstep.models.hub.published import PUBLISHED, Published
 from fewstep.models.loading import TEACHERS, is_pipeline, read_config, resolve_path
-from fewstep.models.model_config import ModelConfig, Size
+from fewstep.models.model_config import ModelConfig, Size, with_settings
 from fewstep.models.schedules import RectifiedFlow
 
 META = torch.device("meta")
@@ -32,8 +33,9 @@ class Skeleton:
     condition: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def skeleton(source: str, size: Size | None, dtype: torch.dtype) -> Skeleton:
-    """The network of a bundled model, a folder, or a published pipeline by hub id, with weights of ``dtype``.
+def skeleton(source: str, size: Size | None, dtype: torch.dtype, changed: Settings = MappingProxyType({})) -> Skeleton:
+    """The network of a bundled model, a folder, or a published pipeline by hub id, with weights of ``dtype``, or one
+    with ``changed`` settings.
 
     Raises ``UserError`` if ``source`` is none of these, or a student with several experts.
     """
@@ -41,27 +43,34 @@ def skeleton(source: str, size: Size | None, dtype: torch.dtype) -> Skeleton:
 
     folder = resolve_path(source)
     if source in PUBLISHED and not folder.exists():
-        return _of_pipeline(PUBLISHED[source], {}, size, dtype)
+        published = PUBLISHED[source]
+        return _of_pipeline(published._replace(settings={**published.settings, **changed}), {}, size, dtype)
     if (folder / "model_index.json").is_file():
         opened = PipelineFolder.open(folder)
         family = opened.family
-        network = opened.index[family.part][1]
-        published = Published(opened.index["_class_name"], network, family.network, opened.boundaries)
+        network, settings = opened.index[family.part][1], {**family.network, **changed}
+        published = Published(opened.index["_class_name"], network, settings, opened.boundaries)
         return _of_pipeline(published, family.vae, size, dtype)
     if source in TEACHERS or is_pipeline(source) or not (folder / "config.json").is_file():
         raise UserError(
             f"The memory of {source!r} is planned from its config files, which were not found: give a folder with them "
             f"(weights are not needed), a bundled model, or one of {', '.join(sorted(PUBLISHED))}."
         )
-    return skeleton_of(read_config(folder), size, dtype)
+    return skeleton_of(read_config(folder), size, dtype, changed)
 
 
-def skeleton_of(config: ModelConfig, size: Size | None = None, dtype: torch.dtype = torch.float32) -> Skeleton:
+def skeleton_of(
+    config: ModelConfig, size: Size | None = None, dtype: torch.dtype = torch.float32,
+    changed: Settings = MappingProxyType({}),
+) -> Skeleton:  # fmt: skip
     """The network of a model config. Raises ``UserError`` if it has several experts."""
     if config.boundaries:
         raise UserError("The memory of a model with several experts by noise level cannot be planned.")
-    if config.base is not None:
+    if config.takes_prompts and config.base is not None:
+        return skeleton(config.base, size, dtype, {**config.backbone.get("network", {}), **changed})
+    if config.base is not None and not changed:
         return skeleton(config.base, size, dtype)
+    config = config.model_copy(update={"backbone": with_settings(config.backbone, changed)})
     with META:
         denoiser = config.build()
     labels: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"labels": ((), torch.int64)} if config.classes else {}
@@ -78,7 +87,7 @@ class AlikeExperts(Routed):
 
 def _of_pipeline(published: Published, vae: Settings, size: Size | None, dtype: torch.dtype) -> Skeleton:
     from fewstep.models.hub.family import HubBackbone, family_of  # needs the extra
-    from fewstep.models.hub.folder import require_diffusers
+    from fewstep.models.hub.folder import cast_weights, require_diffusers
 
     cls = family_of(published.pipeline)
     build: Any = cls.classes.get(published.network) or getattr(require_diffusers(), published.network)
@@ -86,7 +95,7 @@ def _of_pipeline(published: Published, vae: Settings, size: Size | None, dtype: 
         modules = [build.from_config(dict(published.settings)) for _ in published.boundaries or [0.0]]
     family = cls(dict(modules[0].config), vae)
     for module in modules:
-        _cast(module, dtype)
+        cast_weights(module, dtype)
     experts = [HubBackbone(family, module) for module in modules]
     backbone = AlikeExperts(experts, published.boundaries) if published.boundaries else experts[0]
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -97,14 +106,6 @@ def _of_pipeline(published: Published, vae: Settings, size: Size | None, dtype: 
         shapes["guidance"] = ((), torch.float32)
     denoiser = Denoiser(backbone, RectifiedFlow(), style=GuidanceStyle(embedded=family.embeds_guidance))
     return Skeleton(denoiser.eval(), family.shape(*(size or family.default_size)), shapes)
-
-
-def _cast(network: nn.Module, dtype: torch.dtype) -> None:
-    """Casts the weights as diffusers does when it loads them: some of a network's modules stay float32."""
-    float32 = set(network._keep_in_fp32_modules or ())  # type: ignore[arg-type]
-    for name, parameter in network.named_parameters():
-        if not float32 & set(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
 
 
 def encoded_shapes(folder: str | Path | None) -> dict[str, tuple[int, ...]]:

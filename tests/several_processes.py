@@ -83,6 +83,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "cdm": ("cdm", {"max_steps": 6, "blend": 0.01}, {}),
     "f_distill": ("f_distill", {"gan_weight": 0.1, "critic_updates": 1, "steps": 3}, {}),
     "phased_dmd": ("phased_dmd", {"phase": 1}, {}),
+    "tdm, small student beside adapters": (
+        "tdm",
+        {"guidance": 2.0},
+        {"adapters": {"rank": 2}, "networks": {"small": {"backbone": {"widths": [8], "blocks": [1]}}}},
+    ),
 }
 
 
@@ -98,6 +103,8 @@ def runs(folder: Path, *names: str) -> dict[str, dict[str, Any]]:
         for role in raw["stages"][0]["roles"].values():
             role |= {"lr": 0.02, "ema": 0.9}
         raw["stages"][0]["steps"] = STEPS
+        if "networks" in changes:
+            raw["stages"][0]["roles"]["student"] |= {"init": "small", "full_finetune": True}
         made[name] = raw | changes | {"out": str(place / "run")}
     return made
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import typer
 import yaml
+from commands import succeeds
 from worlds import tiny_teacher
 
 import fewstep
@@ -74,6 +75,37 @@ def test_the_method_of_contributing_trains(method: Path, tmp_path: Path, monkeyp
     assert fewstep.sample(run, n=3, device="cpu").shape == (3, 1, 8, 8)
     assert (run / "metrics.jsonl").read_text().count("loss/match") == 1
     monkeypatch.delitem(sys.modules, "fewstep.distill.objectives.diff_instruct")
+
+
+# --- smaller students -------------------------------------------------------------------------------------------------
+
+SHORT = ["stages.0.steps=2", "batch=2", "health.every=0", "device=cpu"]
+
+
+def example(page: str, folder: Path) -> Path:
+    """The config of a page's section "A smaller student", as a file."""
+    section = (ROOT / page).read_text(encoding="utf-8").split("\n## A smaller student\n")[1].split("\n## ")[0]
+    (settings,) = re.findall(r"^```yaml\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    (folder / "small.yaml").write_text(settings)
+    return folder / "small.yaml"
+
+
+def test_the_small_student_of_methods_trains(tmp_path: Path) -> None:
+    run = fewstep.train(example("docs/methods.md", tmp_path), *SHORT, f"out={tmp_path / 'run'}")
+    student, teacher = (sum(p.numel() for p in fewstep.load(m, "cpu").denoiser.parameters()) for m in (run, "fashion"))
+    assert student < teacher / 4
+    assert fewstep.sample(run, n=2, device="cpu").shape == (2, 1, 28, 28)
+
+
+def test_the_small_student_of_pipelines_trains(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    (tmp_path / "prompts.txt").write_text("a red bag\na green shirt\n")
+    succeeds("data", "encode", tmp_path / "prompts.txt", "--teacher", "fashion-text", "--out", tmp_path / "prompts")
+    changes = [f"out={tmp_path / 'run'}", f"data.path={tmp_path / 'prompts'}"]
+    run = fewstep.train(example("docs/pipelines.md", tmp_path), *SHORT, *changes)
+    network = fewstep.load(run, "cpu").denoiser.backbone.network
+    assert tuple(network.config.block_out_channels) == (32, 96)
+    assert len(fewstep.sample(run, prompts=["a red bag"], device="cpu")) == 1
 
 
 # --- Your own modules -------------------------------------------------------------------------------------------------

@@ -81,6 +81,14 @@ class DMD2(MatchingConfig):
     def teacher_features(self) -> tuple[str, ...]:
         return self.gan.feature_layers if self.gan else ()
 
+    @property
+    def feature_roles(self) -> frozenset[str]:
+        return frozenset({self.gan.features} if self.gan else ())
+
+    @property
+    def own_schedules(self) -> frozenset[str]:
+        return frozenset({"student"})
+
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
         return {"discriminator": Heads.for_denoiser(teacher, shape, condition)} if self.gan else {}
 

@@ -105,6 +105,14 @@ class FDistill(MatchingConfig):
     def teacher_features(self) -> tuple[str, ...]:
         return self.feature_layers
 
+    @property
+    def feature_roles(self) -> frozenset[str]:
+        return frozenset({"teacher"})
+
+    @property
+    def own_schedules(self) -> frozenset[str]:
+        return frozenset({"student"})
+
     def networks(self, teacher: Denoiser, shape: tuple[int, ...], condition: Condition) -> dict[str, nn.Module]:
         return {"discriminator": Heads.for_denoiser(teacher, shape, condition)}
 

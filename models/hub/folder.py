@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import UserError
+from fewstep.core.errors import UserError, nearest
 from fewstep.core.files import read_json_object
 from fewstep.core.image_files import to_bytes
 from fewstep.core.paths import is_hub_id, nearest_folder
@@ -22,6 +23,8 @@ from fewstep.models.denoiser import AUTO, Denoiser, GuidanceStyle, routed
 from fewstep.models.hub.family import Family, HubBackbone, family_of
 from fewstep.models.hub.noise_process import NoiseProcess, noise_process
 from fewstep.models.hub.weights import refuse_pickles, stored_dtype, variant_of, weight_files, weights_sha256
+from fewstep.models.prediction import Kind
+from fewstep.models.schedules import NoiseSchedule
 
 TEXT = ("text_encoder", "tokenizer")  # how the names of a pipeline's text encoders begin
 
@@ -144,11 +147,46 @@ class PipelineFolder:
                 network = module.from_pretrained(folder, dtype=dtype, variant=variant_of(folder), use_safetensors=True)
         except Exception as error:  # on damaged files almost every type
             raise UserError(f"The network in {folder} cannot be loaded: {_first_line(error)}") from error
-        own = type(self.family).postprocess_guidance is not Family.postprocess_guidance
-        style = GuidanceStyle(self.family.embeds_guidance, self.family.postprocess_guidance if own else None)
-        backbone = HubBackbone(self.family, network)
+        return self._denoiser(network, self.noise_process.schedule, self.noise_process.kind, feature_layers)
+
+    def build(
+        self, settings: Mapping[str, Any], schedule: NoiseSchedule, kind: Kind, dtype: torch.dtype = torch.float32,
+        feature_layers: Sequence[str] = (),
+    ) -> Denoiser:  # fmt: skip
+        """A new network of the class of the pipeline's denoiser, randomly initialised, in eval mode on the CPU.
+
+        Raises ``UserError`` on settings of which no network can be built.
+        """
+        cls = self.network_class
+        try:
+            with _without_progress_bars():
+                network = cls.from_config(dict(settings)).eval()
+        except Exception as error:  # of many types, with settings that do not fit together
+            raise UserError(f"No {cls.__name__} can be built from these settings: {_first_line(error)}") from error
+        cast_weights(network, dtype)
+        return self._denoiser(network, schedule, kind, feature_layers)
+
+    def _denoiser(self, network: Any, schedule: NoiseSchedule, kind: Kind, feature_layers: Sequence[str]) -> Denoiser:
+        settings = {name: value for name, value in network.config.items() if not name.startswith("_")}
+        family = type(self.family)({**self.family.network, **settings}, self.family.vae)
+        own = type(family).postprocess_guidance is not Family.postprocess_guidance
+        style = GuidanceStyle(family.embeds_guidance, family.postprocess_guidance if own else None)
         paths = [path if path == AUTO else f"network.{path}" for path in feature_layers]
-        return Denoiser(backbone, self.noise_process.schedule, self.noise_process.kind, paths, style).eval()
+        return Denoiser(HubBackbone(family, network), schedule, kind, paths, style).eval()
+
+    def require_settings(self, names: Iterable[str]) -> None:
+        """Raises ``UserError`` if the class of the pipeline's denoiser has no setting of one of these names."""
+        known = [name for name in inspect.signature(self.network_class.__init__).parameters if name != "self"]
+        if unknown := sorted(set(names) - set(known)):
+            raise UserError(
+                f"A {self.network_class.__name__} has no setting {unknown[0]!r}{nearest(unknown[0], known)}."
+            )
+
+    @staticmethod
+    def network_settings(folder: Path) -> dict[str, Any]:
+        """The settings of a network that diffusers saved in ``folder``."""
+        content = read_json_object(folder / "config.json")
+        return {name: value for name, value in content.items() if not name.startswith("_")}
 
     def pipeline(self, denoiser: Any = None, dtype: torch.dtype = torch.float32) -> Any:
         """The full diffusers pipeline, with ``denoiser`` (None: without, which is enough to encode and decode).
@@ -193,6 +231,14 @@ class PipelineFolder:
         parts = [self.family.decode(pipeline, latents[low : low + batch]) for low in range(0, len(latents), batch)]
         pixels = to_bytes(torch.cat(parts)).cpu()
         return pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
+
+
+def cast_weights(network: Any, dtype: torch.dtype) -> None:
+    """Casts the weights as diffusers does when it loads them: some of a network's modules stay float32."""
+    float32 = set(network._keep_in_fp32_modules or ())
+    for name, parameter in network.named_parameters():
+        if not float32 & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def require_diffusers() -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import own_objective
 import pytest
 import torch
+import yaml
 from own_objective import Labelled, Shrink
 from worlds import tiny_config
 
@@ -17,7 +18,7 @@ from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.build import build_inputs
 from fewstep.distill.config_files import dump_config, load_config, parse_config
 from fewstep.distill.explain import explain
-from fewstep.distill.run_folder import RunFolder
+from fewstep.distill.run_folder import RunFolder, run_config
 from fewstep.distill.stage import StageContext
 
 CPU = torch.device("cpu")
@@ -140,3 +141,12 @@ def test_a_run_folder_never_causes_an_import(tmp_path: Path, change: dict[str, o
     (run / "config.yaml").write_text(json.dumps(own_config(tmp_path) | change))
     with pytest.raises(UserError, match=f"The saved model or run uses the {kind} 'not_there:X'.*--import not_there"):
         RunFolder.reopen(run, CPU)
+
+
+@pytest.mark.parametrize("network", [{"checkpoint": "not_mine:model"}, {"backbone": {"name": "not_mine:Net"}}])
+def test_opening_a_run_imports_no_module_of_its_networks(tmp_path: Path, network: dict[str, Any]) -> None:
+    raw: Any = tiny_config(tmp_path, networks={"small": network})
+    raw["stages"][0]["roles"]["student"]["init"] = "small"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match="neither ever causes an import"):
+        run_config(tmp_path)

@@ -19,7 +19,9 @@ from fewstep.models.loading import load_model
 
 
 @pytest.mark.parametrize(
-    "names", [("tdm, adapters", "cdm"), pytest.param(tuple(CASES), marks=pytest.mark.long)], ids=["two", "all"]
+    "names",
+    [("tdm, small student beside adapters", "cdm"), pytest.param(tuple(CASES), marks=pytest.mark.long)],
+    ids=["two", "all"],
 )
 def test_processes_equal_one_that_accumulates_split_or_not_and_resume_on_any_number(
     tmp_path: Path, names: tuple[str, ...]
