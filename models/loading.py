@@ -147,7 +147,7 @@ def _own_model(name: str, feature_layers: tuple[str, ...], from_file: bool) -> M
 def pipeline_of(model: Model) -> PipelineFolder:
     """The diffusers pipeline that supplies a model's text encoders and VAE: that of its base, or of its base's base.
 
-    Raises ``UserError`` for a class-conditional or unconditional model, which has none.
+    Raises ``UserError`` for a native model, which has none.
     """
     from fewstep.models.hub.folder import PipelineFolder  # needs the extra
 
@@ -156,6 +156,8 @@ def pipeline_of(model: Model) -> PipelineFolder:
         return PipelineFolder.open(resolve_path(bases[-1]))
     if model.config.unconditional:
         raise UserError("This model is unconditional: it takes no prompts.")
+    if model.config.vocabulary is not None:
+        raise UserError("This needs a diffusers pipeline, and this model has none: it has words of its own.")
     raise UserError("This model takes class labels, not prompts.")
 
 
