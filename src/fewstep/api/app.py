@@ -89,8 +89,6 @@ class AppModels:
                 raise UserError(f"The class must be between 0 and {classes - 1}, got {subject!r}.")
         elif not isinstance(request.subject, str) or not request.subject:
             raise UserError("Write a prompt: what should the image show?")
-        if (vocabulary := self.model.config.vocabulary) is not None:
-            vocabulary.encode([str(request.subject)])  # refuses other words
         plan(self.model, self._sampling(request))  # refuses a number of steps that the student does not support
         return request
 
