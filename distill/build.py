@@ -17,6 +17,7 @@ from fewstep.core.registry import dotted_name
 from fewstep.distill import sharding
 from fewstep.distill.config import DATA_KINDS, Config, DataConfig
 from fewstep.distill.data.batch import SOURCES, Source
+from fewstep.distill.data.emoji import Emoji
 from fewstep.distill.data.readers import read_stored
 from fewstep.distill.data.sources import Images, Labels, Prompts
 from fewstep.distill.networks import load_networks
@@ -31,6 +32,7 @@ from fewstep.models.loading import Model, load_model, pipeline_of
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.quantized import quantize
 from fewstep.models.schedules import schedule_to_dict
+from fewstep.models.vocabulary import WordPrompts
 from fewstep.models.weights_hash import weights_hash
 
 DTYPES = {
@@ -41,13 +43,14 @@ DTYPES = {
 @dataclass(frozen=True)
 class TrainingInputs:
     """The inputs of training. ``roles`` holds the teacher, or the new network as ``model``; ``model_config`` belongs to
-    that network. ``networks`` are others, on the host, from which roles start. ``prompts`` and ``pipeline`` belong to a
-    text-conditioned teacher, ``teacher_sha256`` is the hash of the teacher's weights. ``notes`` are for the log."""
+    that network. ``networks`` are others, on the host, from which roles start. ``prompts`` belong to a model that takes
+    prompts, ``pipeline`` to one that encodes them by a pipeline; ``teacher_sha256`` is the hash of the teacher's
+    weights. ``notes`` are for the log."""
 
     roles: Mapping[str, Role]
     sources: Mapping[str, Source]
     model_config: ModelConfig
-    prompts: EncodedPrompts | None = None
+    prompts: EncodedPrompts | WordPrompts | None = None
     pipeline: PipelineFolder | None = None
     teacher_sha256: str | None = None
     networks: Mapping[str, Model] = field(default_factory=dict)
@@ -98,12 +101,11 @@ def build_inputs(
     teacher_sha256 = weights_hash(model.denoiser)
     roles = {"teacher": Role(placed(model.denoiser, config, device, world))}
     prompts = _prompts(config.data, pipeline, model_config) if pipeline is not None else None
-    source = data or _source(config.data, model_config, prompts, pipeline)
+    source = data or _source(config, model_config, prompts, pipeline)
     if pipeline is None:
         _check_shape(source, model_config)
-    return TrainingInputs(
-        roles, {"data": source}, model_config, prompts, pipeline, teacher_sha256, networks, notes
-    )  # fmt: skip
+    shown = source.prompts if isinstance(source, Emoji) else prompts
+    return TrainingInputs(roles, {"data": source}, model_config, shown, pipeline, teacher_sha256, networks, notes)
 
 
 def placed(denoiser: Denoiser, config: Config, device: torch.device, world: World) -> Denoiser:
@@ -123,12 +125,12 @@ def _pretraining(
     if config.gradient_checkpointing:
         checkpoint_gradients(denoiser.backbone)
     roles = {"model": Role(placed(denoiser, config, device, world))}
-    source = data or _source(config.data, model_config, None, None)
+    source = data or _source(config, model_config, None, None)
     _check_shape(source, model_config)
     if isinstance(source, Images) and model_config.classes and source.table.class_names:
         names = model_config.class_names or source.table.class_names
         model_config = model_config.model_copy(update={"class_names": names})
-    return TrainingInputs(roles, {"data": source}, model_config)
+    return TrainingInputs(roles, {"data": source}, model_config, source.prompts if isinstance(source, Emoji) else None)
 
 
 # --- your own objects -------------------------------------------------------------------------------------------------
@@ -198,8 +200,16 @@ def _prompts(data: DataConfig, pipeline: PipelineFolder, model: ModelConfig) -> 
 
 
 def _source(
-    data: DataConfig, model: ModelConfig, prompts: EncodedPrompts | None, pipeline: PipelineFolder | None
+    config: Config, model: ModelConfig, prompts: EncodedPrompts | None, pipeline: PipelineFolder | None
 ) -> Source:
+    data = config.data
+    if data.kind == "emoji":
+        return Emoji.create(model, images=any("x0" in stage.objective.tensors for stage in config.stages))
+    if model.vocabulary is not None:
+        raise UserError(
+            f"This model takes prompts, which data.kind={data.kind} does not have for it: set data.kind=emoji, or a "
+            'source of your own whose conditions have "words".'
+        )
     if data.kind != "prompts" and model.takes_prompts:
         raise UserError(
             "This teacher needs prompts: set data.kind=prompts, and data.path to a folder from fewstep data encode or "

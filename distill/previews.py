@@ -102,8 +102,8 @@ def _decoder(inputs: TrainingInputs) -> Callable[[Tensor], Tensor] | None:
             return None
         return lambda samples: pipeline.decode_images(pipeline.decoder(), samples)
     model = inputs.model_config
-    pixels = len(model.shape) == 3 and model.shape[0] in (1, 3) and not model.takes_prompts  # whose samples are latents
-    return to_bytes if pixels else None
+    latents = model.takes_prompts and model.vocabulary is None  # a pipeline's
+    return to_bytes if len(model.shape) == 3 and model.shape[0] in (1, 3) and not latents else None
 
 
 def _conditions(inputs: TrainingInputs, n: int) -> Condition:

@@ -95,6 +95,11 @@ class ReferenceEvaluator:
     def check(self, model: Model) -> None:
         """Raises ``UserError`` on a model whose samples cannot be scored, before any is generated."""
         prompted = model.config.takes_prompts
+        if model.config.vocabulary is not None:
+            raise UserError(
+                f"The reference {self.reference.name} scores classes or coloured garments; this model takes prompts of "
+                "its own vocabulary. Score it by a protocol with captions of these words."
+            )
         minimum = 2 * (len(CaptionSet.all()) if prompted else max(1, model.config.classes))
         if self.n < minimum:
             raise UserError(f"n must be at least {minimum} (two samples per class or caption), got {self.n}.")

@@ -23,6 +23,9 @@ def model_sha256(model: Model) -> str:
     backbone = model.denoiser.backbone
     modules: list[nn.Module] = [backbone, *([backbone.shared_network] if isinstance(backbone, AdapterView) else [])]
     settings = model.config.model_dump(mode="json", exclude={"base", "class_names"})
+    for later in ("vocabulary", "expert_backbones"):
+        if settings[later] is None:  # hashes from before there were such settings stay valid
+            del settings[later]
     digest = hashlib.sha256(json_sha256(settings).encode())
     for module in modules:
         for name, value in sorted(module.state_dict().items()):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fewstep.core.image_files import to_bytes
 from fewstep.core.image_grid import image_grid, save_image
@@ -14,9 +16,9 @@ from fewstep.eval.networks.features import extract_features
 from fewstep.eval.references import Reference
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.hub.encoded import EncodedPrompts
-from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.loading import Model
 from fewstep.models.model_config import ModelConfig
+from fewstep.models.vocabulary import WordPrompts
 from fewstep.samplers.generate import generate
 from fewstep.samplers.plan import SamplingConfig
 
@@ -58,12 +60,13 @@ class Validation:
 
 @dataclass(frozen=True)
 class PromptValidation:
-    """Writes a grid of images of a pipeline's student, for prompts spread evenly over all; there is no score."""
+    """Writes a grid of images of a student that takes prompts, spread evenly over all ``prompts``; there is no score.
+    ``decode`` turns samples into images or videos."""
 
     sampling: SamplingConfig
     images: int
-    pipeline: PipelineFolder
-    prompts: EncodedPrompts
+    decode: Callable[[Tensor], Tensor]
+    prompts: EncodedPrompts | WordPrompts
     folder: Path
 
     def small(self, folder: Path) -> PromptValidation:
@@ -76,7 +79,7 @@ class PromptValidation:
         numbers = [k * len(self.prompts) // count for k in range(count)]
         condition = self.prompts(torch.tensor(numbers)).to(model.device)
         samples = generate(model, condition, replace(self.sampling, seed=SEED), numbers=numbers, batch=4)
-        images = self.pipeline.decode_images(self.pipeline.decoder(), samples.x0)
+        images = self.decode(samples.x0)
         columns = len(numbers)
         if images.ndim == 5:  # each video becomes a row of frames
             columns = images.shape[1]

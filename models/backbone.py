@@ -26,7 +26,8 @@ class Backbone(nn.Module):
 
     @classmethod
     def build(cls, shape: tuple[int, ...], classes: int, **settings: Any) -> Self:
-        """A new network for samples of ``shape`` [C, ...] and ``classes`` class labels (0: none)."""
+        """A new network for samples of ``shape`` [C, ...] and ``classes`` class labels (0: none). For a model with a
+        vocabulary ``settings`` has its number of words as ``vocabulary``."""
         return cls(**settings)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

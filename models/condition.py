@@ -15,9 +15,10 @@ from fewstep.core.transfer import send
 class Condition(Mapping[str, Tensor]):
     """Named tensors with a leading batch axis, and the null values of those that guidance drops.
 
-    ``tensors``: e.g. ``labels`` [B] int64, ``prompt`` [B, L, D], ``mask`` [B, L], ``steps`` [B] int64 (the step count
-    of a student that supports several), ``image`` [B, C, ...]. ``nulls``: for a subset of the names, the value that
-    means "no condition", without the batch axis. Names without one (such as the step count) are kept by ``null()``.
+    ``tensors``: e.g. ``labels`` [B] int64, ``words`` [B, L] int64, ``prompt`` [B, L, D], ``mask`` [B, L], ``steps`` [B]
+    int64 (the step count of a student that supports several), ``image`` [B, C, ...]. ``nulls``: for a subset of the
+    names, the value that means "no condition", without the batch axis. Names without one (such as the step count) are
+    kept by ``null()``.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)

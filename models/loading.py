@@ -94,10 +94,9 @@ def load_model(
             raise UserError(f"The run {folder} has no student yet: it is not finished.")
         if "/" in str(source) and not folder.exists():
             raise UserError(f"No model at {str(source)!r}: there is no such folder{nearest_folder(folder)}.")
-        raise UserError(
-            f"No model at {str(source)!r}: neither a folder with config.json (a fewstep model) or model_index.json "
-            f"(a diffusers pipeline) nor a bundled model{nearest(str(source), bundled_models())}."
-        )
+        neither = "neither a folder with config.json (a fewstep model) or model_index.json (a diffusers pipeline)"
+        known = nearest(str(source), bundled_models())
+        raise UserError(f"No model at {str(source)!r}: {neither} nor a bundled model{known}.")
     config, weights = read_config(folder), folder / "model.safetensors"
     return model_of(config, lambda: read_tensors(weights), weights, feature_layers, size, dtype)
 
@@ -108,17 +107,16 @@ def model_of(
 ) -> Model:  # fmt: skip
     """The model of a config with the weights that ``read`` returns, from the file or folder ``weights``. Raises as
     ``load_model`` does."""
-    folder = weights.parent
     try:
         denoiser = _network(config, feature_layers, dtype, set(read()) if config.boundaries else set())
     except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+        raise UserError(f"{weights.with_name('config.json')}: {error}") from error
     if config.base is None or config.lora is not None:
         denoiser.backbone.load_state_dict(_fitting(denoiser.backbone, read(), weights))
     else:
         _replace_weights(denoiser.backbone, read(), weights, keep_types=dtype is None)
     denoiser.precision = DTYPES[config.precision]
-    return _of_size(Model(denoiser=denoiser, config=config, path=folder), size)
+    return _of_size(Model(denoiser=denoiser, config=config, path=weights.parent), size)
 
 
 def _of_size(model: Model, size: Size | None) -> Model:
@@ -147,12 +145,14 @@ def _own_model(name: str, feature_layers: tuple[str, ...], from_file: bool) -> M
 def pipeline_of(model: Model) -> PipelineFolder:
     """The diffusers pipeline that supplies a model's text encoders and VAE: that of its base, or of its base's base.
 
-    Raises ``UserError`` for a class-conditional or unconditional model, which has none.
+    Raises ``UserError`` for a native model, which has none.
     """
     if (folder := pipeline_of_config(model.config)) is not None:
         return folder
     if model.config.unconditional:
         raise UserError("This model is unconditional: it takes no prompts.")
+    if model.config.vocabulary is not None:
+        raise UserError("This needs a diffusers pipeline, and this model has none: it has words of its own.")
     raise UserError("This model takes class labels, not prompts.")
 
 

@@ -16,6 +16,7 @@ from fewstep.models.denoiser import Denoiser, Routed
 from fewstep.models.prediction import Kind
 from fewstep.models.schedules import schedule_from_dict
 from fewstep.models.unet import UNet
+from fewstep.models.vocabulary import Vocabulary
 
 Size = tuple[int, int, int]  # height, width and frames in pixels
 Width = Annotated[int, Field(ge=1, le=65_536)]
@@ -62,10 +63,10 @@ class ModelConfig(BaseModel):
     (``denoiser.Routed``), whose settings are ``expert_backbones`` where they differ. With ``base``, another model's
     folder or name, the network is that model's: with ``lora`` its weights (whose SHA-256 is ``base_sha256``) and an
     adapter, otherwise other weights; a pipeline's network with other settings than its base's has them all in
-    ``backbone["network"]``. ``classes`` is 0 for an unconditional model and a pipeline's; ``class_names`` are those of
-    the training images, by label. ``shift`` applies to a teacher's time grid. ``precision`` is that in which the
-    network was trained and therefore computes, ``base_weights`` the type of the base's weights under an adapter; None
-    is float32.
+    ``backbone["network"]``. ``classes`` is 0 for an unconditional model, a pipeline's, and one that takes prompts of
+    the words in ``vocabulary``; ``class_names`` are those of the training images, by label. ``shift`` applies to a
+    teacher's time grid. ``precision`` is that in which the network was trained and therefore computes,
+    ``base_weights`` the type of the base's weights under an adapter; None is float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -76,6 +77,7 @@ class ModelConfig(BaseModel):
     shape: tuple[Width, ...] = Field(min_length=1)
     classes: int = Field(0, ge=0, le=10**6)
     class_names: tuple[str, ...] | None = None
+    vocabulary: Vocabulary | None = None
     shift: Shift = 1.0
     base: str | None = None
     base_sha256: str | None = None
@@ -93,6 +95,8 @@ class ModelConfig(BaseModel):
             raise ValueError(f"class_names must be {self.classes} different names, one for each of the classes")
         if self.expert_backbones is not None and len(self.expert_backbones) != len(self.boundaries or ()):
             raise ValueError("expert_backbones must have the settings of one network for each of the boundaries")
+        if self.vocabulary is not None and self.classes:
+            raise ValueError("give either classes or vocabulary: a model takes class labels or prompts")
         return self
 
     @property
@@ -102,8 +106,8 @@ class ModelConfig(BaseModel):
 
     @property
     def takes_prompts(self) -> bool:
-        """Whether the network is a diffusers pipeline's: its condition comes from text encoders."""
-        return self.backbone.get("name") == "diffusers"
+        """Whether the condition comes from prompts: of a pipeline's text encoders, or of words of the vocabulary."""
+        return self.backbone.get("name") == "diffusers" or self.vocabulary is not None
 
     @property
     def unconditional(self) -> bool:
@@ -124,11 +128,13 @@ class ModelConfig(BaseModel):
             raise UserError(f"Cannot build a network from the model's settings: {error}.") from error
 
     def _network(self, backbone: dict[str, Any], from_file: bool) -> nn.Module:
-        """A subclass of ``Backbone`` also receives shape and classes; any other network only its settings."""
+        """A subclass of ``Backbone`` also receives shape, classes and, with a vocabulary, its number of words; any
+        other network only its settings."""
         settings = dict(backbone)
         cls = BACKBONES.resolve(str(settings.pop("name", "")), from_file=from_file)
         if issubclass(cls, Backbone):
-            return cls.build(self.shape, self.classes, **settings)
+            words = {"vocabulary": len(self.vocabulary.words)} if self.vocabulary is not None else {}
+            return cls.build(self.shape, self.classes, **settings, **words)
         return cls(**settings)
 
 

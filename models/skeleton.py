@@ -73,8 +73,10 @@ def skeleton_of(
     config = config.model_copy(update={"backbone": with_settings(config.backbone, changed)})
     with META:
         denoiser = config.build()
-    labels: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"labels": ((), torch.int64)} if config.classes else {}
-    return Skeleton(denoiser, config.shape, labels)
+    condition: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"labels": ((), torch.int64)} if config.classes else {}
+    if config.vocabulary is not None:
+        condition["words"] = ((config.vocabulary.length,), torch.int64)
+    return Skeleton(denoiser, config.shape, condition)
 
 
 class AlikeExperts(Routed):

@@ -1,4 +1,4 @@
-"""A small class-conditional U-Net: the backbone of the bundled class-conditional teacher.
+"""A small U-Net, conditioned on class labels or words: the backbone of the bundled native teachers.
 
 It is a ResNet U-Net as in Ho et al. (arXiv 2006.11239), made cheaper for a CPU: the image is pixel-unshuffled first,
 skip connections are added rather than concatenated, and only the lowest resolution has attention.
@@ -70,11 +70,12 @@ class Attention(AttentionLayer):
 
 
 class UNet(Backbone):
-    """Backbone ``(x_t [B, C, H, W], t [B], condition) -> [B, C, H, W]``; uses ``condition["labels"]`` if ``classes``.
+    """Backbone ``(x_t [B, C, H, W], t [B], condition) -> [B, C, H, W]``; uses ``condition["labels"]`` if ``classes``,
+    and ``condition["words"]`` [B, L] if ``vocabulary``, the number of words (see ``models.vocabulary``).
 
     ``widths`` and ``blocks`` have one entry per resolution, finest first; the last is the middle, which has attention.
-    Label ``classes`` is the null label of classifier-free guidance. With ``step_counts`` > 0 the network is also
-    conditioned on ``condition["steps"]`` in 1..``step_counts``.
+    Label ``classes`` is the null label of classifier-free guidance. The vectors of a prompt's words are added. With
+    ``step_counts`` > 0 the network is also conditioned on ``condition["steps"]`` in 1..``step_counts``.
     """
 
     lora_targets = ("conv1", "conv2", "modulation", "qkv", "out", "time.0", "time.2")
@@ -103,14 +104,16 @@ class UNet(Backbone):
         embedding: int = 128,
         heads: int = 4,
         step_counts: int = 0,
+        vocabulary: int = 0,
     ) -> None:
         super().__init__()
-        if min(*widths, *blocks, patch, embedding, heads) < 1 or step_counts < 0 or widths[-1] % heads:
+        if min(*widths, *blocks, patch, embedding, heads) < 1 or widths[-1] % heads or min(step_counts, vocabulary) < 0:
             raise ValueError("settings must be positive, and the last width a multiple of heads")
         self.patch = patch
         self.steps = step_embedding(step_counts, embedding) if step_counts else None
         self.time = nn.Sequential(nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.labels = nn.Embedding(classes + 1, embedding) if classes else None
+        self.words = nn.EmbeddingBag(vocabulary + 1, embedding, mode="sum", padding_idx=0) if vocabulary else None
         self.enter = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
         outer = list(zip(widths[:-1], widths[1:], blocks[:-1], strict=True))
         self.down = nn.ModuleList(
@@ -135,6 +138,8 @@ class UNet(Backbone):
         e = self.time(embedded)
         if self.labels is not None:
             e = e + self.labels(condition["labels"])
+        if self.words is not None:
+            e = e + self.words(condition["words"])
         if self.steps is not None:
             e = e + self.steps(condition["steps"])
         e = F.silu(e)

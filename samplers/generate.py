@@ -137,16 +137,19 @@ class ImageGenerator:
         pipeline that cannot encode them."""
         self.model, self.nfe = model, 0  # network evaluations per image in the last call
         self._encode: Callable[[Tensor], Condition]
-        if prompts:
+        self._to_images: Callable[[Tensor], Tensor] = to_bytes
+        if prompts and model.config.vocabulary is not None:
+            self.conditions, self._batch = len(prompts), 100
+            self._encode = model.config.vocabulary.encode(prompts)
+        elif prompts:
             folder = pipeline_of(model)
             pipeline = folder.pipeline().to(model.device) if pipeline is None else pipeline
             self.conditions, self._batch = len(prompts), batch
             self._encode = lambda rows: folder.condition(pipeline, [prompts[k] for k in rows.tolist()])
-            self._to_images: Callable[[Tensor], Tensor] = partial(folder.decode_images, pipeline, batch=batch)
+            self._to_images = partial(folder.decode_images, pipeline, batch=batch)
         else:
             self.conditions, self._batch = len(model.labels(max(1, model.config.classes))), 100
             self._encode = lambda rows: Condition.of_labels(rows, model.config.classes)
-            self._to_images = to_bytes
 
     def __call__(
         self, indices: Sequence[int] | Tensor, config: SamplingConfig, numbers: Sequence[int] | None = None,

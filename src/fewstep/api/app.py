@@ -52,7 +52,9 @@ class AppModels:
                 f"The teacher has {teacher.config.classes} classes and the model {model.config.classes} (0: prompts); "
                 "name the model's own teacher with --teacher."
             )
-        if not model.config.classes:
+        if teacher is not None and teacher.config.vocabulary != model.config.vocabulary:
+            raise UserError("Teacher and model know different words; name the model's own teacher with --teacher.")
+        if not model.config.classes and model.config.vocabulary is None:
             pipeline_of(model)  # refuses a model that takes neither labels nor prompts
         self.model, self.teacher = model, teacher
         self._lock = threading.Lock()
@@ -118,7 +120,8 @@ class AppModels:
             generator = ImageGenerator(model)
             conditions = [k % classes if subject == ALL else int(subject) for k in range(request.n)]
         else:
-            generator = ImageGenerator(model, [str(subject)], pipeline=self._pipeline(model))
+            pipeline = self._pipeline(model) if model.config.vocabulary is None else None
+            generator = ImageGenerator(model, [str(subject)], pipeline=pipeline)
             conditions = [0] * request.n
         start = time.perf_counter()
         images = generator(conditions, sampling)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fewstep.api.models import Source, load, teacher_of_run
+from fewstep.core.errors import UserError
 from fewstep.core.files import read_prompts
 from fewstep.distill.run_folder import run_settings
 from fewstep.eval.report.comparison import write_comparison
 from fewstep.eval.report.html import write_report
+from fewstep.models.emoji import EmojiCaptions
 from fewstep.models.hub.encoded import PROMPTS
 
 
@@ -27,10 +31,19 @@ def compare_images(
     student = load(folder, device)
     teacher = teacher_of_run(folder, device)
     prompted = student.config.takes_prompts
-    prompts = read_prompts(Path(settings["data"]["path"]) / PROMPTS) if prompted else []
+    prompts = _training_prompts(settings["data"]) if prompted else []
     return write_comparison(
         student, teacher, prompts, folder / "samples", columns=columns, seed=seed, guidance=guidance
     )
+
+
+def _training_prompts(data: Mapping[str, Any]) -> list[str]:
+    """The prompts of a run's data. Raises ``UserError`` if it is a source of the user's own."""
+    if data["kind"] == "emoji":
+        return EmojiCaptions.of("train").texts
+    if data["path"] is None:
+        raise UserError(f"The prompts of data.kind={data['kind']} are not known: use fewstep sample with --prompts.")
+    return read_prompts(Path(data["path"]) / PROMPTS)
 
 
 def report(run: Source) -> Path:

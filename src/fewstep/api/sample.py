@@ -67,7 +67,8 @@ def sample_files(
     with other seeds; ``samples.json`` records what they show. ``progress`` receives (files done, files in all). Raises
     ``UserError`` on a folder with samples of other prompts, of another model or another way to sample it."""
     model = source if isinstance(source, Model) else load(source, device)
-    pipeline_of(model)  # refuses another model
+    if model.config.vocabulary is None:
+        pipeline_of(model)  # refuses another model
     sampling = sampling or SamplingConfig()
     plan(model, sampling)  # refuses, before anything is loaded or encoded
     suffix = video if len(model.config.shape) == 4 else "png"
@@ -92,8 +93,7 @@ def sample_files(
 
 def _claim(folder: Path, model: Model, prompts: Sequence[str], sampling: SamplingConfig, *, occupied: bool) -> None:
     """Records what a folder's samples show, or checks that this is the same if it is ``occupied`` by some of them."""
-    pipeline = pipeline_of(model)
-    encoders = fingerprint(pipeline, (*ENCODERS, "vae"))
+    encoders = fingerprint(pipeline_of(model), (*ENCODERS, "vae")) if model.config.vocabulary is None else {}
     made_from = [model_sha256(model), encoders, asdict(replace(sampling, seed=0)), list(prompts)]
     record, file = {"made_from": json_sha256(made_from)}, folder / "samples.json"
     if occupied and not (file.is_file() and read_json_object(file) == record):

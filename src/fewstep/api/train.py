@@ -10,6 +10,7 @@ from fewstep.api.models import Source
 from fewstep.api.reference import training_reference
 from fewstep.api.training_progress import TrainingProgress
 from fewstep.core.errors import UserError
+from fewstep.core.image_files import to_bytes
 from fewstep.distill.build import build_inputs
 from fewstep.distill.callback import Callback
 from fewstep.distill.config import Config
@@ -83,8 +84,10 @@ def train_run(
 def _validation(config: Config, run: RunFolder, folder: Path) -> Validation | PromptValidation:
     settings, inputs = config.validation, run.trainer.inputs
     sampling = SamplingConfig(settings.solver, settings.steps, settings.guidance)
-    if inputs.prompts is not None and inputs.pipeline is not None:
-        return PromptValidation(sampling, settings.images, inputs.pipeline, inputs.prompts, folder)
+    if inputs.prompts is not None:
+        pipeline = inputs.pipeline
+        decode = to_bytes if pipeline is None else lambda x0: pipeline.decode_images(pipeline.decoder(), x0)
+        return PromptValidation(sampling, settings.images, decode, inputs.prompts, folder)
     named = training_reference(settings.reference, config.teacher)
     reference = load_reference(named, "train", run.trainer.device)
     return Validation(sampling, settings.n, reference, folder)

@@ -1,0 +1,126 @@
+"""The data of the bundled model ``emoji``: captions such as "a shiny fox on blue", and images rendered for them.
+
+128 drawings in two styles (``bundled/emoji/art.png``, from ``benchmarks/make_emoji_art.py``) are placed at random on
+nine backgrounds. Every word of a caption is visible: the styles are two artists' drawings of one thing. Some
+combinations are held out of training, to measure whether a model composes words.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fewstep.core.files import reading
+from fewstep.core.keyed_random import KeyedRandom
+
+ART = Path(__file__).parent / "bundled" / "emoji" / "art.png"
+SIDE, ART_SIDE = 32, 64
+SHAPE = (3, SIDE, SIDE)
+STYLES = ("flat", "shiny")
+BACKGROUNDS = {
+    "red": (205, 30, 45), "green": (20, 125, 65), "cyan": (70, 205, 215), "blue": (30, 70, 205),
+    "purple": (130, 30, 190), "pink": (250, 150, 200), "white": (248, 248, 248), "grey": (125, 125, 130),
+    "black": (15, 15, 20),
+}  # all far from the yellow of most faces  # fmt: skip
+PALETTE = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32)
+ANGLE, SHIFT, SCALE = 10.0, 0.06, (0.82, 0.98)  # degrees either way; share of the image either way; size in the image
+Split = Literal["train", "background", "style"]
+
+
+class Art(NamedTuple):
+    """The drawings, RGBA in [0, 1] with premultiplied alpha, [names, styles, 4, 64, 64], and their names."""
+
+    names: tuple[str, ...]
+    drawings: Tensor
+
+
+@cache
+def load_art() -> Art:
+    """The drawings that ship with the package. Raises ``UserError`` if the file is damaged."""
+    with reading(ART, "sheet of the emoji"), Image.open(ART) as sheet:
+        names = tuple(sheet.info["names"].split())
+        cells = np.asarray(sheet.convert("RGBA")).reshape(-1, ART_SIDE, sheet.width // ART_SIDE, ART_SIDE, 4)
+    pixels = torch.from_numpy(cells.copy()).permute(0, 2, 4, 1, 3).float() / 255
+    colours, alpha = pixels[:, :, :3], pixels[:, :, 3:]
+    return Art(names, torch.cat([colours * alpha, alpha], 2).reshape(len(names), len(STYLES), 4, ART_SIDE, ART_SIDE))
+
+
+@dataclass(frozen=True)
+class EmojiCaptions:
+    """The contents of captions, int64 [N] each: the numbers of names, styles and backgrounds."""
+
+    names: Tensor
+    styles: Tensor
+    backgrounds: Tensor
+
+    @staticmethod
+    def all() -> EmojiCaptions:
+        """All different captions, in order of names, styles and backgrounds."""
+        sizes = (len(load_art().names), len(STYLES), len(BACKGROUNDS))
+        return EmojiCaptions(*torch.cartesian_prod(*(torch.arange(size) for size in sizes)).T)
+
+    @staticmethod
+    def of(split: Split) -> EmojiCaptions:
+        """The captions of one split of all. Held out of training (``train``) are one style of every 16th name
+        (``style``), and of all other drawings two backgrounds that differ from drawing to drawing (``background``)."""
+        every = EmojiCaptions.all()
+        style = (every.names % 16 == 0) & (every.styles == every.names // 16 % 2)
+        turned = (every.backgrounds - 2 * every.names - every.styles) % len(BACKGROUNDS)
+        background = ~style & ((turned == 0) | (turned == 4))
+        held_out = {"style": style, "background": background, "train": ~style & ~background}
+        return every.select(held_out[split].nonzero()[:, 0])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def select(self, indices: Tensor) -> EmojiCaptions:
+        """The captions at ``indices`` [M]."""
+        return EmojiCaptions(self.names[indices], self.styles[indices], self.backgrounds[indices])
+
+    @property
+    def texts(self) -> list[str]:
+        """The captions as text."""
+        names, backgrounds = load_art().names, list(BACKGROUNDS)
+        return [
+            f"a {STYLES[style]} {names[name]} on {backgrounds[background]}"
+            for name, style, background in zip(
+                self.names.tolist(), self.styles.tolist(), self.backgrounds.tolist(), strict=True
+            )
+        ]
+
+
+def placements(random: KeyedRandom, n: int) -> Tensor:
+    """Random placements of drawings, float32 [n, 2, 3]: the maps from positions in the image to positions in the
+    drawing, as ``torch.nn.functional.affine_grid`` takes them. Half of the drawings are mirrored."""
+    angle = random.uniform(n, -math.radians(ANGLE), math.radians(ANGLE), "emoji/angle")
+    scale = random.uniform(n, *SCALE, "emoji/scale")
+    shift = 2 * random.uniform(2 * n, -SHIFT, SHIFT, "emoji/shift").reshape(n, 2, 1)  # positions are in [-1, 1]
+    mirror = torch.where(random.uniform(n, stream="emoji/mirror") < 0.5, -1.0, 1.0)
+    cosine, sine = angle.cos() / scale, angle.sin() / scale
+    turned = torch.stack([mirror * cosine, mirror * sine, -sine, cosine], 1).reshape(n, 2, 2)
+    return torch.cat([turned, -turned @ shift], 2).float()
+
+
+def draw(captions: EmojiCaptions, placed: Tensor) -> Tensor:
+    """An image for each caption, uint8 [N, 3, 32, 32], with the drawings ``placed`` as ``placements`` returns, drawn at
+    64 x 64 and averaged."""
+    drawings = load_art().drawings[captions.names, captions.styles]
+    grid = F.affine_grid(placed, list(drawings.shape), align_corners=False)
+    drawn = F.avg_pool2d(F.grid_sample(drawings, grid, align_corners=False), ART_SIDE // SIDE)
+    colours, alpha = drawn[:, :3], drawn[:, 3:]
+    images = 255 * colours + (1 - alpha) * PALETTE[captions.backgrounds][:, :, None, None]
+    return images.round().clamp(0, 255).to(torch.uint8)
+
+
+def render(captions: EmojiCaptions, random: KeyedRandom) -> Tensor:
+    """An image for each caption, uint8 [N, 3, 32, 32], placed by the numbers of ``random``."""
+    return draw(captions, placements(random, len(captions)))
