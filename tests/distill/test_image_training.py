@@ -127,7 +127,7 @@ def test_an_unconditional_model_is_validated_and_scored(tmp_path: Path) -> None:
     network = {"backbone": {**UNET, "patch": 4}, "shape": [1, 28, 28]}
     config = pretraining(
         tmp_path, {"kind": "idx", "path": str(tmp_path)}, 0, model=network,
-        validation={"every": 4, "n": 10, "solver": "euler", "steps": 2},
+        validation={"every": 4, "n": 10, "solver": "euler", "steps": 2, "reference": "fashion"},
     )  # fmt: skip
     run = fewstep.train(config)
     assert (run / "samples" / "step-0000004.png").is_file()

@@ -137,11 +137,12 @@ def make_preferences(
         check_writable(out)
     model, sampling = load(source, device, size), sampling or SamplingConfig()
     plan(model, sampling)
+    labels = model.labels(n) if captions is None else None
     network = load_reference(reference_for(source, reference), "train", model.device).classifier
     batch = 100 if captions is None else batch
     compare = _Comparison(model, sampling, partial(rate, reward, judge, network), n, candidates, batch, progress)
     if captions is None:
-        labels = model.labels(n)
+        assert labels is not None
         winner, loser = compare(range(n), Condition.of_labels(labels, model.config.classes), labels, to_bytes)
         write_tensors({"winner": winner, "loser": loser, "labels": labels}, Path(out))
         return _ties(winner, loser)

@@ -171,6 +171,7 @@ def win_rates(
     found = []
     for source in (ours, theirs):
         model = load(source, device, size)
+        _ = prompts or model.labels(n)  # refused before a reference is looked for
         named = reference = reference_for(ours, reference)
         found.append(_rewards(model, chosen, prompts, n, sampling, named, batch))
     results = []
