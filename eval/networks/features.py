@@ -59,6 +59,10 @@ class ClassifierFeatures:
     def dimension(self) -> int:
         return self.network.dimension
 
+    @property
+    def classes_count(self) -> int:
+        return self.network.head.out_features
+
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [N, C, H, W] on any device -> float32 [N, D] on the network's. Raises ``UserError`` on other
         images."""
