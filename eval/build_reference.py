@@ -34,7 +34,7 @@ def held_out(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     count = min(SIZE, round(share * images))
     if min(count, images - count) < 2:
         raise UserError(
-            f"Of {images} images {count} would be held out; both parts need at least 2. Use more images, another share, "
+            f"Of {images} images {count} would be held out; both parts need at least 2. Use more images, another share "
             "or images of their own to hold out (test)."
         )
     return rows[count:].sort().values, rows[:count].sort().values

@@ -222,7 +222,7 @@ def test_images_too_small_for_features_are_refused(network: str, tmp_path: Path)
 
 def test_few_images_and_mixed_sizes_are_refused_with_what_helps(tmp_path: Path) -> None:
     pictures(tmp_path / "photos", 1)
-    with pytest.raises(UserError, match="Use more images, another share, or images of their own to hold out"):
+    with pytest.raises(UserError, match="Use more images, another share or images of their own to hold out"):
         make_reference(tmp_path / "photos", tmp_path / "reference")
     Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "red" / "larger.png")
     with pytest.raises(UserError, match=r"is 16 x 16, but 12 x 12 is needed.*--crop"):
@@ -290,3 +290,29 @@ def test_a_classifier_of_another_reference_is_refused(labelled: Path, tmp_path: 
                   mixed / "classifier.safetensors")  # fmt: skip
     with pytest.raises(UserError, match="contains features of classifier with other weights"):
         load_reference(str(mixed))
+
+
+def test_a_pipeline_of_ones_own_is_not_scored_by_a_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before references belonged to runs, 10,000 samples of any pipeline were scored as garments."""
+    pytest.importorskip("diffusers")
+    TINY["sd"].build().save_pretrained(tmp_path / "sd")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"teacher: {tmp_path / 'sd'}\nvalidation: {{every: 4}}\n")
+    with pytest.raises(UserError, match="No reference is known"):
+        reference_for(run)
+    assert "No reference is known" in refused(capsys, "eval", tmp_path / "sd")
+
+
+def test_scores_and_report_of_a_run_are_by_its_reference(labelled: Path, tmp_path: Path) -> None:
+    config = ModelConfig(
+        backbone={"name": "unet", "widths": [8], "blocks": [1], "embedding": 8, "heads": 1}, shape=(3, 8, 8), classes=3
+    )
+    save_model(config.build(), config, tmp_path / "teacher")
+    raw = tiny_config(tmp_path, validation={"every": 12, "n": 20, "reference": str(labelled)}, health={"every": 0})
+    run = fewstep.train(parse_config(raw, "test"), progress=False)
+    scores = fewstep.evaluate(run, n=20, steps=[1], device="cpu")
+    assert {score.reference for score in scores} == {f"{labelled}/test"}
+    page = fewstep.report(run).read_text()
+    assert "fd_colours" in page
+    assert "fd_fashion" not in page

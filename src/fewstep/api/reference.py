@@ -102,7 +102,7 @@ def _place(data: ImageData) -> tuple[str, Path, str, str | None]:
 
 
 def _check_classes(images: ImageTable, test: ImageTable) -> None:
-    """Raises ``UserError`` if both sets have labels, but not of the same classes: their distance would be about that."""
+    """Raises ``UserError`` if both sets have labels, but not of the same classes."""
     if not (images.labelled and test.labelled):
         return
     ours, theirs = (

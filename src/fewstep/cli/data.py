@@ -150,9 +150,9 @@ def reference(
             progress=lambda step, steps, loss: bar.update(task, completed=step, total=steps),
         )  # fmt: skip
     made = read_reference(folder)
-    channels_, height, width = made.shape
+    depth, height, width = made.shape
     print_text(
-        f"{folder} compares {height} x {width} {'grey' if channels_ == 1 else 'RGB'} images in features of {made.network}: "
+        f"{folder} compares {height} x {width} {'grey' if depth == 1 else 'RGB'} images in features of {made.network}: "
         f"{made.images['train']} learned from, {made.images['test']} held out. Real images score:"
     )
     print_text("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
