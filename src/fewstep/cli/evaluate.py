@@ -203,7 +203,8 @@ def winrate(
     n: Annotated[int, typer.Option("--n", min=1, help="Samples of each.")] = 2_000,
     captions: Captions = None,
     rewards: Annotated[
-        str | None, typer.Option(help="As for data preferences, separated by commas. Default: all.")
+        str | None,
+        typer.Option(help="Names or functions as for data preferences --reward, separated by commas. Default: all."),
     ] = None,
     size: Size = None,
     batch: Batch = 8,
