@@ -23,7 +23,8 @@ from fewstep.eval.score_files import read_scores
 PAGE = (Path(__file__).parents[1] / "docs" / "own_network.md").read_text(encoding="utf-8")
 FEWER = {
     '"steps": 2000': '"steps": 2', '"steps": 400': '"steps": 2', "draw(3000)": "draw(150)", "n=3000": "n=12",
-    '"every": 50': '"every": 1, "n": 10', '"shapes.npz", "runs/': 'epochs=1, images="shapes.npz", out="runs/', '"width": 48': '"width": 8',
+    '"every": 50': '"every": 1, "n": 10', '"shapes.npz", "runs/': 'epochs=1, images="shapes.npz", out="runs/',
+    '"width": 48': '"width": 8',
     "--n 3000": "--n 12",
 }  # fmt: skip
 
