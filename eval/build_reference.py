@@ -22,6 +22,7 @@ from fewstep.eval.references import CLASSIFIER, CONFIG, DISTANCE_PREFIX, Referen
 SIZE, SHOWN, LEARNED = 10_000, 2_000, 60_000  # images at most: compared, kept to look at, learned from
 PART = 500  # images decoded at a time
 EPOCHS, UPDATES, BATCH = 6, 600, 128  # of a classifier: of small sets more epochs, for as many updates
+SMALLEST = 4  # pixels: of fewer the networks' convolutions leave nothing
 PER_CLASS = 20  # images from which a classifier can learn something
 
 Progress = Callable[[int, int, float], None]
@@ -32,7 +33,10 @@ def held_out(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     rows = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
     count = min(SIZE, round(share * images))
     if min(count, images - count) < 2:
-        raise UserError(f"Of {images} images {count} would be held out; both parts need at least 2.")
+        raise UserError(
+            f"Of {images} images {count} would be held out; both parts need at least 2. Use more images, another share "
+            "or images of their own to hold out (test)."
+        )
     return rows[count:].sort().values, rows[:count].sort().values
 
 
@@ -64,6 +68,10 @@ def build_reference(
     Raises ``UserError`` if the images have no labels for a classifier, or weights are missing.
     """
     (images, rows), (other, other_rows) = train, test
+    if min(images.shape[1:]) < SMALLEST:
+        raise UserError(
+            f"Images of {images.shape[1]} x {images.shape[2]} are too small: {SMALLEST} x {SMALLEST} or more."
+        )
     used: ReferenceNetwork | None = None
     if network == CLASSIFIER:
         _check_labels(train, test)

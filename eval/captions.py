@@ -1,4 +1,4 @@
-"""Captions of images: a text file with one per line, or a table (.csv, .jsonl) that pairs them with files by name."""
+"""Captions of images: a text file with one per line, or a table, which may pair them with files by name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_prompts
-from fewstep.core.tables import read_table
+from fewstep.core.tables import TABLE_SUFFIXES, read_table, read_texts, table_columns
 
 COLUMNS = ("file", "caption")
 SHOWN = 5  # names in a message
@@ -31,11 +30,11 @@ class Captions:
         """Raises ``UserError`` that names a missing file, or an invalid line of it."""
         if not path.is_file():
             raise UserError(
-                f"The captions {path} were not found: give a text file, one caption per line, or a table (.csv or "
-                ".jsonl with file and caption) with --captions."
+                f"The captions {path} were not found: give a text file, one caption per line, or a table (.csv, .jsonl "
+                "or .parquet with caption, and file to pair them with images) with --captions."
             )
-        if path.suffix.lower() not in (".csv", ".jsonl"):
-            return Captions(path, tuple(read_prompts(path)))
+        if path.suffix.lower() not in TABLE_SUFFIXES or COLUMNS[0] not in table_columns(path):
+            return Captions(path, tuple(read_texts(path)))
         files, texts = zip(*((file, text.strip()) for file, text in read_table(path, COLUMNS)), strict=True)
         if repeated := [name for name, count in Counter(files).items() if count > 1]:
             raise UserError(f"{path} has several captions for {_listed(repeated)}.")
@@ -59,6 +58,8 @@ class Captions:
         anywhere in it. Raises ``UserError`` if images and captions do not belong together.
         """
         if self.files is None:
+            if self.path.suffix.lower() in TABLE_SUFFIXES:
+                raise UserError(f"{self.path} has no column file, which says which image each caption belongs to.")
             self._check_numbers(names)
             return list(names), self.texts
         by_name = dict(zip(self.files, self.texts, strict=True))

@@ -19,11 +19,11 @@ from fewstep.eval.metrics.kid import ERROR_OF as KID_ERROR_OF
 from fewstep.eval.metrics.kid import kid_and_deviation
 from fewstep.eval.metrics.metric import NOTED_BIAS, SEEDS, Direction, Measurement
 from fewstep.eval.metrics.precision_recall import PRECISION_ERROR_OF, precision_error, precision_recall
-from fewstep.eval.networks.features import ClassifierFeatures, extract_features, require_images
+from fewstep.eval.networks.features import ClassifierFeatures, extract_features
 from fewstep.eval.references import DISTANCE_PREFIX, Reference
 from fewstep.eval.score_files import Score, scores_of_generated, scores_of_images
-from fewstep.eval.toy_captions import CaptionSet, prompt_following, read_back
-from fewstep.models.loading import Model
+from fewstep.eval.toy_captions import SIDE, CaptionSet, prompt_following, read_back
+from fewstep.models.loading import Model, pipeline_of
 from fewstep.samplers.generate import GeneratedSet, Progress
 from fewstep.samplers.plan import SamplingConfig
 
@@ -104,18 +104,19 @@ class ReferenceEvaluator:
         if self.n < minimum:
             raise UserError(f"n must be at least {minimum} (two samples per class or caption), got {self.n}.")
         if prompted:
-            _ = self.reference.classifier
+            self._check_garments(model)
             return
-        require_images(
-            self.reference.network.name,
-            torch.zeros(1, *model.config.shape, dtype=torch.uint8),
-            self.reference.network.shape,
-        )
-        ours, theirs = model.config.class_names, self.reference.class_names
-        if ours and theirs and tuple(ours) != tuple(theirs):
+        self.reference.require_fit(model.config)
+
+    def _check_garments(self, model: Model) -> None:
+        """Raises ``UserError`` unless a pipeline's samples have the shape of tinted garments, and the reference that of
+        the grey ones: other pipelines have other captions."""
+        height, width = (side * pipeline_of(model).family.factor for side in model.config.shape[-2:])
+        if self.reference.classifier.shape != (1, 28, 28) or (height, width) != (SIDE, SIDE):
             raise UserError(
-                f"The model's classes ({', '.join(ours)}) are not those of the reference {self.reference.name} "
-                f"({', '.join(theirs)})."
+                f"The reference {self.reference.name} cannot score this pipeline: references score models of class "
+                "labels, unconditional ones and the bundled fashion-text. Give --protocol, whose reference is a folder "
+                "of images."
             )
 
     def __call__(

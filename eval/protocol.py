@@ -31,8 +31,9 @@ class Protocol(BaseModel):
         clip: the model of CLIP scores, ``MODEL:TAG`` or ``MODEL:FILE``.
         size: images are cropped to their centred square and resized to this with ``filter``.
         frames: of videos, for FVD.
-        captions: a text file, one caption per line; image k shows caption k modulo their number. Or a table (.csv or
-            .jsonl with file and caption), which pairs images on disk by name.
+        captions: a text file, one caption per line, or a table (.csv, .jsonl, .parquet) with a column caption, prompt
+            or text; image k shows caption k modulo their number. A table with the columns file and caption pairs images
+            on disk by name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -18,9 +18,10 @@ from torch import Tensor
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.files import read_tensors, reading, sha256
 from fewstep.eval.metrics.frechet import Statistics
-from fewstep.eval.networks.features import REFERENCES, ClassifierFeatures, ReferenceNetwork
+from fewstep.eval.networks.features import REFERENCES, ClassifierFeatures, ReferenceNetwork, require_images
 from fewstep.eval.networks.image_features import ImageFeatures
 from fewstep.eval.networks.weights import WeightsLocator
+from fewstep.models.model_config import ModelConfig
 
 Split = Literal["test", "train"]
 CONFIG, CLASSIFIER = "reference.json", "classifier"
@@ -64,6 +65,23 @@ class Reference:
             )
         return self.network
 
+    def require_fit(self, model: ModelConfig) -> None:
+        """Raises ``UserError`` if samples of a model are not images like those of the reference: of the same shape, and
+        where both have classes of the same ones."""
+        require_images(self.network.name, torch.zeros(1, *model.shape, dtype=torch.uint8), self.network.shape)
+        classes = self.network.classes_count if isinstance(self.network, ClassifierFeatures) else 0
+        if classes and model.classes and classes != model.classes:
+            raise UserError(
+                f"The model has {model.classes} classes and the reference {self.name} {classes}: make one of images of "
+                "the model's classes with fewstep data reference."
+            )
+        ours, theirs = model.class_names, self.class_names
+        if ours and theirs and tuple(ours) != tuple(theirs):
+            raise UserError(
+                f"The model's classes ({', '.join(ours)}) are not those of the reference {self.name} "
+                f"({', '.join(theirs)})."
+            )
+
     @property
     def metric(self) -> str:
         """The name of the Fréchet distance of these features."""
@@ -82,6 +100,11 @@ def load_reference(
     folder. Raises ``UserError`` if something is missing or damaged."""
     folder = _folder(name)
     if not (folder / f"{split}.safetensors").is_file():
+        if folder.is_dir():
+            raise UserError(
+                f"{name} is not a reference: it has no {split}.safetensors. Of real images, fewstep data reference "
+                "makes one in a new folder."
+            )
         raise UserError(
             f"No reference {name!r}{nearest(name, bundled_references())}. fewstep data reference makes one from images."
         )
@@ -91,11 +114,11 @@ def load_reference(
         network = ClassifierFeatures.load(folder, device)
     else:
         network = ImageFeatures.load(config.network, config.shape, locator or WeightsLocator.from_environment(), device)
-        if network.sha256 != config.network_sha256:
-            raise UserError(
-                f"{folder} contains features of {config.network} with other weights than those found here: create the "
-                "reference again with fewstep data reference."
-            )
+    if config is not None and network.sha256 != config.network_sha256:
+        raise UserError(
+            f"{folder} contains features of {config.network} with other weights than those found here: create the "
+            "reference again with fewstep data reference."
+        )
     file = folder / f"{split}.safetensors"
     features = read_tensors(file).get("features", torch.empty(0))
     if features.ndim != 2 or not features.is_floating_point():
@@ -108,13 +131,20 @@ def load_reference(
     return Reference(name, split, network, features, Statistics.of(features), sha256(file), names)
 
 
-def _config(folder: Path) -> ReferenceConfig | None:
-    """``reference.json``; None in older references, whose network is a classifier."""
+def is_reference(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / "test.safetensors").is_file()
+
+
+def read_reference(folder: Path) -> ReferenceConfig:
+    """The description of a reference folder. Raises ``UserError`` if it is missing or damaged."""
     file = folder / CONFIG
-    if not file.is_file():
-        return None
     with reading(file, "description of a reference"):
         return ReferenceConfig.model_validate_json(file.read_bytes())
+
+
+def _config(folder: Path) -> ReferenceConfig | None:
+    """``reference.json``; None in older references, whose network is a classifier."""
+    return read_reference(folder) if (folder / CONFIG).is_file() else None
 
 
 def real_images(name: str) -> tuple[Tensor, Tensor]:

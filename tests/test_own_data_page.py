@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +18,18 @@ from fewstep.core.image_data import ImageData, open_images
 from fewstep.core.tables import read_texts
 from fewstep.eval.score_files import read_scores
 
-PAGE = (Path(__file__).parents[1] / "docs" / "own_data.md").read_text(encoding="utf-8")
+WHOLE = (Path(__file__).parents[1] / "docs" / "own_data.md").read_text(encoding="utf-8")
+PAGE, PIPELINE = WHOLE.split("### From captions to an exported student")
 TINY = ["batch=4", "stages.0.steps=2", "previews.every=2", "device=cpu"]
 NETWORK = ["model.backbone.widths=[8, 8]", "model.backbone.blocks=[1, 1]", "model.backbone.patch=8"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str = PAGE) -> list[list[str]]:
+    return [shlex.split(line, comments=True) for block in blocks("bash", page) for line in block.splitlines()]
 
 
 @pytest.fixture
@@ -47,9 +53,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_command_of_the_page_runs_in_turn(folder: Path) -> None:
-    commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 13
-    for program, *arguments in commands:
+    assert len(commands()) == 13
+    for program, *arguments in commands():
         assert program == "fewstep"
         if arguments[0] == "train":
             arguments += TINY + (NETWORK if arguments[1] == "teacher.yaml" else [])
@@ -78,3 +83,28 @@ def test_the_expression_of_the_page_opens_the_images(folder: Path) -> None:
     (expression,) = re.findall(r"`(open_images\(.*?\))` of", PAGE)
     table = eval(expression, {"open_images": open_images, "ImageData": ImageData})
     assert (len(table), table.class_names, table.shape) == (90, ("bee", "cat", "dog"), (3, 64, 64))
+
+
+def test_the_walkthrough_of_a_pipeline_runs(folder: Path) -> None:
+    for extra in ("diffusers", "peft", "efficientnet_lite_pytorch"):
+        pytest.importorskip(extra)
+    config, protocol = blocks("yaml", PIPELINE)
+    (folder / "pipeline.yaml").write_text(config)
+    (folder / "protocol.yaml").write_text(protocol.replace("n: 1000", "n: 4"))
+    encode = next(command for command in commands() if command[1:3] == ["data", "encode"])
+    assert len(commands(PIPELINE)) == 6
+    for program, *arguments in [encode, *commands(PIPELINE)]:
+        assert program == "fewstep"
+        arguments += [*TINY, "health.every=0"] if arguments[0] == "train" else []
+        completes(*({"100-599": "100-101", "32": "2"}.get(text, text) for text in arguments))
+    run = folder / "runs" / "garments"
+    assert sorted(file.name for file in (run / "previews").iterdir())[-1] == "step-0000002.png"
+    assert len(list((folder / "images").glob("*.png"))) == 8
+    found = {score.steps: score for score in read_scores(run / "eval.json")}
+    assert found.keys() == {2, 4}
+    assert {score.metric for score in found.values()} == {"fd_efficientnet"}
+    assert "fd_efficientnet" in (run / "report.html").read_text()
+    names: dict[str, Any] = {}
+    exec(blocks("python", PIPELINE)[0], names)
+    assert names["image"].size == (32, 32)
+    assert names["pipeline"].scheduler.config.num_train_timesteps == 1000

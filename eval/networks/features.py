@@ -59,6 +59,10 @@ class ClassifierFeatures:
     def dimension(self) -> int:
         return self.network.dimension
 
+    @property
+    def classes_count(self) -> int:
+        return self.network.head.out_features
+
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [N, C, H, W] on any device -> float32 [N, D] on the network's. Raises ``UserError`` on other
         images."""
@@ -71,6 +75,19 @@ class ClassifierFeatures:
         """The most likely class for each row of features [N, D], int64 [N] on the host."""
         with torch.no_grad():
             return self.network.classify(features.to(self.network.device)).argmax(1).cpu()
+
+
+class MissingClassifier(ClassifierFeatures):
+    """Stands for a reference's classifier where no reference is known: rewards that need none work without."""
+
+    def __init__(self) -> None:
+        super().__init__("none", "none", (1, 1, 1), Classifier(widths=(1, 1, 1, 1), dimension=1))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        raise UserError(
+            "This reward needs the classifier of a reference, and none is known for the model: give --reference FOLDER, "
+            "which fewstep data reference makes from images, or another reward."
+        )
 
 
 class ReferenceNetwork(Protocol):

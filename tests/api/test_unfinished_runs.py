@@ -125,3 +125,44 @@ def test_scores_of_a_checkpoint_name_its_step_and_stay_out_of_the_runs_file(unfi
 
     assert name_of(unfinished) == "unfinished, step 12"
     assert name_of(checkpoints(unfinished / "checkpoints")[0]) == "unfinished, step 4"
+
+
+def test_an_empty_folder_of_checkpoints_is_none(unfinished: Path) -> None:
+    shutil.rmtree(unfinished / "checkpoints")
+    (unfinished / "checkpoints").mkdir()
+    for use in (fewstep.load, lambda run: fewstep.export(run, "diffusers", run / "out")):
+        with pytest.raises(UserError, match=r"has no student yet, and no checkpoint\. Continue it"):
+            use(unfinished)
+    assert fewstep.report(unfinished).is_file()
+
+
+def test_a_moved_run_is_sampled_and_resumed(unfinished: Path, tmp_path: Path, run: Path) -> None:
+    moved = unfinished.rename(tmp_path / "moved")
+    assert_same(fewstep.load(moved), fewstep.load(run))
+    fewstep.train(resume=moved, progress=False)
+    assert_same(fewstep.load(moved / "student"), fewstep.load(run))
+
+
+def test_a_run_outlives_its_teacher(run: Path, tmp_path: Path) -> None:
+    """A student that is a copy needs its teacher for comparisons alone; the message names the run that had it."""
+    from fewstep.api.app import AppModels
+    from fewstep.api.report import compare_images
+
+    first = shutil.copytree(run, tmp_path / "first")
+    raw = tiny_config(tmp_path, teacher=str(first))
+    raw["stages"][0]["steps"] = 1  # type: ignore[index]
+    second = fewstep.train(parse_config(raw, "test"), progress=False)
+    shutil.rmtree(first)
+    assert fewstep.sample(second, n=2).shape == (2, 1, 8, 8)
+    assert fewstep.report(second).is_file()
+    for use in (compare_images, AppModels.load):
+        with pytest.raises(UserError, match=f"The teacher of {second}, as its config.yaml names it: No model at"):
+            use(second)
+    assert AppModels.load(second, run).teacher is not None
+
+
+def test_a_student_without_a_pipeline_has_no_export(run: Path, tmp_path: Path) -> None:
+    for source in (run, run / "student", checkpoints(run / "checkpoints")[-1]):
+        with pytest.raises(UserError, match="is not the student of a diffusers pipeline"):
+            fewstep.export(source, "diffusers", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

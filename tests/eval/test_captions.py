@@ -66,7 +66,7 @@ def test_the_images_of_one_caption_in_a_table_are_its_seeds(tmp_path: Path) -> N
         ("file,caption\n0.png,a\n", r"no caption for 1\.png, 2\.png\."),
         ("file,caption\n0.png,a\n1.png,b\n2.png,c\n3.png,d\n", r"images that are missing: 3\.png"),
         ("file,caption\n0.png,a\n0.png,b\n", r"several captions for 0\.png"),
-        ("name,caption\n0.png,a\n", "row 1 has no file or no caption"),
+        ("name,caption\n0.png,a\n", "has no column file"),
         ("file,caption\n0.png,\n", "row 1 has no file or no caption"),
         ("file,caption\n", "contains no captions"),
     ],
@@ -79,5 +79,14 @@ def test_a_table_of_other_images_is_refused(content: str, message: str, tmp_path
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.txt were not found: give a text file, one caption per line, or a table"):
         Captions.read(tmp_path / "no.txt")
-    with pytest.raises(UserError, match=r"a\.jsonl, row 1 is not readable"):
+    with pytest.raises(UserError, match=r"a\.jsonl is not a readable table.*line 1"):
         captions(tmp_path, '{"file": ', "a.jsonl")
+
+
+def test_a_table_of_prompts_alone_is_for_models(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('title,prompt\nx,"a red bag, on white"\ny,a dog\n')
+    captions = Captions.read(tmp_path / "a.csv")
+    assert (captions.texts, captions.files) == (("a red bag, on white", "a dog"), None)
+    assert captions.conditions == 2
+    with pytest.raises(UserError, match="has no column file"):
+        captions.pair(["0.png", "1.png"])

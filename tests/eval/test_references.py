@@ -9,21 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import completes, refused
 from PIL import Image
+from tiny_pipelines import TINY
 from torch import Tensor
 from worlds import tiny_config, tiny_teacher
 
 import fewstep
 from fewstep.api.reference import make_reference, reference_for, training_reference
 from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors, write_tensors
 from fewstep.core.image_data import ImageData, kind_of
 from fewstep.distill.config_files import parse_config
 from fewstep.eval.build_reference import held_out
+from fewstep.eval.evaluate_reference import ReferenceEvaluator
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
 from fewstep.eval.networks.features import ClassifierFeatures, extract_features
 from fewstep.eval.networks.image_features import ImageFeatures
 from fewstep.eval.networks.random_features import RandomFeatures
 from fewstep.eval.references import load_reference, real_images
+from fewstep.models.model_config import ModelConfig
+from fewstep.models.saving import save_model
 
 COLOURS = {"blue": (20, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
 
@@ -185,3 +191,128 @@ def test_classes_that_are_not_those_of_the_reference_are_refused(labelled: Path,
     assert raw["shape"] == [1, 8, 8]
     with pytest.raises(UserError, match=r"need uint8 images of shape \[3, 8, 8\]"):
         fewstep.evaluate(teacher, reference=str(labelled), n=20, steps=[1], device="cpu")
+
+
+# --- what plausible mistakes meet -------------------------------------------------------------------------------------
+
+
+def test_images_to_hold_out_are_others_and_of_the_same_classes(tmp_path: Path) -> None:
+    photos = pictures(tmp_path / "photos", 10)
+    with pytest.raises(UserError, match="are the images themselves"):
+        make_reference(photos, tmp_path / "reference", test=tmp_path / "photos" / ".." / "photos", network="random")
+    pixels = np.zeros((6, 12, 12, 3), np.uint8)
+    np.savez(tmp_path / "three.npz", images=pixels, labels=np.arange(6) % 3)
+    np.savez(tmp_path / "two.npz", images=pixels, labels=np.arange(6) % 2)
+    with pytest.raises(UserError, match="have the classes 0, 1, the others 0, 1, 2: both need the same"):
+        make_reference(tmp_path / "three.npz", tmp_path / "reference", test=tmp_path / "two.npz", network="random")
+    np.savez(tmp_path / "none.npz", images=pixels)
+    make_reference(photos, tmp_path / "unlabelled", test=tmp_path / "none.npz", network="random")
+    with pytest.raises(UserError, match=r"none\.npz has no labels of two classes for a classifier"):
+        make_reference(photos, tmp_path / "reference", test=tmp_path / "none.npz", network="classifier")
+    assert not (tmp_path / "reference").exists()
+
+
+@pytest.mark.parametrize("network", ["classifier", "random"])
+def test_images_too_small_for_features_are_refused(network: str, tmp_path: Path) -> None:
+    data = ImageData("folder", str(pictures(tmp_path / "photos", 10)), crop=True)
+    with pytest.raises(UserError, match="3 x 5 are too small"):
+        make_reference(data, tmp_path / "reference", size=(3, 5), network=network)
+    make_reference(data, tmp_path / "reference", size=(4, 4), network=network, epochs=1)
+
+
+def test_few_images_and_mixed_sizes_are_refused_with_what_helps(tmp_path: Path) -> None:
+    pictures(tmp_path / "photos", 1)
+    with pytest.raises(UserError, match="Use more images, another share or images of their own to hold out"):
+        make_reference(tmp_path / "photos", tmp_path / "reference")
+    Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "red" / "larger.png")
+    with pytest.raises(UserError, match=r"is 16 x 16, but 12 x 12 is needed.*--crop"):
+        make_reference(tmp_path / "photos", tmp_path / "reference")
+
+
+def test_the_command_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first image decides size and colour, and the images decide the network: neither may happen in silence."""
+    photos = pictures(tmp_path / "photos", 4)
+    grey = photos / "blue" / "blue_0.png"
+    Image.open(grey).convert("L").save(grey)
+    completes("data", "reference", photos, "--out", tmp_path / "mine", "--network", "random")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "compares 12 x 12 grey images in features of random: 10 learned from, 2 held out" in printed
+    message = refused(capsys, "data", "reference", photos, "--label", "species", "--out", tmp_path / "other")
+    assert "--image and --label name columns of a table" in message
+
+
+def test_a_model_with_other_classes_is_neither_validated_nor_scored(labelled: Path, tmp_path: Path) -> None:
+    config = ModelConfig(
+        backbone={"name": "unet", "widths": [8], "blocks": [1], "embedding": 8, "heads": 1}, shape=(3, 8, 8), classes=4
+    )
+    save_model(config.build(), config, tmp_path / "teacher")
+    message = r"The model has 4 classes and the reference \S+colours 3"
+    with pytest.raises(UserError, match=message):
+        fewstep.evaluate(tmp_path / "teacher", reference=str(labelled), n=20, steps=[1], device="cpu")
+    raw = tiny_config(tmp_path, validation={"every": 4, "n": 20, "reference": str(labelled)})
+    with pytest.raises(UserError, match=message):
+        fewstep.train(parse_config(raw, "test"), progress=False)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    raw["validation"] = {"every": 4, "n": 20, "reference": "fashion"}
+    with pytest.raises(UserError, match=r"^The features 'fashion' need uint8 images of shape \[1, 28, 28\]"):
+        fewstep.train(parse_config(raw, "test"), progress=False)
+
+
+def test_a_pipeline_is_not_scored_by_a_reference_of_other_images(labelled: Path) -> None:
+    pytest.importorskip("diffusers")
+    with pytest.raises(UserError, match=r"colours cannot score this pipeline.*--protocol"):
+        fewstep.evaluate("fashion-text", reference=str(labelled), n=1500, steps=[1], device="cpu")
+
+
+def test_a_pipeline_of_another_size_is_not_scored_by_garments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32-pixel samples can be garments; those of another size were refused after all of them had been generated."""
+    pytest.importorskip("diffusers")
+    TINY["sd"].build().save_pretrained(tmp_path / "sd")
+    model = fewstep.load(tmp_path / "sd", "cpu", size=(64, 64, 1))
+    with pytest.raises(UserError, match="The reference fashion cannot score this pipeline"):
+        ReferenceEvaluator(load_reference("fashion"), 1500, (0,)).check(model)
+    ReferenceEvaluator(load_reference("fashion"), 1500, (0,)).check(fewstep.load("fashion-text", "cpu"))
+
+
+def test_a_folder_that_is_no_reference_and_a_reference_that_is_no_model_are_named(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"is not a reference: it has no test\.safetensors"):
+        load_reference(str(pictures(tmp_path / "photos", 1)))
+    for command in (["eval"], ["sample"], ["export", "--out", tmp_path / "out"]):
+        assert "is a reference of fewstep data reference, not a model" in refused(capsys, *command, labelled)
+
+
+def test_a_classifier_of_another_reference_is_refused(labelled: Path, tmp_path: Path) -> None:
+    mixed = shutil.copytree(labelled, tmp_path / "mixed")
+    tensors = read_tensors(mixed / "classifier.safetensors")
+    write_tensors({name: tensor + 0 if "head" not in name else tensor + 1 for name, tensor in tensors.items()},
+                  mixed / "classifier.safetensors")  # fmt: skip
+    with pytest.raises(UserError, match="contains features of classifier with other weights"):
+        load_reference(str(mixed))
+
+
+def test_a_pipeline_of_ones_own_is_not_scored_by_a_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before references belonged to runs, 10,000 samples of any pipeline were scored as garments."""
+    pytest.importorskip("diffusers")
+    TINY["sd"].build().save_pretrained(tmp_path / "sd")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"teacher: {tmp_path / 'sd'}\nvalidation: {{every: 4}}\n")
+    with pytest.raises(UserError, match="No reference is known"):
+        reference_for(run)
+    assert "No reference is known" in refused(capsys, "eval", tmp_path / "sd")
+
+
+def test_scores_and_report_of_a_run_are_by_its_reference(labelled: Path, tmp_path: Path) -> None:
+    config = ModelConfig(
+        backbone={"name": "unet", "widths": [8], "blocks": [1], "embedding": 8, "heads": 1}, shape=(3, 8, 8), classes=3
+    )
+    save_model(config.build(), config, tmp_path / "teacher")
+    raw = tiny_config(tmp_path, validation={"every": 12, "n": 20, "reference": str(labelled)}, health={"every": 0})
+    run = fewstep.train(parse_config(raw, "test"), progress=False)
+    scores = fewstep.evaluate(run, n=20, steps=[1], device="cpu")
+    assert {score.reference for score in scores} == {f"{labelled}/test"}
+    page = fewstep.report(run).read_text()
+    assert "fd_colours" in page
+    assert "fd_fashion" not in page

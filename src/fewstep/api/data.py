@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from fewstep.api.models import Source, load, noise_image
-from fewstep.api.reference import reference_for
+from fewstep.api.reference import classifier_for
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable, write_tensors
 from fewstep.core.image_files import to_bytes
 from fewstep.core.tables import IMAGE_COLUMNS, TABLE_SUFFIXES, choose_column, read_texts, table_columns
 from fewstep.eval.hashes import json_sha256, model_sha256
-from fewstep.eval.references import load_reference
 from fewstep.eval.rewards.registry import find_prompt_reward, find_reward, rate
 from fewstep.models.condition import Condition
 from fewstep.models.hub.encode import (
@@ -138,7 +137,7 @@ def make_preferences(
     model, sampling = load(source, device, size), sampling or SamplingConfig()
     plan(model, sampling)
     labels = model.labels(n) if captions is None else None
-    network = load_reference(reference_for(source, reference), "train", model.device).classifier
+    network = classifier_for(source, reference, model.device)
     batch = 100 if captions is None else batch
     compare = _Comparison(model, sampling, partial(rate, reward, judge, network), n, candidates, batch, progress)
     if captions is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.api.models import Source, checkpoint_of, load, name_of, noise_image, run_of
-from fewstep.api.reference import reference_for
+from fewstep.api.reference import classifier_for, reference_for
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable
@@ -24,6 +24,7 @@ from fewstep.distill.run_folder import teacher_of
 from fewstep.eval.evaluate_protocol import ProtocolEvaluator
 from fewstep.eval.evaluate_reference import ReferenceEvaluator
 from fewstep.eval.hashes import model_sha256
+from fewstep.eval.networks.features import ClassifierFeatures
 from fewstep.eval.networks.weights import WeightsLocator
 from fewstep.eval.protocol import Protocol
 from fewstep.eval.references import load_reference
@@ -171,9 +172,8 @@ def win_rates(
     found = []
     for source in (ours, theirs):
         model = load(source, device, size)
-        _ = prompts or model.labels(n)  # refused before a reference is looked for
-        named = reference = reference_for(ours, reference)
-        found.append(_rewards(model, chosen, prompts, n, sampling, named, batch))
+        network = classifier_for(ours, reference, model.device)
+        found.append(_rewards(model, chosen, prompts, n, sampling, network, batch))
     results = []
     for name in chosen:
         a, b = (values[name] for values in found)
@@ -185,12 +185,12 @@ def win_rates(
 
 
 def _rewards(
-    model: Model, rewards: Mapping[str, Any], prompts: Sequence[str], n: int, sampling: SamplingConfig, reference: str,
-    batch: int,
+    model: Model, rewards: Mapping[str, Any], prompts: Sequence[str], n: int, sampling: SamplingConfig,
+    network: ClassifierFeatures, batch: int,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Rewards [n] of samples of a model, by name."""
     shown: Tensor | list[str] = [prompts[k % len(prompts)] for k in range(n)] if prompts else model.labels(n)
-    network, parts, done = load_reference(reference, "train", model.device).classifier, [], 0
+    parts, done = [], 0
     for name, reward in rewards.items():
         rate(name, reward, network, noise_image(model, bool(prompts)), shown[:1])  # refused before sampling
     for images in GeneratedSet(model, sampling, n, prompts, batch).parts():

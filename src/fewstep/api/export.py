@@ -48,6 +48,11 @@ def export(
         raise UserError(f"An adapter ({form}) is written in float32: leave out dtype, which is for networks.")
     api = open_repository(push, private) if push is not None else None
     saved = config_of(run)
+    if saved is not None and not saved.takes_prompts:
+        raise UserError(
+            f"{run} is not the student of a diffusers pipeline, so no other program has its network: its model folder "
+            "(config.json, model.safetensors) is what fewstep.load reads."
+        )
     model = load(run, device, dtype=dtype or (base_dtype(saved) if saved is not None else None))
     written = export_model(model, form, Path(out), _card(model, run, samples, push or "."))
     if api is not None and push is not None:

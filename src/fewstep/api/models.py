@@ -11,9 +11,10 @@ from torch import Tensor
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.image_files import to_bytes
-from fewstep.distill.checkpoint import step_of
+from fewstep.distill.checkpoint import checkpoints, step_of
 from fewstep.distill.checkpoint_student import is_checkpoint, load_student, newest_checkpoint, student_config
 from fewstep.distill.run_folder import run_settings
+from fewstep.eval.references import is_reference
 from fewstep.models.loading import Model, load_model, pipeline_of, read_config, resolve_path
 from fewstep.models.model_config import ModelConfig, Size
 from fewstep.samplers.generate import SampleNoise
@@ -33,6 +34,7 @@ def load(
     ``from_file``: ``source`` was read from a run or a saved model, so that it causes no import. Raises ``UserError`` if
     there is no such model, or if the run has neither a student nor a checkpoint yet.
     """
+    refuse_reference(source)
     checkpoint = checkpoint_of(source)
     if checkpoint is None:
         model = load_model(source, size=size, dtype=dtype, from_file=from_file)
@@ -40,6 +42,15 @@ def load(
         model = load_student(checkpoint, size, dtype)
     model.denoiser.to(pick_device(device))
     return model
+
+
+def refuse_reference(source: Source) -> None:
+    """Raises ``UserError`` on a reference in place of a model or of images."""
+    if is_reference(Path(source)):
+        raise UserError(
+            f"{source} is a reference of fewstep data reference, not a model: give it with --reference, or as "
+            "validation.reference in a config."
+        )
 
 
 def checkpoint_of(source: Source) -> Path | None:
@@ -50,7 +61,7 @@ def checkpoint_of(source: Source) -> Path | None:
         return folder
     if not (folder / "config.yaml").is_file() or resolve_path(folder) != folder:
         return None
-    if not (folder / "checkpoints").is_dir():
+    if not checkpoints(folder / "checkpoints"):
         raise UserError(
             f"The run {folder} has no student yet, and no checkpoint. Continue it with "
             f"fewstep train --resume {shlex.quote(str(folder))}"
@@ -91,7 +102,12 @@ def teacher_of_run(source: Source, device: str = "auto") -> Model | None:
         return None
     settings = run_settings(run)
     size = tuple(settings["size"]) if settings.get("size") else None
-    return load(settings["teacher"], device, size, from_file=True) if settings.get("teacher") else None
+    if not settings.get("teacher"):
+        return None
+    try:
+        return load(settings["teacher"], device, size, from_file=True)
+    except UserError as error:
+        raise UserError(f"The teacher of {run}, as its config.yaml names it: {error}") from error
 
 
 def noise_image(model: Model, prompts: bool) -> Tensor:

@@ -12,11 +12,12 @@ from fewstep.api.models import Source, run_of
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.files import require_empty
-from fewstep.core.image_data import ImageData, first_shape, kind_of, open_images
+from fewstep.core.image_data import ImageData, ImageTable, first_shape, kind_of, open_images
 from fewstep.distill.run_folder import run_settings
 from fewstep.eval.build_reference import build_reference, choose_network, held_out
+from fewstep.eval.networks.features import ClassifierFeatures, MissingClassifier
 from fewstep.eval.networks.weights import WeightsLocator
-from fewstep.eval.references import OF_BUNDLED
+from fewstep.eval.references import OF_BUNDLED, load_reference
 
 
 def reference_for(source: Source, given: str | None = None) -> str:
@@ -28,6 +29,12 @@ def reference_for(source: Source, given: str | None = None) -> str:
             "images, or --protocol."
         )
     return found
+
+
+def classifier_for(source: Source, given: str | None, device: torch.device) -> ClassifierFeatures:
+    """The classifier of a model's reference, for rewards; if none is known, one that refuses to classify."""
+    found = given or _known_reference(source, set())
+    return load_reference(found, "train", device).classifier if found is not None else MissingClassifier()
 
 
 def _known_reference(source: Source, seen: set[str]) -> str | None:
@@ -73,18 +80,21 @@ def make_reference(
     """
     folder = Path(out)
     require_empty(folder)
-    data = _image_data(images)
+    data, held_images = _image_data(images), _image_data(test) if test is not None else None
     shape = _shape_of(data, size, channels)
     table = open_images(data, shape)
-    if test is None and data.kind == "idx":
-        test = replace(data, split="test")
-    if test is None:
-        rows, held = held_out(len(table), share, seed)
-        other, others = table, held
+    if held_images is None and data.kind == "idx":
+        held_images = replace(data, split="test")
+    if held_images is None:
+        rows, others = held_out(len(table), share, seed)
+        other = table
     else:
-        other = open_images(_image_data(test), table.shape)
-        if other.class_names != table.class_names:
-            raise UserError(f"The test images have the classes {other.class_names}, the others {table.class_names}.")
+        if _place(held_images) == _place(data):
+            raise UserError(
+                f"The test images are the images themselves ({data.path}): leave test out to hold out some."
+            )
+        other = open_images(held_images, table.shape)
+        _check_classes(table, other)
         rows, others = torch.arange(len(table)), torch.arange(len(other))
     source = {"kind": data.kind, "name": Path(data.path).name, "split": data.split, "crop": data.crop}
     locator = WeightsLocator.from_environment(Path(weights) if weights is not None else None)
@@ -92,6 +102,24 @@ def make_reference(
         folder, (table, rows), (other, others), network=network or choose_network(table, rows), epochs=epochs,
         seed=seed, source=source, locator=locator, device=pick_device(device), progress=progress,
     )  # fmt: skip
+
+
+def _place(data: ImageData) -> tuple[str, Path, str, str | None]:
+    return data.kind, Path(data.path).resolve(), data.split, data.subset
+
+
+def _check_classes(images: ImageTable, test: ImageTable) -> None:
+    """Raises ``UserError`` if both sets have labels, but not of the same classes."""
+    if not (images.labelled and test.labelled):
+        return
+    ours, theirs = (
+        [table.class_names[k] if table.class_names else str(k) for k in table.labels.unique().tolist()]
+        for table in (images, test)
+    )
+    if ours != theirs:
+        raise UserError(
+            f"The test images have the classes {', '.join(theirs)}, the others {', '.join(ours)}: both need the same."
+        )
 
 
 def _image_data(images: ImageData | Source) -> ImageData:

@@ -90,4 +90,5 @@ def _validation(config: Config, run: RunFolder, folder: Path) -> Validation | Pr
         return PromptValidation(sampling, settings.images, decode, inputs.prompts, folder)
     named = training_reference(settings.reference, config.teacher)
     reference = load_reference(named, "train", run.trainer.device)
+    reference.require_fit(inputs.model_config)
     return Validation(sampling, settings.n, reference, folder)

@@ -40,16 +40,21 @@ def encode(
         ),
     ],
     teacher: Annotated[str, typer.Option(help="A diffusers pipeline, by folder or hub id.")],
-    folder: Annotated[Path, typer.Option("--out", help="A folder, for data.path with data.kind=prompts.")],
+    folder: Annotated[
+        Path, typer.Option("--out", help="A folder; training reads it with data.kind=prompts data.path=FOLDER.")
+    ],
     column: Annotated[
         str | None, typer.Option(help="Captions of a table. Default: the column caption, prompt or text.")
     ] = None,
     sizes: Annotated[
-        str | None, typer.Option(help="For images: HEIGHTxWIDTH,...; each is encoded at the nearest.")
+        str | None,
+        typer.Option(
+            help="For images and videos: HEIGHTxWIDTH,...; each is scaled to the nearest. Default: the pipeline's size."
+        ),
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="For videos (.mp4, .gif): number of frames.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
-    rows: Annotated[int, typer.Option(min=1, help="Prompts per file.")] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Prompts per file of the output.")] = 512,
     device: Device = "auto",
 ) -> None:
     """Encode prompts (and images) once, so that training needs no encoder. Continues an interrupted call."""
@@ -77,15 +82,32 @@ def reference(
         ),
     ],
     folder: Annotated[Path, typer.Option("--out", help="A new folder for the reference.")],
-    test: Annotated[str | None, typer.Option(help="Images to hold out, like IMAGES. Default: some of IMAGES.")] = None,
-    share: Annotated[float, typer.Option(min=0.01, max=0.9, help="The share of IMAGES to hold out.")] = 0.2,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the model. Default: of the first image.")] = None,
-    channels: Annotated[int | None, typer.Option(help="1: grey, 3: RGB. Default: as the first image.")] = None,
-    crop: Annotated[bool, typer.Option("--crop", help="Scale and crop images of other sizes.")] = False,
-    split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="The subset of a data set.")] = None,
-    label: Annotated[str | None, typer.Option(help="The column of labels.")] = None,
-    image: Annotated[str | None, typer.Option(help="The column of images.")] = None,
+    test: Annotated[
+        str | None,
+        typer.Option(
+            help="Real images to score against, which nothing learns from; like IMAGES. Default: some of IMAGES."
+        ),
+    ] = None,
+    share: Annotated[
+        float, typer.Option(min=0.01, max=0.9, help="Without --test: the share of IMAGES that is held out for scores.")
+    ] = 0.2,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH, as the model generates. Default: the first image's.")
+    ] = None,
+    channels: Annotated[
+        int | None, typer.Option(help="1: grey, 3: RGB, as the model generates. Default: the first image's.")
+    ] = None,
+    crop: Annotated[
+        bool, typer.Option("--crop", help="Scale images of other sizes until they cover it, and crop them.")
+    ] = False,
+    split: Annotated[str, typer.Option(help="Of a data set on the hub, or idx files: the split.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Of a data set on the hub: the subset.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="The column of labels in a table or .npz file. Default: label, cls, …")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="The column of images in a table or .npz file. Default: image, file_name, …")
+    ] = None,
     network: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +115,7 @@ def reference(
             "classifier if there are labels, else efficientnet if its extra is installed, else random."
         ),
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="The folder with the weights of the network.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="A folder with the weights of dinov2 or inception.")] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Epochs of the classifier's training. Default: 6; more for small sets.")
     ] = None,
@@ -104,9 +126,15 @@ def reference(
     from fewstep.api.reference import make_reference
     from fewstep.core.image_data import ImageData, kind_of
     from fewstep.core.image_rows import Columns
+    from fewstep.eval.references import read_reference
 
     def described(path: str) -> ImageData:
-        return ImageData(kind_of(path), path, split, subset, Columns(image=image, label=label), crop)
+        kind = kind_of(path)
+        if (image or label) and kind in ("folder", "idx"):
+            raise UserError(
+                f"--image and --label name columns of a table; {path} is a folder without one: remove them."
+            )
+        return ImageData(kind, path, split, subset, Columns(image=image, label=label), crop)
 
     wanted = parse_size(size)
     if wanted is not None and wanted[2] != 1:
@@ -121,13 +149,21 @@ def reference(
             seed=seed, weights=weights, device=device,
             progress=lambda step, steps, loss: bar.update(task, completed=step, total=steps),
         )  # fmt: skip
+    made = read_reference(folder)
+    depth, height, width = made.shape
+    print_text(
+        f"{folder} compares {height} x {width} {'grey' if depth == 1 else 'RGB'} images in features of {made.network}: "
+        f"{made.images['train']} learned from, {made.images['test']} held out. Real images score:"
+    )
     print_text("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
 
 
 @app.command("ode-pairs", epilog="Example: fewstep data ode-pairs fashion --n 10000 --out runs/pairs.safetensors")
 def ode_pairs(
     model_name: ModelName,
-    file: Annotated[Path, typer.Option("--out", help="A safetensors file, for data.path with data.kind=tensors.")],
+    file: Annotated[
+        Path, typer.Option("--out", help="A safetensors file; training reads it with data.kind=tensors data.path=FILE.")
+    ],
     n: Annotated[int, typer.Option("--n", help="Number of pairs.")] = 10_000,
     solver: Annotated[str, typer.Option(help="One of fewstep solver list.")] = "heun",
     steps: Annotated[int, typer.Option(help="Steps.")] = 18,
@@ -167,7 +203,9 @@ def preferences(
     reference: Annotated[
         str | None, typer.Option(help="A reference with a classifier. Default: that of the model or its run.")
     ] = None,
-    candidates: Annotated[int, typer.Option(help="Samples per pair; the best and the worst are kept.")] = 4,
+    candidates: Annotated[
+        int, typer.Option(help="Samples per label or caption; the best and the worst become a pair.")
+    ] = 4,
     solver: Solver = None,
     steps: Steps = None,
     guidance: GuidanceScale = 1.0,

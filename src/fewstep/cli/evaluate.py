@@ -47,12 +47,23 @@ def evaluate(
             help="A run, a checkpoint or a model, or images: a folder, .zip, .tar or .npz.",
         ),
     ],
-    protocol: Annotated[str | None, typer.Option(help="What is measured: a file of configs/eval, or yours.")] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="What is measured: the name of a file in configs/eval, or a file of yours. Default: by --reference."
+        ),
+    ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="Real images. Default: the protocol's, or those of the run or its teacher."),
+        typer.Option(
+            help="Real images to compare with: a folder of fewstep data reference, or fashion; with "
+            "--protocol also images or their statistics. Default: the protocol's, or that of the run "
+            "or its teacher."
+        ),
     ] = None,
-    captions: Annotated[str | None, typer.Option(help="Instead of the protocol's: a file, one per line.")] = None,
+    captions: Annotated[
+        str | None, typer.Option(help="Instead of the protocol's: a text file, one per line, or a table.")
+    ] = None,
     steps: Annotated[
         str | None, typer.Option(help="Numbers of steps, each scored: 1,2,4 (default), or that of a grid times:….")
     ] = None,
@@ -82,13 +93,17 @@ def evaluate(
     download: Annotated[bool, typer.Option("--download", help="Download missing weights.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be scored.")] = False,
     stats: Annotated[
-        Path | None, typer.Option("--write-stats", help="Only write the statistics of the images, as a reference.")
+        Path | None,
+        typer.Option(
+            "--write-stats", help="Write only the statistics of the images to this file, for a protocol's reference."
+        ),
     ] = None,
     device: Device = "auto",
 ) -> None:
     """Score a model or images: Fréchet distances, KID, precision, recall, CLIP scores, ... as a protocol specifies."""
     from fewstep.api.evaluate import evaluate as evaluate_model
     from fewstep.api.evaluate import evaluate_images
+    from fewstep.api.models import refuse_reference
     from fewstep.core.devices import pick_device
     from fewstep.eval.evaluate_protocol import write_reference
     from fewstep.eval.image_sources import is_image_set
@@ -99,6 +114,7 @@ def evaluate(
     if steps and nfe:
         raise UserError("Give --steps or --nfe, not both.")
     _check_exists(source)
+    refuse_reference(source)
     images = is_image_set(Path(source))
     sampling = {
         "--steps": steps, "--nfe": nfe, "--solver": solver, "--guidance": guidance, "--grid": grid, "--seed": seed
@@ -187,7 +203,8 @@ def winrate(
     n: Annotated[int, typer.Option("--n", min=1, help="Samples of each.")] = 2_000,
     captions: Captions = None,
     rewards: Annotated[
-        str | None, typer.Option(help="As for data preferences, separated by commas. Default: all.")
+        str | None,
+        typer.Option(help="Names or functions as for data preferences --reward, separated by commas. Default: all."),
     ] = None,
     size: Size = None,
     batch: Batch = 8,

@@ -51,7 +51,9 @@ def options(
     ] = False,
     modules: Annotated[
         list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="Import a module of your own first: it may register networks."),
+        typer.Option(
+            "--import", metavar="MODULE", help="Import a module of your own first, with its networks, metrics, …"
+        ),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:

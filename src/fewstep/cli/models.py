@@ -115,8 +115,10 @@ def sample(
 @app.command(epilog="Example: fewstep export runs/mine --to lora --out my_lora")
 def export(
     model_name: ModelName,
-    folder: Annotated[Path, typer.Option("--out", help="A new folder.")],
-    form: Annotated[ExportFormat, typer.Option("--to", help="What to write.")] = ExportFormat.diffusers,
+    folder: Annotated[Path, typer.Option("--out", help="A new folder for the export.")],
+    form: Annotated[
+        ExportFormat, typer.Option("--to", help="A pipeline; its network alone; an adapter; one for ComfyUI.")
+    ] = ExportFormat.diffusers,
     device: Device = "cpu",
     dtype: Annotated[
         WeightType | None, typer.Option(help="The type of a network's weights. Default: that of the base's weights.")

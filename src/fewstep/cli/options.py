@@ -33,7 +33,7 @@ ConfigFile = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or the path of one that ships with fewstep.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example seed=1 or stages.0.steps=500.")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes a setting: seed=1, stages.0.steps=500.")
 ]
 
 
@@ -51,7 +51,7 @@ ModelName = Annotated[
     str,
     typer.Argument(
         metavar="MODEL", callback=note_checkpoint,
-        help="A run, one of its checkpoints, a model folder, a pipeline, or the name of a bundled model.",
+        help="A run, one of its checkpoints, a model folder, a pipeline (folder or hub id), fashion, fashion-text.",
     ),
 ]  # fmt: skip
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
@@ -62,7 +62,7 @@ JsonFile = Annotated[
 Solver = Annotated[
     str | None, typer.Option(help="student, or one of fewstep solver list. Default: student for a student, else euler.")
 ]
-Steps = Annotated[int | None, typer.Option(help="Steps. Default: a student's own number; 32 for a teacher.")]
+Steps = Annotated[int | None, typer.Option(help="Number of steps. Default: a student's own; 32 for a teacher.")]
 GuidanceScale = Annotated[float, typer.Option("--guidance", help="Guidance scale; 1 is off.")]
 GRID_HELP = (
     "A teacher's times: a spacing (time, log_snr, karras, beta, …; docs/samplers.md lists all) or the times "

@@ -40,12 +40,14 @@ def list_solvers(file: JsonFile = None) -> None:
 def compare(
     model_name: ModelName,
     solvers: Annotated[str, typer.Option(help="Names of fewstep solver list, separated by commas.")],
-    nfe: Annotated[str, typer.Option(help="Network evaluations per sample.")] = "4,5,6,8,10,15,20,32",
-    grids: Annotated[str, typer.Option(help="Grids to try; each solver is shown at its best.")] = "time",
+    nfe: Annotated[str, typer.Option(help="Numbers of network evaluations per sample.")] = "4,5,6,8,10,15,20,32",
+    grids: Annotated[str, typer.Option(help="Spacings of times to try; each solver is shown at its best.")] = "time",
     guidance: GuidanceScale = 1.0,
     n: Annotated[int, typer.Option("--n", help="Number of samples.")] = 2_000,
     long: Annotated[int, typer.Option(help="Steps of the long run that errors are measured against.")] = 1000,
-    reference: Annotated[str | None, typer.Option(help="Also score against it, for example fashion.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Also score against real images: fashion, or a folder of data reference.")
+    ] = None,
     folder: Annotated[Path, typer.Option("--out", help="A folder for table, figure and results.")] = Path(
         "runs/solvers"
     ),
@@ -81,7 +83,9 @@ def fit_v3(
         ),
     ],
     n: Annotated[int, typer.Option("--n", help="Samples of the model that expectations are taken over.")] = 1024,
-    intervals: Annotated[int, typer.Option(help="Intervals in log-SNR.")] = 120,
+    intervals: Annotated[
+        int, typer.Option(help="Number of intervals in log-SNR between which statistics are measured.")
+    ] = 120,
     guidance: GuidanceScale = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of samples and noise.")] = 0,
     device: Device = "auto",
@@ -105,7 +109,7 @@ def fit_dc(
     steps: Annotated[str, typer.Option(help="Numbers of steps.")] = "5,6,8,10",
     guidance: Annotated[str, typer.Option(help="Guidance scales.")] = "2",
     order: Annotated[int, typer.Option(help="Order of the UniPC predictor that is corrected.")] = 2,
-    grid: Annotated[str, typer.Option(help="The grid that the ratios are for.")] = "time",
+    grid: Annotated[str, typer.Option(help="The spacing of times that the ratios are for.")] = "time",
     n: Annotated[int, typer.Option("--n", help="Samples that the search uses.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     device: Device = "auto",

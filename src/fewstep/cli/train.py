@@ -35,7 +35,10 @@ Resume = Annotated[
 
 @app.command(epilog="Example: fewstep train configs/fashion/demo.yaml seed=1 out=runs/demo-1")
 def train(
-    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="Not needed with --resume.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="A YAML file, or the path of one that ships; not with --resume."),
+    ] = None,
     overrides: Overrides = None,
     resume: Resume = None,
 ) -> None:
@@ -74,7 +77,7 @@ def explain(
     config: ConfigFile,
     overrides: Overrides = None,
     memory: Annotated[
-        str | None, typer.Option(metavar="GiB[,GiB]...", help="Plan the memory, for devices of these sizes.")
+        str | None, typer.Option(metavar="GiB[,GiB]...", help="Plan the memory for devices of these sizes.")
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="With --memory: the number of devices, one process each.")] = 1,
     file: JsonFile = None,
@@ -155,7 +158,9 @@ def in_gib(size: int) -> str:
 
 
 @app.command(epilog="Example: fewstep replay runs/demo --step 200")
-def replay(run: RunFolder, step: Annotated[int, typer.Option(help="A logged step.")], file: JsonFile = None) -> None:
+def replay(
+    run: RunFolder, step: Annotated[int, typer.Option(help="A step of the log, metrics.jsonl.")], file: JsonFile = None
+) -> None:
     """Recompute a logged step from the checkpoint before it and compare every number."""
     from fewstep.core.devices import pick_device
     from fewstep.distill.run_folder import replay_step, run_config

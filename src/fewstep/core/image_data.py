@@ -129,7 +129,7 @@ class ImageTable:
                 return to_pixels(image, channels, (size[0], size[1]))
         raise UserError(
             f"{where} is {width} x {height}, but {size[1]} x {size[0]} is needed: resize it, or crop all images around "
-            "their centres (data.crop=true)."
+            "their centres (data.crop=true, or --crop)."
         )
 
     def labels_of(self, classes: int, names: Sequence[str] = ()) -> Tensor:
