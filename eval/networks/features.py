@@ -85,8 +85,8 @@ class MissingClassifier(ClassifierFeatures):
 
     def __call__(self, images: Tensor) -> Tensor:
         raise UserError(
-            "This reward needs the classifier of a reference, and none is known for the model: give --reference FOLDER, "
-            "which fewstep data reference makes from images, or another reward."
+            "This reward needs the classifier of a reference, and none is known for the model: give --reference "
+            "FOLDER, which fewstep data reference makes from images, or another reward."
         )
 
 
