@@ -116,6 +116,18 @@ def test_eval_refuses_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "uint8 images of shape [1, 28, 28]" in refused(capsys, *command, "--n", "20", "--steps", "1")
 
 
+def test_a_grid_that_is_there_is_kept(tmp_path: Path) -> None:
+    teacher, file = tiny_teacher(tmp_path / "teacher"), tmp_path / "grid.png"
+    command = ["sample", teacher, "--n", 2, "--steps", 1, "--out", file]
+    assert f"2 images are in {file}." in succeeds(*command)
+    before = file.read_bytes()
+    for number in (2, 3):
+        assert f"2 images are in {tmp_path}/grid-{number}.png. {file} was there before" in succeeds(
+            *command, "--seed", 1
+        )
+    assert file.read_bytes() == before != (tmp_path / "grid-2.png").read_bytes()
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = fewstep("train", "nothing.yaml", "--debug", cwd=tmp_path)
     assert done.returncode == 1

@@ -72,7 +72,7 @@ def sample(
     from fewstep.api.models import load
     from fewstep.api.sample import sample as sample_labels
     from fewstep.api.sample import sample_files
-    from fewstep.core.files import check_writable
+    from fewstep.core.files import check_writable, unused
     from fewstep.core.image_grid import save_grid
     from fewstep.core.tables import read_texts
 
@@ -104,12 +104,13 @@ def sample(
         return
     if not model.config.takes_prompts:
         refuse("This model takes no prompts", seeds=seeds, size=size, batch=batch, video=video)
-    file, n = file or Path("grid.png"), 80 if n is None else n
-    check_writable(file)
+    wanted, n = file or Path("grid.png"), 80 if n is None else n
+    check_writable(wanted)
+    file = unused(wanted)
     images = sample_labels(model, n=n, labels=numbers, sampling=sampling)
     columns = len(numbers) if numbers and len(numbers) > 1 else min(n, model.config.classes or 10)
     save_grid(images, file, columns=columns)
-    print_text(f"{n} images are in {file}.")
+    print_text(f"{n} images are in {file}." + ("" if file == wanted else f" {wanted} was there before and is kept."))
 
 
 @app.command(epilog="Example: fewstep export runs/mine --to lora --out my_lora")

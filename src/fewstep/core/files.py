@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,12 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def unused(file: Path) -> Path:
+    """``file``, or if it exists the first of ``NAME-2.SUFFIX``, ``NAME-3.SUFFIX``, ... that does not."""
+    names = (file.with_stem(f"{file.stem}-{k}") for k in count(2))
+    return next(name for name in chain([file], names) if not name.exists())
 
 
 def check_writable(file: str | Path, *inputs: Path) -> None:
