@@ -114,7 +114,8 @@ def require_blendable(roles: Roles, *names: str) -> None:
             f"blend interpolates {' and '.join(names)}, but these train adapters: {' and '.join(adapters)}. "
             "Averaged LoRA factors are not an averaged network. Set blend: 0, or full_finetune: true for both roles."
         )
-    if len({tuple((n, p.shape) for n, p in roles[name].module.named_parameters()) for name in names}) > 1:
+    shapes = {tuple(p.shape for p in roles[name].parameters) for name in names}
+    if len(shapes - {()}) > 1:  # a network in closed form has no parameters
         raise UserError(
             f"blend interpolates {' and '.join(names)}, but these are different networks. Set blend: 0, or let both "
             "start from the same one."

@@ -36,7 +36,7 @@ def require_needs(config: Config, number: int, roles: Mapping[str, Role], batch:
             f"stages.{number}: the objective {settings.name!r} needs {sorted(missing)} with each condition, and "
             f"data.kind={config.data.kind} provides {sorted(batch) or 'none'}; use real images "
             "(data.kind=folder, npz or dataset, data.path=PATH) or samples (data.kind=tensors, data.path=FILE; "
-            "fewstep data ode-pairs creates it). For a text-conditioned teacher, data.kind=prompts with images or "
+            "fewstep data ode-pairs creates one). For a text-conditioned teacher, data.kind=prompts with images or "
             "preference pairs (fewstep data encode, fewstep data preferences)."
         )
 

@@ -104,6 +104,8 @@ class Trainer:
             self.roles.fetch()  # copies are created on the device
         others = {name: partial(self._copy_of, name) for name in self.inputs.networks}
         roles = roles_of_stage(before, stage.roles, stage.freeze, networks, others)
+        if not probe.condition.nulls:
+            self.inputs.model_config.require_guidable(guidance_of(settings))
         checks.require_needs(self.config, number, roles, probe)
         checks.require_comparable(self.config, number, roles)
         first = self.stage_ends[number] - stage.steps

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import UserError
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, batch_times
 from fewstep.models.prediction import Prediction
@@ -46,18 +45,13 @@ def guide(
 ) -> Guided:  # fmt: skip
     """Evaluates ``denoiser`` at ``x_t`` [B, ...] with guidance, both branches in one batch of 2B; without
     ``null_graph`` one after the other, so that a graph holds the conditional one alone. A model with embedded guidance
-    is evaluated once, whatever the scale, and its ``out`` is its ``cond``. Raises ``UserError`` if guidance has no
-    condition to drop."""
+    is evaluated once, whatever the scale, and its ``out`` is its ``cond``."""
     if denoiser.style.embedded:
         scale = torch.full((x_t.shape[0],), guidance.scale, device=x_t.device)
         condition = condition.replace(guidance=scale)
     if guidance.scale == 1.0 or denoiser.style.embedded:
         cond = denoiser(x_t, t, condition)
         return Guided(cond, None, cond)
-    if not condition.nulls:
-        raise UserError(
-            f"Guidance {guidance.scale:g} has no condition to drop: set it to 1 for an unconditional model."
-        )
     if null_graph:
         times = batch_times(t, x_t)
         both = denoiser(torch.cat([x_t, x_t]), torch.cat([times, times]), Condition.cat(condition, condition.null()))

@@ -114,6 +114,11 @@ class ModelConfig(BaseModel):
         """Whether the model takes neither class labels nor prompts."""
         return not self.classes and not self.takes_prompts
 
+    def require_guidable(self, scale: float) -> None:
+        """Raises ``UserError`` if guidance with this scale has no condition to drop."""
+        if self.unconditional and scale != 1:
+            raise UserError(f"Guidance {scale:g} has no condition to drop: set it to 1 for an unconditional model.")
+
     def build(self, feature_layers: tuple[str, ...] = (), *, from_file: bool = False) -> Denoiser:
         """A new denoiser in eval mode, randomly initialised. ``from_file``: this config was read from a saved model, so
         that its backbone must not cause an import (see ``core.registry``).

@@ -63,6 +63,7 @@ def plan(model: Model, config: SamplingConfig) -> Plan:
         raise UserError(f"This student is conditioned on its number of steps and supports {supported}, got {steps}.")
     if few_step is not None and config.guidance != 1:
         raise UserError(f"A student was distilled with its guidance, so guidance must be 1, got {config.guidance:g}.")
+    model.config.require_guidable(config.guidance)
     if name == "student":
         return _student_plan(model.config, steps, config.grid)
     if steps is None:

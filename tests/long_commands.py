@@ -117,7 +117,7 @@ COMMANDS = [
     LongCommand("data ode-pairs", lambda i, o: [
         "data", "ode-pairs", i / "teacher", "--n", 20, "--steps", 2, "--out", o / "new" / "pairs.safetensors"]),
     LongCommand("data reference", lambda i, o: [
-        "data", "reference", i / "idx", "--out", o / "squares", "--epochs", 1]),
+        "data", "reference", i / "idx", "--out", o / "squares", "--network", "classifier", "--epochs", 1]),
     LongCommand("eval", lambda i, o: ["eval", o / "run", "--reference", i / "squares", "--steps", "1,2", "--n", 20],
                 start="trained"),
     LongCommand("eval, images", lambda i, o: [
@@ -156,7 +156,10 @@ def write_inputs(inputs: Path, out: Path, *, pipelines: bool = True) -> None:
         images = (torch.randint(0, 128, (n, 8, 8), generator=numbers) + 12 * labels[:, None, None]).to(torch.uint8)
         write_idx(inputs / "idx", images, labels.to(torch.uint8), split)
     write_images(inputs / "images", 40, 0, 8)
-    _succeeds(["data", "reference", inputs / "idx", "--out", inputs / "squares", "--epochs", 1], inputs)
+    _succeeds(
+        ["data", "reference", inputs / "idx", "--out", inputs / "squares", "--network", "classifier", "--epochs", 1],
+        inputs,
+    )
     protocol = {"name": "brightest", "metrics": ["brightest"], "n": 40}
     (inputs / "brightest.yaml").write_text(yaml.safe_dump(protocol))
     (inputs / "prompts.txt").write_text("a cat\ntwo dogs\nthe sea\na red hat\nrain\n")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from fewstep.distill.trainer import Trainer
 from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.loading import Model
+from fewstep.models.loading import Model, is_pipeline, resolve_path
 from fewstep.samplers.plan import SamplingConfig, plan
 from fewstep.samplers.predictor import Predictor
 
@@ -131,6 +133,7 @@ def memory_of(config: Config) -> dict[str, int]:
     """``parameters``: bytes of all roles' weights, each storage once; ``peak``: bytes above those before the run, at
     the most, of weights, gradients, moments and activations."""
     device = pick_device(config.device)
+    _import_libraries(config)
     before = _most_memory(device)
     trainer = Trainer(config, build_inputs(config, device), device)
     for step in range(2 * max(update.due.n for update in trainer.objective.updates)):
@@ -144,9 +147,23 @@ def memory_of(config: Config) -> dict[str, int]:
     return {"parameters": sum(storages.values()), "peak": _most_memory(device) - before}
 
 
+def _import_libraries(config: Config) -> None:
+    """Imports what building the config's networks would import, which is no memory of the run."""
+    if config.teacher is not None and is_pipeline(config.teacher):
+        from fewstep.models.hub.folder import PipelineFolder  # needs the extra
+
+        _ = PipelineFolder.open(resolve_path(config.teacher)).network_class
+    if config.adapters is not None:
+        importlib.import_module("peft")
+
+
 def _most_memory(device: torch.device) -> int:
     """The most bytes that this process has held: of the accelerator, or resident in memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # of this process alone; ru_maxrss of a forked one begins with its parent's
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return 1024 * int(lines["VmHWM"].split()[0])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

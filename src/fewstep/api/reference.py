@@ -17,7 +17,7 @@ from fewstep.distill.run_folder import run_settings
 from fewstep.eval.build_reference import build_reference, choose_network, held_out
 from fewstep.eval.networks.features import ClassifierFeatures, MissingClassifier
 from fewstep.eval.networks.weights import WeightsLocator
-from fewstep.eval.references import OF_BUNDLED, load_reference
+from fewstep.eval.references import CLASSIFIER, OF_BUNDLED, load_reference
 
 
 def reference_for(source: Source, given: str | None = None) -> str:
@@ -98,9 +98,10 @@ def make_reference(
         rows, others = torch.arange(len(table)), torch.arange(len(other))
     source = {"kind": data.kind, "name": Path(data.path).name, "split": data.split, "crop": data.crop}
     locator = WeightsLocator.from_environment(Path(weights) if weights is not None else None)
+    chosen = network or (CLASSIFIER if data.kind == "idx" else choose_network(table, rows))
     return build_reference(
-        folder, (table, rows), (other, others), network=network or choose_network(table, rows), epochs=epochs,
-        seed=seed, source=source, locator=locator, device=pick_device(device), progress=progress,
+        folder, (table, rows), (other, others), network=chosen, epochs=epochs, seed=seed,
+        source=source, locator=locator, device=pick_device(device), progress=progress,
     )  # fmt: skip
 
 
