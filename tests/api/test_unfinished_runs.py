@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_pipelines import ADAPTERS, TINY, settings, write_embeddings
 from worlds import tiny_config
 
 import fewstep
+from fewstep.api import models
 from fewstep.core.errors import UserError
 from fewstep.distill.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from fewstep.distill.config_files import parse_config
@@ -120,11 +122,26 @@ def test_an_unfinished_run_is_no_teacher(unfinished: Path, tmp_path: Path) -> No
         fewstep.train(parse_config(tiny_config(tmp_path, teacher=str(unfinished)), "test"), progress=False)
 
 
-def test_scores_of_a_checkpoint_name_its_step_and_stay_out_of_the_runs_file(unfinished: Path) -> None:
-    from fewstep.api.models import name_of
+def test_scores_of_a_checkpoint_name_its_step_and_stay_out_of_the_runs_file(
+    unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is chosen once: a run that goes on may write a newer one, and delete the first."""
+    pixels = torch.randint(0, 256, (60, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    np.savez(tmp_path / "set.npz", images=pixels.numpy())
+    fewstep.make_reference(tmp_path / "set.npz", tmp_path / "reference", network="random")
+    chosen: list[Path] = []
+    newest = models.newest_checkpoint
+    monkeypatch.setattr(models, "newest_checkpoint", lambda run: chosen.append(run) or newest(run))
+    scores = fewstep.evaluate(unfinished, reference=str(tmp_path / "reference"), steps=[1, 2], n=20, device="cpu")
+    assert {score.model for score in scores} == {"unfinished, step 12"}
+    assert len(chosen) == 1
+    assert not (unfinished / "eval.json").exists()
 
-    assert name_of(unfinished) == "unfinished, step 12"
-    assert name_of(checkpoints(unfinished / "checkpoints")[0]) == "unfinished, step 4"
+
+def test_a_run_may_be_called_student(run: Path, tmp_path: Path) -> None:
+    renamed = shutil.copytree(run, tmp_path / "student")
+    assert models.run_of(renamed) == models.run_of(renamed / "student") == renamed
+    assert_same(fewstep.load(renamed), fewstep.load(run))
 
 
 def test_an_empty_folder_of_checkpoints_is_none(unfinished: Path) -> None:

@@ -136,12 +136,11 @@ def make_preferences(
         check_writable(out)
     model, sampling = load(source, device, size), sampling or SamplingConfig()
     plan(model, sampling)
-    labels = model.labels(n) if captions is None else None
     network = classifier_for(source, reference, model.device)
     batch = 100 if captions is None else batch
     compare = _Comparison(model, sampling, partial(rate, reward, judge, network), n, candidates, batch, progress)
     if captions is None:
-        assert labels is not None
+        labels = model.labels(n)
         winner, loser = compare(range(n), Condition.of_labels(labels, model.config.classes), labels, to_bytes)
         write_tensors({"winner": winner, "loser": loser, "labels": labels}, Path(out))
         return _ties(winner, loser)

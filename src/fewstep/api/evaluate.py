@@ -68,9 +68,10 @@ def evaluate(
     which also takes over the known scores of its teacher. Raises ``UserError`` on a request that cannot be met, before
     anything is computed.
     """
+    source = checkpoint_of(source) or source  # the same for all combinations, whatever a run writes meanwhile
     if protocol is None:
         reference = reference_for(source, reference)
-    model = load(source, device)
+    model, name = load(source, device), name or name_of(source)
     evaluator: ReferenceEvaluator | ProtocolEvaluator
     if protocol is None:
         evaluator = ReferenceEvaluator(load_reference(str(reference), "test", model.device, locator), n, (seed,))
@@ -94,7 +95,7 @@ def evaluate(
     for request, own in product(dict.fromkeys(requests), evaluator.seeds):
         label = f"{request.solver} {request.steps} steps, guidance {request.guidance:g}"
         report = partial(progress, label) if progress else None
-        found = evaluator(model, name or name_of(source), replace(request, seed=own), report)
+        found = evaluator(model, name, replace(request, seed=own), report)
         scores += [score.model_copy(update=identity) for score in found]
         if file is not None:
             write_scores(merge(known, scores), file)
@@ -147,9 +148,8 @@ def known_teacher_scores(source: Source, hashes: set[str]) -> list[Score]:
 
 
 def _default_json(source: Path) -> Path | None:
-    """The scores of a finished run: those of a checkpoint are not the run's."""
-    finished = (source / "config.yaml").is_file() and checkpoint_of(source) is None
-    return source / "eval.json" if finished else None
+    """The file of a finished run, whose scores are not those of a checkpoint."""
+    return source / "eval.json" if (source / "config.yaml").is_file() else None
 
 
 def win_rates(

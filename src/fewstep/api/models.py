@@ -91,7 +91,7 @@ def run_of(source: Source) -> Path | None:
     folder = Path(source)
     if is_checkpoint(folder):
         folder = folder.parents[1]
-    elif folder.name in ("student", "best"):
+    elif folder.name in ("student", "best") and not (folder / "config.yaml").is_file():
         folder = folder.parent
     return folder if (folder / "config.yaml").is_file() else None
 

@@ -38,12 +38,13 @@ Overrides = Annotated[
 
 
 def note_checkpoint(source: str | None) -> str | None:
-    """Says which checkpoint stands for a run that is not finished."""
+    """Says which checkpoint stands for a run that is not finished, and returns it: a newer one may be written."""
     if source is not None and (Path(source) / "config.yaml").is_file():
         from fewstep.api.models import checkpoint_of
 
         if (checkpoint := checkpoint_of(source)) is not None:
             print_text(f"{source} is not finished: this is the student of its {checkpoint.name}.", "yellow", err)
+            return str(checkpoint)
     return source
 
 

@@ -72,7 +72,7 @@ def run_training(config: str | None, overrides: list[str], resume: Path | None) 
     return run.folder
 
 
-@app.command(epilog="Example: fewstep explain configs/sdxl/dmd2.yaml --memory 24,80")
+@app.command(epilog="Example: fewstep explain configs/fashion/demo.yaml --memory 8,24")
 def explain(
     config: ConfigFile,
     overrides: Overrides = None,
