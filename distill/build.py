@@ -101,7 +101,7 @@ def build_inputs(
     teacher_sha256 = weights_hash(model.denoiser)
     roles = {"teacher": Role(placed(model.denoiser, config, device, world))}
     prompts = _prompts(config.data, pipeline, model_config) if pipeline is not None else None
-    source = data or _source(config, model_config, prompts, pipeline)
+    source = data or _source(config, model_config, prompts, pipeline, device)
     if pipeline is None:
         _check_shape(source, model_config)
     shown = source.prompts if isinstance(source, Emoji) else prompts
@@ -125,7 +125,7 @@ def _pretraining(
     if config.gradient_checkpointing:
         checkpoint_gradients(denoiser.backbone)
     roles = {"model": Role(placed(denoiser, config, device, world))}
-    source = data or _source(config, model_config, None, None)
+    source = data or _source(config, model_config, None, None, device)
     _check_shape(source, model_config)
     if isinstance(source, Images) and model_config.classes and source.table.class_names:
         names = model_config.class_names or source.table.class_names
@@ -200,11 +200,12 @@ def _prompts(data: DataConfig, pipeline: PipelineFolder, model: ModelConfig) -> 
 
 
 def _source(
-    config: Config, model: ModelConfig, prompts: EncodedPrompts | None, pipeline: PipelineFolder | None
-) -> Source:
+    config: Config, model: ModelConfig, prompts: EncodedPrompts | None, pipeline: PipelineFolder | None,
+    device: torch.device,
+) -> Source:  # fmt: skip
     data = config.data
     if data.kind == "emoji":
-        return Emoji.create(model, images=any("x0" in stage.objective.tensors for stage in config.stages))
+        return Emoji.create(model, device, images=any("x0" in stage.objective.tensors for stage in config.stages))
     if model.vocabulary is not None:
         raise UserError(
             f"This model takes prompts, which data.kind={data.kind} does not have for it: set data.kind=emoji, or a "

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fewstep.core.devices import CPU
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill import sharding
@@ -18,7 +19,6 @@ from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Roles
 from fewstep.distill.update import MicroBatch, Objective, StudentSample, Update
 
-CPU = torch.device("cpu")
 MAX_LOST = 20  # updates of one kind lost in a row, after which training stops
 READ_EVERY = 100  # steps: by then the host reads what the device skipped, however rarely a run logs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -39,8 +40,9 @@ class Role:
         if self.ema_decay and not self.average:
             self.average = {name: p.detach().clone() for name, p in self.module.named_parameters()}
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
+        """The module's parameters. They are the same tensors for the role's life, and an update asks for them often."""
         return list(self.module.parameters())
 
     @property
@@ -67,8 +69,8 @@ class Role:
                 torch._foreach_lerp_(average, live, 1 - decay)
             else:
                 weight = (1 - decay) * (1 - lost)
-                for mean, new in zip(average, live, strict=True):
-                    sharding.local(mean).lerp_(sharding.local(new), weight)
+                here, new = [sharding.local(mean) for mean in average], [sharding.local(tensor) for tensor in live]
+                torch._foreach_lerp_(here, new, [weight] * len(here))
 
     def add_missing_gradients(self) -> None:
         """Adds gradients of zero to experts by noise level that no sample of this process reached, as samples of other

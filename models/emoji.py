@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from fewstep.core.devices import CPU
 from fewstep.core.files import reading
 from fewstep.core.keyed_random import KeyedRandom
+from fewstep.core.transfer import send
 
 ART = Path(__file__).parent / "bundled" / "emoji" / "art.png"
 SIDE, ART_SIDE = 32, 64
@@ -52,6 +54,11 @@ def load_art() -> Art:
     pixels = torch.from_numpy(cells.copy()).permute(0, 2, 4, 1, 3).float() / 255
     colours, alpha = pixels[:, :, :3], pixels[:, :, 3:]
     return Art(names, torch.cat([colours * alpha, alpha], 2).reshape(len(names), len(STYLES), 4, ART_SIDE, ART_SIDE))
+
+
+@cache
+def _drawings_on(device: torch.device) -> Tensor:
+    return load_art().drawings.to(device)
 
 
 @dataclass(frozen=True)
@@ -112,15 +119,16 @@ def placements(random: KeyedRandom, n: int) -> Tensor:
 
 def draw(captions: EmojiCaptions, placed: Tensor) -> Tensor:
     """An image for each caption, uint8 [N, 3, 32, 32], with the drawings ``placed`` as ``placements`` returns, drawn at
-    64 x 64 and averaged."""
-    drawings = load_art().drawings[captions.names, captions.styles]
+    64 x 64 and averaged, on the device of ``placed``."""
+    device = placed.device
+    drawings = _drawings_on(device)[send(captions.names, device), send(captions.styles, device)]
     grid = F.affine_grid(placed, list(drawings.shape), align_corners=False)
     drawn = F.avg_pool2d(F.grid_sample(drawings, grid, align_corners=False), ART_SIDE // SIDE)
     colours, alpha = drawn[:, :3], drawn[:, 3:]
-    images = 255 * colours + (1 - alpha) * PALETTE[captions.backgrounds][:, :, None, None]
+    images = 255 * colours + (1 - alpha) * send(PALETTE[captions.backgrounds], device)[:, :, None, None]
     return images.round().clamp(0, 255).to(torch.uint8)
 
 
-def render(captions: EmojiCaptions, random: KeyedRandom) -> Tensor:
-    """An image for each caption, uint8 [N, 3, 32, 32], placed by the numbers of ``random``."""
-    return draw(captions, placements(random, len(captions)))
+def render(captions: EmojiCaptions, random: KeyedRandom, device: torch.device = CPU) -> Tensor:
+    """An image for each caption, uint8 [N, 3, 32, 32] on ``device``, placed by the numbers of ``random``."""
+    return draw(captions, send(placements(random, len(captions)), device))

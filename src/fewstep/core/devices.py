@@ -6,6 +6,8 @@ import torch
 
 from fewstep.core.errors import UserError, nearest
 
+CPU = torch.device("cpu")
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """``auto`` takes CUDA, then Apple's GPU, then the CPU. Raises ``UserError`` if the requested device is missing."""
