@@ -10,9 +10,10 @@ import torch
 from pretend_device import DEVICE, MixedDevicesError, PretendDevice, values_of
 from tiny_runs import CASES, settings
 
+from fewstep.core.keyed_random import KeyedRandom
 from fewstep.core.transfer import like, send
 from fewstep.distill.build import build_inputs
-from fewstep.distill.config_files import parse_config
+from fewstep.distill.config_files import load_config, parse_config
 from fewstep.distill.trainer import Trainer
 
 STEPS = 6  # enough for every update to be due, and for CDM's trajectories to have several lengths
@@ -66,6 +67,16 @@ def test_pipelines_do_not_wait(name: str, adapters: bool, tmp_path: Path) -> Non
     tiny_pipelines.write_embeddings(name, tmp_path / "teacher")
     lora = tiny_pipelines.ADAPTERS if adapters else None
     check_steps(tiny_pipelines.settings(tmp_path / "teacher", name, tmp_path / "run", lora))
+
+
+def test_pretraining_on_emoji_rendered_on_the_device_does_not_wait(tmp_path: Path) -> None:
+    small = {"widths": "[8]", "blocks": "[1]", "patch": 4, "embedding": 8}
+    changes = [f"model.backbone.{key}={value}" for key, value in small.items()]
+    config = load_config("configs/emoji/teacher.yaml", [*changes, "batch=4", f"out={tmp_path / 'run'}"])
+    with PretendDevice():
+        batch = build_inputs(config, DEVICE).sources["data"](KeyedRandom(0, 0, "data/data", 0), 4)
+        assert batch["x0"].device == DEVICE
+    check_steps(config.model_dump(mode="json", exclude_unset=True))
 
 
 # --- the pretend device itself ----------------------------------------------------------------------------------------
