@@ -24,6 +24,11 @@ def test_grid_places_every_pixel() -> None:
     assert np.asarray(grid).tolist() == [top, top, [255] * 9, bottom, bottom]
 
 
+@pytest.mark.parametrize(("side", "shown"), [(8, 48), (28, 56), (32, 64), (64, 128), (65, 65), (1024, 1024)])
+def test_small_images_are_enlarged_until_they_can_be_seen(side: int, shown: int) -> None:
+    assert image_grid(torch.zeros(1, 1, side, side, dtype=torch.uint8), columns=1).size == (shown, shown)
+
+
 def test_grid_keeps_the_colour_channels_in_order() -> None:
     images = torch.tensor([1, 2, 3], dtype=torch.uint8).reshape(1, 3, 1, 1)
     grid = image_grid(images, columns=4, scale=1)

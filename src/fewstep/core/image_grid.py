@@ -15,12 +15,14 @@ from fewstep.core.files import atomic_write
 from fewstep.core.image_files import require_av
 
 WHITE = 255
+SMALL, VISIBLE = 64, 48  # pixels of a side
 GREY = (124, 124, 124)  # of labels: readable on white and on black pages
 LABEL_SIZE, LABEL_HEIGHT, MARGIN = 14, 20, 6  # of comparison, in pixels
 
 
-def image_grid(images: Tensor, columns: int, scale: int = 2, gap: int = 1) -> Image.Image:
-    """Lays images out row by row on white, each pixel enlarged to ``scale`` x ``scale``, ``gap`` pixels between them.
+def image_grid(images: Tensor, columns: int, scale: int | None = None, gap: int = 1) -> Image.Image:
+    """Lays images out row by row on white, each pixel enlarged to ``scale`` x ``scale``, ``gap`` pixels between them. By
+    default images of up to ``SMALL`` pixels are enlarged: twice, or until they have ``VISIBLE`` pixels.
 
     Args:
         images: uint8 ``[N, C, H, W]`` in 0..255, one channel (grey) or three (RGB), N at least 1.
@@ -30,6 +32,9 @@ def image_grid(images: Tensor, columns: int, scale: int = 2, gap: int = 1) -> Im
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"image_grid needs uint8 [N, 1 or 3, H, W], got {images.dtype} {list(images.shape)}")
+    if scale is None:
+        side = min(images.shape[2:])
+        scale = max(2, math.ceil(VISIBLE / side)) if side <= SMALL else 1
     if columns < 1 or scale < 1 or gap < 0:
         raise ValueError(f"image_grid needs columns and scale from 1, gap from 0, got {columns}, {scale}, {gap}")
     large = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
@@ -44,7 +49,7 @@ def image_grid(images: Tensor, columns: int, scale: int = 2, gap: int = 1) -> Im
     return Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
 
 
-def comparison(rows: Sequence[tuple[str, Tensor]], scale: int = 2, gap: int = 1) -> Image.Image:
+def comparison(rows: Sequence[tuple[str, Tensor]], scale: int | None = None, gap: int = 1) -> Image.Image:
     """One row of images per model with its label above: column k of every row should come from the same noise.
 
     The background is transparent, so that the image suits light and dark pages.
@@ -104,6 +109,6 @@ def save_image(image: Image.Image, file: str | Path, kind: str = "PNG", **settin
         image.save(temporary, format=kind, **settings)
 
 
-def save_grid(images: Tensor, file: str | Path, columns: int, scale: int = 2, gap: int = 1) -> None:
+def save_grid(images: Tensor, file: str | Path, columns: int, scale: int | None = None, gap: int = 1) -> None:
     """``image_grid`` as a PNG file. Raises ``UserError`` if the file cannot be written."""
     save_image(image_grid(images, columns, scale, gap), file)

@@ -14,7 +14,7 @@ from fewstep.eval.report.comparison import _save_video, write_comparison
 from fewstep.models.loading import Model, load_model
 from fewstep.models.model_config import FewStep
 
-SIDE = 16  # of an enlarged 8 x 8 image
+SIDE = 48  # of an enlarged 8 x 8 image
 
 
 def student_of(model: Model, steps: int) -> Model:
