@@ -21,8 +21,8 @@ LABEL_SIZE, LABEL_HEIGHT, MARGIN = 14, 20, 6  # of comparison, in pixels
 
 
 def image_grid(images: Tensor, columns: int, scale: int | None = None, gap: int = 1) -> Image.Image:
-    """Lays images out row by row on white, each pixel enlarged to ``scale`` x ``scale``, ``gap`` pixels between them. By
-    default images of up to ``SMALL`` pixels are enlarged: twice, or until they have ``VISIBLE`` pixels.
+    """Lays images out row by row on white, each pixel enlarged to ``scale`` x ``scale``, ``gap`` pixels between them.
+    By default images of up to ``SMALL`` pixels are enlarged: twice, or until they have ``VISIBLE`` pixels.
 
     Args:
         images: uint8 ``[N, C, H, W]`` in 0..255, one channel (grey) or three (RGB), N at least 1.
