@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import nn
 
-from fewstep.core.errors import UserError
+from fewstep.core.errors import UserError, nearest
 from fewstep.core.registry import Registry
 from fewstep.models.backbone import Backbone
 from fewstep.models.denoiser import Denoiser, Routed
@@ -113,6 +114,17 @@ class ModelConfig(BaseModel):
     def unconditional(self) -> bool:
         """Whether the model takes neither class labels nor prompts."""
         return not self.classes and not self.takes_prompts
+
+    def label_of(self, label: int | str) -> int:
+        """The class of a number, or of a name in ``class_names``. Raises ``UserError`` if the model has none of it."""
+        names = self.class_names or ()
+        if isinstance(label, str) and label in names:
+            return names.index(label)
+        with suppress(ValueError):
+            if 0 <= (number := int(label)) < max(1, self.classes):
+                return number
+        hint = nearest(str(label), names) if names else ""
+        raise UserError(f"The model has no class {label!r}{hint}; it has 0 to {max(1, self.classes) - 1}.")
 
     def require_guidable(self, scale: float) -> None:
         """Raises ``UserError`` if guidance with this scale has no condition to drop."""

@@ -27,7 +27,7 @@ def test_an_image_depends_only_on_its_seed(finished: Path, tmp_path: Path) -> No
         images.append(file.read_bytes())
     assert images[0] == images[1] != images[2]
     with Image.open(tmp_path / "a") as image:
-        assert image.size == (3 * 16 + 2, 2 * 16 + 1)
+        assert image.size == (3 * 48 + 2, 2 * 48 + 1), "enlarged to 48 pixels"
 
 
 def test_a_missing_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,8 +58,8 @@ def test_corrupt_and_foreign_weights(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         (["--solver", "eular", "--steps", "4"], "Unknown solver 'eular'; did you mean 'euler'"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
-        (["--labels", "3,10"], "Labels must be between 0 and 9, got [10]"),
-        (["--labels", "shoe"], "--labels takes numbers separated by commas"),
+        (["--labels", "3,10"], "The model has no class '10'; it has 0 to 9."),
+        (["--labels", "shoe"], "The model has no class 'shoe'; it has 0 to 9."),
         (["--n", "0"], "n must be at least 1"),
         (["--device", "cpuu"], "Unknown device 'cpuu'; did you mean 'cpu'"),
         (["--out", "/proc/none/grid.png"], "Cannot write /proc/none/grid.png"),

@@ -62,6 +62,10 @@ def test_class_names_go_from_folders_to_the_student(tmp_path: Path) -> None:
     teacher = fewstep.train(pretraining(tmp_path, {"kind": "folder", "path": data.path, "crop": True}, 3))
     student = fewstep.train(distillation(tmp_path, 1.5))
     assert model_config(teacher)["class_names"] == model_config(student)["class_names"] == list(image_sets.CLASSES)
+    by_name, by_number = (fewstep.sample(student, n=2, labels=x, device="cpu") for x in (["dog", "bee"], [2, 0]))
+    assert torch.equal(by_name, by_number)
+    with pytest.raises(UserError, match="no class 'dogs'; did you mean 'dog'"):
+        fewstep.sample(student, labels=["dogs"], device="cpu")
     assert fewstep.sample(student, n=6, device="cpu").shape == (6, 3, 4, 4)
 
 

@@ -27,13 +27,14 @@ def sample(
     source: Source | Model,
     *,
     n: int = 80,
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int | str] | None = None,
     prompts: Sequence[str] | None = None,
     sampling: SamplingConfig | None = None,
     device: str = "auto",
 ) -> Tensor:
-    """``n`` images, uint8 [n, C, H, W]; ``labels`` are repeated in turn (all classes by default; an unconditional model
-    takes none). Of a text-conditioned model, one image per prompt of ``prompts``, or one video, uint8 [n, F, 3, H, W].
+    """``n`` images, uint8 [n, C, H, W]. ``labels``, numbers or class names, are repeated in turn: by default all classes;
+    an unconditional model takes none. Of a model that takes prompts, one image per prompt of ``prompts``, or one video,
+    uint8 [n, F, 3, H, W].
 
     ``sampling`` says how; by default a student uses its own rule and times, and a teacher 32 Euler steps. Raises
     ``UserError`` on a request that does not fit the model.
@@ -48,10 +49,9 @@ def sample(
     if model.config.unconditional and labels is not None:
         raise UserError("This model is unconditional: leave labels out.")
     classes = max(1, model.config.classes)
-    wanted = list(range(classes)) if labels is None else list(labels)
-    wrong = [label for label in wanted if not 0 <= label < classes]
-    if wrong or not wanted:
-        raise UserError(f"Labels must be between 0 and {classes - 1}, got {wrong or 'none'}.")
+    wanted = list(range(classes)) if labels is None else [model.config.label_of(label) for label in labels]
+    if not wanted:
+        raise UserError("Give at least one label.")
     if n < 1:
         raise UserError(f"n must be at least 1, got {n}.")
     return ImageGenerator(model)(torch.tensor(wanted)[torch.arange(n) % len(wanted)], sampling)

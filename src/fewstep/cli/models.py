@@ -16,7 +16,7 @@ from fewstep.cli.options import (
     Solver,
     Steps,
     counting,
-    parse_numbers,
+    parse_names,
     parse_seeds,
     parse_size,
     print_text,
@@ -57,7 +57,9 @@ def sample(
     seeds: Annotated[str | None, typer.Option(help="Seeds for each prompt: 0-3 or 0,5,7. Default: --seed.")] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for a pipeline.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts per batch. Default: 8.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Class labels, for example 0,1,2. Default: all in turn.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Class labels, for example 0,1,2 or bee,cat. Default: all in turn.")
+    ] = None,
     solver: Solver = None,
     guidance: GuidanceScale = 1.0,
     grid: Grid = "time",
@@ -76,7 +78,7 @@ def sample(
     from fewstep.core.image_grid import save_grid
     from fewstep.core.tables import read_texts
 
-    numbers = parse_numbers(labels, int, "--labels") if labels is not None else None
+    chosen = None if labels is None else parse_names(labels, "--labels")
     sampling = sampling_of(solver, steps, guidance, grid, seed or 0)
     if prompt is not None:
         refuse("--prompt is the only prompt", prompts=prompts)
@@ -107,8 +109,8 @@ def sample(
     wanted, n = file or Path("grid.png"), 80 if n is None else n
     check_writable(wanted)
     file = unused(wanted)
-    images = sample_labels(model, n=n, labels=numbers, sampling=sampling)
-    columns = len(numbers) if numbers and len(numbers) > 1 else min(n, model.config.classes or 10)
+    images = sample_labels(model, n=n, labels=chosen, sampling=sampling)
+    columns = len(chosen) if chosen and len(chosen) > 1 else min(n, model.config.classes or 10)
     save_grid(images, file, columns=columns)
     print_text(f"{n} images are in {file}." + ("" if file == wanted else f" {wanted} was there before and is kept."))
 
