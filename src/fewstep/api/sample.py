@@ -32,7 +32,7 @@ def sample(
     sampling: SamplingConfig | None = None,
     device: str = "auto",
 ) -> Tensor:
-    """``n`` images, uint8 [n, C, H, W]. ``labels``, numbers or class names, are repeated in turn: by default all classes;
+    """``n`` images, uint8 [n, C, H, W]. ``labels``, numbers or class names, repeat in turn (default: all classes);
     an unconditional model takes none. Of a model that takes prompts, one image per prompt of ``prompts``, or one video,
     uint8 [n, F, 3, H, W].
 
