@@ -86,6 +86,14 @@ class Package:
         return image if image.size == (SIDE, SIDE) else image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
+def microsoft_licence(package: Package) -> str:
+    """The text of Microsoft's licence in a package."""
+    licence = package.files["LICENSE"].decode()
+    if "Copyright (c) Microsoft Corporation" not in licence or "MIT License" not in licence:
+        sys.exit(f"{package.title} does not contain Microsoft's MIT licence")
+    return "".join(f"{line.strip()}\n" for line in licence.splitlines())
+
+
 def main(folder: Path, out: Path = OUT) -> None:
     google, fluent, microsoft = (Package(folder, pattern) for pattern in (GOOGLE, FLUENT, MICROSOFT))
     codes = {entry["short_name"]: entry["unified"].lower() for entry in json.loads(google.files["emoji.json"])}
@@ -110,10 +118,7 @@ def main(folder: Path, out: Path = OUT) -> None:
         fluent_licence=fluent.about["license"], microsoft=microsoft.title,
     )  # fmt: skip
     (out / "NOTICE").write_text(notice)
-    licence = microsoft.files["LICENSE"].decode()
-    if "Copyright (c) Microsoft Corporation" not in licence or "MIT License" not in licence:
-        sys.exit(f"{microsoft.title} does not contain Microsoft's MIT licence")
-    (out / "LICENSE-microsoft.txt").write_text("".join(f"{line.strip()}\n" for line in licence.splitlines()))
+    (out / "LICENSE-microsoft.txt").write_text(microsoft_licence(microsoft))
     print(f"{len(pairs)} names in {out / 'art.png'}: {(out / 'art.png').stat().st_size:,} bytes")
 
 

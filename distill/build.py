@@ -17,7 +17,7 @@ from fewstep.core.registry import dotted_name
 from fewstep.distill import sharding
 from fewstep.distill.config import DATA_KINDS, Config, DataConfig
 from fewstep.distill.data.batch import SOURCES, Source
-from fewstep.distill.data.emoji import Emoji
+from fewstep.distill.data.emoji import CAPTIONS, Emoji
 from fewstep.distill.data.readers import read_stored
 from fewstep.distill.data.sources import Images, Labels, Prompts
 from fewstep.distill.networks import load_networks
@@ -204,12 +204,14 @@ def _source(
     device: torch.device,
 ) -> Source:  # fmt: skip
     data = config.data
-    if data.kind == "emoji":
-        return Emoji.create(model, device, images=any("x0" in stage.objective.tensors for stage in config.stages))
+    if data.kind in CAPTIONS:
+        return Emoji.create(
+            data.kind, model, device, images=any("x0" in stage.objective.tensors for stage in config.stages)
+        )
     if model.vocabulary is not None:
         raise UserError(
-            f"This model takes prompts, which data.kind={data.kind} does not have for it: set data.kind=emoji, or a "
-            'source of your own whose conditions have "words".'
+            f"This model takes prompts, which data.kind={data.kind} does not have for it: set data.kind=emoji (clips: "
+            'emoji_clips), or a source of your own whose conditions have "words".'
         )
     if data.kind != "prompts" and model.takes_prompts:
         raise UserError(

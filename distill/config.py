@@ -31,7 +31,8 @@ from fewstep.models.model_config import ModelConfig
 
 OF_IMAGES = ("subset", "split", "columns", "crop", "flip")
 Pixels = Annotated[int, Field(ge=1, le=65_536)]
-DATA_KINDS = ("labels", *IMAGE_KINDS, "tensors", "prompts", "emoji")
+EMOJI = ("emoji", "emoji_clips")
+DATA_KINDS = ("labels", *IMAGE_KINDS, "tensors", "prompts", *EMOJI)
 
 
 class DataConfig(BaseConfig):
@@ -43,9 +44,9 @@ class DataConfig(BaseConfig):
     ``datasets`` reads: Parquet, WebDataset, a name on the hub with its ``subset`` and ``split``. ``tensors``: a
     safetensors file of labelled samples (``fewstep data ode-pairs``, ``fewstep data preferences``, or the real images
     of a reference). ``prompts``: a folder from ``fewstep data encode`` or ``fewstep data preferences --captions``:
-    prompts alone, with images, or with preference pairs. ``emoji``: captions of emoji for a model with a vocabulary,
-    and images rendered for them where the objective needs these. Any other name is your own source, created with
-    ``options``.
+    prompts alone, with images, or with preference pairs. ``emoji``, ``emoji_clips``: captions of emoji for a model with
+    a vocabulary, and images or clips rendered for them where the objective needs these. Any other name is your own
+    source, created with ``options``.
 
     Of images, ``columns`` names the columns or arrays ``image`` and ``label`` if they have unusual names; with
     ``crop``, those of another size than the model's are scaled until they cover it and cropped around their centre
@@ -68,10 +69,10 @@ class DataConfig(BaseConfig):
     def _consistent(self) -> Self:
         if self.kind not in DATA_KINDS and self.kind not in SOURCES.names() and not is_dotted(self.kind):
             raise ValueError(f"unknown kind{nearest(self.kind, [*DATA_KINDS, *SOURCES.names()])}")
-        if self.kind in DATA_KINDS and self.kind not in ("labels", "emoji") and self.path is None:
+        if self.kind in DATA_KINDS and self.kind not in ("labels", *EMOJI) and self.path is None:
             raise ValueError(f"kind {self.kind} needs a path")
-        if self.kind == "emoji" and self.path is not None:
-            raise ValueError("kind emoji ships with the package: leave path out")
+        if self.kind in EMOJI and self.path is not None:
+            raise ValueError(f"kind {self.kind} ships with the package: leave path out")
         if self.sizes and self.kind != "prompts":
             raise ValueError(f"sizes are for kind prompts, not {self.kind}")
         if self.options and self.kind in DATA_KINDS:

@@ -51,9 +51,14 @@ def load_art() -> Art:
     with reading(ART, "sheet of the emoji"), Image.open(ART) as sheet:
         names = tuple(sheet.info["names"].split())
         cells = np.asarray(sheet.convert("RGBA")).reshape(-1, ART_SIDE, sheet.width // ART_SIDE, ART_SIDE, 4)
-    pixels = torch.from_numpy(cells.copy()).permute(0, 2, 4, 1, 3).float() / 255
-    colours, alpha = pixels[:, :, :3], pixels[:, :, 3:]
-    return Art(names, torch.cat([colours * alpha, alpha], 2).reshape(len(names), len(STYLES), 4, ART_SIDE, ART_SIDE))
+    drawings = premultiplied(torch.from_numpy(cells.copy()).permute(0, 2, 4, 1, 3))
+    return Art(names, drawings.reshape(len(names), len(STYLES), 4, ART_SIDE, ART_SIDE))
+
+
+def premultiplied(pixels: Tensor) -> Tensor:
+    """RGBA, uint8 [..., 4, H, W], in [0, 1] and with colours multiplied by their opacity."""
+    colours, alpha = (pixels.float() / 255).split([3, 1], -3)
+    return torch.cat([colours * alpha, alpha], -3)
 
 
 @cache
@@ -104,31 +109,43 @@ class EmojiCaptions:
             )
         ]
 
+    def render(self, random: KeyedRandom, device: torch.device = CPU) -> Tensor:
+        """An image for each caption, uint8 [N, 3, 32, 32] on ``device``, placed by the numbers of ``random``."""
+        return draw(self, send(placements(random, len(self)), device))
+
 
 def placements(random: KeyedRandom, n: int) -> Tensor:
     """Random placements of drawings, float32 [n, 2, 3]: the maps from positions in the image to positions in the
     drawing, as ``torch.nn.functional.affine_grid`` takes them. Half of the drawings are mirrored."""
     angle = random.uniform(n, -math.radians(ANGLE), math.radians(ANGLE), "emoji/angle")
     scale = random.uniform(n, *SCALE, "emoji/scale")
-    shift = 2 * random.uniform(2 * n, -SHIFT, SHIFT, "emoji/shift").reshape(n, 2, 1)  # positions are in [-1, 1]
+    shift = 2 * random.uniform(2 * n, -SHIFT, SHIFT, "emoji/shift").reshape(n, 2)  # positions are in [-1, 1]
     mirror = torch.where(random.uniform(n, stream="emoji/mirror") < 0.5, -1.0, 1.0)
+    return placed_at(angle, scale, shift, mirror)
+
+
+def placed_at(angle: Tensor, scale: Tensor, shift: Tensor, mirror: Tensor) -> Tensor:
+    """The maps of ``placements``, float32 [..., 2, 3], for drawings turned clockwise by ``angle`` (radians), of the
+    size ``scale`` (a share of the image), moved by ``shift`` [..., 2] (x to the right and y down; 2 is the whole
+    image), and mirrored before that where ``mirror`` is -1."""
     cosine, sine = angle.cos() / scale, angle.sin() / scale
-    turned = torch.stack([mirror * cosine, mirror * sine, -sine, cosine], 1).reshape(n, 2, 2)
-    return torch.cat([turned, -turned @ shift], 2).float()
+    turned = torch.stack([mirror * cosine, mirror * sine, -sine, cosine], -1).unflatten(-1, (2, 2))
+    return torch.cat([turned, -turned @ shift[..., None]], -1).float()
 
 
 def draw(captions: EmojiCaptions, placed: Tensor) -> Tensor:
-    """An image for each caption, uint8 [N, 3, 32, 32], with the drawings ``placed`` as ``placements`` returns, drawn at
-    64 x 64 and averaged, on the device of ``placed``."""
+    """An image for each caption, uint8 [N, 3, 32, 32] on the device of ``placed``, with its drawing placed as
+    ``placements`` returns."""
     device = placed.device
     drawings = _drawings_on(device)[send(captions.names, device), send(captions.styles, device)]
+    return paint(drawings, placed, captions.backgrounds)
+
+
+def paint(drawings: Tensor, placed: Tensor, backgrounds: Tensor) -> Tensor:
+    """Images, uint8 [N, 3, 32, 32], of ``drawings`` [N, 4, 64, 64] placed on ``backgrounds`` [N], drawn at 64 x 64 and
+    averaged."""
     grid = F.affine_grid(placed, list(drawings.shape), align_corners=False)
     drawn = F.avg_pool2d(F.grid_sample(drawings, grid, align_corners=False), ART_SIDE // SIDE)
     colours, alpha = drawn[:, :3], drawn[:, 3:]
-    images = 255 * colours + (1 - alpha) * send(PALETTE[captions.backgrounds], device)[:, :, None, None]
+    images = 255 * colours + (1 - alpha) * send(PALETTE[backgrounds], drawings.device)[:, :, None, None]
     return images.round().clamp(0, 255).to(torch.uint8)
-
-
-def render(captions: EmojiCaptions, random: KeyedRandom, device: torch.device = CPU) -> Tensor:
-    """An image for each caption, uint8 [N, 3, 32, 32] on ``device``, placed by the numbers of ``random``."""
-    return draw(captions, send(placements(random, len(captions)), device))

@@ -24,7 +24,7 @@ from fewstep.distill.data.emoji import Emoji
 from fewstep.distill.memory import plan_memory
 from fewstep.eval.evaluate_reference import ReferenceEvaluator
 from fewstep.eval.references import load_reference
-from fewstep.models.emoji import BACKGROUNDS, STYLES, EmojiCaptions, load_art, render
+from fewstep.models.emoji import BACKGROUNDS, STYLES, EmojiCaptions, load_art
 from fewstep.models.loading import load_model
 from fewstep.models.model_config import ModelConfig
 
@@ -61,18 +61,18 @@ def test_the_shipped_teacher_knows_exactly_the_words_of_captions() -> None:
 
 
 def test_a_batch_shows_what_its_words_say() -> None:
-    batch = Emoji.create(MODEL, images=True)(KeyedRandom(3, 4, "data", 1), 16)
+    batch = Emoji.create("emoji", MODEL, images=True)(KeyedRandom(3, 4, "data", 1), 16)
     rows = KeyedRandom(3, 4, "data", 1).integers(16, len(TRAIN))
     expected = TRAIN.select(rows)
     words = MODEL.vocabulary.encode(expected.texts).words  # type: ignore[union-attr]
     assert batch.condition["words"].equal(words)
-    assert batch["x0"].equal(to_unit(render(expected, KeyedRandom(3, 4, "data", 1))))
+    assert batch["x0"].equal(to_unit(expected.render(KeyedRandom(3, 4, "data", 1))))
     assert batch.shape == (3, 32, 32)
     assert batch.condition.null()["words"].eq(0).all()
 
 
 def test_batches_cover_all_training_captions_and_no_others() -> None:
-    source = Emoji.create(MODEL, images=False)
+    source = Emoji.create("emoji", MODEL, images=False)
     words = source(KeyedRandom(0, 0, "data", 0), 20_000).condition["words"]
     trained = MODEL.vocabulary.encode(TRAIN.texts).words  # type: ignore[union-attr]
     found, counts = words.unique(dim=0, return_counts=True)

@@ -25,7 +25,6 @@ from fewstep.models.emoji import (
     draw,
     load_art,
     placements,
-    render,
 )
 
 NAMES, DRAWINGS = load_art()
@@ -180,14 +179,14 @@ def test_maps_move_drawings(change: list[list[float]], expected: object) -> None
 def test_images_are_a_function_of_the_key() -> None:
     """Invariant 4: seed, step and shard decide, and not what was rendered before."""
     captions = ALL.select(torch.arange(0, 2304, 200))
-    first = render(captions, KeyedRandom(1, 2, "data", 3))
-    assert first.equal(render(captions, KeyedRandom(1, 2, "data", 3)))
+    first = captions.render(KeyedRandom(1, 2, "data", 3))
+    assert first.equal(captions.render(KeyedRandom(1, 2, "data", 3)))
     for key in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
-        assert not first.equal(render(captions, KeyedRandom(key[0], key[1], "data", key[2])))
+        assert not first.equal(captions.render(KeyedRandom(key[0], key[1], "data", key[2])))
 
 
 def test_the_rim_of_an_image_shows_its_background() -> None:
-    images = render(ALL, KeyedRandom(0, 0, "test", 0)).float()
+    images = ALL.render(KeyedRandom(0, 0, "test", 0)).float()
     rim = torch.cat([images[:, :, [0, -1]].flatten(2), images[:, :, 1:-1, [0, -1]].flatten(2)], 2)
     nearest = torch.cdist(rim.median(2).values, PALETTE).argmin(1)
     assert nearest.equal(ALL.backgrounds)

@@ -1,0 +1,165 @@
+"""The data of the bundled model ``emoji-video``: captions such as "a shiny ghost jumping on red", and clips of eight
+frames rendered for them.
+
+48 drawings of ``models.emoji`` in the style shiny move in eight ways that are rendered, each of which can be measured
+(``eval/motion.py``), or as their artists animated them (``alive``, ``bundled/emoji_video/clips.png`` from
+``benchmarks/make_emoji_clips.py``). Some combinations are held out of training, to measure whether a model composes
+words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fewstep.core.devices import CPU
+from fewstep.core.files import reading
+from fewstep.core.keyed_random import KeyedRandom
+from fewstep.core.transfer import send
+from fewstep.models.emoji import (
+    ANGLE,
+    ART_SIDE,
+    BACKGROUNDS,
+    SHIFT,
+    SIDE,
+    STYLES,
+    load_art,
+    paint,
+    placed_at,
+    premultiplied,
+)
+
+ART = Path(__file__).parent / "bundled" / "emoji_video" / "clips.png"
+FRAMES = 8
+SHAPE = (3, FRAMES, SIDE, SIDE)
+STYLE = "shiny"
+MOTIONS = ("left", "right", "up", "down", "growing", "shrinking", "spinning", "jumping", "alive")
+RENDERED = len(MOTIONS) - 1  # all but alive
+SPEED = (1.0, 1.5)  # pixels a frame, of the four directions
+SMALL, LARGE = (0.45, 0.55), (0.85, 0.95)  # the sizes between which drawings grow and shrink
+MOVING, WHOLE = (0.55, 0.7), (0.82, 0.98)  # sizes of drawings that move or spin; of those that stay
+TURN = 45.0  # degrees a frame, clockwise, of spinning
+JUMP = (7.0, 9.0)  # pixels, the height of a jump
+Split = Literal["train", "background", "motion"]
+
+
+class Animations(NamedTuple):
+    """What moves, RGBA in [0, 1] with premultiplied alpha, [names, 1 + FRAMES, 4, 64, 64]: the still drawing, and the
+    frames of its artist's animation; and the names."""
+
+    names: tuple[str, ...]
+    drawings: Tensor
+
+
+@cache
+def load_animations() -> Animations:
+    """The drawings that ship with the package. Raises ``UserError`` if a file is damaged."""
+    with reading(ART, "sheet of the animations"), Image.open(ART) as sheet:
+        names = tuple(sheet.info["names"].split())
+        side = sheet.width // FRAMES
+        cells = np.asarray(sheet.convert("RGBA")).reshape(len(names), side, FRAMES, side, 4)
+    frames = premultiplied(torch.from_numpy(cells.copy()).permute(0, 2, 4, 1, 3))
+    large = F.interpolate(frames.flatten(0, 1), ART_SIDE, mode="bilinear").reshape(
+        *frames.shape[:3], ART_SIDE, ART_SIDE
+    )
+    art = load_art()
+    stills = art.drawings[[art.names.index(name) for name in names], STYLES.index(STYLE)]
+    return Animations(names, torch.cat([stills[:, None], large], 1))
+
+
+@cache
+def _animations_on(device: torch.device) -> Tensor:
+    return load_animations().drawings.to(device)
+
+
+@dataclass(frozen=True)
+class ClipCaptions:
+    """The contents of captions, int64 [N] each: the numbers of names, motions and backgrounds."""
+
+    names: Tensor
+    motions: Tensor
+    backgrounds: Tensor
+
+    @staticmethod
+    def all() -> ClipCaptions:
+        """All different captions, in order of names, motions and backgrounds."""
+        sizes = (len(load_animations().names), len(MOTIONS), len(BACKGROUNDS))
+        return ClipCaptions(*torch.cartesian_prod(*(torch.arange(size) for size in sizes)).T)
+
+    @staticmethod
+    def of(split: Split) -> ClipCaptions:
+        """The captions of one split of all. Held out of training (``train``) are one rendered motion of each name
+        (``motion``), and of all other pairs one background that differs from pair to pair (``background``)."""
+        every = ClipCaptions.all()
+        motion = every.motions == every.names % RENDERED
+        background = ~motion & ((every.backgrounds - 2 * every.names - every.motions) % len(BACKGROUNDS) == 0)
+        held_out = {"motion": motion, "background": background, "train": ~motion & ~background}
+        return every.select(held_out[split].nonzero()[:, 0])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def select(self, indices: Tensor) -> ClipCaptions:
+        """The captions at ``indices`` [M]."""
+        return ClipCaptions(self.names[indices], self.motions[indices], self.backgrounds[indices])
+
+    @property
+    def texts(self) -> list[str]:
+        """The captions as text."""
+        names, backgrounds = load_animations().names, list(BACKGROUNDS)
+        directions = {"left", "right", "up", "down"}
+        phrases = [f"moving {motion}" if motion in directions else motion for motion in MOTIONS]
+        return [
+            f"a {STYLE} {names[name]} {phrases[motion]} on {backgrounds[background]}"
+            for name, motion, background in zip(
+                self.names.tolist(), self.motions.tolist(), self.backgrounds.tolist(), strict=True
+            )
+        ]
+
+    def render(self, random: KeyedRandom, device: torch.device = CPU) -> Tensor:
+        """A clip for each caption, uint8 [N, 3, FRAMES, 32, 32] on ``device``, moved by the numbers of ``random``."""
+        placed = send(paths(self.motions, random), device).flatten(0, 1)
+        names, backgrounds = (x.repeat_interleave(FRAMES) for x in (self.names, self.backgrounds))
+        alive = self.motions == MOTIONS.index("alive")
+        frames = torch.where(alive[:, None], 1 + torch.arange(FRAMES), 0).flatten()
+        images = paint(_animations_on(device)[send(names, device), send(frames, device)], placed, backgrounds)
+        return images.reshape(len(self), FRAMES, *images.shape[1:]).transpose(1, 2).contiguous()
+
+
+def paths(motions: Tensor, random: KeyedRandom) -> Tensor:
+    """Random placements of each frame's drawing for ``motions`` [N], float32 [N, FRAMES, 2, 3], as
+    ``models.emoji.placed_at`` defines them. Half of the drawings are mirrored; the motion is not."""
+    n = len(motions)
+
+    def uniform(low: float, high: float, stream: str) -> Tensor:
+        return random.uniform(n, low, high, f"clip/{stream}")[:, None]
+
+    def of(*names: str) -> Tensor:
+        return torch.isin(motions, torch.tensor([MOTIONS.index(name) for name in names]))[:, None]
+
+    time = torch.arange(FRAMES, dtype=torch.float64) / (FRAMES - 1)  # 0 to 1
+    small, large = uniform(*SMALL, "small"), uniform(*LARGE, "large")
+    share = torch.where(of("shrinking"), 1 - time, time)
+    scale = uniform(*WHOLE, "whole").expand(n, FRAMES)
+    scale = torch.where(of("left", "right", "up", "down", "spinning", "jumping"), uniform(*MOVING, "moving"), scale)
+    scale = torch.where(of("growing", "shrinking"), small * (large / small) ** share, scale)
+
+    travelled = uniform(*SPEED, "speed") * (FRAMES - 1) * (time - 0.5)  # pixels from the middle
+    jumped = uniform(*JUMP, "jump") * (4 * time * (1 - time) - 0.5)
+    x = torch.where(of("right"), travelled, torch.where(of("left"), -travelled, 0.0))
+    y = torch.where(of("down"), travelled, torch.where(of("up"), -travelled, torch.where(of("jumping"), -jumped, 0.0)))
+    pixels = torch.stack([x, y], -1) + SIDE * torch.stack(
+        [uniform(-SHIFT, SHIFT, "x").expand(n, FRAMES), uniform(-SHIFT, SHIFT, "y").expand(n, FRAMES)], -1
+    )
+    turned = torch.where(of("spinning"), TURN * (FRAMES - 1) * time, 0.0)
+    angle = torch.deg2rad(uniform(-ANGLE, ANGLE, "angle") + turned)
+    mirror = torch.where(uniform(0, 1, "mirror") < 0.5, -1.0, 1.0).expand(n, FRAMES)
+    return placed_at(angle, scale, 2 * pixels / SIDE, mirror)
