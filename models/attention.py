@@ -31,22 +31,29 @@ DIFFUSERS = {
 }  # fmt: skip
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "sdpa") -> Tensor:
-    """Softmax attention of queries [B, H, N, D] over keys and values [B, H, M, D] -> [B, H, N, D].
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "sdpa", *, causal: bool = False) -> Tensor:
+    """Softmax attention of queries [B, H, N, D] over keys and values [B, H, M, D] -> [B, H, N, D]; ``causal``: of query
+    n over the keys up to n.
 
     Raises ``RuntimeError`` if the kernel does not support these shapes, dtypes or the device (see ``runs``).
     """
     if backend == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     if backend == "xformers":
-        from xformers.ops import memory_efficient_attention
+        from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
-        out: Tensor = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        return out
+        bias = LowerTriangularMask() if causal else None
+        out: Tensor = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=bias)
+        return out.transpose(1, 2)
     if backend == "flex":
-        return _flex()(q, k, v)
+        return _flex()(q, k, v, score_mod=_up_to_query if causal else None)
     with sdpa_kernel(KERNELS[backend]):
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def _up_to_query(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The scores of causal attention, as ``flex_attention`` takes a function of them."""
+    return torch.where(query >= key, score, -torch.inf)
 
 
 @cache
