@@ -24,8 +24,8 @@ Width = Annotated[int, Field(ge=1, le=65_536)]
 Time = Annotated[float, Field(ge=0, le=1)]
 Shift = Annotated[float, Field(ge=1e-4, le=1e4)]
 BACKBONES: Registry[type[nn.Module]] = Registry(
-    "backbone", lambda: {"unet": UNet, "video_unet": VideoUNet}, lambda value: isinstance(value, type) and issubclass(value, nn.Module),
-    "a subclass of torch.nn.Module",
+    "backbone", lambda: {"unet": UNet, "video_unet": VideoUNet},
+    lambda value: isinstance(value, type) and issubclass(value, nn.Module), "a subclass of torch.nn.Module",
 )  # fmt: skip
 
 

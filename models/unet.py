@@ -79,9 +79,9 @@ class UNet(Backbone):
     ``step_counts`` > 0 the network is also conditioned on ``condition["steps"]`` in 1..``step_counts``.
     """
 
-    lora_targets = ("conv1", "conv2", "modulation", "qkv", "out", "time.0", "time.2")
-    feature_layers = ("mid.1",)
-    repeated_blocks = ("Block", "Attention")
+    lora_targets: Sequence[str] = ("conv1", "conv2", "modulation", "qkv", "out", "time.0", "time.2")
+    feature_layers: Sequence[str] = ("mid.1",)
+    repeated_blocks: Sequence[str] = ("Block", "Attention")
     sample_axes: ClassVar[str] = "[C, H, W]"
 
     @classmethod

@@ -27,7 +27,7 @@ def fold(x: Tensor) -> Tensor:
 
 def unfold(x: Tensor, frames: int) -> Tensor:
     """The inverse of ``fold``."""
-    return x.unflatten(0, (-1, frames)).transpose(1, 2)
+    return x.reshape(-1, frames, *x.shape[1:]).transpose(1, 2)
 
 
 class TemporalConv(nn.Module):
@@ -43,12 +43,12 @@ class TemporalConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         frames, height = x.shape[2:4]
         h = F.silu(unfold(self.norm(fold(x)), frames).flatten(3))
-        residual: Tensor = self.conv(F.pad(h, self.padding))
-        return x + residual.unflatten(3, (height, -1))
+        residual: Tensor = self.conv(F.pad(h, self.padding)).unflatten(3, (height, -1))
+        return x + residual
 
 
 class TemporalAttention(Attention):
-    """Residual self-attention over the frames of [B, C, F, H, W], at each position; ``causal``: over those up to each."""
+    """Residual attention over the frames of [B, C, F, H, W], at each position; ``causal``: over those up to each."""
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__(width, heads)
@@ -92,9 +92,10 @@ class VideoUNet(UNet):
         levels = [*outer, *[len(outer)] * blocks[-1], *reversed(outer)]
         self.temporal = nn.ModuleList()
         for level in levels:
-            self.temporal.append(nn.Sequential(TemporalConv(widths[level], causal=causal)))
+            layers: list[nn.Module] = [TemporalConv(widths[level], causal=causal)]
             if level or not outer:
-                self.temporal[-1].append(TemporalAttention(widths[level], heads, causal=causal))
+                layers.append(TemporalAttention(widths[level], heads, causal=causal))
+            self.temporal.append(nn.Sequential(*layers))
         self.feature_layers = (f"temporal.{len(outer)}",)  # after the first block of the middle
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -13,6 +13,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.image_files import to_bytes
 from fewstep.distill.build import build_inputs
 from fewstep.distill.callback import Callback
+from fewstep.distill.checkpoint import checkpoints
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import load_config
 from fewstep.distill.data import batch
@@ -63,7 +64,8 @@ def train_run(
     world, device = join_world(config.device)
     with TrainingProgress(config.steps, quiet=not progress or world.rank > 0) as shown:
         with world.together():
-            inputs = build_inputs(config, device, teacher, data, world)
+            resumed = resume is not None and bool(checkpoints(Path(resume) / "checkpoints"))
+            inputs = build_inputs(config, device, teacher, data, world, resumed=resumed)
             previews = Previews.create(config, inputs)
         if resume:
             run = RunFolder.reopen(resume, device, world, inputs, config=config)
