@@ -192,8 +192,8 @@ class NetworkConfig(BaseConfig):
 class Config(BaseConfig):
     """A run. Give either ``teacher`` (a folder, a bundled name, or a diffusers pipeline by folder or hub id) or
     ``model`` (a new network). ``model_weights`` is a saved model (a run, a folder, a bundled name) from which a new
-    network takes the tensors whose names and shapes are its own, and the vectors of words that both know: a network for
-    videos takes those of one for images. A resumed run does not read it again.
+    network takes the tensors that it has under the same names, whose shapes must agree, and the vectors of the words
+    that both know: a network for videos can start from one for images. A resumed run does not read it again.
     ``networks`` are others, by name, from which roles start: a smaller student, say.
 
     For pipelines: ``size`` is height, width and frames in pixels; ``weights`` is the type of the teacher's weights

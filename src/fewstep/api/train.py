@@ -10,7 +10,7 @@ from fewstep.api.models import Source
 from fewstep.api.reference import training_reference
 from fewstep.api.training_progress import TrainingProgress
 from fewstep.core.errors import UserError
-from fewstep.core.image_files import to_bytes
+from fewstep.core.image_files import to_images
 from fewstep.distill.build import build_inputs
 from fewstep.distill.callback import Callback
 from fewstep.distill.checkpoint import checkpoints
@@ -88,7 +88,7 @@ def _validation(config: Config, run: RunFolder, folder: Path) -> Validation | Pr
     sampling = SamplingConfig(settings.solver, settings.steps, settings.guidance)
     if inputs.prompts is not None:
         pipeline = inputs.pipeline
-        decode = to_bytes if pipeline is None else lambda x0: pipeline.decode_images(pipeline.decoder(), x0)
+        decode = to_images if pipeline is None else lambda x0: pipeline.decode_images(pipeline.decoder(), x0)
         return PromptValidation(sampling, settings.images, decode, inputs.prompts, folder)
     named = training_reference(settings.reference, config.teacher)
     reference = load_reference(named, "train", run.trainer.device)
