@@ -6,7 +6,7 @@ weights of an image U-Net starts by drawing independent images. Frames have no p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from fewstep.models.condition import Condition
 from fewstep.models.unet import Attention, UNet
 
 TAPS = 3  # frames that a convolution sees
+ALL = 2**31  # frames of context
+Past = tuple[Tensor, ...]  # of the layers over frames, in order
 
 
 def fold(x: Tensor) -> Tensor:
@@ -41,25 +43,52 @@ class TemporalConv(nn.Module):
         zero(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        frames, height = x.shape[2:4]
-        h = F.silu(unfold(self.norm(fold(x)), frames).flatten(3))
-        residual: Tensor = self.conv(F.pad(h, self.padding)).unflatten(3, (height, -1))
+        return self._mixed(x, F.pad(self._features(x), self.padding))
+
+    def after(self, past: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for frames ``x`` that follow those of ``past``, features [B, C, TAPS - 1, H W] of which are kept."""
+        h = self._features(x)
+        h = F.pad(h, self.padding) if past is None else torch.cat([past, h], 2)
+        return self._mixed(x, h), h[:, :, 1 - TAPS :].clone()
+
+    def _features(self, x: Tensor) -> Tensor:
+        return F.silu(unfold(self.norm(fold(x)), x.shape[2]).flatten(3))
+
+    def _mixed(self, x: Tensor, h: Tensor) -> Tensor:
+        residual: Tensor = self.conv(h).unflatten(3, x.shape[3:])
         return x + residual
 
 
 class TemporalAttention(Attention):
-    """Residual attention over the frames of [B, C, F, H, W], at each position; ``causal``: over those up to each."""
+    """Residual attention over the frames of [B, C, F, H, W], at each position; with ``context``, over so many frames up
+    to each, itself included."""
 
-    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, *, context: int | None) -> None:
         super().__init__(width, heads)
-        self.causal = causal
+        self.context = context
         zero(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._mixed(x, *self._qkv(x))
+
+    def after(self, past: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for frames ``x`` that follow those of ``past``, of which the keys and values that later frames see
+        are kept, [2, B H W, heads, frames, D]."""
+        assert self.context is not None
+        qkv = self._qkv(x)
+        kv = qkv[1:] if past is None else torch.cat([past, qkv[1:]], 3)
+        first = max(0, kv.shape[3] - self.context + 1)
+        return self._mixed(x, qkv[0], *kv), kv[:, :, :, first:].clone()
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        """Queries, keys and values, [3, B H W, heads, F, D]."""
         b, c, f, h, w = x.shape
-        qkv = self.qkv(self.norm(fold(x))).reshape(b, f, 3, self.heads, c // self.heads, h * w)
-        q, k, v = qkv.permute(2, 0, 5, 3, 1, 4).flatten(1, 2)  # [B H W, heads, F, D] each
-        out = attention(q, k, v, self.backend, causal=self.causal)
+        qkv: Tensor = self.qkv(self.norm(fold(x))).reshape(b, f, 3, self.heads, c // self.heads, h * w)
+        return qkv.permute(2, 0, 5, 3, 1, 4).flatten(1, 2)
+
+    def _mixed(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, c, f, h, w = x.shape
+        out = attention(q, k, v, self.backend, context=self.context)
         out = out.reshape(b, h * w, self.heads, f, c // self.heads).permute(0, 3, 2, 4, 1).reshape(b * f, c, h, w)
         return x + unfold(self.out(out), f)
 
@@ -69,7 +98,8 @@ class VideoUNet(UNet):
     [B, 1, F, 1, 1] for frames at different noise levels.
 
     Settings and weights are those of ``UNet``, and the layers over frames follow each level: a convolution, and except
-    at the finest level attention. With ``causal``, a frame depends on the frames up to it.
+    at the finest level attention. With ``causal``, a frame depends on the frames up to it alone, of which attention
+    sees the last ``context`` (by default all), so that frames can be evaluated one after the other (``after``).
     """
 
     lora_targets = (*UNet.lora_targets, "conv")
@@ -83,29 +113,63 @@ class VideoUNet(UNet):
         blocks: Sequence[int] = (2, 2, 2),
         heads: int = 4,
         causal: bool = False,
+        context: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(widths=widths, blocks=blocks, heads=heads, **settings)
         if any(width % heads for width in widths[1:]):
             raise ValueError("all widths but the first must be multiples of heads")
+        if context is not None and (not causal or context < 1):
+            raise ValueError("context is a number of frames, from 1, for a causal network")
+        self.causal = causal
+        seen = (context or ALL) if causal else None
         outer = range(len(widths) - 1)
         levels = [*outer, *[len(outer)] * blocks[-1], *reversed(outer)]
         self.temporal = nn.ModuleList()
         for level in levels:
             layers: list[nn.Module] = [TemporalConv(widths[level], causal=causal)]
             if level or not outer:
-                layers.append(TemporalAttention(widths[level], heads, causal=causal))
+                layers.append(TemporalAttention(widths[level], heads, context=seen))
             self.temporal.append(nn.Sequential(*layers))
         self.feature_layers = (f"temporal.{len(outer)}",)  # after the first block of the middle
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self._evaluate_frames(x, t, condition, lambda level, h: self.temporal[level](h))
+
+    def after(self, past: Past | None, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Past]:
+        """The output for frames ``x`` [B, C, F, H, W] that follow others, and what the frames after them need, which
+        with ``context`` does not grow. ``past`` is that of the frames before, at the noise levels at which they were
+        evaluated; None at the start. Raises ``ValueError`` if the network is not causal.
+
+            past = None
+            for noise in frames:  # an autoregressive video: the cache holds clean frames
+                out, _ = network.after(past, noise, t, condition)
+                _, past = network.after(past, clean, zero, condition)
+        """
+        if not self.causal:
+            raise ValueError("frames of a network that is not causal depend on later ones")
+        before, kept = iter(past or ()), []
+
+        def over_frames(level: int, h: Tensor) -> Tensor:
+            for layer in self.temporal[level].children():
+                assert isinstance(layer, TemporalConv | TemporalAttention)
+                h, last = layer.after(next(before, None), h)
+                kept.append(last)
+            return h
+
+        return self._evaluate_frames(x, t, condition, over_frames), tuple(kept)
+
+    def _evaluate_frames(
+        self, x: Tensor, t: Tensor, condition: Condition, over_frames: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
         frames = x.shape[2]
         times = frame_times(t, frames).flatten()
-        out = self.evaluate(
-            fold(x), times, condition.repeat(frames), lambda level, h: fold(self.temporal[level](unfold(h, frames)))
-        )
-        return unfold(out, frames)
+
+        def after_level(level: int, h: Tensor) -> Tensor:
+            return fold(over_frames(level, unfold(h, frames)))
+
+        return unfold(self.evaluate(fold(x), times, condition.repeat(frames), after_level), frames)
 
 
 def frame_times(t: Tensor, frames: int) -> Tensor:

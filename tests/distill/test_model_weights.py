@@ -15,6 +15,7 @@ from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.build import TrainingInputs, build_inputs
 from fewstep.distill.config import Config
 from fewstep.distill.data.batch import Batch
+from fewstep.distill.run_folder import RunFolder
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.loading import Model, load_model
@@ -152,6 +153,16 @@ def test_a_resumed_run_is_the_run_and_does_not_read_the_model_again(tmp_path: Pa
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match="model_weights: No model at"):
         fewstep.train(resume=run, data=Clips(), progress=False)
+
+
+def test_a_run_is_reopened_without_the_model(tmp_path: Path) -> None:
+    fewstep.register("data", "random_clips")(Clips)
+    image_model(tmp_path / "images")
+    run = fewstep.train(settings(tmp_path, data={"kind": "random_clips"}), progress=False)
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    assert RunFolder.reopen(run, CPU).trainer.step == 4
+    with pytest.raises(UserError, match="model_weights: No model at"):
+        RunFolder.reopen(run, CPU, before=0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
 from fewstep.models.adapters import share_network
-from fewstep.models.attention import AttentionLayer, attention, runs
+from fewstep.models.attention import AttentionLayer, Backend, attention, runs
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.model_config import ModelConfig
@@ -60,6 +60,14 @@ def test_videos_keep_their_shape_with_any_number_of_frames(settings: dict[str, o
     assert network(**settings)(torch.zeros(2, *shape), T, WORDS).shape == (2, *shape)
 
 
+def test_attention_over_frames_is_at_all_levels_but_the_finest_of_several() -> None:
+    def widths(**settings: object) -> list[int]:
+        return [m.norm.num_channels for m in network(**settings).modules() if isinstance(m, TemporalAttention)]
+
+    assert widths(widths=(8, 16, 32), blocks=(1, 1, 2)) == [16, 32, 32, 16]
+    assert widths(widths=(8,), blocks=(2,)) == [8, 8]
+
+
 def test_a_layer_over_frames_is_the_sum_over_frames_that_it_stands_for() -> None:
     layer = perturbed(TemporalConv(8, causal=False))
     x = torch.randn(2, 8, FRAMES, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -74,7 +82,7 @@ def test_a_layer_over_frames_is_the_sum_over_frames_that_it_stands_for() -> None
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_over_frames_mixes_the_frames_of_one_position(causal: bool) -> None:
-    layer = perturbed(TemporalAttention(8, 2, causal=causal))
+    layer = perturbed(TemporalAttention(8, 2, context=99 if causal else None))
     x = torch.randn(2, 8, FRAMES, 3, 4, generator=torch.Generator().manual_seed(0))
     qkv = torch.stack([layer.qkv(layer.norm(x[:, :, k])) for k in range(FRAMES)], 2)[:, :, :, 1, 2]  # [B, 3 C, F]
     q, k, v = qkv.reshape(2, 3, 2, 4, FRAMES).unbind(1)  # [B, heads, D, F]
@@ -86,12 +94,16 @@ def test_attention_over_frames_mixes_the_frames_of_one_position(causal: bool) ->
     torch.testing.assert_close(layer(x)[:, :, :, 1, 2], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", [name for name in ("sdpa", "math", "efficient", "flash", "flex")
-                                     if runs(name, torch.device("cpu"))])  # fmt: skip
-def test_causal_attention_of_every_backend(backend: str) -> None:
-    q, k, v = torch.randn(3, 2, 3, 7, 16, generator=torch.Generator().manual_seed(0))
-    scores = (q @ k.transpose(2, 3) / 4).masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
-    torch.testing.assert_close(attention(q, k, v, backend, causal=True), scores.softmax(-1) @ v, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("backend", ["sdpa", "math", "efficient", "flash", "flex"])
+@pytest.mark.parametrize(("queries", "context"), [(7, 7), (7, 99), (7, 3), (2, 99), (2, 4), (1, 4), (1, 99), (3, 1)])
+def test_causal_attention_of_every_backend(backend: Backend, queries: int, context: int) -> None:
+    if backend == "flex" or runs(backend, torch.device("cpu")):  # flex without a gradient runs everywhere
+        q, k, v = torch.randn(3, 2, 3, 7, 16, generator=torch.Generator().manual_seed(0))
+        q = q[:, :, -queries:]
+        ages = torch.arange(7 - queries, 7)[:, None] - torch.arange(7)
+        scores = (q @ k.transpose(2, 3) / 4).masked_fill((ages < 0) | (ages >= context), -torch.inf)
+        out = attention(q, k, v, backend, context=context)
+        torch.testing.assert_close(out, scores.softmax(-1) @ v, rtol=1e-5, atol=1e-5)
 
 
 def influence(model: nn.Module) -> Tensor:
@@ -119,6 +131,62 @@ def test_later_frames_do_not_change_earlier_ones_of_a_causal_network() -> None:
     assert after[:, :, :3].equal(before[:, :, :3])
     torch.testing.assert_close(model(X_T[:, :, :3], T, WORDS), before[:, :, :3])
     assert ((after - before)[:, :, 3:].abs().amax((0, 1, 3, 4)) > 1e-4).all()
+
+
+def storage(past: tuple[Tensor, ...]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in past)
+
+
+@pytest.mark.parametrize("context", [None, 1, 2, 3, 99])
+@pytest.mark.parametrize("parts", [[1] * FRAMES, [2, 3], [3, 1, 1], [FRAMES]])
+def test_frames_one_after_the_other_equal_all_at_once(context: int | None, parts: list[int]) -> None:
+    model, past, outputs = network(causal=True, context=context), None, []
+    times = torch.tensor([[0.0, 0.3, 0.1, 0.9, 1.0], [0.2, 0.0, 0.0, 0.5, 0.7]], dtype=torch.float64)
+    times = times[:, None, :, None, None]
+    for x, t in zip(X_T.split(parts, 2), times.split(parts, 2), strict=True):
+        out, past = model.after(past, x, t, WORDS)
+        outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, 2), model(X_T, times, WORDS), rtol=1e-5, atol=1e-5)
+
+
+def test_an_evaluation_without_keeping_its_frames_changes_nothing() -> None:
+    """As an autoregressive sampler does: several noise levels of a frame see the same clean frames."""
+    model = network(causal=True)
+    _, past = model.after(None, X_T[:, :, :3], torch.zeros(2, dtype=torch.float64), WORDS)
+    before = [tensor.clone() for tensor in past]
+    first, _ = model.after(past, X_T[:, :, 3:4], T, WORDS)
+    again, _ = model.after(past, X_T[:, :, 3:4], T, WORDS)
+    assert first.equal(again)
+    assert all(a.equal(b) for a, b in zip(before, past, strict=True))
+
+
+def test_the_memory_of_earlier_frames_does_not_grow_with_a_context() -> None:
+    model, past, sizes = network(causal=True, context=4), None, []
+    with torch.no_grad():
+        for _ in range(3 * FRAMES):
+            _, past = model.after(past, X_T[:, :, :1], T, WORDS)
+            sizes.append(storage(past))
+    assert sizes[0] < sizes[2] == sizes[3] == sizes[-1]
+    assert past[0].shape == (2, 8, 2, 4 * 4)
+    assert past[2].shape == (2, 2 * 4, 2, 3, 8)
+
+
+@pytest.mark.parametrize("settings", [{"context": 4}, {"causal": True, "context": 0}])
+def test_a_context_that_cannot_act_is_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="for a causal network"):
+        network(**settings)
+
+
+def test_a_network_that_is_not_causal_has_no_frames_one_after_the_other() -> None:
+    with pytest.raises(ValueError, match="depend on later ones"):
+        network().after(None, X_T, T, WORDS)
+
+
+def test_a_limited_context_is_the_attention_of_a_window() -> None:
+    found = influence(network(causal=True, context=1, widths=(8,), blocks=(1,)))
+    assert found[4, 1].eq(0), "attention sees the frame alone, the convolution two frames before"
+    assert (found[4, 2:] > 1e-7).all()
+    assert influence(network(causal=True, widths=(8,), blocks=(1,)))[4, 0] > 1e-7
 
 
 def test_one_time_per_frame() -> None:
