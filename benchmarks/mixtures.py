@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.adversarial import Heads
-from fewstep.distill.config import OBJECTIVES
 from fewstep.distill.data.batch import Batch
 from fewstep.distill.loop import Loop
+from fewstep.distill.objectives import OBJECTIVES
 from fewstep.distill.objectives.f_distill import WEIGHTS, FDistill
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import RoleConfig, StageContext, make_role, roles_of_stage

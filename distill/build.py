@@ -20,7 +20,7 @@ from fewstep.distill.data.batch import SOURCES, Source
 from fewstep.distill.data.emoji import CAPTIONS, Emoji
 from fewstep.distill.data.readers import read_stored
 from fewstep.distill.data.sources import Images, Labels, Prompts
-from fewstep.distill.networks import load_networks
+from fewstep.distill.networks import load_networks, start_from
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role
 from fewstep.models.adapters import checkpoint_gradients, share_network
@@ -68,15 +68,18 @@ def build_inputs(
     teacher: Model | Denoiser | None = None,
     data: Source | None = None,
     world: World = SINGLE_PROCESS,
+    *,
+    resumed: bool = False,
 ) -> TrainingInputs:
     """Loads the teacher (or creates the new network), which ``shard`` splits over the processes of ``world``, and opens
-    the data. ``teacher`` and ``data`` replace those of the config. Raises ``UserError`` if one is missing or damaged,
-    or if they do not fit together."""
+    the data. ``teacher`` and ``data`` replace those of the config. ``resumed``: the weights of roles come from a
+    checkpoint, so that ``model_weights`` is not read. Raises ``UserError`` if an input is missing or damaged, or if
+    they do not fit together."""
     features = tuple(dict.fromkeys(path for stage in config.stages for path in stage.objective.teacher_features))
     if data is None and config.data.kind not in DATA_KINDS:
         data = _custom_source(config.data)
     if teacher is None and config.model is not None:
-        return _pretraining(config, config.model, device, data, world)
+        return _pretraining(config, config.model, device, data, world, resumed)
     if teacher is not None:
         _check_own_teacher(config)
         model = _own_model(teacher, data)
@@ -116,11 +119,13 @@ def placed(denoiser: Denoiser, config: Config, device: torch.device, world: Worl
 
 
 def _pretraining(
-    config: Config, model_config: ModelConfig, device: torch.device, data: Source | None, world: World
+    config: Config, model_config: ModelConfig, device: torch.device, data: Source | None, world: World, resumed: bool
 ) -> TrainingInputs:
     with torch.random.fork_rng():  # torch's initialisers use the global generator
         torch.manual_seed(config.seed)
         denoiser = model_config.build()
+    read = config.model_weights if not resumed else None
+    notes = [start_from(read, denoiser, model_config)] if read is not None else []
     set_attention(denoiser.backbone, config.attention, device)
     if config.gradient_checkpointing:
         checkpoint_gradients(denoiser.backbone)
@@ -130,7 +135,8 @@ def _pretraining(
     if isinstance(source, Images) and model_config.classes and source.table.class_names:
         names = model_config.class_names or source.table.class_names
         model_config = model_config.model_copy(update={"class_names": names})
-    return TrainingInputs(roles, {"data": source}, model_config, source.prompts if isinstance(source, Emoji) else None)
+    prompts = source.prompts if isinstance(source, Emoji) else None
+    return TrainingInputs(roles, {"data": source}, model_config, prompts, notes=notes)
 
 
 # --- your own objects -------------------------------------------------------------------------------------------------

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
@@ -13,9 +10,9 @@ from fewstep.core.errors import UserError, nearest
 from fewstep.core.image_data import KINDS as IMAGE_KINDS
 from fewstep.core.image_data import ImageData
 from fewstep.core.image_rows import Columns
-from fewstep.core.registry import Registry, is_dotted
-from fewstep.distill import objectives
+from fewstep.core.registry import is_dotted
 from fewstep.distill.data.batch import SOURCES
+from fewstep.distill.objectives import OBJECTIVES
 from fewstep.distill.stage import (
     MAX_COUNT,
     MAX_GUIDANCE,
@@ -153,6 +150,11 @@ class StageConfig(BaseConfig):
     freeze: dict[str, str] = Field(default_factory=dict)
     clip: float | None = Field(1.0, gt=0, le=MAX_WEIGHT)
 
+    @property
+    def starts(self) -> set[str]:
+        """The roles and networks that this stage's roles and frozen copies start from."""
+        return {role.init for role in self.roles.values()}.union(self.freeze.values())
+
     @field_validator("objective", mode="before")
     @classmethod
     def _of_its_own_class(cls, value: Any) -> Any:
@@ -190,7 +192,10 @@ class NetworkConfig(BaseConfig):
 
 class Config(BaseConfig):
     """A run. Give either ``teacher`` (a folder, a bundled name, or a diffusers pipeline by folder or hub id) or
-    ``model`` (a new network). ``networks`` are others, by name, from which roles start: a smaller student, say.
+    ``model`` (a new network). ``model_weights`` is a saved model (a run, a folder, a bundled name) from which a new
+    network takes the tensors that it has under the same names, whose shapes must agree, and the vectors of the words
+    that both know: a network for videos can start from one for images. A resumed run does not read it again.
+    ``networks`` are others, by name, from which roles start: a smaller student, say.
 
     For pipelines: ``size`` is height, width and frames in pixels; ``weights`` is the type of the teacher's weights
     (with adapters also ``int8`` or ``nf4`` for linear layers); trained weights are float32, and all networks compute in
@@ -218,6 +223,7 @@ class Config(BaseConfig):
     offload: bool = False
     shard: bool = False
     model: ModelConfig | None = None
+    model_weights: str | None = None
     networks: dict[str, NetworkConfig] = Field(default_factory=dict)
     data: DataConfig = DataConfig()
     batch: int = Field(64, ge=1, le=MAX_COUNT)
@@ -256,6 +262,11 @@ class Config(BaseConfig):
             raise ValueError(
                 "adapters and weights are for a teacher: a new network (model) is trained whole in float32"
             )
+        if self.model_weights is not None and self.model is None:
+            raise ValueError("model_weights are those that a new network (model) starts from: leave it out")
+        later = [start for stage in self.stages[1:] for start in stage.starts]
+        if self.model_weights is not None and "model" in later:
+            raise ValueError("model_weights are not kept after the first stage: no later role can start from model")
         if self.data.kind == "prompts" and self.model is not None:
             raise ValueError("data.kind: prompts needs a teacher that is a diffusers pipeline")
         for name in ("base", "base_sha256", "lora", "precision", "base_weights", "expert_backbones"):
@@ -291,8 +302,7 @@ class Config(BaseConfig):
         names = {"teacher", "model", "keep", "new"}.union(*({*stage.roles, *stage.freeze} for stage in self.stages))
         if taken := sorted(names & self.networks.keys()):
             raise ValueError(f"networks.{taken[0]}: roles and values of init have this name; choose another")
-        starts = {role.init for stage in self.stages for role in stage.roles.values()}
-        if unused := sorted(self.networks.keys() - starts.union(*(stage.freeze.values() for stage in self.stages))):
+        if unused := sorted(self.networks.keys() - set[str]().union(*(stage.starts for stage in self.stages))):
             raise ValueError(f"networks.{unused[0]}: no role starts from it; set init: {unused[0]} for one")
         for k, stage in enumerate(self.stages):
             for name, role in stage.roles.items():
@@ -317,29 +327,3 @@ class Config(BaseConfig):
     def steps(self) -> int:
         """The number of steps of all stages."""
         return sum(stage.steps for stage in self.stages)
-
-
-class _BuiltinObjectives(Mapping[str, type[ObjectiveConfig]]):
-    """The classes in ``distill/objectives`` by file name, imported on access."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(module.name for module in pkgutil.iter_modules(objectives.__path__)))
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-    def __getitem__(self, name: str) -> type[ObjectiveConfig]:
-        if name not in list(self):
-            raise KeyError(name)
-        module = importlib.import_module(f"{objectives.__name__}.{name}")
-        return next(
-            value
-            for value in vars(module).values()
-            if isinstance(value, type) and issubclass(value, ObjectiveConfig) and value.__module__ == module.__name__
-        )
-
-
-OBJECTIVES: Registry[type[ObjectiveConfig]] = Registry(
-    "objective", _BuiltinObjectives, lambda value: isinstance(value, type) and issubclass(value, ObjectiveConfig),
-    "a subclass of fewstep.distill.stage.ObjectiveConfig",
-)  # fmt: skip

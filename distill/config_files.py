@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.yaml_files import dump_yaml, parse_yaml, read_yaml
-from fewstep.distill.config import OBJECTIVES, Config
+from fewstep.distill.config import Config
+from fewstep.distill.objectives import OBJECTIVES
 from fewstep.distill.stage import ObjectiveConfig
 
 RENAMED = {

@@ -12,7 +12,8 @@ from typing import Any
 
 from fewstep.core.files import write_text
 from fewstep.core.registry import DOTTED
-from fewstep.distill.config import OBJECTIVES, Config
+from fewstep.distill.config import Config
+from fewstep.distill.objectives import OBJECTIVES
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

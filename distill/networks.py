@@ -27,6 +27,7 @@ from fewstep.models.model_config import ModelConfig, with_settings
 OF_WEIGHTS = dict.fromkeys(
     ("base", "base_sha256", "lora", "few_step", "boundaries", "expert_backbones", "precision", "base_weights")
 )
+WORDS = "words.weight"  # one row per word of the vocabulary, after that of no word
 LATENT_SPACE = ("latent_channels", "z_dim", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
@@ -106,6 +107,40 @@ def copy_matching(network: nn.Module, origin: nn.Module) -> tuple[int, int]:
     for name in same:
         ours[name].copy_(theirs[name])
     return len(same), len(ours)
+
+
+@torch.no_grad()
+def start_from(source: str, denoiser: Denoiser, config: ModelConfig) -> str:
+    """Copies into a new network what it shares with the saved model ``source``: the tensors of equal name, and the
+    vectors of the words that both vocabularies have. Returns a note on what was taken.
+
+    Raises ``UserError`` if ``source`` cannot be loaded, if a tensor has another shape in it, or if nothing is shared.
+    """
+    try:
+        origin = load_model(source, dtype=torch.float32)
+    except UserError as error:
+        raise UserError(f"model_weights: {error}") from error
+    network = origin.denoiser.backbone
+    ours = denoiser.backbone.state_dict()
+    theirs = dict((network.merged() if isinstance(network, AdapterView) else network).state_dict())
+    same, words = [name for name in ours if name in theirs], ""
+    if config.vocabulary is not None and origin.config.vocabulary is not None and WORDS in same:
+        known, rows = config.vocabulary.shared_words(origin.config.vocabulary)
+        if ours[WORDS].shape[1:] == theirs[WORDS].shape[1:]:  # else refused below
+            theirs[WORDS] = ours[WORDS].index_copy(0, torch.tensor(known), theirs[WORDS][rows])
+        words = f" (words: {len(known)} of {len(config.vocabulary.words)})"
+    for name in same:
+        if ours[name].shape != theirs[name].shape:
+            raise UserError(
+                f"model_weights: {name} has the shape {list(theirs[name].shape)} in {source}, and "
+                f"{list(ours[name].shape)} in this model. Give the model the settings of that one, or leave "
+                "model_weights out."
+            )
+    for name in same:
+        ours[name].copy_(theirs[name])
+    if not same:
+        raise UserError(f"model_weights: no tensor of {source} has a name of this model's. Leave model_weights out.")
+    return f"{len(same)} of {len(ours)} tensors{words} were taken from {source}, the others are new."
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

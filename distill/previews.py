@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.image_files import to_bytes
+from fewstep.core.image_files import to_images
 from fewstep.core.image_grid import comparison
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.build import TrainingInputs
@@ -55,8 +55,8 @@ class Previews(Callback):
         if wanted:
             shape = list(inputs.model_config.shape)
             raise UserError(
-                f"previews.every = {wanted}: samples {shape} are no images with 1 or 3 channels, and there is no VAE "
-                "of a pipeline that decodes them. Set previews.every=0."
+                f"previews.every = {wanted}: samples {shape} are no images or videos with 1 or 3 channels, and there "
+                "is no VAE of a pipeline that decodes them. Set previews.every=0."
             )
         return None
 
@@ -103,7 +103,7 @@ def _decoder(inputs: TrainingInputs) -> Callable[[Tensor], Tensor] | None:
         return lambda samples: pipeline.decode_images(pipeline.decoder(), samples)
     model = inputs.model_config
     latents = model.takes_prompts and model.vocabulary is None  # a pipeline's
-    return to_bytes if len(model.shape) == 3 and model.shape[0] in (1, 3) and not latents else None
+    return to_images if len(model.shape) in (3, 4) and model.shape[0] in (1, 3) and not latents else None
 
 
 def _conditions(inputs: TrainingInputs, n: int) -> Condition:

@@ -103,7 +103,9 @@ class RunFolder(Callback):
         """
         folder, config = Path(folder), config or run_config(folder)
         with world.together():
-            run = RunFolder(folder, Trainer(config, inputs or build_inputs(config, device, world=world), device, world))
+            resumed = bool(checkpoints(folder / "checkpoints", before))
+            inputs = inputs or build_inputs(config, device, world=world, resumed=resumed)
+            run = RunFolder(folder, Trainer(config, inputs, device, world))
         if before is None:
             world.once(run._claim)  # else another process may delete what is read here
         try:
@@ -295,6 +297,7 @@ def _named_modules(settings: dict[str, Any]) -> Iterator[tuple[Kind, Any]]:
 
     yield "teacher", get("teacher")
     yield "backbone", get("model", "backbone", "name")
+    yield "teacher", get("model_weights")
     for name in settings["networks"] if isinstance(settings.get("networks"), dict) else ():
         yield "teacher", get("networks", name, "checkpoint")
         yield "backbone", get("networks", name, "backbone", "name")

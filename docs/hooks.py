@@ -19,8 +19,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from fewstep.cli.main import app
-from fewstep.distill.config import OBJECTIVES
 from fewstep.distill.config_schema import config_schema
+from fewstep.distill.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)(#[^)]*)?(\))")

@@ -7,6 +7,7 @@ attention. ``xformers`` needs an extra, ``flex`` compiles on first use.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Literal, get_args
 
@@ -31,22 +32,42 @@ DIFFUSERS = {
 }  # fmt: skip
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "sdpa") -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "sdpa", *, context: int | None = None) -> Tensor:
     """Softmax attention of queries [B, H, N, D] over keys and values [B, H, M, D] -> [B, H, N, D].
+
+    With ``context`` it is causal: the queries are the last N of the M positions, and each sees the last ``context``
+    positions up to its own. Flash attention has a mask only for N = M <= ``context``; otherwise torch chooses.
 
     Raises ``RuntimeError`` if the kernel does not support these shapes, dtypes or the device (see ``runs``).
     """
-    if backend == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v)
+    n, m = q.shape[2], k.shape[2]
+    if context is not None and n == 1 and m <= context:
+        context = None  # the one query sees all keys
     if backend == "xformers":
         from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import LocalAttentionFromBottomRightMask
 
-        out: Tensor = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        return out
+        bias = None if context is None else LocalAttentionFromBottomRightMask(min(context, m) - 1, 0)
+        out: Tensor = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=bias)
+        return out.transpose(1, 2)
+    triangle = context is not None and n == m <= context and backend != "flex"
+    mask = None if context is None or triangle else _seen(n, m, context, q.device)
     if backend == "flex":
-        return _flex()(q, k, v)
-    with sdpa_kernel(KERNELS[backend]):
-        return F.scaled_dot_product_attention(q, k, v)
+        return _flex()(q, k, v, score_mod=None if mask is None else _masked(mask))
+    own_choice = backend == "sdpa" or (backend == "flash" and mask is not None)
+    with nullcontext() if own_choice else sdpa_kernel(KERNELS[backend]):
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=triangle)
+
+
+def _seen(n: int, m: int, context: int, device: torch.device) -> Tensor:
+    """The keys [n, m] that causal queries, the last n of m positions, see."""
+    distance = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)
+    return (distance >= 0) & (distance < context)
+
+
+def _masked(seen: Tensor) -> Callable[..., Tensor]:
+    """Scores with those of unseen keys removed, as ``flex_attention`` takes them."""
+    return lambda score, batch, head, query, key: torch.where(seen[query, key], score, -torch.inf)
 
 
 @cache

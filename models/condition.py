@@ -58,6 +58,10 @@ class Condition(Mapping[str, Tensor]):
         """The condition of some samples: ``rows`` is a slice, an index tensor or a [B] boolean mask."""
         return Condition({name: value[rows] for name, value in self.tensors.items()}, self.nulls)
 
+    def repeat(self, n: int) -> Condition:
+        """The condition of a batch in which every sample stands ``n`` times in a row."""
+        return Condition({name: value.repeat_interleave(n, 0) for name, value in self.tensors.items()}, self.nulls)
+
     def to(self, device: torch.device | str) -> Condition:
         device = torch.device(device)
         return Condition(

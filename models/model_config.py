@@ -17,6 +17,7 @@ from fewstep.models.denoiser import Denoiser, Routed
 from fewstep.models.prediction import Kind
 from fewstep.models.schedules import schedule_from_dict
 from fewstep.models.unet import UNet
+from fewstep.models.video_unet import VideoUNet
 from fewstep.models.vocabulary import Vocabulary
 
 Size = tuple[int, int, int]  # height, width and frames in pixels
@@ -24,8 +25,8 @@ Width = Annotated[int, Field(ge=1, le=65_536)]
 Time = Annotated[float, Field(ge=0, le=1)]
 Shift = Annotated[float, Field(ge=1e-4, le=1e4)]
 BACKBONES: Registry[type[nn.Module]] = Registry(
-    "backbone", lambda: {"unet": UNet}, lambda value: isinstance(value, type) and issubclass(value, nn.Module),
-    "a subclass of torch.nn.Module",
+    "backbone", lambda: {"unet": UNet, "video_unet": VideoUNet},
+    lambda value: isinstance(value, type) and issubclass(value, nn.Module), "a subclass of torch.nn.Module",
 )  # fmt: skip
 
 

@@ -7,9 +7,10 @@ skip connections are added rather than concatenated, and only the lowest resolut
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -78,13 +79,17 @@ class UNet(Backbone):
     ``step_counts`` > 0 the network is also conditioned on ``condition["steps"]`` in 1..``step_counts``.
     """
 
-    lora_targets = ("conv1", "conv2", "modulation", "qkv", "out", "time.0", "time.2")
-    feature_layers = ("mid.1",)
-    repeated_blocks = ("Block", "Attention")
+    lora_targets: Sequence[str] = ("conv1", "conv2", "modulation", "qkv", "out", "time.0", "time.2")
+    feature_layers: Sequence[str] = ("mid.1",)
+    repeated_blocks: Sequence[str] = ("Block", "Attention")
+    sample_axes: ClassVar[str] = "[C, H, W]"
 
     @classmethod
     def build(cls, shape: tuple[int, ...], classes: int, **settings: Any) -> Self:
-        """Raises ``ValueError`` on settings of a network that is too large, before any memory is taken."""
+        """Raises ``ValueError`` on samples with other axes, and on settings of a network that is too large, before any
+        memory is taken."""
+        if len(shape) != len(cls.sample_axes.split()):
+            raise ValueError(f"the samples of a {cls.__name__} have the axes {cls.sample_axes}, not {list(shape)}")
         settings = {"channels": shape[0], "classes": classes, **settings}
         if sum(settings.get("blocks", ())) > MAX_BLOCKS:
             raise ValueError(f"blocks = {settings['blocks']} are more than {MAX_BLOCKS}")
@@ -134,6 +139,14 @@ class UNet(Backbone):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.evaluate(x, t, condition, lambda level, h: h)
+
+    def evaluate(
+        self, x: Tensor, t: Tensor, condition: Condition, after_level: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
+        """The same with ``after_level(number, h)`` applied to the features [B, width, H, W] after the blocks of each
+        level, numbered in order: down, one for each block of the middle, up."""
+        numbers = itertools.count()
         (embedded,) = like(x, sinusoid(t, 64))  # computed in float64: in bfloat16 neighbouring times would coincide
         e = self.time(embedded)
         if self.labels is not None:
@@ -149,15 +162,17 @@ class UNet(Backbone):
             *blocks, shrink = level.children()
             for block in blocks:
                 h = block(h, e)
+            h = after_level(next(numbers), h)
             skips.append(h)
             h = shrink(h)
         for i in range(0, len(self.mid), 2):
-            h = self.mid[i + 1](self.mid[i](h, e))
+            h = after_level(next(numbers), self.mid[i + 1](self.mid[i](h, e)))
         for level, skip in zip(self.up, reversed(skips), strict=True):
             grow, *blocks = level.children()
             h = F.pixel_shuffle(grow(h), 2) + skip
             for block in blocks:
                 h = block(h, e)
+            h = after_level(next(numbers), h)
         out: Tensor = F.pixel_shuffle(self.leave(h), self.patch)
         return out
 

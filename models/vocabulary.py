@@ -72,6 +72,12 @@ class Vocabulary(BaseModel):
             encoded[row, : len(said)] = torch.tensor(said, dtype=torch.int64)
         return WordPrompts(encoded)
 
+    def shared_words(self, other: Vocabulary) -> tuple[list[int], list[int]]:
+        """The numbers of the words that both have: here, and in ``other``."""
+        theirs = {word: number for number, word in enumerate(other.words, start=1)}
+        shared = [(number, theirs[word]) for number, word in enumerate(self.words, start=1) if word in theirs]
+        return [ours for ours, _ in shared], [other for _, other in shared]
+
 
 def split_words(prompt: str) -> list[str]:
     """The words of a prompt in lower case, without punctuation around them."""

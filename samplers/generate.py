@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.image_files import to_bytes
+from fewstep.core.image_files import to_images
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
@@ -127,7 +127,7 @@ def generate(
 
 
 class ImageGenerator:
-    """Generates images, uint8 [N, C, H, W] (or videos [N, F, 3, H, W]), of a model's classes or of the given prompts;
+    """Generates images, uint8 [N, C, H, W] (or videos [N, F, C, H, W]), of a model's classes or of the given prompts;
     of an unconditional model, as of one class. Prompts are encoded on use, so memory does not grow with their number.
     """
 
@@ -137,7 +137,7 @@ class ImageGenerator:
         pipeline that cannot encode them."""
         self.model, self.nfe = model, 0  # network evaluations per image in the last call
         self._encode: Callable[[Tensor], Condition]
-        self._to_images: Callable[[Tensor], Tensor] = to_bytes
+        self._to_images: Callable[[Tensor], Tensor] = to_images
         if prompts and model.config.vocabulary is not None:
             self.conditions, self._batch = len(prompts), 100
             self._encode = model.config.vocabulary.encode(prompts)

@@ -16,8 +16,9 @@ import yaml
 import fewstep
 from fewstep.api.bench_objectives import load_benchmark, run_config_of
 from fewstep.cli.main import app
-from fewstep.distill.config import OBJECTIVES, DataConfig
+from fewstep.distill.config import DataConfig
 from fewstep.distill.config_files import CONFIGS, find_config, load_config, parse_config
+from fewstep.distill.objectives import OBJECTIVES
 from fewstep.eval.metrics.registry import METRICS
 from fewstep.eval.protocol import Protocol
 from fewstep.eval.report.doc_blocks import refresh

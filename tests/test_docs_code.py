@@ -22,7 +22,8 @@ from fewstep.cli.main import app
 from fewstep.core import registry
 from fewstep.core.errors import UserError
 from fewstep.distill import objectives
-from fewstep.distill.config import OBJECTIVES, Config
+from fewstep.distill.config import Config
+from fewstep.distill.objectives import OBJECTIVES
 from fewstep.eval.metrics.registry import METRICS
 from fewstep.eval.rewards.registry import REWARDS
 

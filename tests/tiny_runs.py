@@ -11,7 +11,7 @@ from worlds import tiny_config, write_idx
 import fewstep
 from fewstep.api.data import make_ode_pairs
 from fewstep.core.files import write_tensors
-from fewstep.distill.config import OBJECTIVES
+from fewstep.distill.objectives import OBJECTIVES
 
 MODEL = {"backbone": {"name": "unet", "widths": [8], "blocks": [1], "embedding": 8}, "shape": [1, 8, 8], "classes": 10}
 CASES: list[tuple[str, dict[str, Any]]] = [  # every objective, and the options that change what it computes

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fewstep.core.idx_files import IDX_FILES
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.checkpoint import role_tensors
-from fewstep.distill.config import OBJECTIVES
 from fewstep.distill.data.batch import Batch
+from fewstep.distill.objectives import OBJECTIVES
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import StageContext
 from fewstep.distill.trainer import Trainer

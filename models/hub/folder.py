@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.files import read_json_object
-from fewstep.core.image_files import to_bytes
+from fewstep.core.image_files import to_images
 from fewstep.core.paths import is_hub_id, nearest_folder
 from fewstep.core.torchvision_compat import prepare_torchvision
 from fewstep.models.condition import Condition
@@ -229,8 +229,7 @@ class PipelineFolder:
     def decode_images(self, pipeline: Any, latents: Tensor, batch: int = 8) -> Tensor:
         """Images, uint8 [N, 3, H, W], or videos, uint8 [N, F, 3, H, W], decoded by the VAE of ``pipeline``."""
         parts = [self.family.decode(pipeline, latents[low : low + batch]) for low in range(0, len(latents), batch)]
-        pixels = to_bytes(torch.cat(parts)).cpu()
-        return pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
+        return to_images(torch.cat(parts)).cpu()
 
 
 def cast_weights(network: Any, dtype: torch.dtype) -> None:

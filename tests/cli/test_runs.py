@@ -20,8 +20,8 @@ from fewstep.api.training_progress import TrainingProgress
 from fewstep.cli.demo import unfinished
 from fewstep.cli.train import in_gib
 from fewstep.core.errors import UserError
-from fewstep.distill.config import OBJECTIVES
 from fewstep.distill.config_files import parse_config
+from fewstep.distill.objectives import OBJECTIVES
 from fewstep.distill.trainer import Trainer
 
 

@@ -14,8 +14,9 @@ from worlds import tiny_config
 import fewstep
 from fewstep.core.errors import UserError
 from fewstep.distill.build import build_inputs
-from fewstep.distill.config import OBJECTIVES, Config
+from fewstep.distill.config import Config
 from fewstep.distill.config_files import dump_config, load_config, parse_config
+from fewstep.distill.objectives import OBJECTIVES
 from fewstep.distill.objectives.dmd2 import DMD2
 from fewstep.distill.trainer import Trainer
 

@@ -14,8 +14,8 @@ from torch import Tensor
 import fewstep
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.config import OBJECTIVES
 from fewstep.distill.config_files import load_config, parse_config
+from fewstep.distill.objectives import OBJECTIVES
 from fewstep.eval.references import load_reference
 from fewstep.eval.validation import Validation
 from fewstep.models.loading import load_model

@@ -11,9 +11,9 @@ from worlds import tiny_config
 
 from fewstep.core.errors import UserError
 from fewstep.distill.build import build_inputs
-from fewstep.distill.config import OBJECTIVES
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.explain import explain
+from fewstep.distill.objectives import OBJECTIVES
 from fewstep.distill.trainer import Trainer
 
 FILES_THAT_DO_NOT_EXIST: dict[str, Any] = {

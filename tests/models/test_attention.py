@@ -65,5 +65,8 @@ def test_backends_agree_in_bfloat16_on_a_gpu(backend: Backend) -> None:
     if not runs(backend, gpu, torch.bfloat16):
         pytest.skip(f"{backend} does not run on this GPU")
     q, k, v = (torch.randn(2, 4, 256, 64, device=gpu, dtype=torch.bfloat16) for _ in range(3))
-    expected = attention(q.float(), k.float(), v.float(), "math")
-    torch.testing.assert_close(attention(q, k, v, backend).float(), expected, rtol=2e-2, atol=2e-2)
+    for context, queries in ((None, 256), (256, 256), (31, 256), (256, 8), (31, 8)):
+        end = q[:, :, -queries:]
+        expected = attention(end.float(), k.float(), v.float(), "math", context=context)
+        out = attention(end, k, v, backend, context=context).float()
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)

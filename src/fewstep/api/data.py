@@ -15,7 +15,7 @@ from fewstep.api.reference import classifier_for
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable, write_tensors
-from fewstep.core.image_files import to_bytes
+from fewstep.core.image_files import to_images
 from fewstep.core.tables import IMAGE_COLUMNS, TABLE_SUFFIXES, choose_column, read_texts, table_columns
 from fewstep.eval.hashes import json_sha256, model_sha256
 from fewstep.eval.rewards.registry import find_prompt_reward, find_reward, rate
@@ -141,7 +141,7 @@ def make_preferences(
     compare = _Comparison(model, sampling, partial(rate, reward, judge, network), n, candidates, batch, progress)
     if captions is None:
         labels = model.labels(n)
-        winner, loser = compare(range(n), Condition.of_labels(labels, model.config.classes), labels, to_bytes)
+        winner, loser = compare(range(n), Condition.of_labels(labels, model.config.classes), labels, to_images)
         write_tensors({"winner": winner, "loser": loser, "labels": labels}, Path(out))
         return _ties(winner, loser)
     folder, texts = pipeline_of(model), read_texts(Path(captions))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
-from fewstep.core.image_files import to_bytes
+from fewstep.core.image_files import to_images
 from fewstep.distill.checkpoint import checkpoints, step_of
 from fewstep.distill.checkpoint_student import is_checkpoint, load_student, newest_checkpoint, student_config
 from fewstep.distill.run_folder import run_settings
@@ -115,6 +115,6 @@ def noise_image(model: Model, prompts: bool) -> Tensor:
     to try a reward before anything is sampled."""
     noise = SampleNoise(0, [0], model.config.shape, torch.device("cpu"))()
     if not prompts:
-        return to_bytes(noise)
+        return to_images(noise)
     folder = pipeline_of(model)
     return folder.decode_images(folder.decoder().to(model.device), noise)

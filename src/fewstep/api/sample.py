@@ -32,9 +32,9 @@ def sample(
     sampling: SamplingConfig | None = None,
     device: str = "auto",
 ) -> Tensor:
-    """``n`` images, uint8 [n, C, H, W]. ``labels``, numbers or class names, repeat in turn (default: all classes);
-    an unconditional model takes none. Of a model that takes prompts, one image per prompt of ``prompts``, or one video,
-    uint8 [n, F, 3, H, W].
+    """``n`` images, uint8 [n, C, H, W], or videos, uint8 [n, F, C, H, W]. ``labels``, numbers or class names, repeat in
+    turn (default: all classes); an unconditional model takes none. Of a model that takes prompts, one sample per prompt
+    of ``prompts``.
 
     ``sampling`` says how; by default a student uses its own rule and times, and a teacher 32 Euler steps. Raises
     ``UserError`` on a request that does not fit the model.

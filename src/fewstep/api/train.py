@@ -10,9 +10,10 @@ from fewstep.api.models import Source
 from fewstep.api.reference import training_reference
 from fewstep.api.training_progress import TrainingProgress
 from fewstep.core.errors import UserError
-from fewstep.core.image_files import to_bytes
+from fewstep.core.image_files import to_images
 from fewstep.distill.build import build_inputs
 from fewstep.distill.callback import Callback
+from fewstep.distill.checkpoint import checkpoints
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import load_config
 from fewstep.distill.data import batch
@@ -63,7 +64,8 @@ def train_run(
     world, device = join_world(config.device)
     with TrainingProgress(config.steps, quiet=not progress or world.rank > 0) as shown:
         with world.together():
-            inputs = build_inputs(config, device, teacher, data, world)
+            resumed = resume is not None and bool(checkpoints(Path(resume) / "checkpoints"))
+            inputs = build_inputs(config, device, teacher, data, world, resumed=resumed)
             previews = Previews.create(config, inputs)
         if resume:
             run = RunFolder.reopen(resume, device, world, inputs, config=config)
@@ -86,7 +88,7 @@ def _validation(config: Config, run: RunFolder, folder: Path) -> Validation | Pr
     sampling = SamplingConfig(settings.solver, settings.steps, settings.guidance)
     if inputs.prompts is not None:
         pipeline = inputs.pipeline
-        decode = to_bytes if pipeline is None else lambda x0: pipeline.decode_images(pipeline.decoder(), x0)
+        decode = to_images if pipeline is None else lambda x0: pipeline.decode_images(pipeline.decoder(), x0)
         return PromptValidation(sampling, settings.images, decode, inputs.prompts, folder)
     named = training_reference(settings.reference, config.teacher)
     reference = load_reference(named, "train", run.trainer.device)

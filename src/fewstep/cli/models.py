@@ -66,7 +66,8 @@ def sample(
     seed: Annotated[int | None, typer.Option(help="Seed of the noise. Default: 0.")] = None,
     video: Annotated[Video | None, typer.Option(help="The format of a video model's files. Default: gif.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--out", help="A PNG file, or a folder for prompts. Default: grid.png, or samples.")
+        Path | None,
+        typer.Option("--out", help="A PNG or (videos) GIF file; for prompts a folder. Default: grid.png, or samples."),
     ] = None,
     device: Device = "auto",
 ) -> None:
@@ -106,13 +107,17 @@ def sample(
         return
     if not model.config.takes_prompts:
         refuse("This model takes no prompts", seeds=seeds, size=size, batch=batch, video=video)
-    wanted, n = file or Path("grid.png"), 80 if n is None else n
+    videos = len(model.config.shape) == 4
+    wanted, n = file or Path("grid.gif" if videos else "grid.png"), 80 if n is None else n
+    if videos and wanted.suffix.lower() != ".gif":
+        raise UserError(f"This model generates videos, whose grid is a GIF: --out must end in .gif, {wanted} does not.")
     check_writable(wanted)
     file = unused(wanted)
     images = sample_labels(model, n=n, labels=chosen, sampling=sampling)
     columns = len(chosen) if chosen and len(chosen) > 1 else min(n, model.config.classes or 10)
     save_grid(images, file, columns=columns)
-    print_text(f"{n} images are in {file}." + ("" if file == wanted else f" {wanted} was there before and is kept."))
+    kept = "" if file == wanted else f" {wanted} was there before and is kept."
+    print_text(f"{n} {'videos' if videos else 'images'} are in {file}.{kept}")
 
 
 @app.command(epilog="Example: fewstep export runs/mine --to lora --out my_lora")

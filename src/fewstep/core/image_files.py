@@ -47,6 +47,13 @@ def to_bytes(x0: Tensor) -> Tensor:
     return ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def to_images(x0: Tensor) -> Tensor:
+    """Samples in [-1, 1] (clamped) as they are shown, uint8: images [N, C, H, W] in the same layout, and videos
+    [N, C, F, H, W] frame by frame, [N, F, C, H, W]."""
+    pixels = to_bytes(x0)
+    return pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
+
+
 def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The files of a folder with these suffixes, not those of its subfolders, by name."""
     found = folder.iterdir() if folder.is_dir() else iter(())

@@ -11,12 +11,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fewstep.core.errors import UserError
 from fewstep.core.files import atomic_write
 from fewstep.core.image_files import require_av
 
 WHITE = 255
 SMALL, VISIBLE = 64, 48  # pixels of a side
 GREY = (124, 124, 124)  # of labels: readable on white and on black pages
+FPS = 16  # of videos
 LABEL_SIZE, LABEL_HEIGHT, MARGIN = 14, 20, 6  # of comparison, in pixels
 
 
@@ -74,7 +76,7 @@ def comparison(rows: Sequence[tuple[str, Tensor]], scale: int | None = None, gap
     return canvas
 
 
-def save_sample(sample: Tensor, file: Path, fps: int = 16) -> None:
+def save_sample(sample: Tensor, file: Path, fps: int = FPS) -> None:
     """Writes an image, uint8 [C, H, W], as PNG, or a video, uint8 [F, C, H, W], as MP4 (H.264; needs PyAV) or as an
     endless GIF, by the file's suffix. Raises ``UserError`` if the file cannot be written."""
     if sample.ndim == 3:
@@ -82,11 +84,15 @@ def save_sample(sample: Tensor, file: Path, fps: int = 16) -> None:
         return
     frames = [image_grid(frame[None], columns=1, scale=1, gap=0) for frame in sample]
     if file.suffix == ".gif":
-        save_image(frames[0], file, "GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
+        _save_gif(frames, file, fps)
         return
     require_av()
     with atomic_write(file) as temporary:
         _write_mp4(frames, temporary, fps)
+
+
+def _save_gif(frames: Sequence[Image.Image], file: Path, fps: int) -> None:
+    save_image(frames[0], file, "GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
 
 
 def _write_mp4(frames: Sequence[Image.Image], file: Path, fps: int) -> None:
@@ -110,5 +116,11 @@ def save_image(image: Image.Image, file: str | Path, kind: str = "PNG", **settin
 
 
 def save_grid(images: Tensor, file: str | Path, columns: int, scale: int | None = None, gap: int = 1) -> None:
-    """``image_grid`` as a PNG file. Raises ``UserError`` if the file cannot be written."""
-    save_image(image_grid(images, columns, scale, gap), file)
+    """``image_grid`` as a PNG file; of videos, uint8 [N, F, C, H, W], as an endless GIF. Raises ``UserError`` if the
+    file cannot be written, and for videos in a file that is no ``.gif``."""
+    if images.ndim != 5:
+        save_image(image_grid(images, columns, scale, gap), file)
+        return
+    if Path(file).suffix.lower() != ".gif":
+        raise UserError(f"{file}: a grid of videos is a GIF; name a .gif file.")
+    _save_gif([image_grid(frame, columns, scale, gap) for frame in images.unbind(1)], Path(file), FPS)
