@@ -177,7 +177,7 @@ def test_a_saved_model_may_use_a_registered_name(acme: ModuleType, folder: Path)
         load_model(model)
     fewstep.register("backbone", "acme")(acme.Net)
     assert load_model(model).denoiser.backbone.settings == {"width": 4}
-    with pytest.raises(UserError, match=r"did you mean 'acme'\? \(known: acme, unet\)"):
+    with pytest.raises(UserError, match=r"did you mean 'acme'\? \(known: acme, unet, video_unet\)"):
         ModelConfig(backbone={"name": "acmee"}, shape=(2,)).build()
 
 

@@ -94,6 +94,7 @@ def test_attention_over_frames_mixes_the_frames_of_one_position(causal: bool) ->
     torch.testing.assert_close(layer(x)[:, :, :, 1, 2], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("backend", ["sdpa", "math", "efficient", "flash", "flex"])
 @pytest.mark.parametrize(("queries", "context"), [(7, 7), (7, 99), (7, 3), (2, 99), (2, 4), (1, 4), (1, 99), (3, 1)])
 def test_causal_attention_of_every_backend(backend: Backend, queries: int, context: int) -> None:
@@ -167,6 +168,8 @@ def test_the_memory_of_earlier_frames_does_not_grow_with_a_context() -> None:
             _, past = model.after(past, X_T[:, :, :1], T, WORDS)
             sizes.append(storage(past))
     assert sizes[0] < sizes[2] == sizes[3] == sizes[-1]
+    _, past = model.after(None, X_T, T, WORDS)
+    assert storage(past) == sizes[-1] == sum(4 * tensor.numel() for tensor in past), "no more than is needed is kept"
     assert past[0].shape == (2, 8, 2, 4 * 4)
     assert past[2].shape == (2, 2 * 4, 2, 3, 8)
 
