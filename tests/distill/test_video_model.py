@@ -166,7 +166,7 @@ def test_videos_of_class_labels_are_a_moving_grid(tmp_path: Path, capsys: pytest
     common = ("sample", model, "--n", "4", "--steps", "1", "--device", "cpu", "--out")
     completes(*common, tmp_path / "grid.gif")
     assert "4 videos are in" in capsys.readouterr().out
-    assert frames_of(tmp_path / "grid.gif").shape == (4, 3, 2 * 17 - 1, 2 * 17 - 1)
+    assert frames_of(tmp_path / "grid.gif").shape == (4, 3, 2 * 49 - 1, 2 * 49 - 1)
     assert "must end in .gif" in refused(capsys, *common, tmp_path / "grid.png")
     with pytest.raises(fewstep.UserError, match="a grid of videos is a GIF"):
         fewstep.save_grid(torch.zeros(2, 3, 3, 4, 4, dtype=torch.uint8), tmp_path / "a.png", columns=1)
