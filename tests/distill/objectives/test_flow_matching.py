@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from worlds import FLOW, VP, build_objective, trained
 
+from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.data.batch import Batch
 from fewstep.distill.loop import Loop
+from fewstep.distill.objectives.flow_matching import FlowMatching
 from fewstep.distill.roles import Roles
 from fewstep.distill.update import LossTerm, MicroBatch, Objective
 from fewstep.models.condition import Condition
@@ -82,3 +84,35 @@ def test_conditions_are_dropped_with_their_probability_and_independently_of_the_
         assert (network.labels[dropped] == 10).all(), "the null class"
         if probability == 0.1:
             assert network.times[dropped].mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_each_frame_of_a_video_can_have_its_own_time() -> None:
+    """Frames of 2 everywhere at time t are 2 (1 - t) + t noise: with times of the law in each frame of each sample."""
+
+    class Recorder(Constant):
+        def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            self.x_t = x_t
+            return super().forward(x_t, t, condition)
+
+    def videos(random: KeyedRandom, size: int) -> Batch:
+        x0 = torch.full((size, 1, 3, 8, 8), 2.0)
+        return Batch(size, (1, 3, 8, 8), Condition({}, {}), {"x0": x0})
+
+    network = Recorder(0.0)
+    roles = Roles({"student": trained(Denoiser(network, FLOW, "velocity"))})
+    objective = build_objective("flow_matching", roles, times_per_frame=True, drop_condition=0)
+    Loop(roles, objective, {"data": videos}, batch=500).step(0)
+    times = network.times
+    assert times.shape == (500, 1, 3, 1, 1)
+    assert (times[:, :, 1:] - times[:, :, :-1]).abs().mean() == pytest.approx(1 / 3, abs=0.03), (
+        "independent and uniform"
+    )
+    t = times.float().flatten()
+    expected = 2 * (1 - t)
+    assert ((network.x_t.mean((1, 3, 4)).flatten() - expected) / t * 8).std() == pytest.approx(1, abs=0.05)
+
+
+def test_times_per_frame_need_frames() -> None:
+    settings = FlowMatching(name="flow_matching", times_per_frame=True)
+    with pytest.raises(UserError, match="needs videos"):
+        settings.networks(Denoiser(Constant(0.0), FLOW, "velocity"), (3, 32, 32), Condition({}, {}))
