@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 
 import torch
-
 from store_half import store_half
 
 from fewstep.core.keyed_random import KeyedRandom

@@ -83,9 +83,9 @@ class Reference:
         if model.vocabulary is not None:
             if self.captions is None:
                 raise UserError(
-                    f"The reference {self.name} has no captions; this model takes prompts of its own vocabulary. Models "
-                    f"that know the words of emoji are scored by --reference {' or '.join(emoji.SPLITS)}, others by a "
-                    "protocol with captions of their words."
+                    f"The reference {self.name} has no captions; this model takes prompts of its own vocabulary. A model "
+                    f"that knows the words of emoji is scored by --reference {' or '.join(emoji.SPLITS)}, another by a "
+                    "protocol with captions of its words."
                 )
             model.vocabulary.encode(self.captions.texts)
         classes = self.network.classes_count if isinstance(self.network, ClassifierFeatures) else 0

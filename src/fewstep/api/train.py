@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch import Tensor
+
 from fewstep.api.models import Source
 from fewstep.api.reference import training_reference
 from fewstep.api.training_progress import TrainingProgress
