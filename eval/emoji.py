@@ -54,7 +54,8 @@ def backgrounds_of(images: Tensor) -> Tensor:
     outermost ring of pixels."""
     ring = torch.ones(SIDE, SIDE, dtype=torch.bool)
     ring[1:-1, 1:-1] = False
-    return (images[:, :, ring].float().median(2).values[:, None] - PALETTE).norm(dim=2).argmin(1)
+    border = images[:, :, ring].float().median(2).values
+    return torch.cdist(border, PALETTE).argmin(1)
 
 
 def edge_strength(images: Tensor) -> float:

@@ -83,7 +83,7 @@ class Reference:
         if model.vocabulary is not None:
             if self.captions is None:
                 raise UserError(
-                    f"The reference {self.name} has no captions; this model takes prompts of its own vocabulary. A model "
+                    f"The reference {self.name} has no captions; this model takes words of its own. A model "
                     f"that knows the words of emoji is scored by --reference {' or '.join(emoji.SPLITS)}, another by a "
                     "protocol with captions of its words."
                 )
