@@ -10,9 +10,9 @@ from fewstep.api.models import Source, load, teacher_of_run
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_prompts
 from fewstep.distill.run_folder import run_settings
+from fewstep.eval.emoji import shuffled_captions
 from fewstep.eval.report.comparison import write_comparison
 from fewstep.eval.report.html import write_report
-from fewstep.models.emoji import EmojiCaptions
 from fewstep.models.hub.encoded import PROMPTS
 
 
@@ -40,7 +40,7 @@ def compare_images(
 def _training_prompts(data: Mapping[str, Any]) -> list[str]:
     """The prompts of a run's data. Raises ``UserError`` if it is a source of the user's own."""
     if data["kind"] == "emoji":
-        return EmojiCaptions.of("train").texts
+        return shuffled_captions("train").texts
     if data["path"] is None:
         raise UserError(f"The prompts of data.kind={data['kind']} are not known: use fewstep sample with --prompts.")
     return read_prompts(Path(data["path"]) / PROMPTS)
