@@ -32,7 +32,8 @@ TEXT = Demo("configs/fashion_text/demo.yaml", Path("runs/demo_text"), 1_440, 10)
 @app.command(epilog="Example: fewstep demo --out runs/demo")
 def demo(
     folder: Annotated[
-        Path | None, typer.Option("--out", help="The run folder. Default: runs/demo, runs/demo_fashion, runs/demo_text.")
+        Path | None,
+        typer.Option("--out", help="The run folder. Default: runs/demo, runs/demo_fashion, runs/demo_text."),
     ] = None,
     fashion: Annotated[bool, typer.Option("--fashion", help="The teacher of class labels.")] = False,
     text: Annotated[bool, typer.Option("--text", help="A diffusers pipeline; needs the extra diffusers.")] = False,
