@@ -5,23 +5,27 @@ PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; d
 BIN = .venv/bin
 
 .NOTPARALLEL:
-.PHONY: help demo demo-text test lint types docs mutants teacher-scores text-scores preference-scores \
-	prompt-preference-scores clean
+.PHONY: help demo demo-fashion demo-text test lint types docs mutants teacher-scores emoji-scores text-scores \
+	preference-scores prompt-preference-scores clean
 
 help:
-	@echo 'make demo        distil the bundled teacher, score the student, write runs/demo/report.html'
-	@echo 'make demo-text   the same for the text-conditioned teacher, a diffusers pipeline (runs/demo_text)'
+	@echo 'make demo        distil the bundled teacher emoji, score the student, write runs/demo/report.html'
+	@echo 'make demo-fashion, demo-text   the same for the teachers of labels (runs/demo_fashion) and for a diffusers'
+	@echo '                 pipeline (runs/demo_text)'
 	@echo 'make test        lint, types, documentation and tests'
 	@echo 'make lint        ruff (rules and formatting) and import-linter'
 	@echo 'make types       mypy'
 	@echo 'make docs        build the documentation as a site (site/); fails on broken links'
 	@echo 'make mutants FILES="distill/loop.py" TESTS="tests/distill"   break files on purpose and count what tests notice'
-	@echo 'make teacher-scores   score the bundled teacher again (over an hour on two cores)'
+	@echo 'make teacher-scores, emoji-scores   score the bundled teachers again (over an hour, ten minutes on two cores)'
 	@echo 'make text-scores, preference-scores, prompt-preference-scores   train and score models in docs/results.md again'
 	@echo 'make clean       remove .venv, caches and build leftovers (never runs/)'
 
 demo: .venv/installed
 	@$(BIN)/fewstep demo
+
+demo-fashion: .venv/installed
+	@$(BIN)/fewstep demo --fashion
 
 demo-text: .venv/installed-text
 	@$(BIN)/fewstep demo --text
@@ -60,6 +64,17 @@ teacher-scores: .venv/installed
 	$(SCORE) --solver dpmpp_2m,unipc_2,dpm_solver_v3_2 --nfe 4,8
 	$(SCORE) --solver unipc_2,dpm_solver_v3_2 --nfe 8 --guidance 1.4
 	$(SCORE) --solver unipc_2 --nfe 32 --guidance 1.15,1.3
+
+# The same for the teacher of emoji, also on captions that it has not seen, and real renders.
+SCORE_EMOJI = $(BIN)/fewstep eval emoji --n 1024 --json
+emoji-scores: .venv/installed
+	$(SCORE_EMOJI) models/bundled/emoji/eval.json --steps 1,2,4,8,16 --guidance 2
+	$(SCORE_EMOJI) models/bundled/emoji/eval.json --steps 4,8,16,32
+	$(SCORE_EMOJI) models/bundled/emoji/eval.json --solver unipc_2 --steps 2,4,8,16 --guidance 2
+	$(SCORE_EMOJI) models/bundled/emoji/eval.json --solver unipc_2 --steps 16 --guidance 1.5
+	$(SCORE_EMOJI) results/emoji/held_out.json --steps 16 --guidance 2 --reference emoji-background --name background
+	$(SCORE_EMOJI) results/emoji/held_out.json --steps 16 --guidance 2 --reference emoji-style --name style
+	$(BIN)/python benchmarks/make_emoji_reference.py eval/reference/emoji --scores results/emoji/renders.json
 
 # The text-conditioned students in docs/results.md; two seeds, of training and samples alike.
 TEXT = $(BIN)/fewstep eval --n 2160 --json results/fashion_text/eval.json

@@ -1,6 +1,6 @@
 """The picture of ``fewstep app`` in the documentation: starts the command, clicks in a browser, saves what is shown.
 
-    python benchmarks/app_screenshot.py runs/demo docs/app.png
+    python benchmarks/app_screenshot.py runs/demo_fashion docs/app.png
 
 Needs the extra ``app``, Playwright, and a Chromium in the system's path.
 """

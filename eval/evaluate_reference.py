@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.eval.emoji import caption_scores, edge_strength, in_turn, renders
 from fewstep.eval.images import ImageSet
 from fewstep.eval.metrics.diversity import cross_seed_diversity
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance, frechet_error, grouped_moments, small_sample_bias
@@ -23,13 +24,16 @@ from fewstep.eval.networks.features import ClassifierFeatures, extract_features
 from fewstep.eval.references import DISTANCE_PREFIX, Reference
 from fewstep.eval.score_files import Score, scores_of_generated, scores_of_images
 from fewstep.eval.toy_captions import SIDE, CaptionSet, prompt_following, read_back
+from fewstep.models.emoji import EmojiCaptions
 from fewstep.models.loading import Model, pipeline_of
 from fewstep.samplers.generate import GeneratedSet, Progress
 from fewstep.samplers.plan import SamplingConfig
 
+MINIMUM_EMOJI = 10  # samples, of which a covariance and an error are computed
 DIRECTIONS: dict[str, Direction] = {
     "kid": "lower", "precision": "higher", "recall": "higher", "accuracy": "higher", "diversity": "higher",
-    "garment": "higher", "colour": "higher", "background": "higher", "prompt": "higher",
+    "garment": "higher", "colour": "higher", "background": "higher", "prompt": "higher", "name": "higher",
+    "style": "higher",
 }  # fmt: skip
 
 
@@ -72,9 +76,30 @@ def conditional_metrics(
     return values | {"diversity": Measurement(cross_seed_diversity(by_seed))}
 
 
+def emoji_metrics(reference: Reference, images: Tensor, captions: EmojiCaptions) -> dict[str, Measurement]:
+    """The metrics of images of emoji, uint8 [N, 3, 32, 32]; how many of them show what their ``captions`` [N] describe;
+    and how strong their edges are relative to those of renders of the same captions (sharpness).
+
+    These renders also say what a perfect model would score: less than random images do, as no caption is repeated."""
+    network, real = reference.classifier, renders(captions, "scored")
+    features = extract_features(network, images)
+    values = metrics(reference, features)
+    distance = values[reference.metric]
+    least = frechet_distance(Statistics.of(extract_features(network, real)), reference.statistics)
+    noted = least if least > NOTED_BIAS * distance.value else None
+    followed = caption_scores(network, features, images, captions)
+    return values | {
+        reference.metric: distance._replace(bias=noted),
+        **{name: Measurement(value) for name, value in followed.items()},
+        "sharpness": Measurement(edge_strength(images) / edge_strength(real)),
+    }
+
+
 @dataclass(frozen=True)
 class ReferenceEvaluator:
     """Scores by a bundled reference: ``n`` samples of each of ``seeds`` against its test images.
+
+    A model that takes words generates emoji for the captions of the reference in turn (``eval/emoji.py``).
 
     A text-conditioned model generates tinted garments (``eval/toy_captions.py``) for every caption in turn. Its scores
     are those of the grey garments recovered from its images, and how often they show what the caption describes.
@@ -94,12 +119,12 @@ class ReferenceEvaluator:
 
     def check(self, model: Model) -> None:
         """Raises ``UserError`` on a model whose samples cannot be scored, before any is generated."""
-        prompted = model.config.takes_prompts
         if model.config.vocabulary is not None:
-            raise UserError(
-                f"The reference {self.reference.name} scores classes or coloured garments; this model takes prompts of "
-                "its own vocabulary. Score it by a protocol with captions of these words."
-            )
+            self.reference.require_fit(model.config)
+            if self.n < MINIMUM_EMOJI:
+                raise UserError(f"n must be at least {MINIMUM_EMOJI}, got {self.n}.")
+            return
+        prompted = model.config.takes_prompts
         minimum = 2 * (len(CaptionSet.all()) if prompted else max(1, model.config.classes))
         if self.n < minimum:
             raise UserError(f"n must be at least {minimum} (two samples per class or caption), got {self.n}.")
@@ -124,10 +149,13 @@ class ReferenceEvaluator:
     ) -> list[Score]:
         """Generates the samples and returns one score per metric. Raises ``UserError`` on invalid requests."""
         captions, classes, prompted = CaptionSet.all(), model.config.classes, model.config.takes_prompts
-        prompts = captions.captions if prompted else ()
+        emoji = self.reference.captions if model.config.vocabulary is not None else None
+        prompts = emoji.texts if emoji is not None else captions.captions if prompted else ()
         generated = GeneratedSet(model, sampling, self.n, prompts, batch=100, progress=progress)
         images = torch.cat(list(generated.parts()))
-        if not prompted:
+        if emoji is not None:
+            values = emoji_metrics(self.reference, images, in_turn(emoji, self.n))
+        elif not prompted:
             labels = model.labels(self.n) if classes else None
             values = conditional_metrics(self.reference, images, labels, max(1, classes))
         else:

@@ -2,7 +2,8 @@
 
 A reference folder contains features of two sets of real images (``test``, which only evaluation uses, and ``train``, by
 which training chooses its best checkpoint), some real images to look at, and either a classifier trained on them or,
-in ``reference.json``, the name of the network that computed the features. ``fewstep data reference`` writes one.
+in ``reference.json``, the name of the network that computed the features. ``fewstep data reference`` writes one. The
+real images of the emoji are rendered instead, and their folder contains a classifier only (``eval/emoji.py``).
 """
 
 from __future__ import annotations
@@ -17,15 +18,23 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.files import read_tensors, reading, sha256
+from fewstep.eval import emoji
 from fewstep.eval.metrics.frechet import Statistics
-from fewstep.eval.networks.features import REFERENCES, ClassifierFeatures, ReferenceNetwork, require_images
+from fewstep.eval.networks.features import (
+    REFERENCES,
+    ClassifierFeatures,
+    ReferenceNetwork,
+    extract_features,
+    require_images,
+)
 from fewstep.eval.networks.image_features import ImageFeatures
 from fewstep.eval.networks.weights import WeightsLocator
+from fewstep.models.emoji import EmojiCaptions
 from fewstep.models.model_config import ModelConfig
 
 Split = Literal["test", "train"]
 CONFIG, CLASSIFIER = "reference.json", "classifier"
-OF_BUNDLED = {"fashion": "fashion", "fashion-text": "fashion"}  # the references of bundled models
+OF_BUNDLED = {"fashion": "fashion", "fashion-text": "fashion", "emoji": "emoji"}  # the references of bundled models
 DISTANCE_PREFIX = "fd_"  # of Fréchet distances: "FID" is reserved for Inception's
 
 
@@ -45,7 +54,8 @@ class ReferenceConfig(BaseModel):
 @dataclass(frozen=True)
 class Reference:
     """Features [N, D] of one set of real images, their statistics, the network that computed them, and the hash of
-    their file. ``class_names`` are those of the classifier's classes, if they have some."""
+    their file. ``class_names`` are those of the classifier's classes, if they have some; ``captions`` those that the
+    images show in turn, if they were rendered for some."""
 
     name: str
     split: Split
@@ -54,6 +64,7 @@ class Reference:
     statistics: Statistics
     sha256: str
     class_names: tuple[str, ...] = ()
+    captions: EmojiCaptions | None = None
 
     @property
     def classifier(self) -> ClassifierFeatures:
@@ -66,9 +77,17 @@ class Reference:
         return self.network
 
     def require_fit(self, model: ModelConfig) -> None:
-        """Raises ``UserError`` if samples of a model are not images like those of the reference: of the same shape, and
-        where both have classes of the same ones."""
+        """Raises ``UserError`` if samples of a model are not images like those of the reference: of the same shape, of
+        the same classes where both have some, and of its captions if the model takes words."""
         require_images(self.network.name, torch.zeros(1, *model.shape, dtype=torch.uint8), self.network.shape)
+        if model.vocabulary is not None:
+            if self.captions is None:
+                raise UserError(
+                    f"The reference {self.name} has no captions; this model takes words of its own. A model "
+                    f"that knows the words of emoji is scored by --reference {' or '.join(emoji.SPLITS)}, another by a "
+                    "protocol with captions of its words."
+                )
+            model.vocabulary.encode(self.captions.texts)
         classes = self.network.classes_count if isinstance(self.network, ClassifierFeatures) else 0
         if classes and model.classes and classes != model.classes:
             raise UserError(
@@ -90,7 +109,7 @@ class Reference:
 
 def bundled_references() -> list[str]:
     """The names of the references that ship with the package."""
-    return sorted(folder.name for folder in REFERENCES.iterdir() if (folder / "test.safetensors").is_file())
+    return sorted([*(f.name for f in REFERENCES.iterdir() if (f / "test.safetensors").is_file()), *emoji.SPLITS])
 
 
 def load_reference(
@@ -98,6 +117,8 @@ def load_reference(
 ) -> Reference:
     """A bundled reference by name, or a reference folder. ``locator`` finds the weights of a network that is not in the
     folder. Raises ``UserError`` if something is missing or damaged."""
+    if name in emoji.SPLITS and not Path(name).is_dir():
+        return _rendered(name, split, device)
     folder = _folder(name)
     if not (folder / f"{split}.safetensors").is_file():
         if folder.is_dir():
@@ -129,6 +150,16 @@ def load_reference(
         )
     names = config.class_names if config is not None else ()
     return Reference(name, split, network, features, Statistics.of(features), sha256(file), names)
+
+
+def _rendered(name: str, split: Split, device: torch.device | str) -> Reference:
+    """A reference of emoji: renders of its captions in turn, others for each split."""
+    network = ClassifierFeatures.load(REFERENCES / "emoji", device)
+    shown, purpose = emoji.SPLITS[name], f"reference/{split}"
+    captions = emoji.shuffled_captions(shown)
+    features = extract_features(network, emoji.renders(emoji.in_turn(captions, emoji.RENDERS), purpose))
+    digest = emoji.renders_sha256(shown, purpose)
+    return Reference(name, split, network, features, Statistics.of(features), digest, captions=captions)
 
 
 def is_reference(folder: Path) -> bool:

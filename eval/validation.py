@@ -11,14 +11,16 @@ from torch import Tensor
 
 from fewstep.core.image_files import to_bytes
 from fewstep.core.image_grid import image_grid, save_image
+from fewstep.eval.emoji import in_turn
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
 from fewstep.eval.networks.features import extract_features
 from fewstep.eval.references import Reference
+from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.loading import Model
 from fewstep.models.model_config import ModelConfig
-from fewstep.models.vocabulary import WordPrompts
+from fewstep.models.vocabulary import Vocabulary, WordPrompts
 from fewstep.samplers.generate import generate
 from fewstep.samplers.plan import SamplingConfig
 
@@ -28,8 +30,8 @@ SEED = 1_000_000_007  # unlike seeds that people choose, so that validation and 
 
 @dataclass(frozen=True)
 class Validation:
-    """Writes a grid of images of a student that takes class labels, or nothing, to ``samples/`` and returns its Fréchet
-    distance.
+    """Writes a grid of images of a student that takes class labels, or nothing, or the words of the reference's
+    captions, to ``samples/`` and returns its Fréchet distance.
 
     The trainer calls it with the student's averaged weights.
     """
@@ -45,17 +47,23 @@ class Validation:
 
     def __call__(self, student: Denoiser, config: ModelConfig, step: int) -> float:
         model = Model(denoiser=student, config=config, path=self.folder)
-        labels = model.labels(self.n)
-        samples = generate(model, labels, replace(self.sampling, seed=SEED))
+        condition = model.labels(self.n) if config.vocabulary is None else self._words(config.vocabulary)
+        samples = generate(model, condition, replace(self.sampling, seed=SEED), numbers=range(self.n))
         images = to_bytes(samples.x0)
         rows = config.classes or ROWS
         columns = max(1, SHOWN_IMAGES // rows)
         shown = images[:SHOWN_IMAGES]
         if config.classes:
+            labels = model.labels(self.n)
             shown = torch.cat([images[labels == label][:columns] for label in range(rows)])
         save_image(image_grid(shown, columns=columns), self.folder / "samples" / f"step-{step:07d}.png")
         features = extract_features(self.reference.network, images)
         return frechet_distance(Statistics.of(features), self.reference.statistics)
+
+    def _words(self, vocabulary: Vocabulary) -> Condition:
+        """The captions of the reference in turn; ``Reference.require_fit`` has checked that it has some."""
+        assert self.reference.captions is not None
+        return vocabulary.encode(in_turn(self.reference.captions, self.n).texts)(torch.arange(self.n))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fewstep.samplers.generate import ImageGenerator
 from fewstep.samplers.plan import SamplingConfig
 
 TEACHER_STEPS = 16
+COLUMN = 96  # pixels: the width of small images below their prompts
 DIVERSITY_CONDITIONS, DIVERSITY_SEEDS = 4, 10
 
 
@@ -35,11 +36,12 @@ def write_comparison(
     guidance: float | None,
 ) -> Path:  # fmt: skip
     """Writes ``comparison.png``, with one column per condition and noise, and ``diversity.png``, with one row per
-    condition and model and one column per noise. Returns the first.
+    condition and model and one column per noise. Returns the first. A student is also shown with fewer evaluations.
 
     Videos are shown by their first frames and, if PyAV is installed, in ``comparison.mp4``.
     """
-    rows = _rows(student, teacher, seed, guidance)
+    teachers, students = _teacher_rows(student, teacher, seed, guidance), _student_rows(student, seed)
+    rows = [*teachers, *students]
     if prompts:
         count = min(columns, len(prompts))
         names = [prompts[k * len(prompts) // count] for k in range(count)]
@@ -49,14 +51,16 @@ def write_comparison(
         conditions = student.labels(columns).sort().values.tolist()
     generators = {row.label: ImageGenerator(row.model, names if prompts else ()) for row in rows}
     images = [(row.label, generators[row.label](conditions, row.sampling)) for row in rows]
-    save_image(comparison([(label, _first_frames(each)) for label, each in images]), folder / "comparison.png")
+    shown = [(label, _first_frames(each)) for label, each in images]
+    scale = max(1, round(COLUMN / shown[0][1].shape[-1])) if prompts else None
+    save_image(comparison(shown, scale, captions=names if prompts else ()), folder / "comparison.png")
     if images[0][1].ndim == 5 and has_av():
         _save_video(images, folder / "comparison.mp4")
     chosen = dict.fromkeys(k * len(names) // DIVERSITY_CONDITIONS for k in range(DIVERSITY_CONDITIONS))
     diversity = [
         (f"{names[k]}: {row.label}", _first_frames(generators[row.label]([k] * DIVERSITY_SEEDS, row.sampling)))
         for k in chosen
-        for row in (rows[0], rows[-1])
+        for row in (rows[0], students[0])
     ]
     save_image(comparison(diversity), folder / "diversity.png")
     return folder / "comparison.png"
@@ -75,21 +79,34 @@ def teacher_sampling(teacher: Model, seed: int, guidance: float | None = None) -
     return SamplingConfig("euler", TEACHER_STEPS, scale, seed=seed)
 
 
-def _rows(student: Model, teacher: Model | None, seed: int, guidance: float | None) -> list[Row]:
+def _student_rows(student: Model, seed: int) -> list[Row]:
+    """A student at its own number of evaluations, and at half of it and so on, as far as it supports them."""
     few_step = student.config.few_step
-    nfe, default = len(few_step.times) if few_step else 4, SamplingConfig("student", None, seed=seed)
-    rows = [Row(f"student, {nfe} evaluations", student, default)]
+    own, counts = (len(few_step.times), few_step.counts) if few_step else (4, ())
+    fewer = [own >> k for k in range(1, own.bit_length()) if not counts or own >> k in counts]
+    steps = {own: None} | {count: count for count in fewer}
+    return [
+        Row(f"student, {_evaluations(nfe)}", student, SamplingConfig("student", given, seed=seed))
+        for nfe, given in steps.items()
+    ]
+
+
+def _teacher_rows(student: Model, teacher: Model | None, seed: int, guidance: float | None) -> list[Row]:
     if teacher is None:
-        return rows
+        return []
     if teacher_few_step := teacher.config.few_step:
-        return [Row(f"teacher, {len(teacher_few_step.times)} evaluations", teacher, default), *rows]
+        own = SamplingConfig("student", None, seed=seed)
+        return [Row(f"teacher, {_evaluations(len(teacher_few_step.times))}", teacher, own)]
+    nfe = len(student.config.few_step.times) if student.config.few_step else 4
     guided = teacher_sampling(teacher, seed, guidance)
-    unguided = SamplingConfig("euler", nfe, seed=seed)
     return [
         Row(f"teacher, {TEACHER_STEPS * (1 if guided.guidance == 1 else 2)} evaluations", teacher, guided),
-        Row(f"teacher, {nfe} evaluations", teacher, unguided),
-        *rows,
+        Row(f"teacher, {_evaluations(nfe)}", teacher, SamplingConfig("euler", nfe, seed=seed)),
     ]
+
+
+def _evaluations(count: int) -> str:
+    return f"{count} evaluation{'s' * (count > 1)}"
 
 
 def _first_frames(images: Tensor) -> Tensor:

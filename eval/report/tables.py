@@ -19,10 +19,10 @@ def best_teacher(scores: Sequence[Score]) -> list[Score]:
     direction = direction_of(scores[0]) if scores else None
     if direction is None:
         return list(scores)
-    by_budget: dict[tuple[str, int], list[Score]] = {}
+    by_budget: dict[tuple[str, str, int], list[Score]] = {}
     for score in scores:
         if score.role == "teacher" and score.metric == scores[0].metric:
-            by_budget.setdefault((score.model, (score.nfe - 1).bit_length()), []).append(score)
+            by_budget.setdefault((score.model, score.reference, (score.nfe - 1).bit_length()), []).append(score)
     chosen = {_setting(best_of(group, direction)) for group in by_budget.values()}
     return [score for score in scores if score.role == "student" or _setting(score) in chosen]
 
@@ -30,8 +30,10 @@ def best_teacher(scores: Sequence[Score]) -> list[Score]:
 def rows(scores: Sequence[Score]) -> list[list[str]]:
     """A header, then one row per setting: the value, or mean ± standard deviation over seeds.
 
-    Teachers come first; models keep their order, and the rows of a model are sorted by NFE.
+    Teachers come first; models keep their order, and the rows of a model are sorted by NFE. Where scores are against
+    several references, these follow the models' names.
     """
+    several = len({score.reference for score in scores}) > 1
     names = list(dict.fromkeys(score.metric for score in scores))
     table = [["model", "solver", "guidance", "NFE", *names, "n", "seeds", "seconds"]]
     models = list(dict.fromkeys(score.model for score in scores))
@@ -39,7 +41,7 @@ def rows(scores: Sequence[Score]) -> list[list[str]]:
     for setting in sorted(settings, key=lambda s: (s[0] == "student", models.index(s[1]), s[6])):
         own = [score for score in scores if _setting(score) == setting]
         _, model, solver, n, guidance, _, nfe, _ = setting
-        model = label_of(own[0], scores)
+        model = label_of(own[0], scores) + (f" against {own[0].reference}" if several and own[0].reference else "")
         seeds = {score.seed: score.seconds for score in own}
         cells = [_cell([score for score in own if score.metric == name]) for name in names]
         end = [f"{n:,}", " ".join(map(str, sorted(seeds))), f"{statistics.fmean(seeds.values()):.0f}"]

@@ -17,10 +17,10 @@ from worlds import tiny_config
 
 import fewstep
 from fewstep.api.training_progress import TrainingProgress
-from fewstep.cli.demo import unfinished
+from fewstep.cli.demo import EMOJI, FASHION, TEXT, unfinished
 from fewstep.cli.train import in_gib
 from fewstep.core.errors import UserError
-from fewstep.distill.config_files import parse_config
+from fewstep.distill.config_files import load_config, parse_config
 from fewstep.distill.objectives import OBJECTIVES
 from fewstep.distill.trainer import Trainer
 
@@ -213,6 +213,13 @@ def test_an_own_run_is_not_resumed_as_a_demo(
     shutil.copytree(finished, tmp_path / "mine")
     (tmp_path / "mine" / "report.html").unlink(missing_ok=True)
     assert "contains another run than the demo" in refused(capsys, "demo", "--out", tmp_path / "mine")
+
+
+def test_each_demo_is_a_config_with_a_folder_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {load_config(each.config).out: each.folder for each in (EMOJI, FASHION, TEXT)} == {
+        name: Path(name) for name in ("runs/demo", "runs/demo_fashion", "runs/demo_text")
+    }
+    assert "Give --fashion or --text, not both" in refused(capsys, "demo", "--fashion", "--text")
 
 
 def test_a_replay_that_differs_is_reported(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

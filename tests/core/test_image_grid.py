@@ -59,6 +59,22 @@ def test_comparison_keeps_rows_aligned_below_their_labels() -> None:
     assert pixels.shape[1] > 50, "the label is cut"
 
 
+def test_captions_stand_above_their_columns_in_at_most_four_lines() -> None:
+    """The second of three columns has a caption; the rows of images lie below it and are otherwise unchanged."""
+    images = torch.full((3, 3, 32, 32), 200, dtype=torch.uint8)
+    plain = np.asarray(comparison([("teacher", images)], scale=3))
+    heights = {}
+    for caption in ("one", "one two three four five six", "one two " * 40):
+        pixels = np.asarray(comparison([("teacher", images)], scale=3, captions=["", caption, ""]))
+        extra = len(pixels) - len(plain)
+        heights[caption] = extra
+        assert np.array_equal(pixels[extra:], plain)
+        drawn = np.argwhere(pixels[:extra, :, 3])
+        assert drawn[:, 1].min() >= 97
+        assert drawn[:, 1].max() < 2 * 97
+    assert list(heights.values()) == [14 + 6, 2 * 14 + 6, 4 * 14 + 6]
+
+
 def test_save_grid_writes_the_grid_and_no_other_file(tmp_path: Path) -> None:
     images = torch.randint(0, 256, (5, 1, 6, 6), dtype=torch.uint8)
     save_grid(images, tmp_path / "new" / "grid.png", columns=3)

@@ -14,6 +14,7 @@ from PIL import Image
 import fewstep
 from fewstep.api.app import AppModels
 from fewstep.api.app_page import click
+from fewstep.api.reference import reference_for
 from fewstep.api.report import compare_images
 from fewstep.core.errors import UserError
 from fewstep.core.image_files import to_unit
@@ -22,8 +23,6 @@ from fewstep.distill.build import build_inputs
 from fewstep.distill.config_files import load_config
 from fewstep.distill.data.emoji import Emoji
 from fewstep.distill.memory import plan_memory
-from fewstep.eval.evaluate_reference import ReferenceEvaluator
-from fewstep.eval.references import load_reference
 from fewstep.models.emoji import BACKGROUNDS, STYLES, EmojiCaptions, load_art
 from fewstep.models.loading import load_model
 from fewstep.models.model_config import ModelConfig
@@ -42,7 +41,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("words") / "teacher"
-    changes = [f"out={out}", "stages.0.steps=3", "previews.every=2", "previews.n=3"]
+    changes = [f"out={out}", "stages.0.steps=3", "previews.every=2", "previews.n=3", "validation={every: 0}"]
     return fewstep.train("configs/emoji/teacher.yaml", *SMALL, *changes, progress=False)
 
 
@@ -129,6 +128,29 @@ def test_runs_show_previews_health_and_a_grid_for_prompts(teacher: Path, student
         assert comparison.width > 3 * 32
 
 
+def test_runs_are_scored_by_the_reference_of_their_words(teacher: Path, tmp_path: Path) -> None:
+    """A teacher's by the reference that its config names, and its student's by that of the teacher."""
+    small = [*SMALL, "previews.every=0", "health.every=0", "validation.n=12"]
+    own = fewstep.train(
+        "configs/emoji/teacher.yaml", *small, "stages.0.steps=2", "validation.every=1", "validation.steps=1",
+        f"out={tmp_path / 'teacher'}", progress=False,
+    )  # fmt: skip
+    assert len(validations(own)) == 2
+    changes = ["batch=4", "device=cpu", "stages.0.steps=2", "health.every=0", "previews.every=0", f"teacher={own}"]
+    scored = ["validation={every: 1, n: 12}", f"out={tmp_path / 'run'}"]
+    run = fewstep.train("configs/emoji/demo.yaml", *changes, *scored, progress=False)
+    assert len(validations(run)) == 2
+    assert reference_for(run) == "emoji"
+    other = ["validation={every: 1, reference: fashion}", f"out={tmp_path / 'other'}"]
+    with pytest.raises(UserError, match=r"need uint8 images of shape \[1, 28, 28\]"):
+        fewstep.train("configs/emoji/demo.yaml", *changes, *other, progress=False)
+
+
+def validations(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["validation"] for line in lines if "validation" in line]
+
+
 def test_prompts_on_the_command_line(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     completes("sample", student, "--prompt", "a shiny fox on blue", "--seeds", "0-1", "--out", out, "--device", "cpu")
@@ -168,12 +190,11 @@ def test_a_teacher_of_other_words_is_refused(student: Path, tmp_path: Path) -> N
         AppModels.load(student, tmp_path, device="cpu")
 
 
-def test_what_needs_garments_or_a_pipeline_is_refused(
+def test_what_needs_a_reference_or_a_pipeline_is_refused(
     student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluator = ReferenceEvaluator(load_reference("fashion", "test"), 5000, (0,))
-    with pytest.raises(UserError, match="prompts of its own vocabulary"):
-        evaluator.check(load_model(student))
+    with pytest.raises(UserError, match="No reference is known"):
+        reference_for(student)
     assert "needs a diffusers pipeline" in refused(capsys, "export", student, "--out", tmp_path / "export")
 
 

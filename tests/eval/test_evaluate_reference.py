@@ -54,7 +54,7 @@ def test_every_score_has_a_direction_in_which_damage_is_worse() -> None:
         | prompt_following(REFERENCE.network, tint(images, shown), captions)
         for images, shown in ((IMAGES[rows], captions), (damaged, other))
     )
-    assert set(good) == {"fd_fashion", *DIRECTIONS}
+    assert set(good) == {"fd_fashion", *DIRECTIONS} - {"name", "style"}  # those of emoji: test_emoji.py
     for name, value in good.items():
         assert reference_direction(name) is not None, name
         assert (value < bad[name]) == (reference_direction(name) == "lower"), name

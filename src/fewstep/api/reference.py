@@ -23,7 +23,7 @@ from fewstep.eval.references import CLASSIFIER, OF_BUNDLED, load_reference
 def reference_for(source: Source, given: str | None = None) -> str:
     """The reference by which a model is scored: the one ``given``, that of its run's validation, or that of the bundled
     model, or run, that its run distils. Raises ``UserError`` that says how to make one."""
-    if (found := given or _known_reference(source, set())) is None:
+    if (found := given or known_reference(source)) is None:
         raise UserError(
             f"No reference is known for {source}: give --reference FOLDER, which fewstep data reference makes from "
             "images, or --protocol."
@@ -33,11 +33,13 @@ def reference_for(source: Source, given: str | None = None) -> str:
 
 def classifier_for(source: Source, given: str | None, device: torch.device) -> ClassifierFeatures:
     """The classifier of a model's reference, for rewards; if none is known, one that refuses to classify."""
-    found = given or _known_reference(source, set())
+    found = given or known_reference(source)
     return load_reference(found, "train", device).classifier if found is not None else MissingClassifier()
 
 
-def _known_reference(source: Source, seen: set[str]) -> str | None:
+def known_reference(source: Source, seen: frozenset[str] = frozenset()) -> str | None:
+    """The reference of a bundled model, or of a run: that of its validation, or that of its teacher; None if there is
+    none. ``seen`` are the runs that led here."""
     if str(source) in seen:
         return None
     if (bundled := OF_BUNDLED.get(str(source))) is not None:
@@ -47,17 +49,12 @@ def _known_reference(source: Source, seen: set[str]) -> str | None:
     validation, teacher = settings.get("validation"), settings.get("teacher")
     if isinstance(validation, dict) and isinstance(reference := validation.get("reference"), str):
         return reference
-    return _known_reference(teacher, {*seen, str(source)}) if isinstance(teacher, str) else None
+    return known_reference(teacher, seen | {str(source)}) if isinstance(teacher, str) else None
 
 
-def training_reference(reference: str | None, teacher: str | None) -> str:
-    """The reference of a run's validation. Raises ``UserError`` if none is given, and none is known for its teacher."""
-    if (found := reference or (_known_reference(teacher, set()) if teacher is not None else None)) is None:
-        raise UserError(
-            "validation.every needs a reference, by which students are scored: set validation.reference to a folder "
-            "that fewstep data reference makes from images, or validation.every=0 to train without scores."
-        )
-    return found
+def training_reference(reference: str | None, teacher: str | None) -> str | None:
+    """The reference of a run's validation: the one given, or that of its teacher; None if there is none."""
+    return reference or (known_reference(teacher) if teacher is not None else None)
 
 
 def make_reference(

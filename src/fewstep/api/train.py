@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch import Tensor
+
 from fewstep.api.models import Source
 from fewstep.api.reference import training_reference
 from fewstep.api.training_progress import TrainingProgress
@@ -84,13 +86,25 @@ def train_run(
 
 
 def _validation(config: Config, run: RunFolder, folder: Path) -> Validation | PromptValidation:
+    """What scores the student, or only shows its images: of a pipeline, and of words for which no reference is known.
+    Raises ``UserError`` if there is no reference for a student that takes no prompts."""
     settings, inputs = config.validation, run.trainer.inputs
     sampling = SamplingConfig(settings.solver, settings.steps, settings.guidance)
-    if inputs.prompts is not None:
-        pipeline = inputs.pipeline
-        decode = to_images if pipeline is None else lambda x0: pipeline.decode_images(pipeline.decoder(), x0)
+    if (pipeline := inputs.pipeline) is not None:
+        assert inputs.prompts is not None
+
+        def decode(x0: Tensor) -> Tensor:
+            return pipeline.decode_images(pipeline.decoder(), x0)
+
         return PromptValidation(sampling, settings.images, decode, inputs.prompts, folder)
     named = training_reference(settings.reference, config.teacher)
+    if named is None and inputs.prompts is not None:
+        return PromptValidation(sampling, settings.images, to_images, inputs.prompts, folder)
+    if named is None:
+        raise UserError(
+            "validation.every needs a reference, by which students are scored: set validation.reference to a folder "
+            "that fewstep data reference makes from images, or validation.every=0 to train without scores."
+        )
     reference = load_reference(named, "train", run.trainer.device)
     reference.require_fit(inputs.model_config)
     return Validation(sampling, settings.n, reference, folder)

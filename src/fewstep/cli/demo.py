@@ -1,10 +1,10 @@
-"""``fewstep demo``: the bundled example end to end."""
+"""``fewstep demo``: bundled examples end to end."""
 
 from __future__ import annotations
 
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -15,16 +15,33 @@ from fewstep.core.errors import UserError
 app = typer.Typer()
 
 
+class Demo(NamedTuple):
+    """A run of ``config`` in ``folder``, scored by ``samples`` and shown in ``columns`` images per model."""
+
+    config: str
+    folder: Path
+    samples: int
+    columns: int
+
+
+EMOJI = Demo("configs/emoji/demo.yaml", Path("runs/demo"), 1_024, 10)
+FASHION = Demo("configs/fashion/demo.yaml", Path("runs/demo_fashion"), 10_000, 20)
+TEXT = Demo("configs/fashion_text/demo.yaml", Path("runs/demo_text"), 1_440, 10)
+
+
 @app.command(epilog="Example: fewstep demo --out runs/demo")
 def demo(
     folder: Annotated[
-        Path | None, typer.Option("--out", help="The run folder. Default: runs/demo, or runs/demo_text.")
+        Path | None,
+        typer.Option("--out", help="The run folder. Default: runs/demo, runs/demo_fashion, runs/demo_text."),
     ] = None,
-    text: Annotated[
-        bool, typer.Option("--text", help="The text-conditioned teacher; needs the extra diffusers.")
-    ] = False,
+    fashion: Annotated[bool, typer.Option("--fashion", help="The teacher of class labels.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="A diffusers pipeline; needs the extra diffusers.")] = False,
 ) -> None:
-    """Distil a bundled teacher, score the student and write a report: a few minutes on a laptop."""
+    """Distil a bundled teacher, score the student and write a report: a few minutes on a laptop.
+
+    Without an option it is the teacher of emoji, which takes prompts such as "a shiny fox on blue".
+    """
     from fewstep.api.data import encode
     from fewstep.api.evaluate import evaluate
     from fewstep.api.report import compare_images, report
@@ -33,11 +50,13 @@ def demo(
     from fewstep.eval.report.tables import best_teacher
     from fewstep.eval.score_files import read_scores
 
-    config, n, overrides = "configs/fashion/demo.yaml", 10_000, []
-    folder = folder or Path("runs/demo_text" if text else "runs/demo")
+    if fashion and text:
+        raise UserError("Give --fashion or --text, not both.")
+    chosen = FASHION if fashion else TEXT if text else EMOJI
+    folder, config, overrides = folder or chosen.folder, chosen.config, list[str]()
     if text:
         captions = folder.with_name(f"{folder.name}_captions")
-        config, n, overrides = "configs/fashion_text/demo.yaml", 1_440, [f"data.path={captions}"]
+        overrides = [f"data.path={captions}"]
         with counting("encoding captions") as encoding:
             encode("fashion-text", find_config(config).with_name("captions.txt"), captions, progress=encoding)
     folder = unfinished(folder)
@@ -48,9 +67,9 @@ def demo(
         run_training(None, [], folder)
     else:
         run_training(config, [f"out={folder}", *overrides], None)
-    with sampling_bar(n) as progress:
-        evaluate(folder, n=n, progress=progress)
-    images = compare_images(folder)
+    with sampling_bar(chosen.samples) as progress:
+        evaluate(folder, n=chosen.samples, progress=progress)
+    images = compare_images(folder, columns=chosen.columns)
     print_text("Teacher (its best setting within each number of evaluations) and student:")
     print_scores(best_teacher(read_scores(folder / "eval.json")))
     print_text(f"Teacher and student side by side: {images}\nThe report: {report(folder)}")

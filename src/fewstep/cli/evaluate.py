@@ -56,7 +56,7 @@ def evaluate(
     reference: Annotated[
         str | None,
         typer.Option(
-            help="Real images to compare with: a folder of fewstep data reference, or fashion; with "
+            help="Real images to compare with: a folder of fewstep data reference, emoji, fashion; with "
             "--protocol also images or their statistics. Default: the protocol's, or that of the run "
             "or its teacher."
         ),

@@ -52,7 +52,7 @@ ModelName = Annotated[
     str,
     typer.Argument(
         metavar="MODEL", callback=note_checkpoint,
-        help="A run, one of its checkpoints, a model folder, a pipeline (folder or hub id), fashion, fashion-text.",
+        help="A run, a checkpoint, a model folder, a pipeline (folder or hub id), emoji, fashion, fashion-text.",
     ),
 ]  # fmt: skip
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]

@@ -20,6 +20,7 @@ SMALL, VISIBLE = 64, 48  # pixels of a side
 GREY = (124, 124, 124)  # of labels: readable on white and on black pages
 FPS = 16  # of videos
 LABEL_SIZE, LABEL_HEIGHT, MARGIN = 14, 20, 6  # of comparison, in pixels
+CAPTION_SIZE, CAPTION_HEIGHT, CAPTION_LINES = 11, 14, 4
 
 
 def image_grid(images: Tensor, columns: int, scale: int | None = None, gap: int = 1) -> Image.Image:
@@ -51,13 +52,16 @@ def image_grid(images: Tensor, columns: int, scale: int | None = None, gap: int 
     return Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
 
 
-def comparison(rows: Sequence[tuple[str, Tensor]], scale: int | None = None, gap: int = 1) -> Image.Image:
+def comparison(
+    rows: Sequence[tuple[str, Tensor]], scale: int | None = None, gap: int = 1, captions: Sequence[str] = ()
+) -> Image.Image:
     """One row of images per model with its label above: column k of every row should come from the same noise.
 
     The background is transparent, so that the image suits light and dark pages.
 
     Args:
         rows: at least one (label, images); the images as for ``image_grid``.
+        captions: written above the columns, in at most four lines each.
 
     Raises ``ValueError`` as ``image_grid`` does, and without rows.
     """
@@ -65,15 +69,35 @@ def comparison(rows: Sequence[tuple[str, Tensor]], scale: int | None = None, gap
         raise ValueError("comparison needs at least one row")
     font = ImageFont.load_default(LABEL_SIZE)
     strips = [(label, image_grid(images, len(images), scale, gap)) for label, images in rows]
+    column = (strips[0][1].width + gap) // len(rows[0][1])
+    small = ImageFont.load_default(CAPTION_SIZE)
+    titles = [_lines(caption, column - 2 * gap, small) for caption in captions]
+    top = CAPTION_HEIGHT * max(map(len, titles), default=0) + (MARGIN if titles else 0)
     width = max(max(strip.width, math.ceil(font.getlength(label))) for label, strip in strips)
-    height = sum(LABEL_HEIGHT + strip.height + MARGIN for _, strip in strips) - MARGIN
+    height = top + sum(LABEL_HEIGHT + strip.height + MARGIN for _, strip in strips) - MARGIN
     canvas = Image.new("RGBA", (width, height), (0, 0, 0, 0))
-    draw, top = ImageDraw.Draw(canvas), 0
+    draw = ImageDraw.Draw(canvas)
+    for k, lines in enumerate(titles):
+        for line, text in enumerate(lines):
+            draw.text((k * column, line * CAPTION_HEIGHT), text, GREY, small)
     for label, strip in strips:
         draw.text((0, top), label, GREY, font)
         canvas.paste(strip, (0, top + LABEL_HEIGHT))
         top += LABEL_HEIGHT + strip.height + MARGIN
     return canvas
+
+
+def _lines(text: str, width: int, font: Any) -> list[str]:
+    """A text broken between words into at most ``CAPTION_LINES`` lines of ``width`` pixels; dots for what is left."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        elif len(lines) < CAPTION_LINES:
+            lines.append(word)
+        else:
+            return [*lines[:-1], f"{lines[-1]} …"]
+    return lines
 
 
 def save_sample(sample: Tensor, file: Path, fps: int = FPS) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from worlds import tiny_teacher
 
 from fewstep.core.image_files import read_video
-from fewstep.eval.report.comparison import _save_video, write_comparison
+from fewstep.eval.report.comparison import _save_video, _student_rows, write_comparison
 from fewstep.models.loading import Model, load_model
 from fewstep.models.model_config import FewStep
 
@@ -37,10 +37,24 @@ def test_there_is_one_row_per_model_and_one_per_condition(teacher: Model, tmp_pa
     file = write_comparison(student_of(teacher, 2), teacher, [], tmp_path, columns=12, seed=0, guidance=None)
     width, height = size_of(tmp_path, file.name)
     assert width == 12 * (SIDE + 1) - 1
-    rows = 3 * (20 + SIDE) + 2 * 6
-    assert height == rows, "the teacher at 32 evaluations and at two, and the student"
+    rows = 4 * (20 + SIDE) + 3 * 6
+    assert height == rows, "the teacher at 32 evaluations and at two, and the student at two and one"
     classes = min(4, teacher.config.classes)
     assert size_of(tmp_path, "diversity.png")[1] == 2 * classes * (20 + SIDE) + (2 * classes - 1) * 6
+
+
+def test_a_student_is_shown_with_half_its_evaluations_and_so_on_as_far_as_it_supports_them(teacher: Model) -> None:
+    student = student_of(teacher, 5)
+    rows = _student_rows(student, seed=3)
+    assert [(row.label, row.sampling.steps, row.sampling.seed) for row in rows] == [
+        ("student, 5 evaluations", None, 3), ("student, 2 evaluations", 2, 3), ("student, 1 evaluation", 1, 3)
+    ]  # fmt: skip
+    few_step = student.config.few_step
+    assert few_step is not None
+    limited = few_step.model_copy(update={"times": few_step.times[:4], "counts": (4, 1)})
+    config = student.config.model_copy(update={"few_step": limited})
+    rows = _student_rows(Model(denoiser=student.denoiser, config=config, path=None), seed=0)
+    assert [row.sampling.steps for row in rows] == [None, 1]
 
 
 def test_a_teacher_that_is_a_student_is_sampled_by_its_own_rule(teacher: Model, tmp_path: Path) -> None:

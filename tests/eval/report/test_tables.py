@@ -45,6 +45,8 @@ def test_teachers_are_shown_at_their_best_within_each_budget_and_students_always
         score(7.0, **STUDENT), score(8.0, nfe=2, **STUDENT),
     ]  # fmt: skip
     assert [entry.value for entry in best_teacher(scores)] == [4.0, 0.2, 2.0, 7.0, 8.0]
+    other = score(1.0, nfe=4, reference="other/test")
+    assert [entry.value for entry in best_teacher([*scores, other])] == [4.0, 0.2, 2.0, 7.0, 8.0, 1.0]
 
 
 def test_the_best_teacher_is_the_one_in_the_direction_of_the_metric() -> None:
@@ -134,6 +136,7 @@ def test_scores_on_two_grids_or_two_references_are_not_seeds_of_one_setting() ->
     assert [(row[1], row[4], row[6]) for row in body] == [
         ("euler", "1.500 ± 0.707", "0 1"), ("euler on karras", "3.000", "0"), ("euler", "9.000", "0"),
     ]  # fmt: skip
+    assert [row[0] for row in body] == ["fashion against fashion/test"] * 2 + ["fashion against fashion/train"]
     compared = side_by_side([score(1.0), on_karras], [score(2.0), on_karras])[1:]
     assert [(row[0], row[3], row[4]) for row in compared] == [
         ("fashion, euler, 4 NFE", "1.000", "2.000"), ("fashion, euler on karras, 4 NFE", "3.000", "3.000"),
