@@ -42,7 +42,8 @@ FRAMES = 8
 SHAPE = (3, FRAMES, SIDE, SIDE)
 STYLE = "shiny"
 MOTIONS = ("left", "right", "up", "down", "growing", "shrinking", "spinning", "jumping", "alive")
-RENDERED = len(MOTIONS) - 1  # all but alive
+ALIVE = MOTIONS.index("alive")  # the last: those before are rendered
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
 SPEED = (1.0, 1.5)  # pixels a frame, of the four directions
 SMALL, LARGE = (0.45, 0.55), (0.85, 0.95)  # the sizes between which drawings grow and shrink
 MOVING, WHOLE = (0.55, 0.7), (0.82, 0.98)  # sizes of drawings that move or spin; of those that stay
@@ -99,7 +100,7 @@ class ClipCaptions:
         """The captions of one split of all. Held out of training (``train``) are one rendered motion of each name
         (``motion``), and of all other pairs one background that differs from pair to pair (``background``)."""
         every = ClipCaptions.all()
-        motion = every.motions == every.names % RENDERED
+        motion = every.motions == every.names % ALIVE
         background = ~motion & ((every.backgrounds - 2 * every.names - every.motions) % len(BACKGROUNDS) == 0)
         held_out = {"motion": motion, "background": background, "train": ~motion & ~background}
         return every.select(held_out[split].nonzero()[:, 0])
@@ -115,8 +116,7 @@ class ClipCaptions:
     def texts(self) -> list[str]:
         """The captions as text."""
         names, backgrounds = load_animations().names, list(BACKGROUNDS)
-        directions = {"left", "right", "up", "down"}
-        phrases = [f"moving {motion}" if motion in directions else motion for motion in MOTIONS]
+        phrases = [f"moving {motion}" if motion in DIRECTIONS else motion for motion in MOTIONS]
         return [
             f"a {STYLE} {names[name]} {phrases[motion]} on {backgrounds[background]}"
             for name, motion, background in zip(
@@ -128,10 +128,14 @@ class ClipCaptions:
         """A clip for each caption, uint8 [N, 3, FRAMES, 32, 32] on ``device``, moved by the numbers of ``random``."""
         placed = send(paths(self.motions, random), device).flatten(0, 1)
         names, backgrounds = (x.repeat_interleave(FRAMES) for x in (self.names, self.backgrounds))
-        alive = self.motions == MOTIONS.index("alive")
-        frames = torch.where(alive[:, None], 1 + torch.arange(FRAMES), 0).flatten()
+        frames = torch.where((self.motions == ALIVE)[:, None], 1 + torch.arange(FRAMES), 0).flatten()
         images = paint(_animations_on(device)[send(names, device), send(frames, device)], placed, backgrounds)
         return images.reshape(len(self), FRAMES, *images.shape[1:]).transpose(1, 2).contiguous()
+
+
+def directions(motions: Tensor) -> Tensor:
+    """The directions (x, y) of ``motions`` [N], float32 [N, 2]; 0 of those that stay in their place."""
+    return torch.tensor([DIRECTIONS.get(motion, (0, 0)) for motion in MOTIONS], dtype=torch.float32)[motions]
 
 
 def paths(motions: Tensor, random: KeyedRandom) -> Tensor:
@@ -149,16 +153,14 @@ def paths(motions: Tensor, random: KeyedRandom) -> Tensor:
     small, large = uniform(*SMALL, "small"), uniform(*LARGE, "large")
     share = torch.where(of("shrinking"), 1 - time, time)
     scale = uniform(*WHOLE, "whole").expand(n, FRAMES)
-    scale = torch.where(of("left", "right", "up", "down", "spinning", "jumping"), uniform(*MOVING, "moving"), scale)
+    scale = torch.where(of(*DIRECTIONS, "spinning", "jumping"), uniform(*MOVING, "moving"), scale)
     scale = torch.where(of("growing", "shrinking"), small * (large / small) ** share, scale)
 
     travelled = uniform(*SPEED, "speed") * (FRAMES - 1) * (time - 0.5)  # pixels from the middle
     jumped = uniform(*JUMP, "jump") * (4 * time * (1 - time) - 0.5)
-    x = torch.where(of("right"), travelled, torch.where(of("left"), -travelled, 0.0))
-    y = torch.where(of("down"), travelled, torch.where(of("up"), -travelled, torch.where(of("jumping"), -jumped, 0.0)))
-    pixels = torch.stack([x, y], -1) + SIDE * torch.stack(
-        [uniform(-SHIFT, SHIFT, "x").expand(n, FRAMES), uniform(-SHIFT, SHIFT, "y").expand(n, FRAMES)], -1
-    )
+    x, y = directions(motions).double().T[:, :, None] * travelled
+    y = torch.where(of("jumping"), -jumped, y)
+    pixels = torch.stack([x + SIDE * uniform(-SHIFT, SHIFT, "x"), y + SIDE * uniform(-SHIFT, SHIFT, "y")], -1)
     turned = torch.where(of("spinning"), TURN * (FRAMES - 1) * time, 0.0)
     angle = torch.deg2rad(uniform(-ANGLE, ANGLE, "angle") + turned)
     mirror = torch.where(uniform(0, 1, "mirror") < 0.5, -1.0, 1.0).expand(n, FRAMES)
