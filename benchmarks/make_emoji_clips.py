@@ -8,7 +8,7 @@
 
 writes ``clips.png``, one RGBA sheet with a row of eight frames per name, equally spaced over the animation, whose
 metadata list the names; and the licences, ``NOTICE`` and ``LICENSE-microsoft.txt``. OUT is
-``models/bundled/emoji_video`` by default.
+``models/bundled/emoji-video`` by default.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from make_emoji_art import ANIMALS, FACES, FOOD, GOOGLE, MICROSOFT, THINGS, Pack
 from PIL import Image, PngImagePlugin
 
 SIDE, FRAMES = 48, 8
-OUT = Path(__file__).resolve().parents[1] / "models" / "bundled" / "emoji_video"
+OUT = Path(__file__).resolve().parents[1] / "models" / "bundled" / "emoji-video"
 
 # Of the names of make_emoji_art.py that move, those that move most (mean absolute difference of successive frames).
 NAMES = """
@@ -31,14 +31,16 @@ surprised-face angry-face angel devil ogre skull clown ghost poop wolf cat lion 
 koala chick penguin peacock parrot frog turtle whale fish octopus crab snail butterfly bee rocket ufo rainbow star
 pumpkin heart
 """
-NOTICE = """The animations in clips.png are not fewstep's. They are Fluent Emoji by Microsoft, which publishes them in
-https://github.com/microsoft/fluentui-emoji-animated under the MIT licence. Eight frames of each were cut from these
-packages of the npm registry, reduced to {side} x {side} pixels and arranged in one sheet by
+NOTICE = """The animations in clips.png are not fewstep's. They are Fluent Emoji by Microsoft. Eight frames of each were
+cut from these packages of the npm registry, reduced to {side} x {side} pixels and arranged in one sheet by
 benchmarks/make_emoji_clips.py; nothing else was changed:
 
 {packages}
-The packages contain no licence text; their package.json states "{licence}". Microsoft's licence,
-LICENSE-microsoft.txt, was copied from {microsoft}, a package that redistributes its still emoji.
+The packages contain no licence text; their package.json states "{licence}". Microsoft publishes the animations in
+https://github.com/microsoft/fluentui-emoji-animated, under the MIT License since October 2024; before that they had no
+open licence. Only emoji that have a folder there are used. Whether the frames in the packages equal those in the
+repository pixel by pixel was not checked. Microsoft's licence, LICENSE-microsoft.txt, was copied from {microsoft}, a
+package that redistributes its still emoji under it.
 """
 
 

@@ -16,7 +16,7 @@ import torch
 from store_half import store_half
 
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.eval.emoji import SPLITS, drawing_classes, in_turn, renders, shuffled_captions
+from fewstep.eval.emoji import SPLITS, drawing_classes, in_turn, renders, shuffled
 from fewstep.eval.evaluate_reference import emoji_metrics
 from fewstep.eval.networks.classifier import WEIGHTS, accuracy, save_classifier, train_classifier
 from fewstep.eval.references import load_reference
@@ -50,7 +50,7 @@ def score(file: Path) -> None:
     scores = []
     for name, split in SPLITS.items():
         reference = load_reference(name)
-        captions = in_turn(shuffled_captions(split), N)
+        captions = in_turn(shuffled(EmojiCaptions.of(split)), N)
         measured = emoji_metrics(reference, renders(captions, "benchmark"), captions)
         scores += [
             Score(

@@ -12,18 +12,33 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.eval.emoji import in_turn, made_from, renders, shuffled
 from fewstep.eval.metrics.diversity import cross_seed_diversity
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance, small_sample_bias
 from fewstep.eval.metrics.metric import NOTED_BIAS, Direction, Measurement
 from fewstep.eval.motion import read_motion
 from fewstep.eval.networks.features import ClassifierFeatures, ReferenceNetwork, extract_features
-from fewstep.models.emoji_clips import MOTIONS, SHAPE, ClipCaptions, directions, load_animations
+from fewstep.models.emoji_clips import ART, MOTIONS, SHAPE, ClipCaptions, Split, directions, load_animations
 
+# Names of references: all have one classifier, and differ in the captions of their renders.
+SPLITS: dict[str, Split] = {
+    "emoji-video": "train", "emoji-video-motion": "motion", "emoji-video-background": "background",
+}  # fmt: skip
+FOLDER = "emoji_video"  # of the classifier, in reference/
+RENDERS, PART = 2_000, 100  # real clips of a reference; rendered at a time
 STILL = 0.004  # change below which a clip stands still: "alive" is what remains without motion, and must move
 DIRECTIONS: dict[str, Direction] = {
     "prompt": "higher", "motion": "higher", "name": "higher", "background": "higher", "agreement": "higher",
     "fd_clips": "lower", "diversity": "higher", **{f"motion_{name}": "higher" for name in MOTIONS},
 }  # fmt: skip
+
+
+def real_set(name: str, purpose: str) -> tuple[ClipCaptions, Tensor, str]:
+    """The captions of a reference of ``SPLITS``, renders of them in turn, uint8 [RENDERS, 3, 8, 32, 32], and a hash of
+    what these are made from."""
+    captions = shuffled(ClipCaptions.of(SPLITS[name]))
+    clips = renders(in_turn(captions, RENDERS), purpose, PART)
+    return captions, clips, made_from(ART, SPLITS[name], purpose, RENDERS)
 
 
 def clip_features(network: ReferenceNetwork, clips: Tensor) -> Tensor:
@@ -75,31 +90,39 @@ def _diversity(features: Tensor, conditions: int) -> float:
 def clip_scores(
     network: ClassifierFeatures, words: Sequence[str], clips: Tensor, real: Tensor, captions: ClipCaptions
 ) -> dict[str, Measurement]:
-    """Scores of clips, uint8 [N, 3, 8, 32, 32], one for each of ``captions``.
-
-    ``motion``, ``name``, ``background``: the share (0..1) of clips that show this word of their caption, and ``prompt``
-    that show all three; ``motion_left`` etc.: that of ``motion`` among the clips of one motion; ``agreement``: the
-    share of frames that show the name of their clip, the most frequent one; ``speed`` and ``speed_deviation``: mean and
-    standard deviation of the velocity in the direction of the caption, in pixels per frame, over the clips that should
-    travel; ``change``: the mean difference of neighbouring frames, as a share of the range; ``fd_clips``: the distance
-    from ``real`` clips [M, 3, 8, 32, 32].
-
-    ``network`` classifies frames; ``words`` has the name that each of its classes shows. Raises ``UserError`` if shapes
-    or numbers do not fit together.
-    """
+    """What clips, uint8 [N, 3, 8, 32, 32], one for each of ``captions``, show (``shown_words``), and ``fd_clips``,
+    their distance from ``real`` clips [M, 3, 8, 32, 32]. Raises ``UserError`` if they do not fit together."""
     for what, given in (("the clips", clips), ("the real clips", real)):
         if given.dtype != torch.uint8 or given.shape[1:] != SHAPE or len(given) < 2:
             raise UserError(
                 f"Clips of emoji are uint8 [N, {', '.join(map(str, SHAPE))}], at least two; {what} are {given.dtype} "
                 f"{list(given.shape)}."
             )
+    features = clip_features(network, clips)
+    shown = shown_words(network, words, clips, features, captions)
+    return shown | {"fd_clips": fd_clips(features, clip_features(network, real))}
+
+
+def shown_words(
+    network: ClassifierFeatures, words: Sequence[str], clips: Tensor, features: Tensor, captions: ClipCaptions
+) -> dict[str, Measurement]:
+    """How clips, uint8 [N, 3, 8, 32, 32] with the ``features`` of their frames [N, 8, D], follow ``captions`` [N].
+
+    ``motion``, ``name``, ``background``: the share (0..1) of clips that show this word of their caption, and ``prompt``
+    that show all three; ``motion_left`` etc.: that of ``motion`` among the clips of one motion; ``agreement``: the
+    share of frames that show the name of their clip, the most frequent one; ``speed`` and ``speed_deviation``: mean and
+    standard deviation of the velocity in the direction of the caption, in pixels per frame, over the clips that should
+    travel; ``change``: the mean difference of neighbouring frames, as a share of the range.
+
+    ``network`` classifies frames; ``words`` has the name that each of its classes shows. Raises ``UserError`` if shapes
+    or numbers do not fit together.
+    """
     if len(clips) != len(captions):
         raise UserError(f"There are {len(clips)} clips for {len(captions)} captions; every clip needs its own.")
     if len(words) != network.classes_count:
         raise UserError(
             f"The classifier has {network.classes_count} classes, and {len(words)} names are given for them."
         )
-    features = clip_features(network, clips)
     reading = read_motion(clips)
     names = load_animations().names
     numbers = torch.tensor([names.index(word) if word in names else -1 for word in words])
@@ -119,5 +142,4 @@ def clip_scores(
     speeds = (reading.velocity * asked).sum(1)[asked.any(1)]
     if len(speeds) > 1:
         scores |= {"speed": speeds.mean().item(), "speed_deviation": speeds.std().item()}
-    measured = {name: Measurement(value) for name, value in scores.items()}
-    return measured | {"fd_clips": fd_clips(features, clip_features(network, real))}
+    return {name: Measurement(value) for name, value in scores.items()}

@@ -7,6 +7,9 @@ images are rendered where they are needed, so that a reference is its classifier
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -14,39 +17,42 @@ from fewstep.core.files import sha256
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.eval.hashes import json_sha256
 from fewstep.eval.networks.features import ClassifierFeatures
-from fewstep.models.emoji import ART, PALETTE, SIDE, STYLES, EmojiCaptions, Split
+from fewstep.models.emoji import ART, PALETTE, SIDE, STYLES, Captions, EmojiCaptions, Split
 
 # Names of references: all have one classifier, and differ in the captions of their renders.
 SPLITS: dict[str, Split] = {"emoji": "train", "emoji-background": "background", "emoji-style": "style"}
+FOLDER = "emoji"  # of the classifier, in reference/
+C = TypeVar("C", bound=Captions)
 RENDERS, PART = 4_000, 500  # real images of a reference; rendered at a time
 
 
-def random_order(n: int) -> Tensor:
-    """The numbers from 0 to n - 1 in one fixed random order, so that the first of them are a random choice."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+def shuffled(captions: C) -> C:
+    """Captions in one fixed random order, so that the first n are a random choice."""
+    return captions.select(torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)))
 
 
-def shuffled_captions(split: Split) -> EmojiCaptions:
-    """All captions of a split in ``random_order``."""
-    captions = EmojiCaptions.of(split)
-    return captions.select(random_order(len(captions)))
-
-
-def in_turn(captions: EmojiCaptions, n: int) -> EmojiCaptions:
+def in_turn(captions: C, n: int) -> C:
     """``n`` captions, from the first again after the last."""
     return captions.select(torch.arange(n) % len(captions))
 
 
-def renders(captions: EmojiCaptions, purpose: str) -> Tensor:
-    """A new image for each caption, uint8 [N, 3, 32, 32], whose placements are a function of ``purpose``."""
+def renders(captions: Captions, purpose: str, part: int = PART) -> Tensor:
+    """A new image or clip for each caption, whose placements are a function of ``purpose``; ``part`` at a time."""
     random = KeyedRandom(0, 0, purpose, 0)
-    parts = torch.arange(len(captions)).split(PART)
-    return torch.cat([captions.select(part).render(random) for part in parts])
+    parts = torch.arange(len(captions)).split(part)
+    return torch.cat([captions.select(rows).render(random) for rows in parts])
 
 
-def renders_sha256(split: Split, purpose: str) -> str:
-    """Identifies ``RENDERS`` renders of a split's captions in turn by what they are made from."""
-    return json_sha256([sha256(ART), split, purpose, RENDERS])
+def real_set(name: str, purpose: str) -> tuple[EmojiCaptions, Tensor, str]:
+    """The captions of a reference of ``SPLITS``, renders of them in turn, uint8 [RENDERS, 3, 32, 32], and a hash of
+    what these are made from."""
+    captions = shuffled(EmojiCaptions.of(SPLITS[name]))
+    return captions, renders(in_turn(captions, RENDERS), purpose), made_from(ART, SPLITS[name], purpose, RENDERS)
+
+
+def made_from(art: Path, split: str, purpose: str, n: int) -> str:
+    """Identifies ``n`` renders of a split's captions in turn by what they are made from."""
+    return json_sha256([sha256(art), split, purpose, n])
 
 
 def drawing_classes(captions: EmojiCaptions) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
+from fewstep.eval.clip_scores import clip_features, shown_words, summarise
 from fewstep.eval.emoji import caption_scores, edge_strength, in_turn, renders
 from fewstep.eval.images import ImageSet
 from fewstep.eval.metrics.diversity import cross_seed_diversity
@@ -25,6 +26,7 @@ from fewstep.eval.references import DISTANCE_PREFIX, Reference
 from fewstep.eval.score_files import Score, scores_of_generated, scores_of_images
 from fewstep.eval.toy_captions import SIDE, CaptionSet, prompt_following, read_back
 from fewstep.models.emoji import EmojiCaptions
+from fewstep.models.emoji_clips import MOTIONS, ClipCaptions, load_animations
 from fewstep.models.loading import Model, pipeline_of
 from fewstep.samplers.generate import GeneratedSet, Progress
 from fewstep.samplers.plan import SamplingConfig
@@ -33,7 +35,8 @@ MINIMUM_EMOJI = 10  # samples, of which a covariance and an error are computed
 DIRECTIONS: dict[str, Direction] = {
     "kid": "lower", "precision": "higher", "recall": "higher", "accuracy": "higher", "diversity": "higher",
     "garment": "higher", "colour": "higher", "background": "higher", "prompt": "higher", "name": "higher",
-    "style": "higher",
+    "style": "higher", "motion": "higher", "weakest_motion": "higher",
+    "agreement": "higher",
 }  # fmt: skip
 
 
@@ -95,6 +98,23 @@ def emoji_metrics(reference: Reference, images: Tensor, captions: EmojiCaptions)
     }
 
 
+def clip_metrics(
+    reference: Reference, clips: Tensor, captions: ClipCaptions, conditions: int
+) -> dict[str, Measurement]:
+    """The metrics of clips of emoji, uint8 [N, 3, 8, 32, 32]; how they follow their ``captions`` [N], of which clip k
+    shows number ``k % conditions``, with the lowest share of ``motion`` among the motions (weakest_motion); and how
+    much the clips of one caption differ (diversity)."""
+    frames = clip_features(reference.network, clips)
+    features = summarise(frames)
+    values = metrics(reference, features, conditions)
+    shown = shown_words(reference.classifier, load_animations().names, clips, frames, captions)
+    shares = [shown.pop(f"motion_{motion}") for motion in MOTIONS if f"motion_{motion}" in shown]
+    shown["weakest_motion"] = min(shares, key=lambda measured: measured.value)
+    seeds = len(clips) // conditions
+    by_seed = features[: seeds * conditions].reshape(seeds, conditions, -1)
+    return values | shown | {"diversity": Measurement(cross_seed_diversity(by_seed))}
+
+
 @dataclass(frozen=True)
 class ReferenceEvaluator:
     """Scores by a bundled reference: ``n`` samples of each of ``seeds`` against its test images.
@@ -149,12 +169,16 @@ class ReferenceEvaluator:
     ) -> list[Score]:
         """Generates the samples and returns one score per metric. Raises ``UserError`` on invalid requests."""
         captions, classes, prompted = CaptionSet.all(), model.config.classes, model.config.takes_prompts
-        emoji = self.reference.captions if model.config.vocabulary is not None else None
-        prompts = emoji.texts if emoji is not None else captions.captions if prompted else ()
+        rendered = self.reference.captions if model.config.vocabulary is not None else None
+        if isinstance(rendered, ClipCaptions):  # two clips of each, which are compared with each other
+            rendered = in_turn(rendered, max(1, self.n // 2))
+        prompts = rendered.texts if rendered is not None else captions.captions if prompted else ()
         generated = GeneratedSet(model, sampling, self.n, prompts, batch=100, progress=progress)
         images = torch.cat(list(generated.parts()))
-        if emoji is not None:
-            values = emoji_metrics(self.reference, images, in_turn(emoji, self.n))
+        if isinstance(rendered, ClipCaptions):
+            values = clip_metrics(self.reference, images.transpose(1, 2), in_turn(rendered, self.n), len(rendered))
+        elif rendered is not None:
+            values = emoji_metrics(self.reference, images, in_turn(rendered, self.n))
         elif not prompted:
             labels = model.labels(self.n) if classes else None
             values = conditional_metrics(self.reference, images, labels, max(1, classes))

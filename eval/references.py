@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.files import read_tensors, reading, sha256
-from fewstep.eval import emoji
+from fewstep.eval import clip_scores, emoji
+from fewstep.eval.clip_scores import clip_features, summarise
 from fewstep.eval.metrics.frechet import Statistics
 from fewstep.eval.networks.features import (
     REFERENCES,
@@ -29,12 +30,16 @@ from fewstep.eval.networks.features import (
 )
 from fewstep.eval.networks.image_features import ImageFeatures
 from fewstep.eval.networks.weights import WeightsLocator
+from fewstep.models import emoji_clips
 from fewstep.models.emoji import EmojiCaptions
+from fewstep.models.emoji_clips import ClipCaptions
 from fewstep.models.model_config import ModelConfig
 
 Split = Literal["test", "train"]
 CONFIG, CLASSIFIER = "reference.json", "classifier"
-OF_BUNDLED = {"fashion": "fashion", "fashion-text": "fashion", "emoji": "emoji"}  # the references of bundled models
+# The references of bundled models.
+OF_BUNDLED = {"fashion": "fashion", "fashion-text": "fashion", "emoji": "emoji", "emoji-video": "emoji-video"}
+RENDERED = (*emoji.SPLITS, *clip_scores.SPLITS)  # references whose images are rendered for captions
 DISTANCE_PREFIX = "fd_"  # of Fréchet distances: "FID" is reserved for Inception's
 
 
@@ -64,7 +69,16 @@ class Reference:
     statistics: Statistics
     sha256: str
     class_names: tuple[str, ...] = ()
-    captions: EmojiCaptions | None = None
+    captions: EmojiCaptions | ClipCaptions | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the samples of a model that it scores: [C, H, W], or [C, F, H, W] of clips."""
+        return emoji_clips.SHAPE if isinstance(self.captions, ClipCaptions) else self.network.shape
+
+    def extract(self, samples: Tensor) -> Tensor:
+        """The features, float32 [N, D], of images, uint8 [N, C, H, W], or of clips, uint8 [N, C, F, H, W]."""
+        return extract(self.network, samples)
 
     @property
     def classifier(self) -> ClassifierFeatures:
@@ -79,12 +93,12 @@ class Reference:
     def require_fit(self, model: ModelConfig) -> None:
         """Raises ``UserError`` if samples of a model are not images like those of the reference: of the same shape, of
         the same classes where both have some, and of its captions if the model takes words."""
-        require_images(self.network.name, torch.zeros(1, *model.shape, dtype=torch.uint8), self.network.shape)
+        require_images(self.network.name, torch.zeros(1, *model.shape, dtype=torch.uint8), self.shape)
         if model.vocabulary is not None:
             if self.captions is None:
                 raise UserError(
                     f"The reference {self.name} has no captions; this model takes words of its own. A model "
-                    f"that knows the words of emoji is scored by --reference {' or '.join(emoji.SPLITS)}, another by a "
+                    f"that knows the words of emoji is scored by --reference {' or '.join(RENDERED)}, another by a "
                     "protocol with captions of its words."
                 )
             model.vocabulary.encode(self.captions.texts)
@@ -107,9 +121,14 @@ class Reference:
         return DISTANCE_PREFIX + self.network.name
 
 
+def extract(network: ReferenceNetwork, samples: Tensor) -> Tensor:
+    """The features, float32 [N, D], of images, uint8 [N, C, H, W], or of clips, uint8 [N, C, F, H, W]."""
+    return extract_features(network, samples) if samples.ndim == 4 else summarise(clip_features(network, samples))
+
+
 def bundled_references() -> list[str]:
     """The names of the references that ship with the package."""
-    return sorted([*(f.name for f in REFERENCES.iterdir() if (f / "test.safetensors").is_file()), *emoji.SPLITS])
+    return sorted([*(f.name for f in REFERENCES.iterdir() if (f / "test.safetensors").is_file()), *RENDERED])
 
 
 def load_reference(
@@ -117,7 +136,7 @@ def load_reference(
 ) -> Reference:
     """A bundled reference by name, or a reference folder. ``locator`` finds the weights of a network that is not in the
     folder. Raises ``UserError`` if something is missing or damaged."""
-    if name in emoji.SPLITS and not Path(name).is_dir():
+    if name in RENDERED and not Path(name).is_dir():
         return _rendered(name, split, device)
     folder = _folder(name)
     if not (folder / f"{split}.safetensors").is_file():
@@ -154,11 +173,10 @@ def load_reference(
 
 def _rendered(name: str, split: Split, device: torch.device | str) -> Reference:
     """A reference of emoji: renders of its captions in turn, others for each split."""
-    network = ClassifierFeatures.load(REFERENCES / "emoji", device)
-    shown, purpose = emoji.SPLITS[name], f"reference/{split}"
-    captions = emoji.shuffled_captions(shown)
-    features = extract_features(network, emoji.renders(emoji.in_turn(captions, emoji.RENDERS), purpose))
-    digest = emoji.renders_sha256(shown, purpose)
+    source = clip_scores if name in clip_scores.SPLITS else emoji
+    network = ClassifierFeatures.load(REFERENCES / source.FOLDER, device)
+    captions, real, digest = source.real_set(name, f"reference/{split}")
+    features = extract(network, real)
     return Reference(name, split, network, features, Statistics.of(features), digest, captions=captions)
 
 

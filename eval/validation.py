@@ -13,7 +13,6 @@ from fewstep.core.image_files import to_bytes
 from fewstep.core.image_grid import image_grid, save_image
 from fewstep.eval.emoji import in_turn
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
-from fewstep.eval.networks.features import extract_features
 from fewstep.eval.references import Reference
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
@@ -53,11 +52,13 @@ class Validation:
         rows = config.classes or ROWS
         columns = max(1, SHOWN_IMAGES // rows)
         shown = images[:SHOWN_IMAGES]
+        if images.ndim == 5:  # each clip becomes a row of frames
+            columns, shown = images.shape[2], images[:ROWS].transpose(1, 2).flatten(0, 1)
         if config.classes:
             labels = model.labels(self.n)
             shown = torch.cat([images[labels == label][:columns] for label in range(rows)])
         save_image(image_grid(shown, columns=columns), self.folder / "samples" / f"step-{step:07d}.png")
-        features = extract_features(self.reference.network, images)
+        features = self.reference.extract(images)
         return frechet_distance(Statistics.of(features), self.reference.statistics)
 
     def _words(self, vocabulary: Vocabulary) -> Condition:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -64,6 +64,19 @@ def premultiplied(pixels: Tensor) -> Tensor:
 @cache
 def _drawings_on(device: torch.device) -> Tensor:
     return load_art().drawings.to(device)
+
+
+class Captions(Protocol):
+    """The contents of captions, and images or clips rendered for them."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def texts(self) -> list[str]: ...
+
+    def select(self, indices: Tensor) -> Self: ...
+
+    def render(self, random: KeyedRandom, device: torch.device = CPU) -> Tensor: ...
 
 
 @dataclass(frozen=True)

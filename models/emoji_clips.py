@@ -2,7 +2,7 @@
 frames rendered for them.
 
 48 drawings of ``models.emoji`` in the style shiny move in eight ways that are rendered, each of which can be measured
-(``eval/motion.py``), or as their artists animated them (``alive``, ``bundled/emoji_video/clips.png`` from
+(``eval/motion.py``), or as their artists animated them (``alive``, ``bundled/emoji-video/clips.png`` from
 ``benchmarks/make_emoji_clips.py``). Some combinations are held out of training, to measure whether a model composes
 words.
 """
@@ -37,7 +37,7 @@ from fewstep.models.emoji import (
     premultiplied,
 )
 
-ART = Path(__file__).parent / "bundled" / "emoji_video" / "clips.png"
+ART = Path(__file__).parent / "bundled" / "emoji-video" / "clips.png"
 FRAMES = 8
 SHAPE = (3, FRAMES, SIDE, SIDE)
 STYLE = "shiny"

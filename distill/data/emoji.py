@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, Self
 
 import torch
-from torch import Tensor
 
 from fewstep.core.devices import CPU
 from fewstep.core.errors import UserError
@@ -14,19 +12,9 @@ from fewstep.core.image_files import to_unit
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.data.batch import Batch
 from fewstep.models import emoji, emoji_clips
+from fewstep.models.emoji import Captions
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.vocabulary import WordPrompts
-
-
-class Captions(Protocol):
-    """What captions say, by number."""
-
-    @property
-    def texts(self) -> list[str]: ...
-    def select(self, indices: Tensor) -> Self: ...
-    def __len__(self) -> int: ...
-    def render(self, random: KeyedRandom, device: torch.device) -> Tensor: ...
-
 
 CAPTIONS: dict[str, tuple[type[emoji.EmojiCaptions] | type[emoji_clips.ClipCaptions], tuple[int, ...]]] = {
     "emoji": (emoji.EmojiCaptions, emoji.SHAPE),

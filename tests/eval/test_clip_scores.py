@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.api.reference import reference_for
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.eval.clip_scores import (
@@ -20,10 +21,14 @@ from fewstep.eval.clip_scores import (
     relative_diversity,
     summarise,
 )
+from fewstep.eval.emoji import in_turn, renders
+from fewstep.eval.evaluate_reference import clip_metrics
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
 from fewstep.eval.networks.classifier import train_classifier
 from fewstep.eval.networks.features import ClassifierFeatures
-from fewstep.models.emoji_clips import ALIVE, MOTIONS, ClipCaptions, load_animations
+from fewstep.eval.references import load_reference
+from fewstep.models.emoji_clips import ALIVE, MOTIONS, SHAPE, ClipCaptions, load_animations
+from fewstep.models.loading import load_model
 
 NAMES, NUMBER = load_animations().names, {name: k for k, name in enumerate(MOTIONS)}
 WORDS = ("ghost", "rainbow", "frog", "ufo")  # in another order than the art's
@@ -205,3 +210,31 @@ def test_what_does_not_fit_together_is_refused(scored: Scored) -> None:
         clip_scores(network, WORDS, clips, scored.real[:, :, :4], captions)
     with pytest.raises(UserError, match="the clips are torch"):
         clip_scores(network, WORDS, clips.float(), scored.real, captions)
+
+
+def test_a_model_of_clips_is_scored_by_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renders in place of a model's samples score as well as renders can; others' captions do not."""
+    monkeypatch.setattr("fewstep.eval.clip_scores.RENDERS", 200)
+    reference = load_reference("emoji-video-motion")
+    assert reference.captions is not None
+    assert reference.shape == SHAPE
+    assert set(reference.captions.texts) == set(ClipCaptions.of("motion").texts)
+    captions = in_turn(ClipCaptions.of("motion"), 100)
+    clips = in_turn(captions, 200)
+    values = clip_metrics(reference, renders(clips, "samples"), clips, len(captions))
+    assert values["prompt"].value > 0.95
+    assert values["weakest_motion"].value > 0.7
+    assert values["diversity"].value > 1
+    wrong = clips.select(torch.arange(200).roll(1))
+    assert clip_metrics(reference, renders(clips, "samples"), wrong, 100)["motion"].value < 0.3
+    inverted = clip_metrics(reference, 255 - renders(clips, "samples"), clips, 100)
+    assert values["fd_clips"].value < 0.5 * inverted["fd_clips"].value
+
+
+def test_the_bundled_model_fits_its_reference_and_no_other() -> None:
+    model = load_model("emoji-video")
+    assert reference_for("emoji-video") == "emoji-video"
+    load_reference("emoji-video-background").require_fit(model.config)
+    for name in ("emoji", "fashion"):
+        with pytest.raises(UserError):
+            load_reference(name).require_fit(model.config)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep.core.errors import UserError
-from fewstep.eval.emoji import SPLITS, backgrounds_of, edge_strength, in_turn, renders, shuffled_captions
+from fewstep.eval.emoji import SPLITS, backgrounds_of, edge_strength, in_turn, renders, shuffled
 from fewstep.eval.evaluate_reference import ReferenceEvaluator, emoji_metrics, reference_direction
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
 from fewstep.eval.networks.features import extract_features
@@ -27,7 +27,7 @@ from fewstep.samplers.plan import SamplingConfig
 N = 400
 references = cache(load_reference)
 REFERENCE = references("emoji")
-CAPTIONS = in_turn(shuffled_captions("train"), N)
+CAPTIONS = in_turn(shuffled(EmojiCaptions.of("train")), N)
 IMAGES = renders(CAPTIONS, "test")
 
 
@@ -37,7 +37,7 @@ def scores(images: Tensor, captions: EmojiCaptions = CAPTIONS, reference: Refere
 
 @pytest.mark.parametrize(("name", "split"), SPLITS.items())
 def test_renders_of_each_split_score_nearly_perfectly(name: str, split: Split) -> None:
-    reference, captions = references(name), in_turn(shuffled_captions(split), N)
+    reference, captions = references(name), in_turn(shuffled(EmojiCaptions.of(split)), N)
     values = emoji_metrics(reference, renders(captions, "test"), captions)
     shares = {metric: values[metric].value for metric in ("name", "style", "background", "prompt")}
     assert min(shares.values()) > 0.98, shares
@@ -157,7 +157,7 @@ def test_validation_is_the_distance_of_samples_for_the_captions(tmp_path: Path) 
     sampling = SamplingConfig("euler", 2, 2.0)
     reference = references("emoji", "train")
     found = Validation(sampling, 24, reference, tmp_path)(model.denoiser, model.config, 7)
-    texts = shuffled_captions("train").texts[:24]
+    texts = shuffled(EmojiCaptions.of("train")).texts[:24]
     images = fewstep.sample(model, prompts=texts, sampling=SamplingConfig("euler", 2, 2.0, seed=SEED))
     features = extract_features(reference.network, images)
     assert found == pytest.approx(frechet_distance(Statistics.of(features), reference.statistics), rel=1e-4)

@@ -11,9 +11,10 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import read_prompts
 from fewstep.distill.data.emoji import CAPTIONS
 from fewstep.distill.run_folder import run_settings
-from fewstep.eval.emoji import random_order
+from fewstep.eval.emoji import shuffled
 from fewstep.eval.report.comparison import write_comparison
 from fewstep.eval.report.html import write_report
+from fewstep.models.emoji import Captions
 from fewstep.models.hub.encoded import PROMPTS
 
 
@@ -41,8 +42,8 @@ def compare_images(
 def _training_prompts(data: Mapping[str, Any]) -> list[str]:
     """The prompts of a run's data. Raises ``UserError`` if it is a source of the user's own."""
     if data["kind"] in CAPTIONS:
-        captions = CAPTIONS[data["kind"]][0].of("train")
-        return captions.select(random_order(len(captions))).texts
+        captions: Captions = CAPTIONS[data["kind"]][0].of("train")
+        return shuffled(captions).texts
     if data["path"] is None:
         raise UserError(f"The prompts of data.kind={data['kind']} are not known: use fewstep sample with --prompts.")
     return read_prompts(Path(data["path"]) / PROMPTS)
