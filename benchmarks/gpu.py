@@ -1,8 +1,9 @@
 """Checks and measures everything that needs a GPU: ``python benchmarks/gpu.py --out results/gpu.json``.
 
 Each part runs in a process of its own with a time limit, each of its cases records numbers or the traceback of its
-error, and the file is rewritten after every case. The next part imports while one runs; the planned memory, which needs
-no device, is computed beside them. ``--device cpu --tiny`` tries the same code in seconds.
+error, and the file is rewritten after every case. Parts that measure time have the device to themselves, checks run at
+once. The next parts import while one runs; the planned memory, which needs no device, is computed beside them.
+``--device cpu --tiny`` tries the same code in a minute.
 """
 
 from __future__ import annotations
@@ -21,21 +22,25 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+HERE = (str(ROOT / "src"), str(ROOT / "benchmarks"))
 WHOLE = "the part"  # the case under which an error of a whole part is recorded
 Results = dict[str, dict[str, dict[str, Any]]]  # by part and case
 
 
 class Part(NamedTuple):
-    """``module.function(device, tiny)`` returns the cases; ``limit`` is in seconds; ``imports`` are slow."""
+    """``module.function(device, tiny)`` returns the cases; ``limit`` is in seconds; ``imports`` are slow libraries.
+    ``alone``: it measures time or memory, so that no other part may use the device."""
 
     module: str
     function: str
     limit: float
     imports: tuple[str, ...] = ()
+    alone: bool = True
 
 
 PIPELINES = ("diffusers", "peft", "transformers")
@@ -44,10 +49,10 @@ PARTS: Mapping[str, Part] = {
     "step": Part("gpu_cases", "step", 60),
     "sdxl": Part("gpu_adapters", "sdxl", 90, PIPELINES),
     "flux": Part("gpu_adapters", "flux", 120, PIPELINES),
-    "attention": Part("gpu_cases", "attention", 40),
-    "waits": Part("gpu_cases", "waits", 60, PIPELINES),
-    "equality": Part("gpu_cases", "equality", 120),
-    "processes": Part("gpu_cases", "processes", 60),
+    "attention": Part("gpu_cases", "attention", 60),
+    "waits": Part("gpu_cases", "waits", 120, PIPELINES, alone=False),
+    "equality": Part("gpu_cases", "equality", 120, alone=False),
+    "processes": Part("gpu_cases", "processes", 90, alone=False),
     "sampling": Part("gpu_cases", "sampling", 60),
     "compile": Part("gpu_cases", "compiled", 120),
 }
@@ -62,12 +67,13 @@ def run_part(part: Part, device: str, tiny: bool) -> None:
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not mix with them
     sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
-    from fewstep.core.torchvision_compat import prepare_torchvision
+    if part.imports:
+        from fewstep.core.torchvision_compat import prepare_torchvision
 
-    prepare_torchvision()
-    cases = getattr(importlib.import_module(part.module), part.function)(device, tiny)
-    for name in part.imports:
+        prepare_torchvision()
+    for name in (part.module, *part.imports):
         importlib.import_module(name)
+    cases = getattr(sys.modules[part.module], part.function)(device, tiny)
     sys.stdin.readline()
     for name, work in cases.items():
         lines.write(json.dumps({"case": name, "result": outcome(work)}) + "\n")
@@ -91,9 +97,10 @@ def outcome(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 class Worker:
     """The process of a part: importing until ``start``, killed with its children after ``seconds``."""
 
-    def __init__(self, name: str, device: str, tiny: bool) -> None:
-        command = [sys.executable, __file__, "--device", device, *(["--tiny"] if tiny else []), "--run", name]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *_python_path()])}
+    def __init__(self, part: Part, device: str, tiny: bool) -> None:
+        code = f"import gpu; gpu.run_part(gpu.{part!r}, {device!r}, {tiny!r})"
+        command = [sys.executable, "-c", code]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*HERE, *_python_path()])}
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115, open as long as the process
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment,
@@ -145,46 +152,71 @@ def _python_path() -> list[str]:
 
 
 def run_all(names: list[str], out: Path, device: str, tiny: bool, limit: float) -> Results:
-    """Runs parts one after the other within ``limit`` seconds in all and writes what they found."""
+    """Runs parts within ``limit`` seconds in all and writes what they found."""
     until = time.monotonic() + limit
     results: Results = {}
+    lock = threading.Lock()
 
     def record(part: str, case: str, result: dict[str, Any]) -> None:
-        results.setdefault(part, {})[case] = result
-        _write(results, out)
-        seconds, error = result.get("seconds", 0.0), result.get("error", "").strip().splitlines()
-        print(f"{part}: {case}: {seconds:.1f} s{f': {error[-1]}' if error else ''}", flush=True)
+        seconds, error = result["seconds"], result.get("error", "").strip().splitlines()
+        with lock:
+            results.setdefault(part, {})[case] = result
+            _write(results, out)
+            print(f"{part}: {case}: {seconds:.1f} s{f': {error[-1]}' if error else ''}", flush=True)
 
-    def collect(part: str, worker: Worker, most: float) -> None:
-        for case, result in worker.cases(max(1.0, min(most, until - time.monotonic()))):
-            record(part, case, result)
-
-    waiting = [Worker(name, device, tiny) for name in names[:1]]
-    plan = [Worker("plan", device, tiny)] if {"sdxl", "flux"} & set(names) else []
-    try:
-        for worker in plan:
-            worker.start()
-        for number, name in enumerate(names):
-            worker = waiting.pop()
-            worker.start()
-            waiting = [Worker(following, device, tiny) for following in names[number + 1 : number + 2]]
-            if until > time.monotonic():
-                collect(name, worker, PARTS[name].limit)
-            else:
-                worker.kill()
-                record(name, WHOLE, {"error": f"not run: the {limit:.0f} seconds of --limit were over"})
-        for worker in plan:
-            collect("plan", worker, PLAN.limit)
-    finally:
-        for worker in [*waiting, *plan]:
+    def collect(name: str, worker: Worker, most: float) -> None:
+        if until <= time.monotonic():
             worker.kill()
-    for name, planned in results.get("plan", {}).items():
-        measured = results.get(name, {}).get("training", {})
-        if "planned_bytes" in planned and "peak_bytes" in measured:
-            measured["planned_bytes"] = planned["planned_bytes"]
-            measured["planned_over_peak"] = planned["planned_bytes"] / measured["peak_bytes"]
+            record(name, WHOLE, {"seconds": 0.0, "error": f"not run: the {limit:.0f} seconds of --limit were over"})
+            return
+        worker.start()
+        for case, result in worker.cases(min(most, until - time.monotonic())):
+            record(name, case, result)
+
+    def workers_of(batch: list[str]) -> dict[str, Worker]:
+        return {name: Worker(PARTS[name], device, tiny) for name in batch}
+
+    waiting: dict[str, Worker] = {}
+    beside = {"plan": Worker(PLAN, device, tiny)} if {"sdxl", "flux"} & set(names) else {}
+    try:
+        with ThreadPoolExecutor() as pool:
+            plans = [pool.submit(collect, "plan", worker, PLAN.limit) for worker in beside.values()]
+            batches = in_batches(names)
+            waiting = workers_of(batches[0])
+            for following in [*batches[1:], []]:
+                running, waiting = waiting, {}
+                found = [pool.submit(collect, name, worker, PARTS[name].limit) for name, worker in running.items()]
+                waiting = workers_of(following)
+                for one in found:
+                    one.result()
+            for one in plans:
+                one.result()
+    finally:
+        for worker in [*waiting.values(), *beside.values()]:
+            worker.kill()
+    add_plans(results)
     _write(results, out)
     return results
+
+
+def in_batches(names: list[str]) -> list[list[str]]:
+    """Parts that run at once: one that needs the device alone, or consecutive ones that do not."""
+    batches: list[list[str]] = []
+    for name in names:
+        if batches and not PARTS[name].alone and not PARTS[batches[-1][-1]].alone:
+            batches[-1].append(name)
+        else:
+            batches.append([name])
+    return batches
+
+
+def add_plans(results: Results) -> None:
+    """Adds to the measured peaks what was planned."""
+    for name, plan in results.get("plan", {}).items():
+        measured = results.get(name, {}).get("training", {})
+        if "planned_bytes" in plan and "peak_bytes" in measured:
+            measured["planned_bytes"] = plan["planned_bytes"]
+            measured["planned_over_peak"] = plan["planned_bytes"] / measured["peak_bytes"]
 
 
 def _write(results: Results, out: Path) -> None:
@@ -205,11 +237,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=600.0, metavar="SECONDS", help="of all parts together")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the code")
-    parser.add_argument("--run", choices=[*PARTS, "plan"], help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.run is not None:
-        run_part(PLAN if given.run == "plan" else PARTS[given.run], given.device, given.tiny)
-        return 0
     failed = errors_of(run_all(given.parts, given.out, given.device, given.tiny, given.limit))
     if failed:
         print(f"{len(failed)} failed: {'; '.join(failed)}")

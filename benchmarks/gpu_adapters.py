@@ -6,6 +6,7 @@ host memory is needed; the prompts' embeddings are random, too.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -96,8 +97,10 @@ def train(name: str, device_name: str, tiny: bool) -> dict[str, Any]:
         "parameters": parameters, "adapter_parameters": trained, "batch": config.batch,
         "accumulate": config.accumulate, "size": config.size, "seconds_to_build": built, "seconds_per_step": seconds,
         "peak_bytes": most_memory(device), "claimed_bytes": CONFIGS[name][1],
-        "metrics": to_numbers(metrics[-1]),
     }  # fmt: skip
+    numbers = to_numbers(metrics[-1])
+    result["finite"] = all(map(math.isfinite, numbers.values()))
+    result["metrics"] = numbers if result["finite"] else {}
     if device.type == "cuda":
         result["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
     return result

@@ -80,6 +80,7 @@ def test_a_gpu_computes_the_losses_of_the_cpu(objective: str, tmp_path: Path, mo
         return torch.randn(shape, generator=self._generator(stream, torch.device("cpu"))).to(self.device)
 
     monkeypatch.setattr(KeyedRandom, "normal", on_the_host)  # a GPU generates other numbers
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # by default convolutions have 10 bits
     cpu, gpu = (
         trained(settings(objective, tmp_path, device, "float32") | {"out": str(tmp_path / device)})[1]
         for device in ("cpu", "cuda")
