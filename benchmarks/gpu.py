@@ -45,16 +45,16 @@ class Part(NamedTuple):
 
 PIPELINES = ("diffusers", "peft", "transformers")
 PARTS: Mapping[str, Part] = {
-    "facts": Part("gpu_cases", "facts", 30),
-    "step": Part("gpu_cases", "step", 60),
+    "facts": Part("gpu_speed", "facts", 30),
+    "step": Part("gpu_speed", "step", 60),
     "sdxl": Part("gpu_adapters", "sdxl", 90, PIPELINES),
     "flux": Part("gpu_adapters", "flux", 120, PIPELINES),
-    "attention": Part("gpu_cases", "attention", 60),
-    "waits": Part("gpu_cases", "waits", 120, PIPELINES, alone=False),
-    "equality": Part("gpu_cases", "equality", 120, alone=False),
-    "processes": Part("gpu_cases", "processes", 90, alone=False),
-    "sampling": Part("gpu_cases", "sampling", 60),
-    "compile": Part("gpu_cases", "compiled", 120),
+    "attention": Part("gpu_speed", "attention", 60),
+    "waits": Part("gpu_checks", "waits", 120, PIPELINES, alone=False),
+    "equality": Part("gpu_checks", "equality", 120, alone=False),
+    "processes": Part("gpu_checks", "processes", 90, alone=False),
+    "sampling": Part("gpu_speed", "sampling", 60),
+    "compile": Part("gpu_speed", "compiled", 120),
 }
 PLAN = Part("gpu_adapters", "planned", 600, PIPELINES)
 

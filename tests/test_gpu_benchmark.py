@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import sys
 import warnings
 from collections import Counter
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any
 
 import gpu
 import gpu_adapters
-import gpu_cases
+import gpu_checks
 import pytest
 import torch
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def results(part: str) -> dict[str, dict[str, Any]]:
     """The results of a part's cases, none of which has an error."""
     where = gpu.PLAN if part == "plan" else gpu.PARTS[part]
-    cases = getattr(sys.modules[where.module], where.function)("cpu", True)
+    cases = getattr(importlib.import_module(where.module), where.function)("cpu", True)
     found = {name: gpu.outcome(work) for name, work in cases.items()}
     assert found
     assert not {name: one["error"] for name, one in found.items() if "error" in one}
@@ -98,7 +98,7 @@ def test_a_wait_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         step(self, lost)
 
     monkeypatch.setattr(Role, "step", waiting)
-    found = gpu_cases.objective_waits("tdm", {"critic_updates": 1}, CPU)
+    found = gpu_checks.objective_waits("tdm", {"critic_updates": 1}, CPU)
     assert found["waits"] == 2 * found["steps"]
     assert all(place.startswith("item: ") for place in found["where"])
 
@@ -106,7 +106,7 @@ def test_a_wait_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_warnings_of_synchronisation_are_counted_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    with gpu_cases.synchronisations() as found:
+    with gpu_checks.synchronisations() as found:
         for _ in range(3):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("another", stacklevel=1)
