@@ -153,6 +153,7 @@ def _python_path() -> list[str]:
 
 def run_all(names: list[str], out: Path, device: str, tiny: bool, limit: float) -> Results:
     """Runs parts within ``limit`` seconds in all and writes what they found."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + limit
     results: Results = {}
     lock = threading.Lock()

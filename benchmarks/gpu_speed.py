@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
 import subprocess
@@ -138,6 +139,8 @@ def backends(
         try:
             ours = both_passes(backend, inputs)
             errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, exact, strict=True)]
+            if not all(map(math.isfinite, errors)):
+                raise RuntimeError("its result is not finite")
             seconds = [timed(partial(both_passes, backend, inputs), device) for _ in range(7)][2:]
         except Exception as error:  # of many types, where a kernel does not support the shape, the type or the device
             found["backends"][backend] = {"refused": f"{type(error).__name__}: {str(error).strip()[:300]}"}
