@@ -92,7 +92,7 @@ def build_inputs(
     networks, notes = load_networks(config, model)
     backbone, model_config = model.denoiser.backbone, model.config
     for network in (backbone, *(other.denoiser.backbone for other in networks.values())):
-        set_attention(network, config.attention, device)
+        set_attention(network, config.attention, device, DTYPES[config.precision])
     if config.weights in ("int8", "nf4"):
         quantize(backbone, config.weights)
     if config.adapters is not None:
@@ -126,7 +126,7 @@ def _pretraining(
         denoiser = model_config.build()
     read = config.model_weights if not resumed else None
     notes = [start_from(read, denoiser, model_config)] if read is not None else []
-    set_attention(denoiser.backbone, config.attention, device)
+    set_attention(denoiser.backbone, config.attention, device, DTYPES[config.precision])
     if config.gradient_checkpointing:
         checkpoint_gradients(denoiser.backbone)
     roles = {"model": Role(placed(denoiser, config, device, world))}

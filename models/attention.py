@@ -87,17 +87,20 @@ def runs(backend: Backend, device: torch.device, dtype: torch.dtype = torch.floa
     return True
 
 
-def set_attention(backbone: nn.Module, backend: Backend, device: torch.device) -> None:
-    """Makes a network use ``backend``; ``sdpa``, the default, changes nothing.
+def set_attention(
+    backbone: nn.Module, backend: Backend, device: torch.device, precision: torch.dtype = torch.float32
+) -> None:
+    """Makes a network that computes in ``precision`` use ``backend``; ``sdpa``, the default, changes nothing.
 
-    Raises ``UserError`` if the backend does not run on ``device`` (the message lists those that do) or if the network
-    has no attention layers.
+    Raises ``UserError`` if the backend does not run on ``device`` in this precision (the message lists those that do;
+    flash and cuDNN on a GPU need bfloat16) or if the network has no attention layers.
     """
     if backend == "sdpa":
         return
-    if not runs(backend, device):
-        working = ", ".join(name for name in get_args(Backend) if runs(name, device))
-        raise UserError(f"attention: {backend} is not available on {device.type}; available: {working}.")
+    if not runs(backend, device, precision):
+        working = ", ".join(name for name in get_args(Backend) if runs(name, device, precision))
+        kind = str(precision).removeprefix("torch.")
+        raise UserError(f"attention: {backend} is not available on {device.type} in {kind}; available: {working}.")
     if networks := [module.network for module in backbone.modules() if isinstance(module, HubBackbone)]:
         for network in networks:
             network.set_attention_backend(DIFFUSERS[backend])

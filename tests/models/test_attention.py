@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from fewstep.core.errors import UserError
+from fewstep.distill.build import build_inputs
+from fewstep.distill.config_files import load_config
 from fewstep.models.attention import AttentionLayer, Backend, attention, runs, set_attention
 from fewstep.models.loading import load_model
 
@@ -54,8 +56,21 @@ def test_an_unavailable_backend_is_refused() -> None:
     absent = [name for name in get_args(Backend) if name not in HERE]
     if not absent:
         pytest.skip("every backend runs here")
-    with pytest.raises(UserError, match=rf"{absent[0]} is not available on cpu; available: sdpa"):
+    with pytest.raises(UserError, match=rf"{absent[0]} is not available on cpu in float32; available: sdpa"):
         set_attention(load_model("fashion").denoiser.backbone, absent[0], CPU)
+
+
+def test_a_backend_is_tried_in_the_precision_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, flash computes in bfloat16 but not in float32."""
+    monkeypatch.setattr("fewstep.models.attention.runs", lambda name, device, dtype: dtype == torch.bfloat16)
+    settings = {"out": None, "attention": "flash", "precision": "bfloat16"}
+    config = load_config("configs/fashion/demo.yaml").model_copy(update=settings)
+    build_inputs(config, CPU)
+    with pytest.raises(UserError, match="flash is not available on cpu in float32"):
+        build_inputs(config.model_copy(update={"precision": "float32"}), CPU)
+    model = load_config("configs/fashion/teacher.yaml").model
+    new = config.model_copy(update={"teacher": None, "model": model})
+    build_inputs(new, CPU)
 
 
 @pytest.mark.gpu

@@ -28,10 +28,16 @@ from fewstep.samplers.plan import SamplingConfig, plan
 from fewstep.samplers.predictor import Predictor
 
 
-def bare(evaluation: Evaluation) -> None:
-    """The evaluation alone and, where it had a graph, its backward pass into the network's parameters."""
+def computing_in(precision: torch.dtype, device: torch.device) -> torch.autocast:
+    """The context in which a denoiser of this precision evaluates its backbone."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def bare(evaluation: Evaluation, precision: torch.dtype) -> None:
+    """The evaluation alone, in the run's precision, and, where it had a graph, its backward pass into the network's
+    parameters."""
     backbone = evaluation.backbone
-    with torch.set_grad_enabled(evaluation.graph):
+    with torch.set_grad_enabled(evaluation.graph), computing_in(precision, evaluation.x.device):
         output = backbone(evaluation.x, evaluation.t, evaluation.condition)
     if evaluation.graph:
         torch.autograd.backward(output, torch.ones_like(output), inputs=list(backbone.parameters()))
@@ -52,7 +58,7 @@ def bench_step(config: Config, rounds: int) -> dict[str, Any]:
 
     def all_bare() -> None:
         for evaluation in evaluations:
-            bare(evaluation)
+            bare(evaluation, trainer.roles.precision)
         for role in trainer.roles.values():
             role.module.zero_grad()
 
@@ -93,8 +99,9 @@ def bench_sampler(model: Model, sampling: SamplingConfig, batch: int, rounds: in
     batch_times = [torch.full((batch,), t, dtype=torch.float64) for t in times]
 
     def bare() -> None:
-        for k in range(predict.nfe):
-            model.denoiser.backbone(x, batch_times[k % steps], condition)
+        with computing_in(model.denoiser.precision, model.device):
+            for k in range(predict.nfe):
+                model.denoiser.backbone(x, batch_times[k % steps], condition)
 
     @torch.inference_mode()
     def full() -> None:
@@ -134,7 +141,7 @@ def memory_of(config: Config) -> dict[str, int]:
     the most, of weights, gradients, moments and activations."""
     device = pick_device(config.device)
     _import_libraries(config)
-    before = _most_memory(device)
+    before = most_memory(device)
     trainer = Trainer(config, build_inputs(config, device), device)
     for step in range(2 * max(update.due.n for update in trainer.objective.updates)):
         trainer.loop.step(step)
@@ -144,7 +151,7 @@ def memory_of(config: Config) -> dict[str, int]:
         module = backbone.shared_network if isinstance(backbone, AdapterView) else role.module
         for parameter in module.parameters():
             storages[parameter.untyped_storage().data_ptr()] = parameter.untyped_storage().nbytes()
-    return {"parameters": sum(storages.values()), "peak": _most_memory(device) - before}
+    return {"parameters": sum(storages.values()), "peak": most_memory(device) - before}
 
 
 def _import_libraries(config: Config) -> None:
@@ -157,7 +164,7 @@ def _import_libraries(config: Config) -> None:
         importlib.import_module("peft")
 
 
-def _most_memory(device: torch.device) -> int:
+def most_memory(device: torch.device) -> int:
     """The most bytes that this process has held: of the accelerator, or resident in memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
