@@ -228,7 +228,7 @@ def test_a_model_of_clips_is_scored_by_its_reference(monkeypatch: pytest.MonkeyP
     wrong = clips.select(torch.arange(200).roll(45))
     assert clip_metrics(reference, renders(clips, "samples"), wrong, 100)["motion"].value < 0.3
     inverted = clip_metrics(reference, 255 - renders(clips, "samples"), clips, 100)
-    assert values["fd_clips"].value < 0.5 * inverted["fd_clips"].value
+    assert values["fd_clips"].value < 0.8 * inverted["fd_clips"].value
 
 
 def test_the_bundled_model_fits_its_reference_and_no_other() -> None:
