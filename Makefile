@@ -69,8 +69,7 @@ teacher-scores: .venv/installed
 SCORE_EMOJI = $(BIN)/fewstep eval emoji --n 1024 --json
 emoji-scores: .venv/installed
 	$(SCORE_EMOJI) models/bundled/emoji/eval.json --steps 1,2,4,8,16 --guidance 2
-	$(SCORE_EMOJI) models/bundled/emoji/eval.json --steps 4,8,16,32
-	$(SCORE_EMOJI) models/bundled/emoji/eval.json --solver unipc_2 --steps 2,4,8,16 --guidance 2
+	$(SCORE_EMOJI) models/bundled/emoji/eval.json --solver unipc_2 --steps 2,4 --guidance 2
 	$(SCORE_EMOJI) models/bundled/emoji/eval.json --solver unipc_2 --steps 16 --guidance 1.5
 	$(SCORE_EMOJI) results/emoji/held_out.json --steps 16 --guidance 2 --reference emoji-background --name background
 	$(SCORE_EMOJI) results/emoji/held_out.json --steps 16 --guidance 2 --reference emoji-style --name style

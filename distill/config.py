@@ -109,7 +109,8 @@ class ValidationConfig(BaseConfig):
     """Every ``every`` steps (0: never) ``n`` samples of the averaged student are scored against the *training*-image
     statistics of ``reference`` (a folder of ``fewstep data reference``; by default that of the teacher's run, or of a
     bundled teacher), and the best student so far is saved. They are generated with ``solver`` (``student``:
-    the student's own few-step rule), ``steps`` and ``guidance``. A pipeline's student is not scored: it generates
+    the student's own few-step rule), ``steps`` and ``guidance``. A model of words is scored on the captions of a
+    reference of emoji. A pipeline's student is not scored, nor one of words without a reference: it generates
     ``images`` for prompts spread over all."""
 
     every: int = Field(0, ge=0, le=MAX_STEPS)

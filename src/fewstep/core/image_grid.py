@@ -71,7 +71,7 @@ def comparison(
     strips = [(label, image_grid(images, len(images), scale, gap)) for label, images in rows]
     column = (strips[0][1].width + gap) // len(rows[0][1])
     small = ImageFont.load_default(CAPTION_SIZE)
-    titles = [_lines(caption, column - 2 * gap, small) for caption in captions]
+    titles = [_lines(caption, column - MARGIN, small) for caption in captions]
     top = CAPTION_HEIGHT * max(map(len, titles), default=0) + (MARGIN if titles else 0)
     width = max(max(strip.width, math.ceil(font.getlength(label))) for label, strip in strips)
     height = top + sum(LABEL_HEIGHT + strip.height + MARGIN for _, strip in strips) - MARGIN
