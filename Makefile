@@ -5,11 +5,12 @@ PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; d
 BIN = .venv/bin
 
 .NOTPARALLEL:
-.PHONY: help demo demo-fashion demo-text test lint types docs mutants teacher-scores emoji-scores text-scores \
+.PHONY: help demo demo-video demo-fashion demo-text test lint types docs mutants teacher-scores emoji-scores text-scores \
 	preference-scores prompt-preference-scores clean
 
 help:
 	@echo 'make demo        distil the bundled teacher emoji, score the student, write runs/demo/report.html'
+	@echo 'make demo-video  the same for moving emoji (runs/demo_video)'
 	@echo 'make demo-fashion, demo-text   the same for the teachers of labels (runs/demo_fashion) and for a diffusers'
 	@echo '                 pipeline (runs/demo_text)'
 	@echo 'make test        lint, types, documentation and tests'
@@ -23,6 +24,9 @@ help:
 
 demo: .venv/installed
 	@$(BIN)/fewstep demo
+
+demo-video: .venv/installed
+	@$(BIN)/fewstep demo --video
 
 demo-fashion: .venv/installed
 	@$(BIN)/fewstep demo --fashion

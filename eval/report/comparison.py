@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.core.image_files import has_av
-from fewstep.core.image_grid import comparison, save_image, save_sample
+from fewstep.core.image_grid import SMALL, comparison, save_image, save_sample
 from fewstep.models.loading import Model
 from fewstep.models.model_config import ModelConfig
 from fewstep.samplers.generate import ImageGenerator
 from fewstep.samplers.plan import SamplingConfig
 
 TEACHER_STEPS = 16
+ANIMATED, FPS_SMALL = "comparison.gif", 8  # of small videos
 COLUMN = 96  # pixels: the width of small images below their prompts
 DIVERSITY_CONDITIONS, DIVERSITY_SEEDS = 4, 10
 
@@ -38,7 +39,8 @@ def write_comparison(
     """Writes ``comparison.png``, with one column per condition and noise, and ``diversity.png``, with one row per
     condition and model and one column per noise. Returns the first. A student is also shown with fewer evaluations.
 
-    Videos are shown by their first frames and, if PyAV is installed, in ``comparison.mp4``.
+    Videos are shown by their first frames, and moving: small ones in ``comparison.gif``, others in ``comparison.mp4`` if
+    PyAV is installed.
     """
     teachers, students = _teacher_rows(student, teacher, seed, guidance), _student_rows(student, seed)
     rows = [*teachers, *students]
@@ -54,8 +56,12 @@ def write_comparison(
     shown = [(label, _first_frames(each)) for label, each in images]
     scale = max(1, round(COLUMN / shown[0][1].shape[-1])) if prompts else None
     save_image(comparison(shown, scale, captions=names if prompts else ()), folder / "comparison.png")
-    if images[0][1].ndim == 5 and has_av():
-        _save_video(images, folder / "comparison.mp4")
+    if images[0][1].ndim == 5:
+        titles = names if prompts else ()
+        if images[0][1].shape[-1] <= SMALL:
+            save_sample(_moving(images, scale, titles), folder / ANIMATED, fps=FPS_SMALL)
+        elif has_av():
+            save_sample(_moving(images, scale, titles), folder / "comparison.mp4")
     chosen = dict.fromkeys(k * len(names) // DIVERSITY_CONDITIONS for k in range(DIVERSITY_CONDITIONS))
     diversity = [
         (f"{names[k]}: {row.label}", _first_frames(generators[row.label]([k] * DIVERSITY_SEEDS, row.sampling)))
@@ -114,12 +120,12 @@ def _first_frames(images: Tensor) -> Tensor:
     return images[:, 0] if images.ndim == 5 else images
 
 
-def _save_video(rows: Sequence[tuple[str, Tensor]], file: Path) -> None:
-    """The rows of videos as one video on white, with even sides, which H.264 requires."""
+def _moving(rows: Sequence[tuple[str, Tensor]], scale: int | None, captions: Sequence[str]) -> Tensor:
+    """The rows of videos as one video on white, uint8 [F, 3, H, W], with even sides, which H.264 requires."""
     frames = []
     for k in range(rows[0][1].shape[1]):
-        image = comparison([(label, videos[:, k]) for label, videos in rows])
+        image = comparison([(label, videos[:, k]) for label, videos in rows], scale, captions=captions)
         page = Image.new("RGBA", (image.width + image.width % 2, image.height + image.height % 2), "white")
         page.alpha_composite(image)
         frames.append(torch.from_numpy(np.array(page.convert("RGB"))).permute(2, 0, 1))
-    save_sample(torch.stack(frames), file)
+    return torch.stack(frames)

@@ -13,12 +13,13 @@ MAXIMUM_SAMPLES = 8
 
 
 class EmbeddedImage(NamedTuple):
-    """A PNG file as base64."""
+    """An image file as base64; ``kind`` is its media type."""
 
     caption: str
     data: str
     width: int
     height: int
+    kind: str
 
 
 def embed_image(file: Path, caption: str, remarks: list[str]) -> EmbeddedImage | None:
@@ -26,7 +27,8 @@ def embed_image(file: Path, caption: str, remarks: list[str]) -> EmbeddedImage |
     try:
         with Image.open(file) as image:
             image.load()
-            return EmbeddedImage(caption, base64.b64encode(file.read_bytes()).decode(), *image.size)
+            data = base64.b64encode(file.read_bytes()).decode()
+            return EmbeddedImage(caption, data, *image.size, Image.MIME[image.format or "PNG"])
     except Exception:  # on damage Pillow raises exceptions of almost every type
         remarks.append(f"There is no {'readable ' * file.exists()}image {file.parent.name}/{file.name}.")
         return None

@@ -16,6 +16,7 @@ import yaml
 from fewstep.core.errors import UserError
 from fewstep.core.files import write_text
 from fewstep.core.yaml_files import parse_yaml
+from fewstep.eval.report.comparison import ANIMATED
 from fewstep.eval.report.curves import MINIMUM_POINTS, incomparable, quality_curves, training_curves, validation_curves
 from fewstep.eval.report.diagnosis import MINIMUM_VALUES, diagnose
 from fewstep.eval.report.embedded_images import embed_image, embed_steps, embed_video
@@ -37,7 +38,9 @@ def write_report(run: str | Path) -> Path:
     logged, validations = read_metrics(run / "metrics.jsonl", remarks)
     results = read_results(run / "eval.json", remarks)
     config, environment = read_text(run / "config.yaml"), read_text(run / "environment.json")
-    comparison = embed_image(samples / "comparison.png", "Teacher and student from the same noise", remarks)
+    moving = samples / ANIMATED
+    shown = moving if moving.is_file() else samples / "comparison.png"
+    comparison = embed_image(shown, "Teacher and student from the same noise", remarks)
     if comparison is None:
         remarks.append("fewstep.api.report.compare_images(run) writes samples/comparison.png.")
     diversity = None

@@ -17,7 +17,7 @@ from worlds import tiny_config
 
 import fewstep
 from fewstep.api.training_progress import TrainingProgress
-from fewstep.cli.demo import EMOJI, FASHION, TEXT, unfinished
+from fewstep.cli.demo import EMOJI, FASHION, TEXT, VIDEO, unfinished
 from fewstep.cli.train import in_gib
 from fewstep.core.errors import UserError
 from fewstep.distill.config_files import load_config, parse_config
@@ -216,10 +216,10 @@ def test_an_own_run_is_not_resumed_as_a_demo(
 
 
 def test_each_demo_is_a_config_with_a_folder_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {load_config(each.config).out: each.folder for each in (EMOJI, FASHION, TEXT)} == {
-        name: Path(name) for name in ("runs/demo", "runs/demo_fashion", "runs/demo_text")
+    assert {load_config(each.config).out: each.folder for each in (EMOJI, VIDEO, FASHION, TEXT)} == {
+        name: Path(name) for name in ("runs/demo", "runs/demo_video", "runs/demo_fashion", "runs/demo_text")
     }
-    assert "Give --fashion or --text, not both" in refused(capsys, "demo", "--fashion", "--text")
+    assert "Give one of --video, --fashion and --text" in refused(capsys, "demo", "--fashion", "--text")
 
 
 def test_a_replay_that_differs_is_reported(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

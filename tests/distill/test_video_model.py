@@ -177,6 +177,9 @@ def test_a_student_of_videos_is_shown_by_the_app_and_beside_its_teacher(teacher:
     models = [fewstep.load(source, "cpu") for source in (run, teacher)]
     with Image.open(write_comparison(*models, PROMPTS, tmp_path, columns=2, seed=0, guidance=None)) as image:
         assert image.width >= 2 * 17 - 1
+    with Image.open(tmp_path / "comparison.gif") as moving:
+        assert moving.n_frames == 4
+        assert moving.size == tuple(side + side % 2 for side in image.size), "the rows, with even sides"
     app = AppModels.load(run, device="cpu")
     teachers, own = app.generate(app.check("a fox up", 4, 5, 2))
     assert own.images.shape == teachers.images.shape == (2, 4, 3, 8, 8)

@@ -26,6 +26,7 @@ class Demo(NamedTuple):
 
 EMOJI = Demo("configs/emoji/demo.yaml", Path("runs/demo"), 1_024, 10)
 FASHION = Demo("configs/fashion/demo.yaml", Path("runs/demo_fashion"), 10_000, 20)
+VIDEO = Demo("configs/emoji_video/demo.yaml", Path("runs/demo_video"), 512, 8)
 TEXT = Demo("configs/fashion_text/demo.yaml", Path("runs/demo_text"), 1_440, 10)
 
 
@@ -33,8 +34,9 @@ TEXT = Demo("configs/fashion_text/demo.yaml", Path("runs/demo_text"), 1_440, 10)
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Option("--out", help="The run folder. Default: runs/demo, runs/demo_fashion, runs/demo_text."),
+        typer.Option("--out", help="The run folder. Default: runs/demo, runs/demo_video, ..."),
     ] = None,
+    video: Annotated[bool, typer.Option("--video", help="The teacher of moving emoji: clips of eight frames.")] = False,
     fashion: Annotated[bool, typer.Option("--fashion", help="The teacher of class labels.")] = False,
     text: Annotated[bool, typer.Option("--text", help="A diffusers pipeline; needs the extra diffusers.")] = False,
 ) -> None:
@@ -50,9 +52,9 @@ def demo(
     from fewstep.eval.report.tables import best_teacher
     from fewstep.eval.score_files import read_scores
 
-    if fashion and text:
-        raise UserError("Give --fashion or --text, not both.")
-    chosen = FASHION if fashion else TEXT if text else EMOJI
+    if video + fashion + text > 1:
+        raise UserError("Give one of --video, --fashion and --text.")
+    chosen = VIDEO if video else FASHION if fashion else TEXT if text else EMOJI
     folder, config, overrides = folder or chosen.folder, chosen.config, list[str]()
     if text:
         captions = folder.with_name(f"{folder.name}_captions")

@@ -10,7 +10,8 @@ from PIL import Image
 from worlds import tiny_teacher
 
 from fewstep.core.image_files import read_video
-from fewstep.eval.report.comparison import _save_video, _student_rows, write_comparison
+from fewstep.core.image_grid import save_sample
+from fewstep.eval.report.comparison import _moving, _student_rows, write_comparison
 from fewstep.models.loading import Model, load_model
 from fewstep.models.model_config import FewStep
 
@@ -65,7 +66,7 @@ def test_a_teacher_that_is_a_student_is_sampled_by_its_own_rule(teacher: Model, 
 def test_videos_are_laid_out_frame_by_frame(tmp_path: Path) -> None:
     pytest.importorskip("av")
     shades = (torch.arange(3, dtype=torch.uint8) * 100)[None, :, None, None, None].expand(2, 3, 3, 9, 9).contiguous()
-    _save_video([("teacher", shades), ("student", shades)], tmp_path / "comparison.mp4")
+    save_sample(_moving([("teacher", shades), ("student", shades)], 2, ()), tmp_path / "comparison.mp4")
     video = read_video(tmp_path / "comparison.mp4", 3)
     assert video.shape[-2] % 2 == video.shape[-1] % 2 == 0
     tops = video[0, :, 22:36, 2:16].float().mean((1, 2))

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from fewstep.core.errors import UserError
-from fewstep.core.image_grid import comparison, save_grid, save_image
+from fewstep.core.image_grid import comparison, save_grid, save_image, save_sample
 from fewstep.eval.report.html import write_report
 
 CONFIG = "teacher: fashion\nseed: 3\nstages:\n- objective: {name: tdm}\n  note: <script>alert(1)</script>\n"
@@ -242,6 +242,8 @@ def test_diversity_and_video_are_shown_if_they_exist(full_run: Path) -> None:
     page = report(full_run)
     assert "Several noises for one condition" in text(page)
     assert '<video controls loop muted playsinline src="data:video/mp4;base64,dmlkZW8="></video>' in page
+    save_sample(torch.stack([images[0], 255 - images[0]]), full_run / "samples" / "comparison.gif")
+    assert "data:image/gif;base64," in report(full_run)
 
 
 def test_every_image_is_enlarged_by_one_link_and_closed_by_another(full_run: Path) -> None:
