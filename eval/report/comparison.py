@@ -39,8 +39,8 @@ def write_comparison(
     """Writes ``comparison.png``, with one column per condition and noise, and ``diversity.png``, with one row per
     condition and model and one column per noise. Returns the first. A student is also shown with fewer evaluations.
 
-    Videos are shown by their first frames, and moving: small ones in ``comparison.gif``, others in ``comparison.mp4`` if
-    PyAV is installed.
+    Videos are shown by their first frames, and moving: small ones in ``comparison.gif``, others in ``comparison.mp4``
+    if PyAV is installed.
     """
     teachers, students = _teacher_rows(student, teacher, seed, guidance), _student_rows(student, seed)
     rows = [*teachers, *students]

@@ -39,8 +39,8 @@ def write_report(run: str | Path) -> Path:
     results = read_results(run / "eval.json", remarks)
     config, environment = read_text(run / "config.yaml"), read_text(run / "environment.json")
     moving = samples / ANIMATED
-    shown = moving if moving.is_file() else samples / "comparison.png"
-    comparison = embed_image(shown, "Teacher and student from the same noise", remarks)
+    still_or_moving = moving if moving.is_file() else samples / "comparison.png"
+    comparison = embed_image(still_or_moving, "Teacher and student from the same noise", remarks)
     if comparison is None:
         remarks.append("fewstep.api.report.compare_images(run) writes samples/comparison.png.")
     diversity = None
