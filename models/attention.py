@@ -1,7 +1,7 @@
 """Attention backends: one function for fewstep's own networks, and the same choice for diffusers' dispatcher.
 
 ``sdpa`` lets torch choose the kernel by device and shape; the next four force flash, cuDNN, memory-efficient or plain
-attention. ``xformers`` needs an extra, ``flex`` compiles on first use.
+attention. ``xformers`` needs an extra, ``flex`` is fast where the network is compiled (``compile: true``) only.
 """
 
 from __future__ import annotations

@@ -110,7 +110,9 @@ def device(kind: str) -> dict[str, Any]:
             name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
             found |= {"name": name, "count": count, "memory": round(total / GIB, 1), "free": round(free / GIB, 1)}
         works = torch.ones(2, device=place).sum().item() == 2
-        return found | {"works": works, "attention": [name for name in get_args(Backend) if runs(name, place)]}
+        precision = torch.bfloat16 if place.type == "cuda" else torch.float32  # flash on a GPU has no float32
+        kernels = [name for name in get_args(Backend) if runs(name, place, precision)]
+        return found | {"works": works, "attention": kernels}
     except RuntimeError as error:  # a driver that does not fit, a device that is busy
         return found | {"works": False, "attention": [], "error": str(error).partition("\n")[0]}
 
