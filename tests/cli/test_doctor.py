@@ -128,7 +128,10 @@ def test_the_weights_of_clip_are_those_that_open_clip_takes() -> None:
 
 
 def test_attention_backends_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "runs", lambda backend, device: backend == "flex" and device.type == "cpu")
+    monkeypatch.setattr(
+        doctor, "runs",
+        lambda backend, device, precision: (backend, device.type, precision) == ("flex", "cpu", torch.float32),
+    )  # fmt: skip
     assert doctor.device("cpu")["attention"] == ["flex"]
 
 
