@@ -45,7 +45,7 @@ assert not {"diffusers", "transformers"} & set(sys.modules)
 
 def test_the_report_has_every_part(found: dict) -> None:
     assert found["versions"]["torch"] == torch.__version__
-    assert found["bundled"] == bundled_models() == ["emoji", "fashion", "fashion-text"]
+    assert found["bundled"] == bundled_models() == ["emoji", "emoji-video", "fashion", "fashion-text"]
     assert 0 < found["cpu"]["free"] <= found["cpu"]["memory"]
     assert found["folders"]["working folder"]["free"] > 0
     cpu = next(each for each in found["devices"] if each["device"] == "cpu")
