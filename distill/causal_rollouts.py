@@ -41,6 +41,8 @@ def causal_rollout(micro: MicroBatch, roles: Roles, times: Sequence[float]) -> S
             for i, (now, following) in enumerate(pairwise(times)):
                 noise = micro.random.normal(x.shape, "renoise")
                 rows = send((last > i).nonzero()[:, 0], x.device)
+                if not len(rows):
+                    continue
                 before = None if past is None else tuple(tensor[rows] for tensor in past)
                 p, _ = roles.after("student", before, x[rows], now, condition.index(rows))
                 t = torch.full((len(rows),), following, dtype=torch.float64)
