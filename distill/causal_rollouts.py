@@ -60,10 +60,10 @@ def require_causal(roles: Roles) -> None:
     student = roles.denoiser("student")
     if not student.causal:
         raise UserError(
-            f"rollout: causal needs a causal student, and it is a {type(student.backbone).__name__} that is not. Train "
-            "one with model.backbone.causal: true and times_per_frame: true, and start the student from it: "
-            "networks: {causal: {checkpoint: RUN}} and roles.student.init: causal, with full_finetune: true in a run "
-            "with adapters."
+            "rollout: causal needs a causal student, whose network evaluates frames one after the other; this "
+            f"{type(student.backbone).__name__} does not. Train one with model.backbone.causal: true and "
+            "times_per_frame: true, and start the student from it: networks: {causal: {checkpoint: RUN}} and "
+            "roles.student.init: causal, with full_finetune: true in a run with adapters."
         )
     if roles.split:
         raise UserError("rollout: causal does not evaluate networks that are split over processes; set shard: false.")

@@ -22,8 +22,10 @@ from fewstep.models.loading import Model
 from fewstep.models.model_config import FewStep, ModelConfig
 from fewstep.models.saving import save_model
 from fewstep.models.video_unet import VideoUNet
+from fewstep.samplers.frames import sample_frames
 from fewstep.samplers.generate import generate
 from fewstep.samplers.plan import SamplingConfig, plan
+from fewstep.samplers.predictor import Predictor
 from fewstep.samplers.solvers import SOLVERS
 
 RHO, STD, SHIFT = 0.8, 0.5, 0.7
@@ -33,7 +35,8 @@ STUDENT = FewStep(times=(1.0, 0.5), rule="renoise", frame_by_frame=True)
 
 
 class Autoregressive(Backbone):
-    """The exact x0 of frames of N(RHO previous + SHIFT [with the condition], STD^2), of which the first follows 0."""
+    """The exact x0 of frames of N(RHO previous + SHIFT [with the condition], STD^2), of which the first follows 0, and
+    so do frames after one that is not clean."""
 
     causal = True
 
@@ -42,7 +45,7 @@ class Autoregressive(Backbone):
         times = t.to(x_t).reshape(-1, 1, 1, 1, 1)
         mean = RHO * previous + SHIFT * (condition["labels"] == 0).to(x_t).reshape(-1, 1, 1, 1, 1)
         gain = STD**2 * (1 - times) / (STD**2 * (1 - times) ** 2 + times**2)
-        return mean + gain * (x_t - (1 - times) * mean), (x_t,)
+        return mean + gain * (x_t - (1 - times) * mean), (x_t * (times == 0),)
 
 
 def exact(**few_step: Any) -> Model:
@@ -118,6 +121,21 @@ def test_what_is_kept_does_not_grow_with_the_length(monkeypatch: pytest.MonkeyPa
     video = generate(Model(denoiser=config.build(), config=config), LABELS[:1], SamplingConfig(frames=20)).x0
     assert video.shape == (1, 3, 20, 8, 8)
     assert sizes[0] == 0 < sizes[3] < sizes[3 * 3] == sizes[-1]
+
+
+def test_a_predictor_is_left_as_it_was_and_computes_in_its_precision() -> None:
+    predict = Predictor(exact().denoiser, Condition.of_labels(LABELS, 1))
+    before, seen = predict.denoiser, []
+
+    def sample() -> Tensor:
+        seen.append(predict.denoiser.precision)
+        return predict(torch.zeros(3, 1, 1, 2, 2), 1.0).x0
+
+    before.precision = torch.bfloat16
+    video = sample_frames(predict, sample, 2)
+    torch.testing.assert_close(video[0, 0, :, 0, 0], torch.tensor([SHIFT, SHIFT + RHO * SHIFT]))
+    assert predict.denoiser is before
+    assert seen == [torch.bfloat16] * 2
 
 
 def test_a_request_without_frames_is_recorded_as_before() -> None:
