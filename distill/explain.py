@@ -23,7 +23,7 @@ from fewstep.distill.data.batch import Batch
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.trainer import Trainer
 from fewstep.distill.update import Every, StudentSample
-from fewstep.models.backbone import Backbone
+from fewstep.models.backbone import Backbone, Past
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.loading import Model
@@ -31,7 +31,7 @@ from fewstep.models.model_config import ModelConfig
 from fewstep.models.schedules import RectifiedFlow
 
 CYCLES = 12  # evaluations are averaged over these, because rollouts have random lengths
-BATCH, SHAPE = 4, (4, 2, 2)
+BATCH, SHAPE = 4, (4, 1, 2, 2)  # a video of one frame, which is an image to all that does not need a video
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,11 @@ class StandIn(Backbone):
     """A tiny network with all features that an objective may need."""
 
     feature_layers = ("layer",)
+    causal = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Conv2d(1, 1, 1)
+        self.layer = nn.Conv3d(1, 1, 1)
 
     def get_submodule(self, target: str) -> nn.Module:
         """Returns the one layer for every path."""
@@ -103,6 +104,9 @@ class StandIn(Backbone):
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         out: Tensor = x_t + self.layer(x_t[:, :1])
         return out
+
+    def after(self, past: Past | None, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Past]:
+        return self(x_t, t, condition), ()
 
     def with_step_counts(self, most: int) -> StandIn:
         return copy.deepcopy(self)

@@ -65,7 +65,7 @@ def _new(settings: NetworkConfig, teacher: Model, seed: int) -> tuple[Model, str
     changed, origin = settings.backbone, teacher.config
     with torch.random.fork_rng():  # initialisers use the global generator
         torch.manual_seed(seed)
-        if origin.takes_prompts:
+        if _of_pipeline(origin):
             denoiser, model_config = _new_of_pipeline(changed, teacher)
         else:
             backbone = with_settings(origin.backbone, changed)
@@ -155,16 +155,16 @@ def _checkpoint(source: str, teacher: Model) -> Model:
         network = denoiser.backbone.merged()
         denoiser = Denoiser(network, denoiser.schedule, denoiser.kind, style=denoiser.style)
         config = config.model_copy(update={"lora": None, "base_sha256": None, "base_weights": None})
-        if not config.takes_prompts:
+        if not _of_pipeline(config):
             config = config.model_copy(update={"base": None})
-    if config.takes_prompts:  # at any size, like its pipeline
+    if _of_pipeline(config):  # at any size, like its pipeline
         config = config.model_copy(update={"shape": teacher.config.shape})
     denoiser.eval().requires_grad_(True)
     return Model(denoiser=denoiser, config=config, path=model.path)
 
 
 def _of_network_folder(path: Path, teacher: Model) -> Model:
-    if not teacher.config.takes_prompts:
+    if not _of_pipeline(teacher.config):
         raise UserError(f"{path} is a network of diffusers, and the teacher is not a diffusers pipeline.")
     folder = _one_denoiser(pipeline_of(teacher))
     found, wanted = read_json_object(path / "config.json")["_class_name"], folder.network_class.__name__
@@ -195,8 +195,10 @@ def _require_fit(network: Model, teacher: Model) -> None:
     if ours.boundaries:
         raise UserError("it has several experts by noise level, and a role starts from one network.")
     _equal("condition", _condition(ours), _condition(theirs))
-    if theirs.takes_prompts:
+    if _of_pipeline(theirs):
         _require_one_pipeline(network, teacher)
+    if ours.vocabulary != theirs.vocabulary:
+        raise UserError("its vocabulary is not the teacher's: both must have the same words in the same order.")
     _equal("shape", list(ours.shape), list(theirs.shape))
     _equal("number of classes", ours.classes, theirs.classes)
     if ours.class_names and theirs.class_names:
@@ -204,7 +206,13 @@ def _require_fit(network: Model, teacher: Model) -> None:
 
 
 def _condition(config: ModelConfig) -> str:
+    if config.vocabulary is not None:
+        return "words of a vocabulary"
     return "prompts" if config.takes_prompts else "class labels" if config.classes else "none"
+
+
+def _of_pipeline(config: ModelConfig) -> bool:
+    return config.takes_prompts and config.vocabulary is None
 
 
 def _require_one_pipeline(network: Model, teacher: Model) -> None:

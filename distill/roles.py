@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from fewstep.core.errors import UserError
 from fewstep.distill import sharding
 from fewstep.models.adapters import AdapterView
+from fewstep.models.backbone import Past
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, Routed
 from fewstep.models.guidance import UNGUIDED, Guidance, Guided, guide
 from fewstep.models.offload import OffloadedModule
+from fewstep.models.prediction import Prediction
 
 
 @dataclass
@@ -126,8 +128,8 @@ def require_blendable(roles: Roles, *names: str) -> None:
 
 class Roles(Mapping[str, Role]):
     """The roles of a stage by name, and the one way to evaluate their networks. ``evaluations`` counts the samples that
-    were evaluated, guided ones twice. With ``split``, networks are split over the processes, which must evaluate each
-    of them equally often."""
+    were evaluated, guided ones twice; a video that is evaluated frame by frame counts with its first frame. With
+    ``split``, networks are split over the processes, which must evaluate each of them equally often."""
 
     def __init__(self, roles: Mapping[str, Role], precision: torch.dtype = torch.float32) -> None:
         self._roles = dict(roles)
@@ -221,10 +223,23 @@ class Roles(Mapping[str, Role]):
         terms): ``cond`` through the conditional part alone, which halves what is kept in memory with guidance.
         Parameters of other roles require no gradients in an update, so none are left on them.
         """
-        device = x_t.device
         graph = nullcontext() if input_grad or role in self._updating else torch.no_grad()
-        mixed = torch.autocast(device.type, self._precision, enabled=self._precision != torch.float32)
-        with graph, mixed, self.resident(role) as denoiser:
+        with graph, self._autocast(x_t.device), self.resident(role) as denoiser:
             guided = guide(denoiser, x_t, t, condition, guidance, null_graph=input_grad != "cond")
         self.evaluations += len(x_t) * (1 if guided.null is None else 2)
         return guided
+
+    def after(
+        self, role: str, past: Past | None, x_t: Tensor, t: Tensor | float, condition: Condition
+    ) -> tuple[Prediction, Past]:
+        """The role's prediction for frames ``x_t`` [B, C, F, H, W] that follow those of ``past``, None at the start,
+        and the past of the frames after them (``Denoiser.after``); with a graph only if the role is being updated."""
+        graph = nullcontext() if role in self._updating else torch.no_grad()
+        with graph, self._autocast(x_t.device), self.resident(role) as denoiser:
+            prediction, after = denoiser.after(past, x_t, t, condition)
+        if past is None:
+            self.evaluations += len(x_t)
+        return prediction, after
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self._precision, enabled=self._precision != torch.float32)

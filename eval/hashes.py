@@ -26,6 +26,8 @@ def model_sha256(model: Model) -> str:
     for later in ("vocabulary", "expert_backbones"):
         if settings[later] is None:  # hashes from before there were such settings stay valid
             del settings[later]
+    if settings["few_step"] and settings["few_step"]["frame_by_frame"] is None:
+        del settings["few_step"]["frame_by_frame"]
     digest = hashlib.sha256(json_sha256(settings).encode())
     for module in modules:
         for name, value in sorted(module.state_dict().items()):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fewstep.core.errors import UserError
 from fewstep.models.condition import Condition
 
+Past = tuple[Tensor, ...]  # what a causal network keeps of earlier frames; the batch is the first axis of each
+
 
 class Backbone(nn.Module):
     """A network ``(x_t [B, ...], t [B], condition) -> tensor like x_t`` with defaults for optional features.
@@ -17,12 +19,13 @@ class Backbone(nn.Module):
     Any ``nn.Module`` with this signature can be a backbone; this base class is for those that support more.
     ``lora_targets`` are the layers that LoRA adapts by default, named as in PEFT, and ``feature_layers`` the modules
     whose outputs are a discriminator's default features. ``repeated_blocks`` are the class names of the blocks that
-    ``compile: true`` compiles.
+    ``compile: true`` compiles. A ``causal`` network of videos can evaluate frames one after the other (``after``).
     """
 
     lora_targets: Sequence[str] = ()
     feature_layers: Sequence[str] = ()
     repeated_blocks: Sequence[str] = ()
+    causal: bool = False
 
     @classmethod
     def build(cls, shape: tuple[int, ...], classes: int, **settings: Any) -> Self:
@@ -31,6 +34,11 @@ class Backbone(nn.Module):
         return cls(**settings)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        raise NotImplementedError
+
+    def after(self, past: Past | None, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Past]:
+        """Of a causal network: the output for frames ``x_t`` [B, C, F, H, W] that follow those of ``past``, None at the
+        start, and what the frames after them need."""
         raise NotImplementedError
 
     def with_step_counts(self, most: int) -> Backbone:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.errors import UserError
 from fewstep.core.transfer import send
-from fewstep.models.backbone import Backbone
+from fewstep.models.backbone import Backbone, Past
 from fewstep.models.condition import Condition
 from fewstep.models.prediction import KINDS, Coefficients, Kind, Prediction
 from fewstep.models.schedules import NoiseSchedule
@@ -128,13 +129,37 @@ class Denoiser(nn.Module):
 
     def raw(self, x_t: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The backbone's output alone, in at least float32: for samplers, which compute the coefficients themselves."""
-        mixed = self.precision != torch.float32
-        cached = torch.is_grad_enabled()  # without a backward pass, cached casts of weights are only a second network
-        with torch.autocast(x_t.device.type, self.precision, cache_enabled=cached) if mixed else nullcontext():
+        with self._autocast(x_t.device):
             raw: Tensor = self.backbone(x_t, times, condition)
-        if raw.shape != x_t.shape:
-            raise ValueError(f"the backbone returned {tuple(raw.shape)} for an input of {tuple(x_t.shape)}")
-        return raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw
+        return _checked(raw, x_t)
+
+    def after(self, past: Past | None, x_t: Tensor, t: Tensor | float, condition: Condition) -> tuple[Prediction, Past]:
+        """The prediction, without features, for frames ``x_t`` [B, C, F, H, W] that follow those of ``past``, None at
+        the start, and the past of the frames after them. Raises ``UserError`` if the network is not causal."""
+        backbone, times = self.backbone, batch_times(t, x_t)
+        if not (isinstance(backbone, Backbone) and backbone.causal):
+            raise UserError(f"A {type(backbone).__name__} that is not causal has no frames one after the other.")
+        with self._autocast(x_t.device):
+            raw, past = backbone.after(past, x_t, times, condition)
+        c = Coefficients.at(self.schedule, expand_like(times, x_t))
+        return Prediction(_checked(raw, x_t), self.kind, x_t, c, {}), past
+
+    @property
+    def causal(self) -> bool:
+        """Whether frames can be evaluated one after the other (``after``)."""
+        return isinstance(self.backbone, Backbone) and self.backbone.causal
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        cached = torch.is_grad_enabled()  # without a backward pass, cached casts of weights are only a second network
+        mixed = self.precision != torch.float32
+        return torch.autocast(device.type, self.precision, cache_enabled=cached) if mixed else nullcontext()
+
+
+def _checked(raw: Tensor, x_t: Tensor) -> Tensor:
+    """A backbone's output in at least float32. Raises ``ValueError`` if it does not have the shape of its input."""
+    if raw.shape != x_t.shape:
+        raise ValueError(f"the backbone returned {tuple(raw.shape)} for an input of {tuple(x_t.shape)}")
+    return raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw
 
 
 class Routed(Backbone):

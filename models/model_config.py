@@ -35,6 +35,7 @@ class FewStep(BaseModel):
 
     ``shift`` is the shift of the times, for grids with another number of steps. ``counts``: the numbers of steps that
     the student supports and receives as ``condition["steps"]``; empty: it is not conditioned on the step count.
+    ``frame_by_frame``: it generates the frames of a video one after the other, each in all its steps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -42,6 +43,7 @@ class FewStep(BaseModel):
     rule: Literal["renoise", "deterministic"]
     counts: tuple[Width, ...] = ()
     shift: Shift = 1.0
+    frame_by_frame: Literal[True] | None = None
 
     @field_validator("times")
     @classmethod

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.models.attention import attention
+from fewstep.models.backbone import Past
 from fewstep.models.condition import Condition
 from fewstep.models.unet import Attention, UNet
 
 TAPS = 3  # frames that a convolution sees
 ALL = 2**31  # frames of context
-Past = tuple[Tensor, ...]  # of the layers over frames, in order
 
 
 def fold(x: Tensor) -> Tensor:
@@ -73,12 +73,15 @@ class TemporalAttention(Attention):
 
     def after(self, past: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
         """The same for frames ``x`` that follow those of ``past``, of which the keys and values that later frames see
-        are kept, [2, B H W, heads, frames, D]."""
+        are kept, [B, H W, 2, heads, frames, D]."""
         assert self.context is not None
-        qkv = self._qkv(x)
-        kv = qkv[1:] if past is None else torch.cat([past, qkv[1:]], 3)
-        first = max(0, kv.shape[3] - self.context + 1)
-        return self._mixed(x, qkv[0], *kv), kv[:, :, :, first:].clone()
+        q, *kv = self._qkv(x)
+        if past is not None:
+            before = past.flatten(0, 1)
+            kv = [torch.cat([before[:, i], kv[i]], 2) for i in range(2)]
+        first = max(0, kv[0].shape[2] - self.context + 1)
+        kept = torch.stack([each[:, :, first:] for each in kv], 1)
+        return self._mixed(x, q, *kv), kept.unflatten(0, (len(x), -1))
 
     def _qkv(self, x: Tensor) -> Tensor:
         """Queries, keys and values, [3, B H W, heads, F, D]."""

@@ -21,7 +21,8 @@ from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.guidance import UNGUIDED, Guidance
 from fewstep.models.loading import Model, pipeline_of
-from fewstep.samplers.plan import Plan, SamplingConfig, plan
+from fewstep.samplers.frames import sample_frames
+from fewstep.samplers.plan import Plan, SamplingConfig, frames_of, plan
 from fewstep.samplers.predictor import ModelOutput, Predictor
 
 PART = 500
@@ -50,34 +51,42 @@ class SampleNoise:
 def integrate(
     denoiser: Denoiser, condition: Condition, shape: tuple[int, ...], *, plan: Plan, numbers: Sequence[int],
     guidance: Guidance = UNGUIDED, seed: int = 0, batch: int = 100, device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    frames: int | None = None, progress: Progress | None = None,
 ) -> Samples:  # fmt: skip
-    """One sample of ``shape`` per row of ``condition``, the k-th with the noise of ``(seed, numbers[k])``.
+    """One sample of ``shape`` per row of ``condition``, the k-th with the noise of ``(seed, numbers[k])``. With
+    ``frames``, videos of so many frames, generated one after the other; ``nfe`` is then that of each frame.
 
     Runs in inference mode, which speeds up small networks by a few percent; the result holds ordinary tensors. Raises
     ``UserError`` that names solver and step if a sample is not finite.
     """
     initial_sigma = float(denoiser.schedule.sigma(torch.tensor(plan.times[0], dtype=torch.float64)))
+    if frames is not None:
+        shape = (shape[0], 1, *shape[2:])  # of each frame
     parts, nfe = [], 0
     for low in range(0, len(numbers), batch):
         rows = slice(low, min(low + batch, len(numbers)))
         noise = partial(SampleNoise, seed, numbers[rows], shape, torch.device(device))
         predict = Predictor(denoiser, condition.index(rows).to(device), guidance)
-        part = _solve(predict, initial_sigma, plan, noise())
+        part = _solve(predict, initial_sigma, plan, noise(), frames)
         if not part.isfinite().all():
             checked = _CheckedPredictor(denoiser, predict.condition, guidance, plan=plan)
-            _solve(checked, initial_sigma, plan, noise())
+            _solve(checked, initial_sigma, plan, noise(), frames)
             raise not_finite(plan, len(plan.times) - 1, "the state")
         parts.append(part)
-        nfe = predict.nfe
+        nfe = predict.nfe // (frames or 1)
         if progress is not None:
             progress(rows.stop)
     return Samples(torch.cat(parts), nfe)
 
 
-def _solve(predict: Predictor, initial_sigma: float, plan: Plan, noise: SampleNoise) -> Tensor:
+def _solve(
+    predict: Predictor, initial_sigma: float, plan: Plan, noise: SampleNoise, frames: int | None
+) -> Tensor:  # fmt: skip
+    def sample() -> Tensor:
+        return plan.solver(predict, initial_sigma * noise(), plan.times, noise)
+
     with torch.no_grad():  # not inference_mode, in which networks that are split over processes cannot be gathered
-        return plan.solver(predict, initial_sigma * noise(), plan.times, noise).cpu()
+        return sample().cpu() if frames is None else sample_frames(predict, sample, frames)
 
 
 @dataclass
@@ -122,7 +131,8 @@ def generate(
         condition = condition.replace(steps=torch.full((len(numbers),), len(sampling_plan.times) - 1))
     return integrate(
         model.denoiser, condition, model.config.shape, plan=sampling_plan, numbers=numbers,
-        guidance=Guidance(config.guidance), seed=config.seed, batch=batch, device=model.device, progress=progress,
+        guidance=Guidance(config.guidance), seed=config.seed, batch=batch, device=model.device,
+        frames=frames_of(model, config), progress=progress,
     )  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,7 +27,9 @@ class SamplingConfig:
     few-step rule); by default ``student`` for a student and ``euler`` for a teacher. ``steps``: by default a student's
     own number, and 32 for a teacher. ``guidance``: 1 is off. ``grid``: a teacher's times (see ``grids.grid_of``): a
     spacing, optionally with the smallest time above 0, as in ``log_snr:0.02``, or the times themselves, as in
-    ``times:1,0.9,0.75,0.5``. ``seed``: of the noise.
+    ``times:1,0.9,0.75,0.5``. ``seed``: of the noise. ``frames``: their number in a video that a causal model generates
+    frame by frame, each in all steps; by default a student trained so generates as many as in training, and every other
+    model all frames at once.
     """
 
     solver: str | None = None
@@ -35,6 +37,11 @@ class SamplingConfig:
     guidance: float = 1.0
     grid: str = "time"
     seed: int = 0
+    frames: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON types; ``frames`` only if it is set."""
+        return {name: value for name, value in asdict(self).items() if name != "frames" or value is not None}
 
 
 class Plan(NamedTuple):
@@ -49,7 +56,7 @@ def plan(model: Model, config: SamplingConfig) -> Plan:
     unless it is conditioned on the number.
 
     Raises ``UserError`` on an unknown solver or grid, and on invalid combinations: a student's rule for a teacher;
-    guidance, a grid or a solver of higher order for a student.
+    guidance, a grid or a solver of higher order for a student; frames of a model that cannot generate one by one.
     """
     few_step = model.config.few_step
     name = config.solver if config.solver is not None else ("student" if few_step else "euler")
@@ -64,6 +71,7 @@ def plan(model: Model, config: SamplingConfig) -> Plan:
     if few_step is not None and config.guidance != 1:
         raise UserError(f"A student was distilled with its guidance, so guidance must be 1, got {config.guidance:g}.")
     model.config.require_guidable(config.guidance)
+    frames_of(model, config)
     if name == "student":
         return _student_plan(model.config, steps, config.grid)
     if steps is None:
@@ -76,6 +84,28 @@ def plan(model: Model, config: SamplingConfig) -> Plan:
             "choose student, euler or ddim."
         )
     return Plan(solver, _teacher_times(solver, steps, model.config, config.grid))
+
+
+def frames_of(model: Model, config: SamplingConfig) -> int | None:
+    """The number of frames that a request generates one after the other; None: the sample as a whole. Raises
+    ``UserError`` if the model cannot."""
+    few_step, frames = model.config.few_step, config.frames
+    by_frame = few_step is not None and few_step.frame_by_frame is not None
+    if frames is None and not by_frame:
+        return None
+    if not model.denoiser.causal:
+        raise UserError(
+            f"frames = {frames}: this model generates whole samples of the shape {list(model.config.shape)}; only a "
+            "causal model of videos (model.backbone.causal: true) generates any number of frames. Leave frames out."
+        )
+    if few_step is not None and not by_frame:
+        raise UserError(
+            f"frames = {frames}: this student was trained to generate whole clips of {model.config.shape[1]} frames. "
+            "Leave frames out, or train it with rollout: causal."
+        )
+    if frames is not None and frames < 1:
+        raise UserError(f"frames must be at least 1, got {frames}.")
+    return model.config.shape[1] if frames is None else frames
 
 
 def _student_plan(config: ModelConfig, steps: int | None, spacing: str) -> Plan:

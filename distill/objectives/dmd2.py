@@ -15,6 +15,10 @@ factor alpha_t of the paper's weight is dropped. FastGen instead trains either t
 where this is 1:5. Two differences from the release: its EDM fake (ImageNet-64) has an x0 loss with the weight
 1 / sigma^2 + 4 of EDM, here it is unweighted; its discriminator convolves the features to 1 x 1, here a head is applied
 at each position. With ``steps: 1`` and ``critic_updates: 1`` the matching part is that of DMD (arXiv 2311.18828).
+
+``rollout: causal`` is Self-Forcing (Huang et al., arXiv 2506.08009): a causal student generates a video frame by frame
+from its own earlier frames (``distill/causal_rollouts.py``), in training as in sampling, and teacher and fake compare
+whole clips. The release draws one last step per iteration for the whole batch; here each sample has its own.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from torch import Tensor, nn
 
 from fewstep.distill import health, matching
 from fewstep.distill.adversarial import Heads, discriminator_loss, generator_loss
+from fewstep.distill.causal_rollouts import causal_rollout, require_causal
 from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import add_noise, backward_simulation
@@ -68,6 +73,7 @@ class DMD2(MatchingConfig):
     renoise_times: RenoiseTimes = RenoiseTimes()
     critic_times: TimeLaw = TimeLaw()
     gan: GanConfig | None = None
+    rollout: Literal["backward_simulation", "causal"] = "backward_simulation"
 
     @property
     def needs(self) -> frozenset[str]:
@@ -97,6 +103,10 @@ class DMD2(MatchingConfig):
         times = time_uniform(self.steps, self.shift)[:-1]
         guidance = Guidance(self.guidance)
         gan = self.gan
+        causal = self.rollout == "causal"
+        rollout = causal_rollout if causal else backward_simulation
+        if causal:
+            require_causal(roles)
 
         def logits(x_t: Tensor, t: Tensor, condition: Condition, input_grad: bool = False) -> Tensor:
             assert gan is not None
@@ -135,6 +145,6 @@ class DMD2(MatchingConfig):
                 Update("student", ("student",), student, Every(self.critic_updates)),
                 Update("fake", ("fake", "discriminator") if gan else ("fake",), fake),
             ),
-            rollout=lambda micro: backward_simulation(micro, roles, times),
-            few_step=FewStep(times=times, rule="renoise", shift=self.shift),
+            rollout=lambda micro: rollout(micro, roles, times),
+            few_step=FewStep(times=times, rule="renoise", shift=self.shift, frame_by_frame=causal or None),
         )

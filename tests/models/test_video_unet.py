@@ -171,7 +171,7 @@ def test_the_memory_of_earlier_frames_does_not_grow_with_a_context() -> None:
     _, past = model.after(None, X_T, T, WORDS)
     assert storage(past) == sizes[-1] == sum(4 * tensor.numel() for tensor in past), "no more than is needed is kept"
     assert past[0].shape == (2, 8, 2, 4 * 4)
-    assert past[2].shape == (2, 2 * 4, 2, 3, 8)
+    assert past[2].shape == (2, 4, 2, 2, 3, 8), "the batch is the first axis"
 
 
 @pytest.mark.parametrize("settings", [{"context": 4}, {"causal": True, "context": 0}])

@@ -15,7 +15,7 @@ from fewstep.eval.hashes import json_sha256, model_sha256
 from fewstep.models.condition import Condition
 from fewstep.models.guidance import Guidance
 from fewstep.models.loading import Model, load_model, pipeline_of
-from fewstep.models.model_config import ModelConfig
+from fewstep.models.model_config import FewStep, ModelConfig
 from fewstep.models.skeleton import skeleton_of
 from fewstep.models.unet import UNet
 from fewstep.models.vocabulary import Vocabulary
@@ -152,6 +152,19 @@ def test_models_without_a_vocabulary_are_as_they_were() -> None:
     empty = Model(denoiser=plain.build(), config=plain)
     empty.denoiser.backbone = torch.nn.Identity()
     assert model_sha256(empty) == hashlib.sha256(without.encode()).hexdigest()
+
+
+def test_students_of_whole_samples_are_as_they_were() -> None:
+    """Their hash does not know of videos that are generated frame by frame."""
+    few_step = {"times": [1.0, 0.5], "rule": "renoise", "counts": [], "shift": 1.0}
+    config = CONFIG.model_copy(update={"few_step": FewStep.model_validate(few_step)})
+    denoiser = CONFIG.build()
+    denoiser.backbone = torch.nn.Identity()
+    settings = config.model_dump(mode="json", exclude={"base", "class_names", "expert_backbones"})
+    before = hashlib.sha256(json_sha256({**settings, "few_step": few_step}).encode()).hexdigest()
+    assert model_sha256(Model(denoiser=denoiser, config=config)) == before
+    in_turn = config.model_copy(update={"few_step": FewStep.model_validate(few_step | {"frame_by_frame": True})})
+    assert model_sha256(Model(denoiser=denoiser, config=in_turn)) != before
 
 
 def test_other_vocabularies_are_other_models() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -149,7 +149,7 @@ def make_preferences(
     rate(reward, judge, network, noise_image(model, prompts=True), texts[:1])  # refused before sampling
     made_from = {
         "model": model_sha256(model), "vae": fingerprint(folder, ("vae",)), "reward": reward,
-        "reference": network.sha256, "candidates": candidates, "sampling": asdict(sampling),
+        "reference": network.sha256, "candidates": candidates, "sampling": sampling.as_dict(),
     }  # fmt: skip
     encode_prompts(folder, texts, Path(out), rows=rows, device=model.device, pairs=n, source=json_sha256(made_from))
     encoded, pipeline = EncodedPrompts(Path(out), samples=False), folder.pipeline().to(model.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -94,7 +94,7 @@ def sample_files(
 def _claim(folder: Path, model: Model, prompts: Sequence[str], sampling: SamplingConfig, *, occupied: bool) -> None:
     """Records what a folder's samples show, or checks that this is the same if it is ``occupied`` by some of them."""
     encoders = fingerprint(pipeline_of(model), (*ENCODERS, "vae")) if model.config.vocabulary is None else {}
-    made_from = [model_sha256(model), encoders, asdict(replace(sampling, seed=0)), list(prompts)]
+    made_from = [model_sha256(model), encoders, replace(sampling, seed=0).as_dict(), list(prompts)]
     record, file = {"made_from": json_sha256(made_from)}, folder / "samples.json"
     if occupied and not (file.is_file() and read_json_object(file) == record):
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -64,6 +65,9 @@ def sample(
     guidance: GuidanceScale = 1.0,
     grid: Grid = "time",
     seed: Annotated[int | None, typer.Option(help="Seed of the noise. Default: 0.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames of a video that a causal model generates one by one.")
+    ] = None,
     video: Annotated[Video | None, typer.Option(help="The format of a video model's files. Default: gif.")] = None,
     file: Annotated[
         Path | None,
@@ -80,7 +84,7 @@ def sample(
     from fewstep.core.tables import read_texts
 
     chosen = None if labels is None else parse_names(labels, "--labels")
-    sampling = sampling_of(solver, steps, guidance, grid, seed or 0)
+    sampling = replace(sampling_of(solver, steps, guidance, grid, seed or 0), frames=frames)
     if prompt is not None:
         refuse("--prompt is the only prompt", prompts=prompts)
     if seeds is not None:
