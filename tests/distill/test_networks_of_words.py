@@ -20,11 +20,8 @@ from fewstep.models.saving import save_model
 def test_networks_of_a_teacher_with_a_vocabulary_have_its_words(tmp_path: Path) -> None:
     """Such a model takes prompts without being a pipeline."""
     unet = {"name": "unet", "widths": [8], "blocks": [1], "embedding": 8}
-    teacher: dict[str, Any] = {
-        "backbone": unet,
-        "shape": (1, 8, 8),
-        "vocabulary": {"words": ("fox", "cat"), "length": 1},
-    }
+    words, turned = ({"words": order, "length": 1} for order in (("fox", "cat"), ("cat", "fox")))
+    teacher: dict[str, Any] = {"backbone": unet, "shape": (1, 8, 8), "vocabulary": words}
     wide = teacher | {"backbone": unet | {"widths": [16]}}
     models = {
         "teacher": teacher,
