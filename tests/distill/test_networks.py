@@ -19,7 +19,6 @@ from fewstep.distill.config import Config
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.explain import explain
 from fewstep.distill.memory import plan_memory
-from fewstep.distill.networks import load_networks
 from fewstep.distill.run_folder import RunFolder, replay_step
 from fewstep.distill.trainer import Trainer
 from fewstep.models.loading import Model, load_model, read_config
@@ -113,33 +112,6 @@ def test_a_small_student_of_the_bundled_teacher_learns_its_samples(tmp_path: Pat
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3]), losses
     sizes = [sum(p.numel() for p in trainer.roles.denoiser(name).parameters()) for name in ("student", "teacher")]
     assert 4 * sizes[0] < sizes[1]
-
-
-def test_networks_of_a_teacher_with_a_vocabulary_have_its_words(tmp_path: Path) -> None:
-    """Such a model takes prompts without being a pipeline."""
-    unet = {"name": "unet", "widths": [8], "blocks": [1], "embedding": 8}
-    teacher = {"backbone": unet, "shape": (1, 8, 8), "vocabulary": {"words": ("fox", "cat"), "length": 1}}
-    other = {**teacher, "backbone": unet | {"widths": [16]}}
-    for name, changes in {
-        "teacher": teacher, "other": other, "larger": other | {"shape": (1, 16, 16)}, "labelled": other | {
-            "vocabulary": None, "classes": 2}, "turned": other | {"vocabulary": {"words": ("cat", "fox"), "length": 1}},
-    }.items():  # fmt: skip
-        model = ModelConfig.model_validate(changes)
-        save_model(model.build(), model, tmp_path / name)
-
-    def student(settings: dict[str, Any]) -> torch.nn.Module:
-        found = config(tmp_path, networks={"small": settings}, data={"kind": "emoji"})
-        return load_networks(found, load_model(tmp_path / "teacher"))[0]["small"].denoiser.backbone
-
-    assert student({"backbone": {"widths": [24]}}).words.weight.equal(
-        load_model(tmp_path / "teacher").denoiser.backbone.words.weight
-    )
-    assert_same(student({"checkpoint": str(tmp_path / "other")}).state_dict(), weights(load_model(tmp_path / "other")))
-    for name, message in {
-        "turned": "vocabulary is not the teacher's", "labelled": "condition", "larger": "its shape",
-    }.items():  # fmt: skip
-        with pytest.raises(UserError, match=message):
-            student({"checkpoint": str(tmp_path / name)})
 
 
 # --- what follows from it ---------------------------------------------------------------------------------------------
