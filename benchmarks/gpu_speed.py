@@ -92,7 +92,8 @@ def step_cost(demo: str, overrides: list[str], rounds: int) -> dict[str, Any]:
             save_model(model.build(), model, teacher)
         if demo == "emoji":
             config = config.model_copy(update={"teacher": str(teacher)})
-        return bench_step(config, rounds) | {"teacher": config.teacher, "graphs": graphs()}
+        before = graphs()
+        return bench_step(config, rounds) | {"teacher": config.teacher, "graphs": graphs() - before}
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

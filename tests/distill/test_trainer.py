@@ -207,6 +207,6 @@ def test_labels_beyond_the_classes_of_the_model_are_refused(tmp_path: Path) -> N
 
 def test_the_attention_of_the_config_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[object] = []
-    monkeypatch.setattr(build, "set_attention", lambda backbone, name, device: chosen.append((backbone, name)))
+    monkeypatch.setattr(build, "set_attention", lambda backbone, name, *_: chosen.append((backbone, name)))
     trainer = trainer_of(tiny_config(tmp_path, attention="math"))
     assert chosen == [(trainer.roles.denoiser("teacher").backbone, "math")]
