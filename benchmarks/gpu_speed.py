@@ -24,7 +24,6 @@ from fewstep.distill.config_files import load_config
 from fewstep.models.attention import Backend
 from fewstep.models.attention import attention as attend
 from fewstep.models.compilation import graphs
-from fewstep.models.saving import save_model
 from fewstep.samplers.generate import generate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,18 +81,9 @@ def compiled(device: str, tiny: bool) -> Cases:
 
 
 def step_cost(demo: str, overrides: list[str], rounds: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        config = load_config(ROOT / f"configs/{demo}/demo.yaml", overrides)
-        teacher = ROOT / str(config.teacher)
-        if demo == "emoji" and not teacher.is_dir():
-            model = load_config(ROOT / "configs/emoji/teacher.yaml").model
-            assert model is not None
-            teacher = Path(folder)
-            save_model(model.build(), model, teacher)
-        if demo == "emoji":
-            config = config.model_copy(update={"teacher": str(teacher)})
-        before = graphs()
-        return bench_step(config, rounds) | {"teacher": config.teacher, "graphs": graphs() - before}
+    config = load_config(ROOT / f"configs/{demo}/demo.yaml", overrides)
+    before = graphs()
+    return bench_step(config, rounds) | {"teacher": config.teacher, "graphs": graphs() - before}
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

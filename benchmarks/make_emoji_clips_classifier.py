@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import Tensor
 
 from fewstep.core.files import read_tensors, write_tensors, write_text
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.eval.clip_scores import clip_features, clip_scores, relative_diversity
+from fewstep.eval.clip_scores import PART, clip_features, clip_scores, relative_diversity
+from fewstep.eval.emoji import renders
 from fewstep.eval.networks.classifier import WEIGHTS, accuracy, save_classifier, train_classifier
 from fewstep.eval.networks.features import REFERENCES, ClassifierFeatures
 from fewstep.models.emoji import SIDE
@@ -29,14 +29,6 @@ from fewstep.models.emoji_clips import FRAMES, ClipCaptions, Split, load_animati
 
 TRAINED, TESTED, EPOCHS, WIDTHS = 6_000, 500, 5, (32, 48, 96, 96)  # clips, of which two and all frames are used
 N, REAL, CONDITIONS = 1_024, 4_000, 256  # clips scored; compared with; captions of which two clips are compared
-PART = 100  # clips rendered at a time
-
-
-def clips_of(captions: ClipCaptions, purpose: str) -> Tensor:
-    """A new clip for each caption, uint8 [N, 3, 8, 32, 32]."""
-    random = KeyedRandom(0, 0, purpose, 0)
-    parts = torch.arange(len(captions)).split(PART)
-    return torch.cat([captions.select(part).render(random) for part in parts])
 
 
 def random_captions(captions: ClipCaptions, n: int, purpose: str) -> ClipCaptions:
@@ -46,7 +38,7 @@ def random_captions(captions: ClipCaptions, n: int, purpose: str) -> ClipCaption
 def train(folder: Path) -> None:
     captions = random_captions(ClipCaptions.all(), TRAINED, "classifier/train")
     first = KeyedRandom(0, 0, "classifier/train", 0).integers(TRAINED, FRAMES // 2, "frames")
-    clips, rows = clips_of(captions, "classifier/train"), torch.arange(TRAINED)
+    clips, rows = renders(captions, "classifier/train", PART), torch.arange(TRAINED)
     frames = torch.cat([clips[rows, :, first], clips[rows, :, first + FRAMES // 2]])
     network = train_classifier(
         frames, captions.names.repeat(2), epochs=EPOCHS, seed=0, widths=WIDTHS,
@@ -54,7 +46,7 @@ def train(folder: Path) -> None:
     )  # fmt: skip
     network.half().float()  # as it is stored
     captions = random_captions(ClipCaptions.all(), TESTED, "classifier/test")
-    frames = clips_of(captions, "classifier/test").transpose(1, 2).flatten(0, 1)
+    frames = renders(captions, "classifier/test", PART).transpose(1, 2).flatten(0, 1)
     found = accuracy(network, frames, captions.names.repeat_interleave(FRAMES))
     record = {"clips": TRAINED, "epochs": EPOCHS, "seed": 0, "test_accuracy": found}
     save_classifier(network, folder, name="clips", shape=(3, SIDE, SIDE), training=record)
@@ -69,11 +61,11 @@ def score(folder: Path, file: Path) -> None:
     for split in get_args(Split):
         captions = ClipCaptions.of(split)
         shown = random_captions(captions, N, f"scored/{split}")
-        real = clips_of(random_captions(captions, REAL, f"real/{split}"), f"real/{split}")
-        measured = clip_scores(network, names, clips_of(shown, f"scored/{split}"), real, shown)
+        real = renders(random_captions(captions, REAL, f"real/{split}"), f"real/{split}", PART)
+        measured = clip_scores(network, names, renders(shown, f"scored/{split}", PART), real, shown)
         few = random_captions(captions, CONDITIONS, f"diversity/{split}")
         twice = few.select(torch.arange(2 * CONDITIONS) % CONDITIONS)
-        own, other = (clip_features(network, clips_of(twice, f"diversity/{k}")) for k in ("own", "real"))
+        own, other = (clip_features(network, renders(twice, f"diversity/{k}", PART)) for k in ("own", "real"))
         values = {name: measurement.value for name, measurement in measured.items()}
         scores[split] = values | {"diversity": relative_diversity(own, other, CONDITIONS), "n": N, "n_real": REAL}
     write_text(json.dumps(scores, indent=1) + "\n", file)

@@ -12,6 +12,7 @@ from fewstep.core.image_data import ImageData
 from fewstep.core.image_rows import Columns
 from fewstep.core.registry import is_dotted
 from fewstep.distill.data.batch import SOURCES
+from fewstep.distill.data.emoji import CAPTIONS
 from fewstep.distill.objectives import OBJECTIVES
 from fewstep.distill.stage import (
     MAX_COUNT,
@@ -28,8 +29,7 @@ from fewstep.models.model_config import ModelConfig
 
 OF_IMAGES = ("subset", "split", "columns", "crop", "flip")
 Pixels = Annotated[int, Field(ge=1, le=65_536)]
-EMOJI = ("emoji", "emoji_clips")
-DATA_KINDS = ("labels", *IMAGE_KINDS, "tensors", "prompts", *EMOJI)
+DATA_KINDS = ("labels", *IMAGE_KINDS, "tensors", "prompts", *CAPTIONS)
 
 
 class DataConfig(BaseConfig):
@@ -66,9 +66,9 @@ class DataConfig(BaseConfig):
     def _consistent(self) -> Self:
         if self.kind not in DATA_KINDS and self.kind not in SOURCES.names() and not is_dotted(self.kind):
             raise ValueError(f"unknown kind{nearest(self.kind, [*DATA_KINDS, *SOURCES.names()])}")
-        if self.kind in DATA_KINDS and self.kind not in ("labels", *EMOJI) and self.path is None:
+        if self.kind in DATA_KINDS and self.kind not in ("labels", *CAPTIONS) and self.path is None:
             raise ValueError(f"kind {self.kind} needs a path")
-        if self.kind in EMOJI and self.path is not None:
+        if self.kind in CAPTIONS and self.path is not None:
             raise ValueError(f"kind {self.kind} ships with the package: leave path out")
         if self.sizes and self.kind != "prompts":
             raise ValueError(f"sizes are for kind prompts, not {self.kind}")

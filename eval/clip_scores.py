@@ -15,7 +15,7 @@ from fewstep.core.errors import UserError
 from fewstep.eval.emoji import in_turn, made_from, renders, shuffled
 from fewstep.eval.metrics.diversity import cross_seed_diversity
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance, small_sample_bias
-from fewstep.eval.metrics.metric import NOTED_BIAS, Direction, Measurement
+from fewstep.eval.metrics.metric import NOTED_BIAS, Measurement
 from fewstep.eval.motion import read_motion
 from fewstep.eval.networks.features import ClassifierFeatures, ReferenceNetwork, extract_features
 from fewstep.models.emoji_clips import ART, MOTIONS, SHAPE, ClipCaptions, Split, directions, load_animations
@@ -27,10 +27,6 @@ SPLITS: dict[str, Split] = {
 FOLDER = "emoji_video"  # of the classifier, in reference/
 RENDERS, PART = 2_000, 100  # real clips of a reference; rendered at a time
 STILL = 0.004  # change below which a clip stands still: "alive" is what remains without motion, and must move
-DIRECTIONS: dict[str, Direction] = {
-    "prompt": "higher", "motion": "higher", "name": "higher", "background": "higher", "agreement": "higher",
-    "fd_clips": "lower", "diversity": "higher", **{f"motion_{name}": "higher" for name in MOTIONS},
-}  # fmt: skip
 
 
 def real_set(name: str, purpose: str) -> tuple[ClipCaptions, Tensor, str]:
