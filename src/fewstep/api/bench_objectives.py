@@ -31,7 +31,7 @@ from fewstep.models.loading import load_model
 
 
 class MethodConfig(BaseConfig):
-    """A method: its stages without their ``steps``, its ``data`` if it needs more than labels, and the number of
+    """A method: its stages without their ``steps``, its ``data`` if they are not those of ``base``, and the number of
     evaluations ``spent`` on that data (of the teacher, on ODE pairs)."""
 
     stages: list[dict[str, Any]] = Field(min_length=1)
@@ -70,7 +70,7 @@ def run_config_of(benchmark: ObjectivesBenchmark, method: str) -> Config:
     """
     entry = benchmark.methods[method]
     stages = entry.stages
-    raw = {**benchmark.base, "data": entry.data, "out": benchmark.out}
+    raw = {**benchmark.base, **({"data": entry.data} if entry.data else {}), "out": benchmark.out}
     origin = f"the benchmark's method {method!r}"
     probe = parse_config({**raw, "stages": [{**stage, "steps": 1} for stage in stages]}, origin)
     share = (benchmark.evaluations - entry.spent) / len(stages) / probe.batch / probe.accumulate
