@@ -11,20 +11,22 @@ import torch
 
 from fewstep.core.errors import UserError
 from fewstep.core.image_data import KINDS as IMAGE_KINDS
-from fewstep.core.image_data import open_images
+from fewstep.core.image_data import no_captions, open_images
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.core.registry import dotted_name
+from fewstep.core.tables import read_texts
 from fewstep.distill import sharding
 from fewstep.distill.config import DATA_KINDS, Config, DataConfig
 from fewstep.distill.data.batch import SOURCES, Source
 from fewstep.distill.data.emoji import CAPTIONS, Emoji
-from fewstep.distill.data.readers import read_stored
-from fewstep.distill.data.sources import Images, Labels, Prompts
+from fewstep.distill.data.sources import Images, Labels, Prompts, Stored, Words
+from fewstep.distill.data.stored_files import read_stored
 from fewstep.distill.networks import load_networks, start_from
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role
 from fewstep.models.adapters import checkpoint_gradients, share_network
 from fewstep.models.attention import set_attention
+from fewstep.models.condition import LabelRows
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.hub.encoded import EncodedPrompts
 from fewstep.models.hub.folder import PipelineFolder
@@ -32,7 +34,7 @@ from fewstep.models.loading import Model, load_model, pipeline_of
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.quantized import quantize
 from fewstep.models.schedules import schedule_to_dict
-from fewstep.models.vocabulary import WordPrompts
+from fewstep.models.vocabulary import Vocabulary, WordPrompts
 from fewstep.models.weights_hash import weights_hash
 
 DTYPES = {
@@ -88,7 +90,8 @@ def build_inputs(
         model = load_model(config.teacher, features, config.size, DTYPES[config.weights])
     else:
         raise UserError("The config has neither teacher (to distil) nor model (to pretrain); give one of them.")
-    pipeline = pipeline_of(model) if config.data.kind == "prompts" and data is None else None
+    encoded = config.data.kind == "prompts" and data is None and model.config.vocabulary is None
+    pipeline = pipeline_of(model) if encoded else None
     networks, notes = load_networks(config, model)
     backbone, model_config = model.denoiser.backbone, model.config
     for network in (backbone, *(other.denoiser.backbone for other in networks.values())):
@@ -107,7 +110,7 @@ def build_inputs(
     source = data or _source(config, model_config, prompts, pipeline, device)
     if pipeline is None:
         _check_shape(source, model_config)
-    shown = source.prompts if isinstance(source, Emoji) else prompts
+    shown = prompts or _word_prompts(source)
     return TrainingInputs(roles, {"data": source}, model_config, shown, pipeline, teacher_sha256, networks, notes)
 
 
@@ -135,8 +138,7 @@ def _pretraining(
     if isinstance(source, Images) and model_config.classes and source.table.class_names:
         names = model_config.class_names or source.table.class_names
         model_config = model_config.model_copy(update={"class_names": names})
-    prompts = source.prompts if isinstance(source, Emoji) else None
-    return TrainingInputs(roles, {"data": source}, model_config, prompts, notes=notes)
+    return TrainingInputs(roles, {"data": source}, model_config, _word_prompts(source), notes=notes)
 
 
 # --- your own objects -------------------------------------------------------------------------------------------------
@@ -215,10 +217,7 @@ def _source(
             data.kind, model, device, images=any("x0" in stage.objective.tensors for stage in config.stages)
         )
     if model.vocabulary is not None:
-        raise UserError(
-            f"This model takes prompts, which data.kind={data.kind} does not have for it: set data.kind=emoji (clips: "
-            'emoji_clips), or a source of your own whose conditions have "words".'
-        )
+        return _word_source(data, model, model.vocabulary)
     if data.kind != "prompts" and model.takes_prompts:
         raise UserError(
             "This teacher needs prompts: set data.kind=prompts, and data.path to a folder from fewstep data encode or "
@@ -231,9 +230,43 @@ def _source(
         return Prompts(prompts, sizes or [model.shape])
     assert data.path is not None
     if data.kind in IMAGE_KINDS:
+        if data.columns.caption is not None:
+            raise UserError(
+                "data.columns.caption does not act: this model takes no captions. One with a vocabulary does "
+                "(model.vocabulary), and a pipeline, for which fewstep data encode encodes them (data.kind=prompts)."
+            )
         table = open_images(data.images, model.shape)
         labels = table.labels_of(model.classes, model.class_names or ()) if model.classes else table.labels
-        return Images(table, labels, model.classes, data.flip)
+        return Images(table, LabelRows(labels, model.classes), data.flip)
     if data.kind == "tensors":
         return read_stored(Path(data.path), model.classes)
     raise UserError(f"data.kind: {data.kind} needs a teacher that is a diffusers pipeline.")
+
+
+def _word_source(data: DataConfig, model: ModelConfig, vocabulary: Vocabulary) -> Source:
+    """A source for a model that takes words: captions alone, with images, or of stored samples."""
+    if data.kind == "prompts":
+        return Words(vocabulary.encode(read_texts(Path(str(data.path)))), model.shape)
+    if data.kind == "tensors":
+        return read_stored(Path(str(data.path)), 0, vocabulary)
+    if data.kind in IMAGE_KINDS:
+        if data.columns.label is not None:
+            raise UserError("data.columns.label does not act: this model takes words, from data.columns.caption.")
+        table = open_images(data.images, model.shape)
+        if table.captions is None:
+            raise no_captions(str(data.path))
+        return Images(table, vocabulary.encode(table.captions), data.flip)
+    raise UserError(
+        f"This model takes words, which data.kind={data.kind} does not have: set data.kind=prompts and data.path to a "
+        "file of captions (.txt, .csv, .jsonl, .parquet), for images with captions data.kind=dataset, or for the "
+        "bundled ones data.kind=emoji (clips: emoji_clips)."
+    )
+
+
+def _word_prompts(source: Source) -> WordPrompts | None:
+    """The prompts of a source of words; None for another one."""
+    if isinstance(source, Emoji | Words):
+        return source.prompts
+    if isinstance(source, Images | Stored) and isinstance(source.conditions, WordPrompts):
+        return source.conditions
+    return None

@@ -39,13 +39,15 @@ class DataConfig(BaseConfig):
     per class. ``idx``: a folder of idx files, of which ``split`` is ``train`` or ``test``. ``npz``: an .npz file of
     arrays. ``dataset``: a table (.csv, .jsonl) of image files, a folder with a ``metadata.csv``, or what Hugging Face's
     ``datasets`` reads: Parquet, WebDataset, a name on the hub with its ``subset`` and ``split``. ``tensors``: a
-    safetensors file of labelled samples (``fewstep data ode-pairs``, ``fewstep data preferences``, or the real images
-    of a reference). ``prompts``: a folder from ``fewstep data encode`` or ``fewstep data preferences --captions``:
-    prompts alone, with images, or with preference pairs. ``emoji``, ``emoji_clips``: captions of emoji for a model with
-    a vocabulary, and images or clips rendered for them where the objective needs these. Any other name is your own
+    safetensors file of samples with labels or captions (``fewstep data ode-pairs``, ``fewstep data preferences``, or
+    the real images of a reference). ``prompts``: a folder from ``fewstep data encode`` or ``fewstep data preferences``
+    of a pipeline, with prompts alone, with images, or with preference pairs; for a model with a vocabulary a file of
+    captions (.txt, .csv, .jsonl, .parquet). ``emoji``, ``emoji_clips``: captions of emoji for a model with a
+    vocabulary, and images or clips rendered for them where the objective needs these. Any other name is your own
     source, created with ``options``.
 
-    Of images, ``columns`` names the columns or arrays ``image`` and ``label`` if they have unusual names; with
+    Of images, ``columns`` names the columns or arrays ``image`` and ``label``, or ``caption`` for a model with a
+    vocabulary, if they have unusual names; with
     ``crop``, those of another size than the model's are scaled until they cover it and cropped around their centre
     (otherwise they are an error); with ``flip``, each is mirrored with probability 1/2 whenever it is sampled. For
     prompts alone, ``sizes`` lists height, width and frames in pixels, and each batch has one of them (by default the
@@ -81,11 +83,6 @@ class DataConfig(BaseConfig):
         return self
 
     def _check_images(self) -> None:
-        if self.columns.caption is not None:
-            raise ValueError(
-                "columns.caption does not act in training: only a pipeline takes captions, which fewstep data encode "
-                "encodes (data.kind=prompts)"
-            )
         try:
             self.images  # noqa: B018, its own checks
         except UserError as error:

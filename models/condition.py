@@ -87,3 +87,18 @@ class Condition(Mapping[str, Tensor]):
         if not classes:
             return Condition()
         return Condition({"labels": labels}, {"labels": torch.tensor(classes)})
+
+
+@dataclass(frozen=True)
+class LabelRows:
+    """The labels [N] of samples, of ``classes`` classes (0: none): what ``vocabulary.WordPrompts`` is to captions."""
+
+    labels: Tensor
+    classes: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __call__(self, rows: Tensor) -> Condition:
+        """The condition of the samples with these numbers [B]."""
+        return Condition.of_labels(self.labels[rows], self.classes)

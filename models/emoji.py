@@ -8,6 +8,7 @@ combinations are held out of training, to measure whether a model composes words
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.core.devices import CPU
+from fewstep.core.errors import UserError
 from fewstep.core.files import reading
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.core.transfer import send
@@ -103,6 +105,15 @@ class EmojiCaptions:
         background = ~style & ((turned == 0) | (turned == 4))
         held_out = {"style": style, "background": background, "train": ~style & ~background}
         return every.select(held_out[split].nonzero()[:, 0])
+
+    @staticmethod
+    def parse(texts: Sequence[str]) -> EmojiCaptions:
+        """The contents of captions as text. Raises ``UserError`` that names one of another form."""
+        every = EmojiCaptions.all()
+        numbers = {text: k for k, text in enumerate(every.texts)}
+        if unknown := next((text for text in texts if text not in numbers), None):
+            raise UserError(f"{unknown!r} is not a caption of an emoji, such as 'a shiny fox on blue'.")
+        return every.select(torch.tensor([numbers[text] for text in texts]))
 
     def __len__(self) -> int:
         return len(self.names)

@@ -26,7 +26,7 @@ from fewstep.core.image_files import image_size, read_image, read_video
 from fewstep.core.tables import read_table
 from fewstep.core.yaml_files import dump_yaml
 from fewstep.distill.config_files import load_config
-from fewstep.distill.data.readers import read_stored
+from fewstep.distill.data.stored_files import read_stored
 from fewstep.eval.captions import Captions
 from fewstep.eval.feature_statistics import contains_statistics, read_statistics
 from fewstep.eval.images import ImageSet

@@ -41,23 +41,28 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for k in range(30):
             pixels = numbers.integers(0, 256, (70 + 10 * number, 90, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{k:04d}.jpg")
-    teacher, student, _ = blocks("yaml")
+    teacher, student, words, _ = blocks("yaml")
     (tmp_path / "teacher.yaml").write_text(teacher)
     (tmp_path / "student.yaml").write_text(student)
+    (tmp_path / "words.yaml").write_text(words)
     with (tmp_path / "captions.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows(
             [("title", "caption"), ("shirt", "a red t-shirt, on white"), ("bag", "a green bag")]
         )
+    with (tmp_path / "pictures.csv").open("w", newline="") as stream:
+        files = [f"photos/cat/{k:04d}.jpg" for k in range(3)]
+        captions = ["a red cat", "the cat on red", "a blue cat"]
+        csv.writer(stream).writerows([("file_name", "caption"), *zip(files, captions, strict=True)])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_every_command_of_the_page_runs_in_turn(folder: Path) -> None:
-    assert len(commands()) == 13
+    assert len(commands()) == 16
     for program, *arguments in commands():
         assert program == "fewstep"
         if arguments[0] == "train":
-            arguments += TINY + (NETWORK if arguments[1] == "teacher.yaml" else [])
+            arguments += TINY + (NETWORK if arguments[1] in ("teacher.yaml", "words.yaml") else [])
             arguments += ["validation.every=2", "validation.n=10"] if "out=runs/photos_scored" in arguments else []
         if arguments[:2] == ["data", "reference"]:
             arguments += ["--epochs", "1"]
@@ -68,6 +73,7 @@ def test_every_command_of_the_page_runs_in_turn(folder: Path) -> None:
                for run in ("photos", "photos_4_steps", "faces", "faces_4_steps")}  # fmt: skip
     assert configs["photos"]["class_names"] == configs["photos_4_steps"]["class_names"] == ["bee", "cat", "dog"]
     assert configs["faces_4_steps"]["classes"] == 0
+    assert len(list((folder / "cats").glob("*.png"))) == 4
     scores = read_scores(folder / "runs" / "photos_scored" / "eval.json")
     assert {score.steps for score in scores} == {2, 4}
     assert {"fd_photos_reference", "accuracy"} <= {score.metric for score in scores}

@@ -1,4 +1,4 @@
-"""Sources of batches: labels, labelled images, stored samples, encoded prompts."""
+"""Sources of batches: labels, words, images, stored samples, encoded prompts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from fewstep.core.image_data import ImageTable
 from fewstep.core.image_files import to_unit
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.data.batch import Batch
-from fewstep.models.condition import Condition
+from fewstep.models.condition import Condition, LabelRows
 from fewstep.models.hub.encoded import EncodedPrompts
+from fewstep.models.vocabulary import WordPrompts
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,23 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class Words:
+    """Uniform prompts of words: all that a data-free method needs for a model with a vocabulary."""
+
+    prompts: WordPrompts
+    shape: tuple[int, ...]
+
+    def __call__(self, random: KeyedRandom, size: int) -> Batch:
+        return Batch(size, self.shape, self.prompts(random.integers(size, len(self.prompts))))
+
+
+@dataclass(frozen=True)
 class Images:
-    """A set of images with ``labels`` [N] of ``classes`` classes (0: none), sampled with replacement; ``x0`` is float32
-    in [-1, 1]. With ``flip``, each sample is mirrored with probability 1/2."""
+    """A set of images with their labels or prompts, sampled with replacement; ``x0`` is float32 in [-1, 1]. With
+    ``flip``, each sample is mirrored with probability 1/2."""
 
     table: ImageTable
-    labels: Tensor
-    classes: int
+    conditions: LabelRows | WordPrompts
     flip: bool = False
 
     def __call__(self, random: KeyedRandom, size: int) -> Batch:
@@ -44,18 +55,15 @@ class Images:
         if self.flip:
             mirrored = random.uniform(size, stream="flip") < 0.5
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-        condition = Condition.of_labels(self.labels[rows], self.classes)
-        return Batch(size, self.table.shape, condition, {"x0": to_unit(pixels)})
+        return Batch(size, self.table.shape, self.conditions(rows), {"x0": to_unit(pixels)})
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Tensors by name, float32 [N, ...], with labels [N] of ``classes`` classes (0: none): noise and x0, or winner and
-    loser."""
+    """Tensors by name, float32 [N, ...], with their labels or prompts: noise and x0, or winner and loser."""
 
     tensors: Mapping[str, Tensor]
-    labels: Tensor
-    classes: int
+    conditions: LabelRows | WordPrompts
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,9 +71,9 @@ class Stored:
         return tuple(next(iter(self.tensors.values())).shape[1:])
 
     def __call__(self, random: KeyedRandom, size: int) -> Batch:
-        rows = random.integers(size, len(self.labels))
-        condition = Condition.of_labels(self.labels[rows], self.classes)
-        return Batch(size, self.shape, condition, {name: tensor[rows] for name, tensor in self.tensors.items()})
+        rows = random.integers(size, len(self.conditions))
+        chosen = {name: tensor[rows] for name, tensor in self.tensors.items()}
+        return Batch(size, self.shape, self.conditions(rows), chosen)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fewstep.eval.networks.features import ClassifierFeatures, extract_features
 
 
+@torch.no_grad()
 def confidence(network: ClassifierFeatures, images: Tensor, labels: Tensor) -> Tensor:
     """The log-probability of the label [N] by the evaluator's classifier."""
     logits = network.network.classify(extract_features(network, images).to(network.network.device))

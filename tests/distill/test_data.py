@@ -14,6 +14,7 @@ from fewstep.core.image_rows import array_rows
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.data.batch import Source
 from fewstep.distill.data.sources import Images, Labels
+from fewstep.models.condition import LabelRows
 
 
 def test_bytes_survive_the_unit_interval() -> None:
@@ -35,7 +36,7 @@ def numbered() -> Images:
 
 def images_of(pixels: Tensor, labels: Tensor, classes: int = 3, flip: bool = False) -> Images:
     rows = array_rows("numbers", pixels, labels, labelled=True)
-    return Images(ImageTable(rows, (1, *pixels.shape[2:]), pixels=pixels), labels, classes, flip)
+    return Images(ImageTable(rows, (1, *pixels.shape[2:]), pixels=pixels), LabelRows(labels, classes), flip)
 
 
 def sampled(source: Source, step: int = 0, shard: int = 0) -> list[Tensor]:

@@ -98,7 +98,7 @@ def test_images_are_rendered_only_for_objectives_that_need_them(teacher: Path) -
         (["model.vocabulary.words=[fox]"], "does not know the word 'shiny'"),
         (["model.vocabulary.words=[Fox]"], "not one word in lower case"),
         (["model.shape=[3, 28, 28]"], r"its samples are \[3, 32, 32\]"),
-        (["data.kind=labels"], "takes prompts, which data.kind=labels does not have"),
+        (["data.kind=labels"], "takes words, which data.kind=labels does not have"),
         (["model.classes=3"], "either classes or vocabulary"),
     ],
 )

@@ -24,7 +24,7 @@ from fewstep.distill.build import build_inputs
 from fewstep.distill.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import parse_config
-from fewstep.distill.data.readers import read_stored
+from fewstep.distill.data.stored_files import read_stored
 
 UNET = {"name": "unet", "widths": [8], "blocks": [1], "embedding": 8, "heads": 1}
 
@@ -174,10 +174,6 @@ def test_a_run_of_before_these_settings_resumes(tmp_path: Path) -> None:
         ({"kind": "labels", "flip": True}, "flip is for images"),
         ({"kind": "tensors", "path": "x", "crop": True}, "crop is for images"),
         ({"kind": "folder", "path": "x", "split": "test"}, "split does not act on kind folder"),
-        (
-            {"kind": "dataset", "path": "x", "columns": {"caption": "text"}},
-            r"columns\.caption does not act in training",
-        ),
         ({"kind": "npz"}, "kind npz needs a path"),
         ({"kind": "dataset", "path": "x", "columns": {"lable": "y"}}, "lable"),
     ],
@@ -185,6 +181,13 @@ def test_a_run_of_before_these_settings_resumes(tmp_path: Path) -> None:
 def test_data_settings_that_do_not_act_are_refused(data: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         pretraining(tmp_path, data, 3)
+
+
+def test_a_column_of_captions_does_not_act_for_a_model_of_labels(tmp_path: Path) -> None:
+    data = image_sets.csv(tmp_path)
+    settings = {"kind": "dataset", "path": data.path, "columns": {"caption": "text"}, "crop": True}
+    with pytest.raises(UserError, match=r"columns\.caption does not act: this model takes no captions"):
+        build_inputs(pretraining(tmp_path, settings, 3), torch.device("cpu"))
 
 
 def test_pixels_reach_training_unchanged(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from worlds import tiny_teacher
 from fewstep.core.errors import UserError
 from fewstep.core.idx_files import IDX_FILES, read_idx
 from fewstep.core.image_files import read_image
-from fewstep.distill.data.readers import read_stored
+from fewstep.distill.data.stored_files import read_stored
 from fewstep.eval import image_sources
 from fewstep.eval.networks.classifier import load_classifier
 from fewstep.models.loading import load_model

@@ -17,6 +17,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import check_writable, write_tensors
 from fewstep.core.image_files import to_images
 from fewstep.core.tables import IMAGE_COLUMNS, TABLE_SUFFIXES, choose_column, read_texts, table_columns
+from fewstep.distill.data.stored_files import write_stored
 from fewstep.eval.hashes import json_sha256, model_sha256
 from fewstep.eval.rewards.registry import find_prompt_reward, find_reward, rate
 from fewstep.models.condition import Condition
@@ -90,25 +91,45 @@ def _images(folder: PipelineFolder, given: Path, column: str | None, frames: int
 
 
 def make_ode_pairs(
-    source: Source, file: Source, *, n: int = 10_000, sampling: SamplingConfig | None = None, device: str = "auto",
-    progress: Callable[[int], None] | None = None,
+    source: Source, file: Source, *, n: int = 10_000, captions: Source | None = None,
+    sampling: SamplingConfig | None = None, device: str = "auto", progress: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
     """Writes ``n`` pairs of noise and what a teacher's solver maps it to, with labels in turn, as a safetensors file.
-    The default is 18 Heun steps. Raises ``UserError`` on a solver that adds noise, which is no map."""
+    The default is 18 Heun steps. A model that takes words needs ``captions``, a text file with one per line or a table
+    (see ``encode``). Raises ``UserError`` on a solver that adds noise, which is no map, and on a pipeline."""
     if n < 1:
         raise UserError(f"n must be at least 1, got {n}.")
     check_writable(file)
-    model = load(source, device)
-    labels = model.labels(n)
+    model, texts = load(source, device), _texts(captions, n)
+    condition, numbers = _in_turn(model, n, texts)
     sampling = sampling or SamplingConfig("heun", 18)
     if (solver := plan(model, sampling).solver).noisy:
         raise UserError(
             f"The solver {solver.name!r} adds noise, so that its samples are no function of the first noise."
         )
-    samples = generate(model, labels, sampling, progress=progress)
+    samples = generate(model, condition, sampling, numbers=range(n), progress=progress)
     noise = SampleNoise(sampling.seed, range(n), model.config.shape, torch.device("cpu"))()
     start = float(model.denoiser.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)))
-    write_tensors({"noise": start * noise, "x0": samples.x0, "labels": labels}, Path(file))
+    write_stored(Path(file), {"noise": start * noise, "x0": samples.x0}, numbers, texts)
+
+
+def _texts(captions: Source | None, n: int) -> list[str]:
+    """The captions that ``n`` samples use; none without a file."""
+    return read_texts(Path(captions))[:n] if captions is not None else []
+
+
+def _in_turn(model: Model, n: int, captions: Sequence[str]) -> tuple[Condition, Tensor]:
+    """The conditions of ``n`` samples, and their labels or the numbers of their ``captions``, int64 [n]: all in turn.
+    Raises ``UserError`` on a model that takes neither, or the other of the two."""
+    if model.config.vocabulary is None and captions:
+        raise UserError("This needs a model with a vocabulary, or captions to be left out: this model has none.")
+    if model.config.vocabulary is None:
+        labels = model.labels(n)
+        return Condition.of_labels(labels, model.config.classes), labels
+    if not captions:
+        raise UserError("This model takes words: give captions, a file with one per line (--captions).")
+    rows = torch.arange(n) % len(captions)
+    return model.config.vocabulary.encode(captions)(rows), rows
 
 
 def make_preferences(
@@ -119,9 +140,10 @@ def make_preferences(
     """Writes preference pairs: of ``candidates`` samples for each of ``n`` labels, the one with the highest ``reward``
     is the ``winner`` and the one with the lowest the ``loser``. ``out`` is a safetensors file.
 
-    A text-conditioned model needs ``captions``, a text file with one per line or a table (see ``encode``), which are
-    used in turn; ``size`` is that of its samples in pixels, ``batch`` their number at a time. ``out`` is then a folder
-    in the format of ``encode``, with the encoded captions and shards of ``rows`` pairs; existing shards are kept.
+    A model that takes prompts needs ``captions``, a text file with one per line or a table (see ``encode``), which are
+    used in turn. Of a pipeline, ``size`` is that of its samples in pixels, ``batch`` their number at a time, and
+    ``out`` a folder in the format of ``encode``, with the encoded captions and shards of ``rows`` pairs; existing
+    shards are kept.
 
     Returns the number of pairs whose candidates all have one reward: their winner is their loser, and training learns
     nothing from them.
@@ -132,21 +154,25 @@ def make_preferences(
     judge = find_reward(reward) if captions is None else find_prompt_reward(reward)
     if n < 1 or candidates < 2:
         raise UserError(f"A pair needs two candidates and n at least 1, got {candidates} and {n}.")
-    if captions is None:
-        check_writable(out)
     model, sampling = load(source, device, size), sampling or SamplingConfig()
     plan(model, sampling)
     network = classifier_for(source, reference, model.device)
-    batch = 100 if captions is None else batch
+    native = captions is None or model.config.vocabulary is not None
+    batch = 100 if native else batch
     compare = _Comparison(model, sampling, partial(rate, reward, judge, network), n, candidates, batch, progress)
-    if captions is None:
-        labels = model.labels(n)
-        winner, loser = compare(range(n), Condition.of_labels(labels, model.config.classes), labels, to_images)
-        write_tensors({"winner": winner, "loser": loser, "labels": labels}, Path(out))
+    if native:
+        check_writable(out)
+        texts = _texts(captions, n)
+        condition, in_turn = _in_turn(model, n, texts)
+        shown = [texts[k] for k in in_turn.tolist()] if texts else in_turn
+        rate(reward, judge, network, noise_image(model), shown[:1])  # refused before sampling
+        winner, loser = compare(range(n), condition, shown, to_images)
+        write_stored(Path(out), {"winner": winner, "loser": loser}, in_turn, texts)
         return _ties(winner, loser)
+    assert captions is not None
     folder, texts = pipeline_of(model), read_texts(Path(captions))
     require_vae(folder)
-    rate(reward, judge, network, noise_image(model, prompts=True), texts[:1])  # refused before sampling
+    rate(reward, judge, network, noise_image(model), texts[:1])  # refused before sampling
     made_from = {
         "model": model_sha256(model), "vae": fingerprint(folder, ("vae",)), "reward": reward,
         "reference": network.sha256, "candidates": candidates, "sampling": sampling.as_dict(),

@@ -161,8 +161,9 @@ def win_rates(
     95 % interval, and both means, for each of ``rewards`` (default: all). The default seed is 1, other than that of
     ``make_preferences``.
 
-    Text-conditioned models need ``captions``, a text file with one per line or a table with a column caption, prompt or
-    text, which are used in turn; ``size`` is that of their samples in pixels, ``batch`` their number at a time."""
+    Models that take prompts need ``captions``, a text file with one per line or a table with a column caption, prompt
+    or text, which are used in turn; of pipelines, ``size`` is that of the samples in pixels, ``batch`` their number at
+    a time."""
     if n < 1:
         raise UserError(f"n must be at least 1, got {n}.")
     sampling = sampling or SamplingConfig(seed=1)
@@ -192,7 +193,7 @@ def _rewards(
     shown: Tensor | list[str] = [prompts[k % len(prompts)] for k in range(n)] if prompts else model.labels(n)
     parts, done = [], 0
     for name, reward in rewards.items():
-        rate(name, reward, network, noise_image(model, bool(prompts)), shown[:1])  # refused before sampling
+        rate(name, reward, network, noise_image(model), shown[:1])  # refused before sampling
     for images in GeneratedSet(model, sampling, n, prompts, batch).parts():
         some = shown[done : done + len(images)]
         parts.append({name: rate(name, reward, network, images, some) for name, reward in rewards.items()})

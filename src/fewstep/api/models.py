@@ -110,11 +110,11 @@ def teacher_of_run(source: Source, device: str = "auto") -> Model | None:
         raise UserError(f"The teacher of {run}, as its config.yaml names it: {error}") from error
 
 
-def noise_image(model: Model, prompts: bool) -> Tensor:
-    """An image of noise, uint8 [1, C, H, W] (or a video), decoded as the samples of a model of prompts or labels are:
-    to try a reward before anything is sampled."""
+def noise_image(model: Model) -> Tensor:
+    """An image of noise, uint8 [1, C, H, W] (or a video), decoded as the samples of a model are: to try a reward before
+    anything is sampled."""
     noise = SampleNoise(0, [0], model.config.shape, torch.device("cpu"))()
-    if not prompts:
+    if not model.config.takes_prompts or model.config.vocabulary is not None:
         return to_images(noise)
     folder = pipeline_of(model)
     return folder.decode_images(folder.decoder().to(model.device), noise)

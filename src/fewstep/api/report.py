@@ -9,7 +9,12 @@ from typing import Any
 from fewstep.api.models import Source, load, teacher_of_run
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_prompts
+from fewstep.core.image_data import KINDS as IMAGE_KINDS
+from fewstep.core.image_data import captions_of
+from fewstep.core.tables import read_texts
+from fewstep.distill.config import DataConfig
 from fewstep.distill.data.emoji import CAPTIONS
+from fewstep.distill.data.stored_files import stored_captions
 from fewstep.distill.run_folder import run_settings
 from fewstep.eval.emoji import shuffled
 from fewstep.eval.report.comparison import write_comparison
@@ -46,7 +51,12 @@ def _training_prompts(data: Mapping[str, Any]) -> list[str]:
         return shuffled(captions).texts
     if data["path"] is None:
         raise UserError(f"The prompts of data.kind={data['kind']} are not known: use fewstep sample with --prompts.")
-    return read_prompts(Path(data["path"]) / PROMPTS)
+    path = Path(data["path"])
+    if data["kind"] == "tensors":
+        return stored_captions(path)
+    if data["kind"] in IMAGE_KINDS:
+        return captions_of(DataConfig.model_validate(data).images)
+    return read_prompts(path / PROMPTS) if path.is_dir() else read_texts(path)
 
 
 def report(run: Source) -> Path:

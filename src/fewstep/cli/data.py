@@ -165,6 +165,7 @@ def ode_pairs(
         Path, typer.Option("--out", help="A safetensors file; training reads it with data.kind=tensors data.path=FILE.")
     ],
     n: Annotated[int, typer.Option("--n", help="Number of pairs.")] = 10_000,
+    captions: Captions = None,
     solver: Annotated[str, typer.Option(help="One of fewstep solver list.")] = "heun",
     steps: Annotated[int, typer.Option(help="Steps.")] = 18,
     guidance: GuidanceScale = 1.0,
@@ -177,8 +178,8 @@ def ode_pairs(
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=n)
         data.make_ode_pairs(
-            model_name, file, n=n, sampling=sampling_of(solver, steps, guidance, "time", seed), device=device,
-            progress=lambda done: bar.update(task, completed=done),
+            model_name, file, n=n, captions=captions, sampling=sampling_of(solver, steps, guidance, "time", seed),
+            device=device, progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
     print_text(f"{n} pairs are in {file}.")
 
@@ -188,7 +189,7 @@ def ode_pairs(
 )
 def preferences(
     model_name: ModelName,
-    file: Annotated[Path, typer.Option("--out", help="A safetensors file; with --captions a folder.")],
+    file: Annotated[Path, typer.Option("--out", help="A safetensors file; of a pipeline a folder.")],
     reward: Annotated[
         str,
         typer.Option(
@@ -214,7 +215,7 @@ def preferences(
 ) -> None:
     """Sample a model several times per label or caption, and keep the best and the worst by a reward as a pair.
 
-    For training with data.kind=tensors; with --captions data.kind=prompts, and the same call continues an interrupted
+    For training with data.kind=tensors; of a pipeline data.kind=prompts, and the same call continues an interrupted
     one.
     """
     from fewstep.api import data

@@ -220,7 +220,7 @@ def winrate(
 ) -> None:
     """Measure how often a model's samples score higher on each reward than another model's, from equal noise.
 
-    Text-conditioned models need --captions.
+    Models that take prompts need --captions.
     """
     from fewstep.api.evaluate import win_rates
 

@@ -72,7 +72,7 @@ GRID_HELP = (
 Grid = Annotated[str, typer.Option(help=GRID_HELP)]
 Captions = Annotated[
     Path | None,
-    typer.Option(help="For a text-conditioned model: a text file, one caption per line, or a table, in turn."),
+    typer.Option(help="For a model that takes prompts: a text file, one caption per line, or a table, in turn."),
 ]
 Size = Annotated[str | None, typer.Option(help="For pipelines: HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES in pixels.")]
 Batch = Annotated[int, typer.Option(min=1, help="For pipelines: samples at a time.")]

@@ -192,6 +192,22 @@ def first_shape(data: ImageData) -> tuple[int, ...]:
     return _first_shape(rows)
 
 
+def captions_of(data: ImageData) -> list[str]:
+    """The captions of the images. Raises ``UserError`` if they have none."""
+    rows = _rows(data)
+    if rows.captions is None:
+        raise no_captions(rows.name)
+    return list(rows.captions)
+
+
+def no_captions(name: str) -> UserError:
+    """The error about images without captions."""
+    return UserError(
+        f"{name} has no captions, and the model takes words: name their column (data.columns.caption=NAME), or use a "
+        "table with one (data.kind=dataset)."
+    )
+
+
 def _rows(data: ImageData) -> ImageRows:
     path = Path(data.path)
     if data.kind == "folder":

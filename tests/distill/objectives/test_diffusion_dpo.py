@@ -18,7 +18,7 @@ from fewstep.distill.config_files import parse_config
 from fewstep.distill.data.sources import Prompts, Stored
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
-from fewstep.models.condition import Condition
+from fewstep.models.condition import Condition, LabelRows
 from fewstep.models.denoiser import Denoiser, GuidanceStyle
 from fewstep.models.hub.encoded import EncodedPrompts, Index
 from fewstep.models.loading import load_model
@@ -43,7 +43,7 @@ def pairs(swap: bool = False, same: bool = False) -> Stored:
     loser = torch.randn(500, D, generator=generator)
     winner = loser if same else loser + torch.tensor([0.5, -0.3, 0.0])
     tensors = {"winner": loser, "loser": winner} if swap else {"winner": winner, "loser": loser}
-    return Stored(tensors, torch.zeros(500, dtype=torch.long), 1)
+    return Stored(tensors, LabelRows(torch.zeros(500, dtype=torch.long), 1))
 
 
 def update(

@@ -13,10 +13,11 @@ from fewstep.api.data import make_ode_pairs
 from fewstep.core.errors import UserError
 from fewstep.core.files import write_tensors
 from fewstep.distill.config_files import parse_config
-from fewstep.distill.data.readers import read_stored
 from fewstep.distill.data.sources import Stored
+from fewstep.distill.data.stored_files import read_stored
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
+from fewstep.models.condition import LabelRows
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.loading import load_model
 from fewstep.samplers.heun import heun
@@ -28,8 +29,8 @@ def test_a_pair_is_noise_and_the_end_of_its_ode(tmp_path: Path) -> None:
     sampling = fewstep.SamplingConfig("heun", 3, guidance=2.0)
     make_ode_pairs(teacher, tmp_path / "pairs.safetensors", n=25, sampling=sampling, device="cpu")
     pairs = read_stored(tmp_path / "pairs.safetensors", 10)
-    assert pairs.labels.tolist() == [k % 10 for k in range(25)]
-    condition = fewstep.Condition.of_labels(pairs.labels, 10)
+    condition = pairs.conditions(torch.arange(25))
+    assert condition["labels"].tolist() == [k % 10 for k in range(25)]
     predict = Predictor(load_model(teacher).denoiser, condition, fewstep.Guidance(2.0))
     with torch.no_grad():
         torch.testing.assert_close(
@@ -41,7 +42,7 @@ def test_the_regression_is_the_mean_square_on_the_pairs() -> None:
     """At the teacher's distribution the matching vanishes; the gradient of mu is 2 regression mean(mu + rho z - y)."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(100, 4, generator=generator)
-    pairs = Stored({"noise": noise, "x0": 2 + noise}, torch.zeros(100, dtype=torch.long), 1)
+    pairs = Stored({"noise": noise, "x0": 2 + noise}, LabelRows(torch.zeros(100, dtype=torch.long), 1))
     student = trained(Denoiser(Affine(1.0, 0.8), FLOW, "x0"))
     roles = Roles({"teacher": Role(gaussian(1.0, 0.8, 4)), "student": student, "fake": Role(gaussian(1.0, 0.8, 4))})
     objective = build_objective("dmd", roles, guidance=1.0, regression=0.5)
