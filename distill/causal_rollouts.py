@@ -17,7 +17,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.transfer import send
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import add_noise, in_turn, initial_noise
-from fewstep.distill.update import MicroBatch, StudentSample
+from fewstep.distill.update import LastStep, MicroBatch, StudentSample
 from fewstep.models.backbone import Past
 
 
@@ -34,6 +34,8 @@ def causal_rollout(micro: MicroBatch, roles: Roles, times: Sequence[float]) -> S
     last = in_turn(micro, len(times), "exit")
     t_student = torch.tensor(times, dtype=torch.float64)[last]
     frames: list[Tensor] = []
+    states: list[Tensor] = []
+    pasts: list[Past | None] = []
     past: Past | None = None
     for x in initial_noise(micro, schedule, times[0]).split(1, 2):
         x = x.clone()  # frames are changed in place below, and a graph keeps each
@@ -49,10 +51,17 @@ def causal_rollout(micro: MicroBatch, roles: Roles, times: Sequence[float]) -> S
                 x[rows] = add_noise(schedule, p.x0, noise[rows], t)
         p, _ = roles.after("student", past, x, t_student, condition)
         frames.append(p.x0)
+        states.append(x)
+        pasts.append(past)
         with torch.no_grad():
             _, past = roles.after("student", past, p.x0.detach(), 0.0, condition)
-    x0 = torch.cat(frames, 2)
-    return StudentSample(x0, torch.zeros_like(t_student), x0, t_student, condition)
+
+    def evaluate(x: Tensor, t: Tensor) -> Tensor:
+        each = zip(x.split(1, 2), pasts, strict=True)
+        return torch.cat([roles.after("student", before, frame, t, condition)[0].x0 for frame, before in each], 2)
+
+    x0, x_s = torch.cat(frames, 2), torch.cat(states, 2)
+    return StudentSample(x0, torch.zeros_like(t_student), x0, t_student, condition, last=LastStep(x_s, evaluate))
 
 
 def require_causal(roles: Roles) -> None:

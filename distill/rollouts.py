@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep.core.transfer import like, send
 from fewstep.distill.roles import Roles
 from fewstep.distill.time_laws import TimeLaw
-from fewstep.distill.update import MicroBatch, StudentSample
+from fewstep.distill.update import LastStep, MicroBatch, StudentSample
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import expand_like
 from fewstep.models.schedules import NoiseSchedule
@@ -56,8 +56,12 @@ def backward_simulation(micro: MicroBatch, roles: Roles, times: Sequence[float])
             noise = micro.random.normal(x.shape, "renoise")
             _advance(roles, "student", x, last > i, _full(len(x), now), _full(len(x), following), condition, noise)
     t_student = torch.tensor(times, dtype=torch.float64)[last]
-    x0 = roles.predict("student", x, t_student, condition).out.x0
-    return StudentSample(x0, torch.zeros_like(t_student), x0, t_student, condition)
+
+    def evaluate(x: Tensor, t: Tensor) -> Tensor:
+        return roles.predict("student", x, t, condition).out.x0
+
+    x0 = evaluate(x, t_student)
+    return StudentSample(x0, torch.zeros_like(t_student), x0, t_student, condition, last=LastStep(x, evaluate))
 
 
 def segment_rollout(micro: MicroBatch, roles: Roles, times: Sequence[float]) -> StudentSample:

@@ -37,6 +37,14 @@ class LossTerm(NamedTuple):
     loss: Tensor
 
 
+class LastStep(NamedTuple):
+    """The state ``x`` [B, ...] from which the student predicted its sample, without a graph, and ``evaluate(x, t)``,
+    its x0 at another state and time [B], for the same conditions and earlier frames."""
+
+    x: Tensor
+    evaluate: Callable[[Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class StudentSample:
     """The student's sample, as objectives use it.
@@ -44,7 +52,7 @@ class StudentSample:
     ``x`` [B, ...] at noise level ``level`` [B] (0 is clean) must have the teacher's distribution; it is what is
     re-noised. ``output`` is the tensor that receives the gradient: ``x`` itself, or the ``x0`` that it came from.
     ``t_student`` [B] is the time at which the student was evaluated, ``noise`` the noise that its prediction implies,
-    without a graph.
+    without a graph. ``last`` is known of rollouts that end with a prediction of x0.
     """
 
     x: Tensor
@@ -53,12 +61,14 @@ class StudentSample:
     t_student: Tensor
     condition: Condition
     noise: Tensor | None = None
+    last: LastStep | None = None
 
     def leaves(self, graph: bool) -> StudentSample:
-        """The same values, detached from their graph; with ``graph``, as leaves that collect gradients."""
+        """The same values, detached from their graph; with ``graph``, as leaves that collect gradients, else without
+        ``last``, of which only a student's update makes use."""
         x = self.x.detach().requires_grad_(graph)
         output = x if self.output is self.x else self.output.detach().requires_grad_(graph)
-        return replace(self, x=x, output=output)
+        return replace(self, x=x, output=output, last=self.last if graph else None)
 
 
 Rollout = Callable[["MicroBatch"], StudentSample]

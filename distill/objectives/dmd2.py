@@ -19,6 +19,9 @@ at each position. With ``steps: 1`` and ``critic_updates: 1`` the matching part 
 ``rollout: causal`` is Self-Forcing (Huang et al., arXiv 2506.08009): a causal student generates a video frame by frame
 from its own earlier frames (``distill/causal_rollouts.py``), in training as in sampling, and teacher and fake compare
 whole clips. The release draws one last step per iteration for the whole batch; here each sample has its own.
+
+``self_consistency`` adds the term of Salt (arXiv 2604.03118, ``distill/self_consistency.py``): rollouts then follow a
+grid of ``substeps`` times as many steps, and the student is sampled with ``steps`` of them.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from fewstep.distill.causal_rollouts import causal_rollout, require_causal
 from fewstep.distill.critics import critic_term
 from fewstep.distill.roles import Roles
 from fewstep.distill.rollouts import add_noise, backward_simulation
+from fewstep.distill.self_consistency import SelfConsistency, self_consistency_loss
 from fewstep.distill.stage import MAX_WEIGHT, BaseConfig, MatchingConfig, StageContext
 from fewstep.distill.time_laws import RenoiseTimes, TimeLaw
 from fewstep.distill.update import Every, LossTerm, MicroBatch, Objective, Update
@@ -74,6 +78,7 @@ class DMD2(MatchingConfig):
     critic_times: TimeLaw = TimeLaw()
     gan: GanConfig | None = None
     rollout: Literal["backward_simulation", "causal"] = "backward_simulation"
+    self_consistency: SelfConsistency | None = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -100,7 +105,8 @@ class DMD2(MatchingConfig):
 
     def build(self, roles: Roles, stage: StageContext) -> Objective:
         schedule = roles.denoiser("teacher").schedule
-        times = time_uniform(self.steps, self.shift)[:-1]
+        consistency = self.self_consistency
+        times = time_uniform(self.steps * (consistency.substeps if consistency else 1), self.shift)[:-1]
         guidance = Guidance(self.guidance)
         gan = self.gan
         causal = self.rollout == "causal"
@@ -122,6 +128,10 @@ class DMD2(MatchingConfig):
             health.observe(micro, schedule, sample, t, n, T, F)
             weight = matching.l1_weight(sample.output, T.out.x0)
             yield LossTerm("match", matching.surrogate_loss(sample.output, T.out.x0 - F, weight))
+            if consistency:
+                yield LossTerm(
+                    "consistency", self_consistency_loss(micro, roles.denoiser("student").schedule, times, consistency)
+                )
             if gan:
                 t = gan.renoise_times.sample(micro.random, len(sample.level), "gan")
                 x_t, _ = matching.renoise(schedule, sample, t, micro.random)
@@ -146,5 +156,10 @@ class DMD2(MatchingConfig):
                 Update("fake", ("fake", "discriminator") if gan else ("fake",), fake),
             ),
             rollout=lambda micro: rollout(micro, roles, times),
-            few_step=FewStep(times=times, rule="renoise", shift=self.shift, frame_by_frame=causal or None),
+            few_step=FewStep(
+                times=times[:: len(times) // self.steps],
+                rule="renoise",
+                shift=self.shift,
+                frame_by_frame=causal or None,
+            ),
         )

@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from causal_students import CLASSES, SHAPE, TIMES, TINY, micro_batch, network, student_roles
 from torch import Tensor, nn
 from worlds import FLOW, build_objective, gaussian, trained
 
 import fewstep
 from fewstep.core.errors import UserError
-from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill.causal_rollouts import causal_rollout
 from fewstep.distill.checkpoint import checkpoints
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import load_config, parse_config
-from fewstep.distill.data.batch import Batch
 from fewstep.distill.explain import explain
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.rollouts import backward_simulation, in_turn, initial_noise
@@ -32,42 +31,8 @@ from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.saving import save_model
-from fewstep.models.video_unet import VideoUNet
 
 CPU = torch.device("cpu")
-TIMES = (1.0, 0.75, 0.5, 0.25)
-SHAPE, CLASSES = (3, 4, 8, 8), 2
-TINY = {"widths": [8, 16], "blocks": [1, 1], "embedding": 8, "heads": 2}
-
-
-class Videos:
-    """A source of class labels, for videos of a shape."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-
-    def __call__(self, random: KeyedRandom, size: int) -> Batch:
-        return Batch(size, self.shape, Condition.of_labels(random.integers(size, CLASSES), CLASSES))
-
-
-def micro_batch(roles: Roles, size: int = 8, shape: tuple[int, ...] = SHAPE, shard: int = 0) -> MicroBatch:
-    random = KeyedRandom(0, 0, "rollout", shard)
-    return MicroBatch({"data": Videos(shape)(random, size)}, random, 0, roles)
-
-
-def network(causal: bool = True, **settings: Any) -> VideoUNet:
-    """A random network with every weight in use: new layers over frames are zero."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        new = VideoUNet(**{**TINY, "classes": CLASSES, "channels": 3, "causal": causal, **settings})
-        with torch.no_grad():
-            for parameter in new.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return new
-
-
-def student_roles(backbone: nn.Module) -> Roles:
-    return Roles({"student": trained(Denoiser(backbone, FLOW))})
 
 
 # --- the rollout ------------------------------------------------------------------------------------------------------

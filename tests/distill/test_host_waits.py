@@ -48,6 +48,10 @@ def test_a_step_does_not_wait(objective: str, changes: dict[str, Any], tmp_path:
     check_steps(settings(objective, tmp_path, "cpu", "float32", **changes) | {"accumulate": 2})
 
 
+def test_a_second_evaluation_of_the_student_does_not_wait(tmp_path: Path) -> None:
+    check_steps(settings("dmd2", tmp_path, "cpu", "float32", self_consistency={"substeps": 2}))
+
+
 def test_students_with_several_step_counts_do_not_wait(tmp_path: Path) -> None:
     raw = settings("tdm", tmp_path, "cpu", "float32", unify=[1, 2, 4])
     for role in raw["stages"][0]["roles"].values():
