@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
 from fewstep.core.transfer import like
@@ -46,6 +46,11 @@ class FlowMatching(ObjectiveConfig):
             raise UserError("times_per_frame: true needs videos, [C, F, H, W].")
         return {}
 
+    def condition(self, micro: MicroBatch, t: Tensor) -> Condition:
+        """The condition of a batch at times ``t``, of some samples dropped. A subclass may change it further."""
+        dropped = micro.random.uniform(micro.batch.size, stream="drop") < self.drop_condition
+        return micro.batch.condition.null(dropped)
+
     def build(self, roles: Roles, stage: StageContext) -> Objective:
         schedule = roles.denoiser("student").schedule
 
@@ -60,8 +65,7 @@ class FlowMatching(ObjectiveConfig):
             c = Coefficients.at(schedule, expand_like(t, x0))
             alpha, sigma = like(x0, c.alpha, c.sigma)
             x_t = alpha * x0 + sigma * noise
-            dropped = micro.random.uniform(len(x0), stream="drop") < self.drop_condition
-            out = roles.predict("student", x_t, t, micro.batch.condition.null(dropped)).out
+            out = roles.predict("student", x_t, t, self.condition(micro, t)).out
             a, b = like(x0, *c.row(out.kind))
             target = a * x0 + b * noise
             yield LossTerm("flow_matching", (out.raw - target).square().mean())
