@@ -17,6 +17,7 @@ from fewstep.cli import app as app_command
 from fewstep.cli import bench, data, demo, doctor, evaluate, models, solver, train
 from fewstep.cli.options import FIRST, err, leave, print_text
 from fewstep.core.errors import UserError
+from fewstep.core.host_memory import keep_freed_memory
 
 RENAMED = {
     "pretrain": "train", "show": "explain", "encode": "data encode", "reference": "data reference",
@@ -57,6 +58,7 @@ def options(
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
+    keep_freed_memory()
     sys.path.append(os.getcwd())  # where modules of one's own are looked for last
     for module in modules or []:
         try:
