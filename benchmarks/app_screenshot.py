@@ -1,8 +1,8 @@
 """The picture of ``fewstep app`` in the documentation: starts the command, clicks in a browser, saves what is shown.
 
-    python benchmarks/app_screenshot.py runs/demo_fashion docs/app.png
+    python benchmarks/app_screenshot.py runs/demo docs/app.png "a flat owl on pink" "a shiny fox on blue"
 
-Needs the extra ``app``, Playwright, and a Chromium in the system's path.
+Needs prompts for a model that takes them, the extra ``app``, Playwright, and a Chromium in the system's path.
 """
 
 from __future__ import annotations
@@ -58,10 +58,12 @@ def generate(page: Any, seed: int) -> None:
     page.wait_for_timeout(500)  # an animation of Gradio ends
 
 
-def main(model: str, file: Path) -> None:
+def main(model: str, file: Path, *prompts: str) -> None:
     with running_app(model) as (address, _), browser_page(1300, 780) as page:
         page.goto(address)
-        for seed in (3, 2, 1, 0):
+        for seed, prompt in zip((3, 2, 1, 0), prompts or 4 * [None], strict=False):
+            if prompt is not None:
+                page.get_by_label("Prompt").fill(prompt)
             generate(page, seed)
         page.screenshot(path=file)
     with Image.open(file) as image:
@@ -69,4 +71,4 @@ def main(model: str, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
