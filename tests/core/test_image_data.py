@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -301,3 +304,34 @@ def test_whole_numbers_in_a_csv_file_are_labels(tmp_path: Path) -> None:
     assert table.class_names == ("0", "1", "10", "2", "x")
     (tmp_path / "a.csv").write_text("".join(["image,label\n", *lines[:4], "4.png\n"]))
     assert "a.csv, row 5: the column label has no label" in refused(ImageData("dataset", str(tmp_path / "a.csv")))
+
+
+FROM_THE_CACHE = """
+import shutil, sys
+from pathlib import Path
+
+import datasets
+import image_sets
+
+from fewstep.core.image_data import ImageData, open_images
+
+folder, cache = Path(sys.argv[1]), Path(datasets.config.HF_DATASETS_CACHE)
+datasets.load_dataset("parquet", data_files=image_sets.parquet(folder).path)
+(made,) = (file.parent for file in cache.glob("parquet/*/*/*/dataset_info.json"))
+there = cache / "owner___name" / "default" / "0.0.0" / "0123456789abcdef"  # as of a data set of the hub
+shutil.copytree(made, there)
+for file in there.glob("parquet-*.arrow"):
+    file.rename(there / file.name.replace("parquet", "name"))
+table = open_images(ImageData("dataset", "owner/name"))
+print(len(table), *table.class_names, table.decode([0]).flatten()[:3].tolist())
+"""
+
+
+def test_a_name_on_the_hub_is_read_from_the_cache_without_a_connection(tmp_path: Path) -> None:
+    where = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    python = {"PYTHONPATH": os.pathsep.join([str(Path(image_sets.__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", FROM_THE_CACHE, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | where | python)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split()[:4] == ["5", "bee", "cat", "dog"]
+    assert found.stdout.strip().endswith(str(image_sets.PIXELS[0].transpose(2, 0, 1).ravel()[:3].tolist()))
