@@ -110,7 +110,7 @@ def build_inputs(
     source = data or _source(config, model_config, prompts, pipeline, device)
     if pipeline is None:
         _check_shape(source, model_config)
-    shown = prompts or _word_prompts(source)
+    shown = prompts if prompts is not None else _word_prompts(source)
     return TrainingInputs(roles, {"data": source}, model_config, shown, pipeline, teacher_sha256, networks, notes)
 
 

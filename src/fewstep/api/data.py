@@ -120,9 +120,9 @@ def _texts(captions: Source | None, n: int) -> list[str]:
 
 def _in_turn(model: Model, n: int, captions: Sequence[str]) -> tuple[Condition, Tensor]:
     """The conditions of ``n`` samples, and their labels or the numbers of their ``captions``, int64 [n]: all in turn.
-    Raises ``UserError`` on a model that takes neither, or the other of the two."""
-    if model.config.vocabulary is None and captions:
-        raise UserError("This needs a model with a vocabulary, or captions to be left out: this model has none.")
+    Raises ``UserError`` on a pipeline, and on captions for a model of labels or none for one of words."""
+    if model.config.vocabulary is None and captions and not model.config.takes_prompts:
+        raise UserError("This model takes class labels: leave captions out.")
     if model.config.vocabulary is None:
         labels = model.labels(n)
         return Condition.of_labels(labels, model.config.classes), labels
