@@ -170,6 +170,10 @@ def test_stored_prompts_are_checked(tmp_path: Path) -> None:
         write_tensors({"x0": x0, "prompt": torch.zeros(3, dtype=torch.long)}, file, metadata)
         with pytest.raises(UserError, match="not a readable list of captions"):
             read_stored(file, 0, WORDS)
+    for samples, message in (({"images": x0}, "images must be uint8"), ({"x0": x0.byte()}, "samples of integers")):
+        write_stored(file, samples, torch.zeros(3, dtype=torch.long), ["dog"])
+        with pytest.raises(UserError, match=message):
+            read_stored(file, 0, WORDS)
     write_stored(file, {"x0": x0}, torch.zeros(3, dtype=torch.long))
     with pytest.raises(UserError, match="has no captions, which this model needs"):
         read_stored(file, 0, WORDS)
