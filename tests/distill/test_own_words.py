@@ -117,6 +117,7 @@ def test_pairs_and_preferences_keep_the_captions_of_their_samples(teacher: Path,
     )
     won = read_tensors(preferred)
     assert (won["winner"].flatten(1).mean(1) >= won["loser"].flatten(1).mean(1)).all()
+    assert (won["winner"] != won["loser"]).flatten(1).any(1).all(), "of two candidates, the other one"
     tuned = distilled(
         tmp_path / "dpo", teacher, {"kind": "tensors", "path": str(preferred)}, {"name": "diffusion_dpo"},
         {"student": {"init": "teacher", **ROLE}}, {"reference": "teacher"},

@@ -85,3 +85,20 @@ def test_preferences_and_win_rates_of_the_bundled_model_of_clips(tmp_path: Path)
     assert {row["reward"]: row["win_rate"] for row in rows} == dict.fromkeys(("brightness", "prompt", "symmetry"), 0.5)
     with pytest.raises(UserError, match="give captions"):
         win_rates("emoji-video", "emoji-video", n=2, rewards=["brightness"], sampling=sampling, device="cpu")
+
+
+def test_each_sample_is_rated_by_its_own_caption_however_many_are_generated_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a shiny fox on blue\na flat ghost on red\na flat cat on white\n")
+    found = []
+    for part in (500, 2):
+        monkeypatch.setattr("fewstep.samplers.generate.PART", part)
+        (row,) = win_rates(
+            "emoji", "emoji", n=5, captions=captions, rewards=["prompt"], device="cpu",
+            sampling=fewstep.SamplingConfig("euler", 4),
+        )  # fmt: skip
+        found.append(row["ours"])
+    assert found[0] > 0.5
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
