@@ -83,6 +83,17 @@ def test_each_image_comes_with_the_words_of_its_own_caption(captioned: Path, tea
     assert (teacher / "previews").is_dir()
 
 
+def test_images_with_captions_are_mirrored_on_request(captioned: Path, teacher: Path) -> None:
+    known = torch.from_numpy(image_sets.PIXELS).permute(0, 3, 1, 2)
+    for flip in (False, True):
+        data = {"kind": "dataset", "path": str(captioned / "a.csv"), "flip": flip}
+        images = ((batch_of(teacher, data, "f_distill")["x0"] + 1) * 127.5).round().byte()
+        kept = (images[:, None] == known).flatten(2).all(2).any(1)
+        mirrored = (images[:, None] == known.flip(-1)).flatten(2).all(2).any(1)
+        assert (kept ^ mirrored).all()
+        assert mirrored.any() == flip
+
+
 def test_a_student_is_distilled_from_captions_alone(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "captions.txt").write_text("\n".join(image_sets.CAPTIONS[:2]))
     data = {"kind": "prompts", "path": str(tmp_path / "captions.txt")}
