@@ -16,7 +16,7 @@ from fewstep.api.report import compare_images
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_metadata, read_tensors, write_tensors
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.build import build_inputs
+from fewstep.distill.build import TrainingInputs, build_inputs
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.data.stored_files import read_stored, write_stored
 from fewstep.eval.emoji import backgrounds_of, shuffled
@@ -53,10 +53,14 @@ def distilled(
     return run(folder, data, teacher=str(teacher), stages=stages, previews={"every": 2, "n": 2})
 
 
-def batch_of(teacher: Path, data: dict[str, Any], objective: str) -> Any:
+def inputs_of(teacher: Path, data: dict[str, Any], objective: str) -> TrainingInputs:
     stages = [{"steps": 1, "objective": {"name": objective}, "roles": ROLES}]
     config = parse_config({"teacher": str(teacher), "data": data, "out": "x", "stages": stages}, "test")
-    return build_inputs(config, torch.device("cpu")).sources["data"](KeyedRandom(0, 0, "data", 0), 40)
+    return build_inputs(config, torch.device("cpu"))
+
+
+def batch_of(teacher: Path, data: dict[str, Any], objective: str) -> Any:
+    return inputs_of(teacher, data, objective).sources["data"](KeyedRandom(0, 0, "data", 0), 40)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,7 @@ def test_pairs_and_preferences_keep_the_captions_of_their_samples(teacher: Path,
     by_prompt = {(row[0], row[1]) for row in batch.condition["words"].tolist()}
     assert by_prompt == {(3, 0), (2, 0), (1, 4)}
     student = distilled(tmp_path / "dmd", teacher, data, {"name": "dmd"})
+    assert inputs_of(teacher, data, "dmd").prompts.words[:3].tolist() == [[3, 0], [2, 0], [1, 4]]  # what is shown
     assert compare_images(student, "cpu", columns=2).is_file()
 
     few = fewstep.SamplingConfig("euler", 2)
