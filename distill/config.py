@@ -266,7 +266,7 @@ class Config(BaseConfig):
         if self.model_weights is not None and "model" in later:
             raise ValueError("model_weights are not kept after the first stage: no later role can start from model")
         if self.data.kind == "prompts" and self.model is not None:
-            raise ValueError("data.kind: prompts needs a teacher that is a diffusers pipeline")
+            raise ValueError("data.kind: prompts is for a teacher: a new network (model) learns from images or samples")
         for name in ("base", "base_sha256", "lora", "precision", "base_weights", "expert_backbones"):
             if self.model is not None and getattr(self.model, name) is not None:
                 raise ValueError(f"model.{name} describes a trained model, not a new one: leave it out")

@@ -16,7 +16,7 @@ from fewstep.eval.emoji import in_turn, made_from, renders, shuffled
 from fewstep.eval.metrics.diversity import cross_seed_diversity
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance, small_sample_bias
 from fewstep.eval.metrics.metric import NOTED_BIAS, Measurement
-from fewstep.eval.motion import read_motion
+from fewstep.eval.motion import MotionReading, read_motion
 from fewstep.eval.networks.features import ClassifierFeatures, ReferenceNetwork, extract_features
 from fewstep.models.emoji_clips import ART, MOTIONS, SHAPE, ClipCaptions, Split, directions, load_animations
 
@@ -24,7 +24,7 @@ from fewstep.models.emoji_clips import ART, MOTIONS, SHAPE, ClipCaptions, Split,
 SPLITS: dict[str, Split] = {
     "emoji-video": "train", "emoji-video-motion": "motion", "emoji-video-background": "background",
 }  # fmt: skip
-FOLDER = "emoji_video"  # of the classifier, in reference/
+FOLDER, NETWORK = "emoji_video", "clips"  # of the classifier: in reference/, and the name of its features
 RENDERS, PART = 2_000, 100  # real clips of a reference; rendered at a time
 STILL = 0.004  # change below which a clip stands still: "alive" is what remains without motion, and must move
 
@@ -99,6 +99,11 @@ def clip_scores(
     return shown | {"fd_clips": fd_clips(features, clip_features(network, real))}
 
 
+def shows_motion(reading: MotionReading, captions: ClipCaptions) -> Tensor:
+    """Which clips [N] move as their captions describe."""
+    return (reading.motions == captions.motions) & (reading.change > STILL)
+
+
 def shown_words(
     network: ClassifierFeatures, words: Sequence[str], clips: Tensor, features: Tensor, captions: ClipCaptions
 ) -> dict[str, Measurement]:
@@ -124,7 +129,7 @@ def shown_words(
     numbers = torch.tensor([names.index(word) if word in names else -1 for word in words])
     shown, agreement = majority(numbers[network.classes(features.flatten(0, 1))].reshape(len(clips), -1))
     right = {
-        "motion": (reading.motions == captions.motions) & (reading.change > STILL),
+        "motion": shows_motion(reading, captions),
         "name": shown == captions.names,
         "background": reading.backgrounds == captions.backgrounds,
     }

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -81,6 +81,18 @@ class Captions(Protocol):
     def render(self, random: KeyedRandom, device: torch.device = CPU) -> Tensor: ...
 
 
+C = TypeVar("C", bound=Captions)
+
+
+def parse_captions(every: C, texts: Sequence[str]) -> C:
+    """Those of ``every`` caption that have these texts. Raises ``UserError`` that names a text of another form."""
+    known = every.texts
+    numbers = {text: k for k, text in enumerate(known)}
+    if unknown := [text for text in texts if text not in numbers]:
+        raise UserError(f"{unknown[0]!r} is not a caption of an emoji, such as {known[0]!r}.")
+    return every.select(torch.tensor([numbers[text] for text in texts], dtype=torch.int64))
+
+
 @dataclass(frozen=True)
 class EmojiCaptions:
     """The contents of captions, int64 [N] each: the numbers of names, styles and backgrounds."""
@@ -109,11 +121,7 @@ class EmojiCaptions:
     @staticmethod
     def parse(texts: Sequence[str]) -> EmojiCaptions:
         """The contents of captions as text. Raises ``UserError`` that names one of another form."""
-        every = EmojiCaptions.all()
-        numbers = {text: k for k, text in enumerate(every.texts)}
-        if unknown := next((text for text in texts if text not in numbers), None):
-            raise UserError(f"{unknown!r} is not a caption of an emoji, such as 'a shiny fox on blue'.")
-        return every.select(torch.tensor([numbers[text] for text in texts]))
+        return parse_captions(EmojiCaptions.all(), texts)
 
     def __len__(self) -> int:
         return len(self.names)

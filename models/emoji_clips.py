@@ -9,6 +9,7 @@ words.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,7 @@ from fewstep.models.emoji import (
     STYLES,
     load_art,
     paint,
+    parse_captions,
     placed_at,
     premultiplied,
 )
@@ -104,6 +106,11 @@ class ClipCaptions:
         background = ~motion & ((every.backgrounds - 2 * every.names - every.motions) % len(BACKGROUNDS) == 0)
         held_out = {"motion": motion, "background": background, "train": ~motion & ~background}
         return every.select(held_out[split].nonzero()[:, 0])
+
+    @staticmethod
+    def parse(texts: Sequence[str]) -> ClipCaptions:
+        """The contents of captions as text. Raises ``UserError`` that names one of another form."""
+        return parse_captions(ClipCaptions.all(), texts)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -49,7 +49,9 @@ class Model(BaseModel):
         """``0, 1, ..., classes - 1, 0, ...`` [n]: all classes equally often; zeros, which have no meaning, for an
         unconditional model. Raises ``UserError`` on a model that takes prompts."""
         if self.config.takes_prompts:
-            raise UserError("This needs a model of class labels, or an unconditional one; this one takes prompts.")
+            raise UserError(
+                "This needs a model of class labels, or an unconditional one; this one takes prompts: give captions."
+            )
         return torch.arange(n) % max(1, self.config.classes)
 
 

@@ -45,8 +45,10 @@ def read_stored(file: Path, classes: int, vocabulary: Vocabulary | None = None) 
             f"data.path = {file} was not found. fewstep data ode-pairs and fewstep data preferences create such files."
         )
     tensors = read_tensors(found)
-    if "images" in tensors:
-        tensors["x0"] = to_unit(tensors.pop("images"))
+    if (images := tensors.pop("images", None)) is not None:
+        if images.dtype != torch.uint8:
+            raise UserError(f"{file}: images must be uint8, 0..255, got {images.dtype}; in [-1, 1] they are called x0.")
+        tensors["x0"] = to_unit(images)
     captions = stored_captions(found) if vocabulary is not None else []
     kind, limit = ("labels", classes) if vocabulary is None else ("prompt", len(captions))
     numbers = tensors.pop(kind, None)
@@ -57,6 +59,8 @@ def read_stored(file: Path, classes: int, vocabulary: Vocabulary | None = None) 
         raise UserError(f"{file} must contain {kind} and samples, equally many and all of one shape. {CREATE}")
     if not len(numbers) or numbers.is_floating_point() or numbers.is_complex() or not all_finite(tensors.values()):
         raise UserError(f"{file} needs at least one sample, {kind} that are integers, and finite, real samples.")
+    if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        raise UserError(f"{file} has samples of integers: they must be floats, of images in [-1, 1]; uint8 are images.")
     if limit and not ((numbers >= 0) & (numbers < limit)).all():
         allowed = "the classes of the model" if vocabulary is None else "its captions"
         raise UserError(f"{file} has {kind} outside 0..{limit - 1}, {allowed}.")

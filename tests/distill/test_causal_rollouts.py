@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from worlds import FLOW, build_objective, gaussian, trained
 
 import fewstep
+from fewstep.api.data import make_ode_pairs
 from fewstep.core.errors import UserError
+from fewstep.core.files import read_tensors
 from fewstep.distill.causal_rollouts import causal_rollout
 from fewstep.distill.checkpoint import checkpoints
 from fewstep.distill.config import Config
@@ -31,6 +34,9 @@ from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.saving import save_model
+from fewstep.samplers.generate import SampleNoise
+from fewstep.samplers.plan import plan
+from fewstep.samplers.predictor import Predictor
 
 CPU = torch.device("cpu")
 
@@ -229,6 +235,22 @@ def test_the_student_is_causal_and_is_sampled_frame_by_frame(run: Path) -> None:
     assert fewstep.sample(model, n=2, sampling=fewstep.SamplingConfig(frames=9)).shape == (2, 9, 3, 8, 8)
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert line["evaluations"] in (3 * 6 + 1, 3 * 6 + 2), "in turn, one or two of three samples take a first step"
+
+
+def test_pairs_of_noise_and_sample_are_of_whole_clips_alone(run: Path, tmp_path: Path) -> None:
+    euler, file = fewstep.SamplingConfig("euler", 2), tmp_path / "pairs.safetensors"
+    teacher = run.parent / "causal"
+    for model, sampling in ((run, euler), (teacher, replace(euler, frames=4)), (teacher, replace(euler, frames=9))):
+        with pytest.raises(UserError, match="generates frame by frame"):
+            make_ode_pairs(model, file, n=2, sampling=sampling, device="cpu")
+    assert not file.exists()
+    make_ode_pairs(teacher, file, n=2, sampling=euler, device="cpu")
+    pairs, model = read_tensors(file), fewstep.load(teacher, "cpu")
+    solver, times = plan(model, euler)
+    condition = Condition.of_labels(pairs["labels"], CLASSES)
+    with torch.no_grad():
+        x0 = solver(Predictor(model.denoiser, condition), pairs["noise"], times, SampleNoise(0, [0], SHAPE, CPU))
+    assert x0.sub(pairs["x0"]).abs().max() < 1e-6
 
 
 def test_a_config_says_nothing_of_frames_unless_they_are_generated_in_turn(run: Path, tmp_path: Path) -> None:

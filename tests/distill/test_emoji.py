@@ -165,9 +165,12 @@ def test_prompts_on_the_command_line(student: Path, tmp_path: Path, capsys: pyte
     assert "did you mean 'fox'" in refused(
         capsys, *sample, "--prompt", "a shiny foxy on blue", "--out", tmp_path / "three"
     )
+    assert not (tmp_path / "three").exists()
     assert "samples of other prompts" in refused(capsys, *sample, "--prompt", "a flat fox on blue", "--out", out)
     assert "give at least one" in refused(capsys, *sample, "--out", tmp_path / "grid.png")
     assert "takes prompts" in refused(capsys, *sample, "--prompt", "fox", "--labels", "1")
+    with pytest.raises(UserError, match="labels do not act beside prompts"):
+        fewstep.sample(student, prompts=["fox"], labels=[1], device="cpu")
 
 
 def test_the_app_takes_prompts(student: Path) -> None:

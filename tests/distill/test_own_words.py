@@ -16,7 +16,7 @@ from fewstep.api.report import compare_images
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_metadata, read_tensors, write_tensors
 from fewstep.core.keyed_random import KeyedRandom
-from fewstep.distill.build import build_inputs
+from fewstep.distill.build import TrainingInputs, build_inputs
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.data.stored_files import read_stored, write_stored
 from fewstep.eval.emoji import backgrounds_of, shuffled
@@ -53,10 +53,14 @@ def distilled(
     return run(folder, data, teacher=str(teacher), stages=stages, previews={"every": 2, "n": 2})
 
 
-def batch_of(teacher: Path, data: dict[str, Any], objective: str) -> Any:
+def inputs_of(teacher: Path, data: dict[str, Any], objective: str) -> TrainingInputs:
     stages = [{"steps": 1, "objective": {"name": objective}, "roles": ROLES}]
     config = parse_config({"teacher": str(teacher), "data": data, "out": "x", "stages": stages}, "test")
-    return build_inputs(config, torch.device("cpu")).sources["data"](KeyedRandom(0, 0, "data", 0), 40)
+    return build_inputs(config, torch.device("cpu"))
+
+
+def batch_of(teacher: Path, data: dict[str, Any], objective: str) -> Any:
+    return inputs_of(teacher, data, objective).sources["data"](KeyedRandom(0, 0, "data", 0), 40)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,17 @@ def test_each_image_comes_with_the_words_of_its_own_caption(captioned: Path, tea
         assert torch.equal(words, expected[row])
     assert len(batch.condition["words"].unique(dim=0)) == 3
     assert (teacher / "previews").is_dir()
+
+
+def test_images_with_captions_are_mirrored_on_request(captioned: Path, teacher: Path) -> None:
+    known = torch.from_numpy(image_sets.PIXELS).permute(0, 3, 1, 2)
+    for flip in (False, True):
+        data = {"kind": "dataset", "path": str(captioned / "a.csv"), "flip": flip}
+        images = ((batch_of(teacher, data, "f_distill")["x0"] + 1) * 127.5).round().byte()
+        kept = (images[:, None] == known).flatten(2).all(2).any(1)
+        mirrored = (images[:, None] == known.flip(-1)).flatten(2).all(2).any(1)
+        assert (kept ^ mirrored).all()
+        assert mirrored.any() == flip
 
 
 def test_a_student_is_distilled_from_captions_alone(teacher: Path, tmp_path: Path) -> None:
@@ -109,6 +124,7 @@ def test_pairs_and_preferences_keep_the_captions_of_their_samples(teacher: Path,
     by_prompt = {(row[0], row[1]) for row in batch.condition["words"].tolist()}
     assert by_prompt == {(3, 0), (2, 0), (1, 4)}
     student = distilled(tmp_path / "dmd", teacher, data, {"name": "dmd"})
+    assert inputs_of(teacher, data, "dmd").prompts.words[:3].tolist() == [[3, 0], [2, 0], [1, 4]]  # what is shown
     assert compare_images(student, "cpu", columns=2).is_file()
 
     few = fewstep.SamplingConfig("euler", 2)
@@ -117,6 +133,7 @@ def test_pairs_and_preferences_keep_the_captions_of_their_samples(teacher: Path,
     )
     won = read_tensors(preferred)
     assert (won["winner"].flatten(1).mean(1) >= won["loser"].flatten(1).mean(1)).all()
+    assert (won["winner"] != won["loser"]).flatten(1).any(1).all(), "of two candidates, the other one"
     tuned = distilled(
         tmp_path / "dpo", teacher, {"kind": "tensors", "path": str(preferred)}, {"name": "diffusion_dpo"},
         {"student": {"init": "teacher", **ROLE}}, {"reference": "teacher"},
@@ -169,6 +186,10 @@ def test_stored_prompts_are_checked(tmp_path: Path) -> None:
     for metadata in ({"captions": "[1]"}, {"captions": "{"}, {"captions": "[]"}):
         write_tensors({"x0": x0, "prompt": torch.zeros(3, dtype=torch.long)}, file, metadata)
         with pytest.raises(UserError, match="not a readable list of captions"):
+            read_stored(file, 0, WORDS)
+    for samples, message in (({"images": x0}, "images must be uint8"), ({"x0": x0.byte()}, "samples of integers")):
+        write_stored(file, samples, torch.zeros(3, dtype=torch.long), ["dog"])
+        with pytest.raises(UserError, match=message):
             read_stored(file, 0, WORDS)
     write_stored(file, {"x0": x0}, torch.zeros(3, dtype=torch.long))
     with pytest.raises(UserError, match="has no captions, which this model needs"):

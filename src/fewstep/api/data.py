@@ -35,7 +35,7 @@ from fewstep.models.hub.pairs import encode_pairs
 from fewstep.models.loading import Model, pipeline_of, resolve_path
 from fewstep.models.model_config import Size
 from fewstep.samplers.generate import SampleNoise, generate
-from fewstep.samplers.plan import SamplingConfig, plan
+from fewstep.samplers.plan import SamplingConfig, frames_of, plan
 
 
 def encode(
@@ -96,7 +96,8 @@ def make_ode_pairs(
 ) -> None:  # fmt: skip
     """Writes ``n`` pairs of noise and what a teacher's solver maps it to, with labels in turn, as a safetensors file.
     The default is 18 Heun steps. A model that takes words needs ``captions``, a text file with one per line or a table
-    (see ``encode``). Raises ``UserError`` on a solver that adds noise, which is no map, and on a pipeline."""
+    (see ``encode``). Raises ``UserError`` on a solver that adds noise, which is no map, on a pipeline, and on a model
+    that generates frame by frame, each with noise of its own and after clean frames."""
     if n < 1:
         raise UserError(f"n must be at least 1, got {n}.")
     check_writable(file)
@@ -106,6 +107,11 @@ def make_ode_pairs(
     if (solver := plan(model, sampling).solver).noisy:
         raise UserError(
             f"The solver {solver.name!r} adds noise, so that its samples are no function of the first noise."
+        )
+    if frames_of(model, sampling) is not None:
+        raise UserError(
+            "ODE pairs are of whole samples, and this model generates frame by frame: take its teacher or the causal "
+            "model that it started from, and leave frames out."
         )
     samples = generate(model, condition, sampling, numbers=range(n), progress=progress)
     noise = SampleNoise(sampling.seed, range(n), model.config.shape, torch.device("cpu"))()

@@ -44,6 +44,8 @@ def sample(
     if prompts is not None or model.config.takes_prompts:
         if not prompts:
             raise UserError("This model takes prompts: give at least one.")
+        if labels is not None:
+            raise UserError("labels do not act beside prompts, of which each gives one sample: leave one of them out.")
         plan(model, sampling)  # refuses, before anything is loaded or encoded
         return ImageGenerator(model, prompts)(range(len(prompts)), sampling)
     if model.config.unconditional and labels is not None:
@@ -70,7 +72,9 @@ def sample_files(
     if model.config.vocabulary is None:
         pipeline_of(model)  # refuses another model
     sampling = sampling or SamplingConfig()
-    plan(model, sampling)  # refuses, before anything is loaded or encoded
+    plan(model, sampling)  # refuses, before anything is loaded, encoded or written
+    if model.config.vocabulary is not None:
+        model.config.vocabulary.encode(prompts)
     suffix = video if len(model.config.shape) == 4 else "png"
     if suffix == "mp4":
         require_av()

@@ -203,8 +203,8 @@ def captions_of(data: ImageData) -> list[str]:
 def no_captions(name: str) -> UserError:
     """The error about images without captions."""
     return UserError(
-        f"{name} has no captions, and the model takes words: name their column (data.columns.caption=NAME), or use a "
-        "table with one (data.kind=dataset)."
+        f"{name} has no captions, and the model takes words: use a table with a column of them (data.kind=dataset), of "
+        "which data.columns.caption=NAME names one that is not called caption, prompt or text."
     )
 
 
