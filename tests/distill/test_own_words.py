@@ -140,6 +140,9 @@ def test_pairs_and_preferences_keep_the_captions_of_their_samples(teacher: Path,
     )  # fmt: skip
     (row,) = win_rates(tuned, teacher, n=3, captions=captions, rewards=["symmetry"], sampling=few, device="cpu")
     assert 0 <= row["win_rate"] <= 1
+    (tmp_path / "dog.txt").write_text("dog\n")
+    with pytest.raises(UserError, match=r"generates \[3, 4, 6\], emoji \[3, 32, 32\]"):
+        win_rates(tuned, "emoji", n=1, captions=tmp_path / "dog.txt", rewards=["symmetry"], sampling=few, device="cpu")
 
 
 def test_captions_are_needed_where_words_are_taken_and_only_there(

@@ -157,10 +157,12 @@ def make_preferences(
     Raises ``UserError`` on an unknown reward, on one that is equal for all candidates, on fewer than two candidates, on
     captions for a class-conditional model, and on a folder of other pairs.
     """
-    judge = find_reward(reward) if captions is None else find_prompt_reward(reward)
     if n < 1 or candidates < 2:
         raise UserError(f"A pair needs two candidates and n at least 1, got {candidates} and {n}.")
     model, sampling = load(source, device, size), sampling or SamplingConfig()
+    if captions is None:
+        model.labels(n)  # refuses a model that takes prompts
+    judge = find_reward(reward) if captions is None else find_prompt_reward(reward)
     plan(model, sampling)
     network = classifier_for(source, reference, model.device)
     native = captions is None or model.config.vocabulary is not None

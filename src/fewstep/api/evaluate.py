@@ -170,9 +170,16 @@ def win_rates(
     prompts = tuple(read_texts(Path(captions))) if captions is not None else ()
     registry: Registry[Any] = PROMPT_REWARDS if prompts else REWARDS
     chosen = {name: registry.resolve(name) for name in rewards or registry.names()}
-    found = []
+    found: list[dict[str, Tensor]] = []
+    shape: tuple[int, ...] | None = None
     for source in (ours, theirs):
         model = load(source, device, size)
+        if shape not in (None, model.config.shape):
+            raise UserError(
+                f"{ours} generates {list(shape or ())}, {theirs} {list(model.config.shape)}: they cannot start from the "
+                "same noise."
+            )
+        shape = model.config.shape
         network = classifier_for(ours, reference, model.device)
         found.append(_rewards(model, chosen, prompts, n, sampling, network, batch))
     results = []

@@ -85,6 +85,10 @@ def test_preferences_and_win_rates_of_the_bundled_model_of_clips(tmp_path: Path)
     assert {row["reward"]: row["win_rate"] for row in rows} == dict.fromkeys(("brightness", "prompt", "symmetry"), 0.5)
     with pytest.raises(UserError, match="give captions"):
         win_rates("emoji-video", "emoji-video", n=2, rewards=["brightness"], sampling=sampling, device="cpu")
+    with pytest.raises(UserError, match="give captions"):
+        make_preferences("emoji", out, reward="prompt", n=2, sampling=sampling, device="cpu")
+    with pytest.raises(UserError, match="in a list"):
+        fewstep.sample("emoji", prompts="a shiny fox on blue", device="cpu")
 
 
 def test_each_sample_is_rated_by_its_own_caption_however_many_are_generated_at_a_time(
