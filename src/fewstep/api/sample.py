@@ -43,7 +43,7 @@ def sample(
     sampling = sampling or SamplingConfig()
     if prompts is not None or model.config.takes_prompts:
         if not prompts:
-            raise UserError("This model takes prompts: give at least one.")
+            raise UserError("This model takes prompts: give at least one in prompts.")
         plan(model, sampling)  # refuses, before anything is loaded or encoded
         return ImageGenerator(model, prompts)(range(len(prompts)), sampling)
     if model.config.unconditional and labels is not None:
