@@ -94,11 +94,7 @@ class Registry(Generic[T]):
         if installed := self._installed().get(name):
             return _loaded(installed, self.kind)
         if not is_dotted(name):
-            own = (
-                " If it is yours, import its module first, with fewstep --import MODULE or in Python."
-                if from_file
-                else ""
-            )
+            own = " If it is yours, import its module first: fewstep --import MODULE …" if from_file else ""
             raise UserError(f"Unknown {self.kind} {name!r}{nearest(name, self.names())}.{own}")
         return require_imported(name, self.kind) if from_file else _imported(name, self.kind)
 
