@@ -71,7 +71,7 @@ class CaptionSet:
         if unknown := next((text for text in captions if text not in numbers), None):
             raise UserError(
                 f"{unknown!r} is not a caption of a coloured garment, such as 'a red sneaker on blue' "
-                "(configs/fashion_text/captions.txt); for other captions choose another reward."
+                "(configs/fashion_text/captions.txt); for other captions choose another reward, such as symmetry."
             )
         return CaptionSet.all().select(torch.tensor([numbers[text] for text in captions]))
 

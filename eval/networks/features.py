@@ -110,7 +110,7 @@ def require_images(name: str, images: Tensor, shape: tuple[int, ...]) -> None:
     if images.dtype != torch.uint8 or images.shape[1:] != shape:
         raise UserError(
             f"The features {name!r} need uint8 images of shape {list(shape)}, "
-            f"got {images.dtype} of shape {list(images.shape[1:])}."
+            f"got {images.dtype} of shape {list(images.shape[1:])}: choose a reference of such images."
         )
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import refused, succeeds, write_config
+from commands import completes, refused, succeeds, write_config
 from PIL import Image
 from worlds import tiny_config, tiny_teacher
 
+from fewstep.api import bench_cost
 from fewstep.api.bench_objectives import load_benchmark, run_config_of
 from fewstep.api.evaluate import known_teacher_scores
 from fewstep.core.files import read_tensors
@@ -21,10 +22,25 @@ from fewstep.eval.score_files import Score, write_scores
 
 def test_bench_step_reports_a_paired_ratio(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    succeeds("bench", "step", write_config(tmp_path), "--rounds", 2, "--json", file)
+    text = succeeds("bench", "step", write_config(tmp_path), "--rounds", 2, "--json", file)
     result = json.loads(file.read_text())
     assert result["ratio"] > 0
     assert result["evaluations_a_cycle"] >= 5
+    assert f"takes {1000 * result['seconds_full']:,.1f} ms" in text
+    assert f"alone {1000 * result['seconds_bare']:,.1f} ms: {result['ratio']:.2f} times as long" in text
+
+
+def test_the_other_benchmarks_print_units(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = {"seconds_full": 0.5, "seconds_bare": 0.4, "ratio": 1.25, "ratio_same_mode": 1.1, "evaluations": 3}
+    monkeypatch.setattr(bench_cost, "bench_sampler", lambda *_: sampler | {"device": "cpu"})
+    memory = {"adapters": {"parameters": 2**29, "peak": 2**30}, "copies": {"parameters": 2**30, "peak": 3 * 2**30}}
+    monkeypatch.setattr(bench_cost, "bench_memory", lambda *_: memory | {"device": "cpu"})
+    completes("bench", "sampler", "fashion")
+    completes("bench", "memory", "configs/fashion/demo.yaml")
+    lines = capsys.readouterr().out.splitlines()
+    assert "takes 500.0 ms, its 3 network evaluations alone 400.0 ms: 1.25 times as long, or 1.10 times" in lines[0]
+    assert lines[1] == "With adapters: 0.500 GiB of weights, 1.000 GiB at the peak of training (cpu)."
+    assert lines[2] == "With copies: 1.000 GiB of weights, 3.000 GiB at the peak of training (cpu)."
 
 
 def test_objectives_get_the_same_evaluations_and_finished_runs_are_kept(

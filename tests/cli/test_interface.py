@@ -24,6 +24,7 @@ from fewstep.cli.options import counting, parse_seeds, print_table, print_text
 from fewstep.core.errors import UserError
 from fewstep.core.paths import is_hub_id
 from fewstep.distill.config_files import parse_config
+from fewstep.models.loading import bundled_models
 
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "matplotlib", "PIL", "yaml")
 
@@ -93,6 +94,12 @@ def test_every_help_text_has_a_valid_example_and_explains_its_options(name: str)
     for parameter in command.params:
         text = parameter.help if isinstance(parameter, typer.core.TyperOption | typer.core.TyperArgument) else None
         assert text or parameter.name == "help", f"{name}: {parameter.name} has no help text"
+
+
+def test_the_help_of_a_model_names_all_bundled_ones() -> None:
+    (model,) = (each for each in COMMANDS["sample"].params if each.name == "model_name")
+    assert isinstance(model, typer.core.TyperArgument)
+    assert str(model.help).endswith(f"or a bundled model: {', '.join(bundled_models())}.")
 
 
 def test_help_shows_defaults() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import fewstep, refused, succeeds, write_config
+from commands import completes, fewstep, refused, succeeds, write_config
 from PIL import Image
 from worlds import tiny_teacher
 
@@ -114,6 +114,16 @@ def test_eval_refuses_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "n must be at least 20" in refused(capsys, *command, "--n", "5")
     assert "steps must be at least 1" in refused(capsys, *command, "--steps", "0")
     assert "uint8 images of shape [1, 28, 28]" in refused(capsys, *command, "--n", "20", "--steps", "1")
+
+
+def test_a_model_that_takes_prompts_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "takes prompts: give --prompt TEXT, or --prompts FILE" in refused(capsys, "sample", "emoji", "--steps", 1)
+
+
+def test_one_image_is_counted_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "one.png"
+    completes("sample", tiny_teacher(tmp_path / "teacher"), "--n", 1, "--steps", 1, "--out", file)
+    assert capsys.readouterr().out == f"1 image is in {file}.\n"
 
 
 def test_a_grid_that_is_there_is_kept(tmp_path: Path) -> None:

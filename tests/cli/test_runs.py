@@ -215,6 +215,16 @@ def test_an_own_run_is_not_resumed_as_a_demo(
     assert "contains another run than the demo" in refused(capsys, "demo", "--out", tmp_path / "mine")
 
 
+def test_a_demo_beside_a_finished_one_says_where_it_is(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.html").touch()
+    shutil.copytree(finished, tmp_path / "mine-2", ignore=shutil.ignore_patterns("report.html"))
+    message = refused(capsys, "demo", "--out", tmp_path / "mine")
+    assert f"{tmp_path}/mine contains a finished demo: this one is in {tmp_path}/mine-2." in message
+
+
 def test_each_demo_is_a_config_with_a_folder_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert {load_config(each.config).out: each.folder for each in (EMOJI, VIDEO, FASHION, TEXT)} == {
         name: Path(name) for name in ("runs/demo", "runs/demo_video", "runs/demo_fashion", "runs/demo_text")

@@ -29,7 +29,7 @@ GIB = 2**30
 USES = {  # what an extra is for; those that are not here are for developers
     "diffusers": "diffusers pipelines as teachers (fewstep demo --text, fewstep data encode, fewstep export)",
     "lora": "adapters (adapters: in a config, fewstep export --to lora)",
-    "eval": "FID, KID, CLIP scores and the other metrics of protocols (fewstep eval --protocol)",
+    "eval": "metrics of protocols, each with its weights (fewstep eval --protocol)",
     "efficientnet": "the metric fd_efficientnet",
     "quantized": "8- and 4-bit weights, 8-bit AdamW",
     "data": "images from Parquet files, WebDatasets and the hub (data.kind: dataset)",
@@ -186,6 +186,6 @@ def conclusions(
     ]
     absent = [name for name, found in weights.items() if found["file"] is None]
     if absent:
-        where = "fewstep doctor --json - says where to get them, fewstep eval --download does it"
+        where = "fewstep eval --protocol … --download fetches them, fewstep doctor --json - lists their addresses"
         missing.append(f"metrics with the weights of {', '.join(absent)}: {where}")
     return usable, missing

@@ -176,8 +176,8 @@ def win_rates(
         model = load(source, device, size)
         if shape not in (None, model.config.shape):
             raise UserError(
-                f"{ours} generates {list(shape or ())}, {theirs} {list(model.config.shape)}: they cannot start from the "
-                "same noise."
+                f"{ours} generates {list(shape or ())}, {theirs} {list(model.config.shape)}: they cannot start from one "
+                "noise."
             )
         shape = model.config.shape
         network = classifier_for(ours, reference, model.device)

@@ -50,8 +50,8 @@ def export(
     saved = config_of(run)
     if saved is not None and not saved.takes_prompts:
         raise UserError(
-            f"{run} is not the student of a diffusers pipeline, so no other program has its network: its model folder "
-            "(config.json, model.safetensors) is what fewstep.load reads."
+            f"{run} is not the student of a diffusers pipeline, and only such students are exported. To use it "
+            "elsewhere, copy its model folder (config.json, model.safetensors), which fewstep.load reads."
         )
     model = load(run, device, dtype=dtype or (base_dtype(saved) if saved is not None else None))
     written = export_model(model, form, Path(out), _card(model, run, samples, push or "."))

@@ -43,7 +43,7 @@ def sample(
     sampling = sampling or SamplingConfig()
     if prompts is not None or model.config.takes_prompts:
         if not prompts or isinstance(prompts, str):
-            raise UserError("This model takes prompts: give at least one, in a list.")
+            raise UserError("This model takes prompts: give at least one in prompts, a list.")
         if labels is not None:
             raise UserError("labels do not act beside prompts, of which each gives one sample: leave one of them out.")
         plan(model, sampling)  # refuses, before anything is loaded or encoded

@@ -21,7 +21,8 @@ from fewstep.cli.options import (
 )  # fmt: skip
 
 app = typer.Typer(no_args_is_help=True, help="Compare methods at one budget, and measure what a step costs.")
-Rounds = Annotated[int, typer.Option(min=2, help="Paired rounds; medians are reported.")]
+Rounds = Annotated[int, typer.Option(min=2, help="Number of measurements; medians are reported.")]
+GIB = 2**30
 
 
 @app.command(epilog="Example: fewstep bench objectives configs/fashion/objectives.yaml seeds=[0]")
@@ -46,46 +47,70 @@ def objectives(config: ConfigFile, overrides: Overrides = None, device: Device =
 
 @app.command(epilog="Example: fewstep bench step configs/fashion/demo.yaml")
 def step(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None, rounds: Rounds = 15) -> None:
-    """Time a full update against its bare network evaluations, paired in one process."""
+    """Time training steps against their network evaluations alone, in turn in one process."""
     from fewstep.api.bench_cost import bench_step
     from fewstep.distill.config_files import load_config
 
     check_json(file)
-    _print(bench_step(load_config(config, overrides or []), rounds), file)
+    found = bench_step(load_config(config, overrides or []), rounds)
+    text = (
+        f"A cycle of updates (training steps: {found['steps_a_cycle']}) takes {_ms(found['seconds_full'])}, its "
+        f"{found['evaluations_a_cycle']} network evaluations alone {_ms(found['seconds_bare'])}: "
+        f"{found['ratio']:.2f} times as long (batch {found['batch']}, {found['device']}, medians of {rounds} rounds)."
+    )
+    _show(found, text, file)
 
 
 @app.command(epilog="Example: fewstep bench sampler fashion --solver unipc_2 --steps 10")
 def sampler(
     model_name: ModelName,
     solver: Annotated[str, typer.Option(help="One of fewstep solver list.")] = "dpmpp_2m",
-    steps: Annotated[int, typer.Option(min=1, help="Steps.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps.")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 64,
     file: JsonFile = None,
     rounds: Rounds = 15,
     device: Device = "auto",
 ) -> None:
-    """Time a solver's steps against as many bare calls of the network, paired in one process."""
+    """Time a solver's steps against as many calls of the network alone, in turn in one process."""
     from fewstep.api.bench_cost import bench_sampler
     from fewstep.api.models import load
     from fewstep.samplers.plan import SamplingConfig
 
     check_json(file)
-    _print(bench_sampler(load(model_name, device), SamplingConfig(solver, steps), batch, rounds), file)
+    found = bench_sampler(load(model_name, device), SamplingConfig(solver, steps), batch, rounds)
+    text = (
+        f"Sampling with {solver} (steps: {steps}) takes {_ms(found['seconds_full'])}, its {found['evaluations']} "
+        f"network evaluations alone {_ms(found['seconds_bare'])}: {found['ratio']:.2f} times as long, or "
+        f"{found['ratio_same_mode']:.2f} times if these are in inference mode, as sampling is (batch {batch}, "
+        f"{found['device']}, medians of {rounds} rounds)."
+    )
+    _show(found, text, file)
 
 
 @app.command(epilog="Example: fewstep bench memory configs/fashion/demo.yaml")
 def memory(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None) -> None:
-    """Measure bytes of weights and the peak of training, with adapters (where the config has them) and with copies."""
+    """Measure the memory of weights and the peak of training, with adapters (if configured) and with copies."""
     from fewstep.api.bench_cost import bench_memory
     from fewstep.distill.config_files import load_config
 
     check_json(file)
-    _print(bench_memory(load_config(config, overrides or [])), file)
+    found = bench_memory(load_config(config, overrides or []))
+    lines = [
+        f"With {mode}: {found[mode]['parameters'] / GIB:.3f} GiB of weights, {found[mode]['peak'] / GIB:.3f} GiB at "
+        f"the peak of training ({found['device']})."
+        for mode in ("adapters", "copies")
+        if mode in found
+    ]
+    _show(found, "\n".join(lines), file)
 
 
-def _print(result: dict[str, Any], file: Path | None) -> None:
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:,.1f} ms"
+
+
+def _show(result: dict[str, Any], text: str, file: Path | None) -> None:
+    """Prints ``text`` and writes all of ``result``; to standard output the result alone."""
     if file is None or str(file) != "-":
-        for name, value in result.items():
-            print_text(f"{name}: {value}")
+        print_text(text)
     if file is not None:
         write_json(result, file)

@@ -34,15 +34,21 @@ TEXT = Demo("configs/fashion_text/demo.yaml", Path("runs/demo_text"), 1_440, 10)
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Option("--out", help="The run folder. Default: runs/demo, runs/demo_video, ..."),
+        typer.Option(
+            "--out",
+            help="The run folder, by default runs/demo, runs/demo_video, …. A finished demo in it is kept.",
+        ),
     ] = None,
-    video: Annotated[bool, typer.Option("--video", help="The teacher of moving emoji: clips of eight frames.")] = False,
-    fashion: Annotated[bool, typer.Option("--fashion", help="The teacher of class labels.")] = False,
-    text: Annotated[bool, typer.Option("--text", help="A diffusers pipeline; needs the extra diffusers.")] = False,
+    video: Annotated[bool, typer.Option("--video", help="Distil emoji-video: clips of eight frames.")] = False,
+    fashion: Annotated[bool, typer.Option("--fashion", help="Distil fashion: class labels, 28 x 28 grey.")] = False,
+    text: Annotated[
+        bool, typer.Option("--text", help="Distil fashion-text, a diffusers pipeline; needs the extra diffusers.")
+    ] = False,
 ) -> None:
     """Distil a bundled teacher, score the student and write a report: a few minutes on a laptop.
 
-    Without an option it is the teacher of emoji, which takes prompts such as "a shiny fox on blue".
+    Without an option it is the teacher of emoji, which takes prompts such as "a shiny fox on blue". For a shorter
+    training: fewstep train configs/emoji/demo.yaml stages.0.steps=100.
     """
     from fewstep.api.data import encode
     from fewstep.api.evaluate import evaluate
@@ -61,7 +67,9 @@ def demo(
         overrides = [f"data.path={captions}"]
         with counting("encoding captions") as encoding:
             encode("fashion-text", find_config(config).with_name("captions.txt"), captions, progress=encoding)
-    folder = unfinished(folder)
+    wanted, folder = folder, unfinished(folder)
+    if folder != wanted:
+        print_text(f"{wanted} contains a finished demo: this one is in {folder}.")
     if (folder / "config.yaml").is_file():
         if run_config(folder) != load_config(config, [f"out={folder}", *overrides]):
             raise UserError(f"{folder} contains another run than the demo; choose another folder with --out.")

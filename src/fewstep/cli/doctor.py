@@ -34,12 +34,12 @@ def sections(found: dict[str, Any]) -> dict[str, list[str]]:
     return {
         "Versions": [", ".join(f"{name} {version}" for name, version in found["versions"].items())],
         "Devices": [
-            f"{cpu['processors']} processors, {cpu['for_this_process']} for this process, {cpu['threads']} threads of "
-            f"torch; {cpu['memory']} GiB of memory, {cpu['free']} free",
+            f"processors: {cpu['processors']}, of which this process may use {cpu['for_this_process']}; threads of "
+            f"torch: {cpu['threads']}; memory: {cpu['memory']} GiB, {cpu['free']} free",
             *map(device, found["devices"]),
         ],
         "Extras": [
-            f"{name}: " + ("installed" if extra["installed"] else f"pip install 'fewstep[{name}]'")
+            f"{name}: " + ("installed" if extra["installed"] else f"missing; pip install 'fewstep[{name}]'")
             for name, extra in found["extras"].items()
         ],
         "Weights of metrics": [f"{name}: {weights['file'] or 'missing'}" for name, weights in found["weights"].items()],

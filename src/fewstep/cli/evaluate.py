@@ -56,7 +56,7 @@ def evaluate(
     reference: Annotated[
         str | None,
         typer.Option(
-            help="Real images to compare with: a folder of fewstep data reference, emoji, fashion; with "
+            help="Real images to compare with: a folder of fewstep data reference, or bundled: emoji, fashion, …; with "
             "--protocol also images or their statistics. Default: the protocol's, or that of the run "
             "or its teacher."
         ),
@@ -188,7 +188,8 @@ def compare(
     head, *body = rows = side_by_side(read_scores(ours), read_scores(theirs))
     if not body:
         raise UserError(
-            f"{ours} and {theirs} have no metric in common at one setting (solver, guidance, steps, number of samples)."
+            f"{ours} and {theirs} have no metric in common at one setting (solver, guidance, steps, number of "
+            "samples): score both by one --reference with the same options."
         )
     if file is not None:
         write_json([dict(zip(head, row, strict=True)) for row in body], file)
@@ -199,7 +200,9 @@ def compare(
 @app.command(epilog="Example: fewstep winrate runs/tuned runs/demo --n 1000")
 def winrate(
     ours: ModelName,
-    theirs: Annotated[str, typer.Argument(metavar="OTHER", callback=note_checkpoint, help="To compare with.")],
+    theirs: Annotated[
+        str, typer.Argument(metavar="OTHER", callback=note_checkpoint, help="The model to compare with, as MODEL.")
+    ],
     n: Annotated[int, typer.Option("--n", min=1, help="Samples of each.")] = 2_000,
     captions: Captions = None,
     rewards: Annotated[

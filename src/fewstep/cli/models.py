@@ -16,6 +16,7 @@ from fewstep.cli.options import (
     ModelName,
     Solver,
     Steps,
+    counted,
     counting,
     parse_names,
     parse_seeds,
@@ -50,13 +51,15 @@ def sample(
     model_name: ModelName,
     n: Annotated[
         int | None,
-        typer.Option("--n", help="Number of images of class labels, by default 80; for prompts see --seeds."),
+        typer.Option("--n", help="For class labels: number of images, by default 80. For prompts see --seeds."),
     ] = None,
     steps: Steps = None,
     prompt: Annotated[str | None, typer.Option(help="What to show, for a text-conditioned model.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt per line, or a table.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds for each prompt: 0-3 or 0,5,7. Default: --seed.")] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for a pipeline.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="For pipelines: HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES in pixels.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Prompts per batch. Default: 8.")] = None,
     labels: Annotated[
         str | None, typer.Option(help="Class labels, for example 0,1,2 or bee,cat. Default: all in turn.")
@@ -65,17 +68,20 @@ def sample(
     guidance: GuidanceScale = 1.0,
     grid: Grid = "time",
     seed: Annotated[int | None, typer.Option(help="Seed of the noise. Default: 0.")] = None,
-    frames: Annotated[
-        int | None, typer.Option(help="Frames of a video that a causal model generates one by one.")
+    frames: Annotated[int | None, typer.Option(help="For a causal model of videos: number of frames.")] = None,
+    video: Annotated[
+        Video | None, typer.Option(help="For prompts of a model of videos: the format of the files. Default: gif.")
     ] = None,
-    video: Annotated[Video | None, typer.Option(help="The format of a video model's files. Default: gif.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--out", help="A PNG or (videos) GIF file; for prompts a folder. Default: grid.png, or samples."),
+        typer.Option(
+            "--out",
+            help="For class labels a PNG file, or GIF for videos; for prompts a folder. Default: grid.png, or samples.",
+        ),
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Generate images. Class labels: one grid. Prompts: one file each; existing files are kept."""
+    """Generate images or videos: of class labels one grid, of prompts one file each. Existing files are kept."""
     from fewstep.api.models import load
     from fewstep.api.sample import sample as sample_labels
     from fewstep.api.sample import sample_files
@@ -107,10 +113,11 @@ def sample(
                 model, lines, file, seeds=parse_seeds(seeds, sampling.seed), batch=batch or 8, sampling=sampling,
                 video=(video or Video.gif).value, progress=progress,
             )  # fmt: skip
-        print_text(f"{len(written)} samples are in {file}.")
+        print_text(f"{counted(len(written), 'sample')} in {file}.")
         return
-    if not model.config.takes_prompts:
-        refuse("This model takes no prompts", seeds=seeds, size=size, batch=batch, video=video)
+    if model.config.takes_prompts:
+        raise UserError("This model takes prompts: give --prompt TEXT, or --prompts FILE with one per line.")
+    refuse("This model takes no prompts", seeds=seeds, size=size, batch=batch, video=video)
     videos = len(model.config.shape) == 4
     wanted, n = file or Path("grid.gif" if videos else "grid.png"), 80 if n is None else n
     if videos and wanted.suffix.lower() != ".gif":
@@ -121,7 +128,7 @@ def sample(
     columns = len(chosen) if chosen and len(chosen) > 1 else min(n, model.config.classes or 10)
     save_grid(images, file, columns=columns)
     kept = "" if file == wanted else f" {wanted} was there before and is kept."
-    print_text(f"{n} {'videos' if videos else 'images'} are in {file}.{kept}")
+    print_text(f"{counted(n, 'video' if videos else 'image')} in {file}.{kept}")
 
 
 @app.command(epilog="Example: fewstep export runs/mine --to lora --out my_lora")
@@ -129,14 +136,18 @@ def export(
     model_name: ModelName,
     folder: Annotated[Path, typer.Option("--out", help="A new folder for the export.")],
     form: Annotated[
-        ExportFormat, typer.Option("--to", help="A pipeline; its network alone; an adapter; one for ComfyUI.")
+        ExportFormat,
+        typer.Option(
+            "--to",
+            help="diffusers: a pipeline; merged: its network alone; lora: an adapter; comfyui: an adapter for ComfyUI.",
+        ),
     ] = ExportFormat.diffusers,
     device: Device = "cpu",
     dtype: Annotated[
         WeightType | None, typer.Option(help="The type of a network's weights. Default: that of the base's weights.")
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=0, help="Images on the model card, of the run's prompts; 0 samples none.")
+        int, typer.Option(min=0, help="Number of images on the model card, for prompts of the run.")
     ] = 8,
     push: Annotated[
         str | None,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun), only the first one speaks
 SPEAKING_SECONDS = 10
-out = Console(width=None if Console().is_terminal else 160, markup=False, emoji=False, quiet=not FIRST)
+out = Console(width=None if Console().is_terminal else 200, markup=False, emoji=False, quiet=not FIRST)
 err = Console(stderr=True, markup=False, emoji=False, quiet=not FIRST)
 
 Number = TypeVar("Number", int, float)
@@ -52,7 +52,8 @@ ModelName = Annotated[
     str,
     typer.Argument(
         metavar="MODEL", callback=note_checkpoint,
-        help="A run, a checkpoint, a model folder, a pipeline (folder or hub id), emoji, fashion, fashion-text.",
+        help="A run, a checkpoint, a model folder, a diffusers pipeline (folder or hub id), or a bundled model: emoji, "
+        "emoji-video, fashion, fashion-text.",
     ),
 ]  # fmt: skip
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
@@ -72,7 +73,7 @@ GRID_HELP = (
 Grid = Annotated[str, typer.Option(help=GRID_HELP)]
 Captions = Annotated[
     Path | None,
-    typer.Option(help="For a model that takes prompts: a text file, one caption per line, or a table, in turn."),
+    typer.Option(help="For a model that takes prompts: a text file, one caption per line, or a table. Used in turn."),
 ]
 Size = Annotated[str | None, typer.Option(help="For pipelines: HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES in pixels.")]
 Batch = Annotated[int, typer.Option(min=1, help="For pipelines: samples at a time.")]
@@ -159,6 +160,11 @@ def refuse(reason: str, **options: object) -> None:
     """Raises ``UserError`` that names the ``options`` which were given (are not None) although they have no effect."""
     if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]:
         raise UserError(f"{reason}: remove {', '.join(given)}.")
+
+
+def counted(n: int, noun: str) -> str:
+    """``1 image is``, ``20 images are``."""
+    return f"1 {noun} is" if n == 1 else f"{n} {noun}s are"
 
 
 def print_text(text: str, style: str | None = None, console: Console = out) -> None:

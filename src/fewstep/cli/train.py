@@ -111,7 +111,7 @@ def explain(
         return
     for number, stage in enumerate(stages):
         print_text(f"stages.{number}: {stage.text}\n")
-        rows = [("update", "trains", "due", "evaluations per sample and update: role without + with gradient")]
+        rows = [("update", "trains", "due", "network evaluations per sample: without + with gradient")]
         for update in stage.updates:
             costs = ", ".join(
                 f"{role} {plain:.3g} + {graph:.3g}" for role, (plain, graph) in update.evaluations.items()
@@ -159,7 +159,7 @@ def in_gib(size: int) -> str:
 
 @app.command(epilog="Example: fewstep replay runs/demo --step 200")
 def replay(
-    run: RunFolder, step: Annotated[int, typer.Option(help="A step of the log, metrics.jsonl.")], file: JsonFile = None
+    run: RunFolder, step: Annotated[int, typer.Option(help="A step that metrics.jsonl has.")], file: JsonFile = None
 ) -> None:
     """Recompute a logged step from the checkpoint before it and compare every number."""
     from fewstep.core.devices import pick_device

@@ -94,7 +94,8 @@ class Registry(Generic[T]):
         if installed := self._installed().get(name):
             return _loaded(installed, self.kind)
         if not is_dotted(name):
-            raise UserError(f"Unknown {self.kind} {name!r}{nearest(name, self.names())}.")
+            own = " If it is yours, import its module first: fewstep --import MODULE …" if from_file else ""
+            raise UserError(f"Unknown {self.kind} {name!r}{nearest(name, self.names())}.{own}")
         return require_imported(name, self.kind) if from_file else _imported(name, self.kind)
 
     def _installed(self) -> dict[str, EntryPoint]:

@@ -87,7 +87,7 @@ def test_preferences_and_win_rates_of_the_bundled_model_of_clips(tmp_path: Path)
         win_rates("emoji-video", "emoji-video", n=2, rewards=["brightness"], sampling=sampling, device="cpu")
     with pytest.raises(UserError, match="give captions"):
         make_preferences("emoji", out, reward="prompt", n=2, sampling=sampling, device="cpu")
-    with pytest.raises(UserError, match="in a list"):
+    with pytest.raises(UserError, match="in prompts, a list"):
         fewstep.sample("emoji", prompts="a shiny fox on blue", device="cpu")
 
 
