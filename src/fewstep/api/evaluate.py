@@ -175,10 +175,8 @@ def win_rates(
     for source in (ours, theirs):
         model = load(source, device, size)
         if shape not in (None, model.config.shape):
-            raise UserError(
-                f"{ours} generates {list(shape or ())}, {theirs} {list(model.config.shape)}: they cannot start from one "
-                "noise."
-            )
+            made = f"{ours} generates {list(shape or ())}, {theirs} {list(model.config.shape)}"
+            raise UserError(f"{made}: they cannot start from the same noise.")
         shape = model.config.shape
         network = classifier_for(ours, reference, model.device)
         found.append(_rewards(model, chosen, prompts, n, sampling, network, batch))
