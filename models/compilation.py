@@ -7,6 +7,9 @@ blocks stays eager.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -31,6 +34,20 @@ def compile_blocks(backbone: nn.Module, backend: str = "inductor") -> None:
     for block in blocks:
         if block._compiled_call_impl is None:  # a network that adapters share is given once for each role
             block.compile(backend=backend)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Inside this context, a failure of torch's compiler is a ``UserError``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"torch {torch.__version__} could not compile a block of the network ({reason}). Set compile=false."
+        ) from error
 
 
 def graphs() -> int:

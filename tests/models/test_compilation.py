@@ -13,11 +13,12 @@ import torch
 from tiny_runs import settings
 from torch import nn
 
+import fewstep
 from fewstep.core.errors import UserError
 from fewstep.distill.build import build_inputs
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.trainer import Trainer
-from fewstep.models.compilation import compile_blocks, graphs
+from fewstep.models.compilation import compile_blocks, compiling, graphs
 
 CPU = torch.device("cpu")
 
@@ -74,3 +75,15 @@ def test_pipelines(name: str, lora: bool, most: int, tmp_path: Path) -> None:
 def test_a_network_without_named_blocks_is_refused() -> None:
     with pytest.raises(UserError, match="compile: true has no effect on a Linear"):
         compile_blocks(nn.Linear(2, 2))
+
+
+def test_a_failure_of_the_compiler_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(graph: object, inputs: object) -> None:
+        raise ValueError("no code for this")
+
+    monkeypatch.setattr("fewstep.distill.trainer.compile_blocks", partial(compile_blocks, backend=fails))
+    raw = settings("tdm", tmp_path, "cpu", "float32") | {"compile": True}
+    with pytest.raises(UserError, match=r"could not compile a block of the network.*Set compile=false"):
+        fewstep.train(parse_config(raw, "test"))
+    with pytest.raises(RuntimeError, match="mine"), compiling():
+        raise RuntimeError("mine")

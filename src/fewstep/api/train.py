@@ -24,6 +24,7 @@ from fewstep.distill.processes import join_world
 from fewstep.distill.run_folder import RunFolder, run_config
 from fewstep.eval.references import load_reference
 from fewstep.eval.validation import PromptValidation, Validation
+from fewstep.models.compilation import compiling
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.loading import Model
 from fewstep.samplers.plan import SamplingConfig
@@ -64,7 +65,7 @@ def train_run(
 ) -> RunFolder:  # fmt: skip
     """The same, returning the run with its trainer."""
     world, device = join_world(config.device)
-    with TrainingProgress(config.steps, quiet=not progress or world.rank > 0) as shown:
+    with TrainingProgress(config.steps, quiet=not progress or world.rank > 0) as shown, compiling():
         with world.together():
             resumed = resume is not None and bool(checkpoints(Path(resume) / "checkpoints"))
             inputs = build_inputs(config, device, teacher, data, world, resumed=resumed)
