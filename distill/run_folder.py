@@ -337,10 +337,8 @@ def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str
     lines, _ = read_json_lines(folder / "metrics.jsonl")
     logged = {line["step"]: line for line in lines if "validation" not in line}
     if step not in logged:
-        nearest = sorted(sorted(logged, key=lambda other: abs(other - step))[:3])
-        raise UserError(
-            f"Step {step} was not logged; the nearest in metrics.jsonl: {', '.join(map(str, nearest)) or 'none'}."
-        )
+        near = sorted(sorted(logged, key=lambda other: abs(other - step))[:3])
+        raise UserError(f"Step {step} was not logged; near it were {', '.join(map(str, near)) or 'none'}.")
     before = max((other for other in logged if other < step), default=0)
     first = max((step_of(path) for path in checkpoints(folder / "checkpoints", before)), default=0)
     settings = settings_at(folder, run_config(folder).model_dump(mode="json"), first, step)

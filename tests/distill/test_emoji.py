@@ -167,7 +167,7 @@ def test_prompts_on_the_command_line(student: Path, tmp_path: Path, capsys: pyte
     )
     assert not (tmp_path / "three").exists()
     assert "samples of other prompts" in refused(capsys, *sample, "--prompt", "a flat fox on blue", "--out", out)
-    assert "give at least one" in refused(capsys, *sample, "--out", tmp_path / "grid.png")
+    assert "give --prompt TEXT" in refused(capsys, *sample, "--out", tmp_path / "grid.png")
     assert "takes prompts" in refused(capsys, *sample, "--prompt", "fox", "--labels", "1")
     with pytest.raises(UserError, match="labels do not act beside prompts"):
         fewstep.sample(student, prompts=["fox"], labels=[1], device="cpu")

@@ -39,8 +39,8 @@ def require_gradio() -> Any:
 
 
 def serve(models: AppModels, name: str, host: str, port: int, started: Callable[[str], None]) -> None:
-    """Serves the page until it is interrupted; ``started`` receives its address. ``port`` 0 takes a free one. Raises
-    ``UserError`` if the address cannot be used."""
+    """Serves the page until it is interrupted, which raises ``KeyboardInterrupt``; ``started`` receives its address.
+    ``port`` 0 takes a free one. Raises ``UserError`` if the address cannot be used."""
     gradio = require_gradio()
     import uvicorn
     from fastapi import FastAPI
@@ -66,6 +66,7 @@ def serve(models: AppModels, name: str, host: str, port: int, started: Callable[
     started(f"http://{shown}:{listener.getsockname()[1]}/")
     # an open page keeps a connection, for which a server that stops would wait without an end
     uvicorn.Server(uvicorn.Config(server, log_level="error", timeout_graceful_shutdown=1)).run([listener])
+    raise KeyboardInterrupt  # only a signal ends it, which its event loop may have taken for itself
 
 
 def page(models: AppModels, name: str) -> Any:
