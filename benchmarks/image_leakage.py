@@ -99,11 +99,11 @@ class TimeNoise(FlowMatching):
     most: float = NOISE
 
     def condition(self, micro: MicroBatch, t: Tensor) -> Condition:
-        known = super().condition(micro, t)
-        image, level = known["image"], micro.random.normal((len(t),), "level").double()
+        condition = super().condition(micro, t)
+        image, level = condition["image"], micro.random.normal((len(t),), "level").double()
         deviation = self.most * torch.sigmoid(2 * t**5 - 1 + level)
         noise = micro.random.normal(image.shape, "image")
-        return known.replace(image=image + expand_like(deviation, image).to(image) * noise)
+        return condition.replace(image=image + expand_like(deviation, image).to(image) * noise)
 
 
 def train(folder: Path, objective: str) -> Model:
@@ -179,17 +179,16 @@ def main(folder: Path) -> None:
     condition = vocabulary.encode(captions.texts)(torch.arange(N)).replace(image=to_unit(shown[:, :, 0]))
     noise = KeyedRandom(0, 0, "leakage/noise", 0).normal((N, *SHAPE))
 
-    def measure(what: str, t: float | None, init: str, clips: Tensor, without: Tensor | None) -> dict[str, Any]:
+    def measure(what: str, t: float | str, init: str, clips: Tensor, without: Tensor) -> dict[str, Any]:
         found = clip_scores(network, names, clips, real, captions)
         picked = ("fd_clips", "motion", "speed", "name", "change")
         row: dict[str, Any] = {"model": what, "start": t, "init": init} | {k: found[k].value for k in picked}
         row["first frame"] = (clips[:, :, 0].float() - shown[:, :, 0].float()).abs().mean().item() / 255
-        if without is not None:
-            row["change without words"] = read_motion(without).change.mean().item()
+        row["change without words"] = read_motion(without).change.mean().item()
         print(json.dumps(row), flush=True)
         return row
 
-    rows = [measure("rendered", None, "", shown, shown)]
+    rows = [measure("rendered", "", "", shown, shown)]
     for objective, what in (("flow_matching", "plain"), ("image_leakage:TimeNoise", "noise on the image")):
         model = train(folder, objective)
         for t in STARTS:

@@ -11,7 +11,7 @@ MOST, LARGEST = 2**31 - 1, 32 << 20  # bytes that are kept; of a block that is k
 
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory, in this process, instead of returning it to the system, which would clear it
-    again page by page: training on a CPU gets about 7 % faster. Does nothing with another C library."""
+    again page by page: training on a CPU gets faster. Does nothing with another C library."""
     if sys.platform != "linux":
         return
     try:
