@@ -1,39 +1,30 @@
-"""Freed memory stays with the process for the tensors that follow."""
+"""Freed memory stays with the process: what glibc is told, and what it accepts."""
 
 from __future__ import annotations
 
-import subprocess
+import ctypes
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-HELD = """
-import sys, torch
-from pathlib import Path
 from fewstep.core.host_memory import keep_freed_memory
-
-torch.set_num_threads(1)
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-
-def resident():
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmRSS"].split()[0]) / 1024
-
-def several():
-    tensors = [torch.ones(1 << 20) for _ in range(16)]  # 64 MiB
-
-before = resident()
-several(), several()
-print(resident() - before)
-"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
-def test_the_memory_of_freed_tensors_is_kept_on_request_alone() -> None:
-    held = {
-        how: float(subprocess.run([sys.executable, "-c", HELD, how], capture_output=True, text=True, check=True).stdout)
-        for how in ("keep", "return")
-    }
-    assert held["keep"] > 48
-    assert held["return"] < 24
+def test_glibc_accepts_both_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """M_TRIM_THRESHOLD is -1 and M_MMAP_THRESHOLD -3 in malloc.h, the latter at most 32 MiB; mallopt returns 1."""
+    real, calls = ctypes.CDLL(None).mallopt, []
+
+    def mallopt(parameter: int, value: int) -> int:
+        calls.append((parameter, value, real(parameter, value)))
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    keep_freed_memory()
+    assert calls == [(-1, 2**31 - 1, 1), (-3, 32 * 2**20, 1)]
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    keep_freed_memory()
