@@ -214,8 +214,9 @@ def _source(
     data = config.data
     if data.kind in CAPTIONS:
         return Emoji.create(
-            data.kind, model, device, images=any("x0" in stage.objective.tensors for stage in config.stages)
-        )
+            data.kind, model, device, repeat=data.repeat,
+            images=any("x0" in stage.objective.tensors for stage in config.stages),
+        )  # fmt: skip
     if model.vocabulary is not None:
         return _word_source(data, model, model.vocabulary)
     if data.kind != "prompts" and model.takes_prompts:

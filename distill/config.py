@@ -51,7 +51,8 @@ class DataConfig(BaseConfig):
     ``crop``, those of another size than the model's are scaled until they cover it and cropped around their centre
     (otherwise they are an error); with ``flip``, each is mirrored with probability 1/2 whenever it is sampled. For
     prompts alone, ``sizes`` lists height, width and frames in pixels, and each batch has one of them (by default the
-    run's ``size``).
+    run's ``size``). Captions of emoji that contain a word of ``repeat`` are sampled so many times as often as others:
+    ``{spinning: 8}`` for what is hard to learn.
     """
 
     kind: str = "labels"
@@ -62,6 +63,7 @@ class DataConfig(BaseConfig):
     crop: bool = False
     flip: bool = False
     sizes: tuple[tuple[Pixels, Pixels, Pixels], ...] = ()
+    repeat: dict[str, Annotated[int, Field(ge=1, le=100)]] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -74,6 +76,8 @@ class DataConfig(BaseConfig):
             raise ValueError(f"kind {self.kind} ships with the package: leave path out")
         if self.sizes and self.kind != "prompts":
             raise ValueError(f"sizes are for kind prompts, not {self.kind}")
+        if self.repeat and self.kind not in CAPTIONS:
+            raise ValueError(f"repeat is for captions of emoji ({', '.join(CAPTIONS)}), not for kind {self.kind}")
         if self.options and self.kind in DATA_KINDS:
             raise ValueError(f"options are for your own sources, not for kind {self.kind}")
         if self.kind in IMAGE_KINDS:

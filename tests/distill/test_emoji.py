@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from fewstep.distill.memory import plan_memory
 from fewstep.models.emoji import BACKGROUNDS, STYLES, EmojiCaptions, load_art
 from fewstep.models.loading import load_model
 from fewstep.models.model_config import ModelConfig
+from fewstep.models.vocabulary import split_words
 
 TEACHER = load_config("configs/emoji/teacher.yaml")
 MODEL = TEACHER.model
@@ -79,6 +81,17 @@ def test_batches_cover_all_training_captions_and_no_others() -> None:
     assert counts.max() < 4 * counts.float().mean()
 
 
+def test_captions_with_a_repeated_word_are_sampled_so_many_times_as_often() -> None:
+    source = Emoji.create("emoji", MODEL, images=False, repeat={"flat": 3, "red": 5})
+    assert source(KeyedRandom(0, 0, "data", 0), 4).condition["words"].shape == (4, 3)
+    told = [set(split_words(text)) for text in source.captions.texts]
+    counts = Counter(map(frozenset, told))
+    assert counts.keys() == {frozenset(split_words(text)) for text in TRAIN.texts}
+    for words, count in counts.items():
+        assert count == (5 if "red" in words else 3 if "flat" in words else 1)
+    assert MODEL.vocabulary.encode(source.captions.texts).words.equal(source.prompts.words)  # type: ignore[union-attr]
+
+
 def test_images_are_rendered_only_for_objectives_that_need_them(teacher: Path) -> None:
     device, random = torch.device("cpu"), KeyedRandom(0, 0, "data", 0)
     pretraining = build_inputs(load_config("configs/emoji/teacher.yaml", SMALL), device)
@@ -94,6 +107,9 @@ def test_images_are_rendered_only_for_objectives_that_need_them(teacher: Path) -
     [
         (["data.path=x"], "ships with the package: leave path out"),
         (["data.crop=true"], "crop is for images"),
+        (["data.repeat={shinny: 2}"], r"no caption of the training split has the word 'shinny'.*shiny"),
+        (["data.repeat={shiny: 0}"], "greater than or equal to 1"),
+        (["data.kind=labels", "data.repeat={shiny: 2}"], "repeat is for captions of emoji"),
         (["model.vocabulary=null"], "needs a model that takes words"),
         (["model.vocabulary.words=[fox]"], "does not know the word 'shiny'"),
         (["model.vocabulary.words=[Fox]"], "not one word in lower case"),
