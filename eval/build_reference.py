@@ -88,8 +88,9 @@ def build_reference(
             used = ClassifierFeatures.load(part)
         compared = {"train": (images, shuffled[:SIZE]), "test": (other, other_rows[:SIZE])}
         features = {split: _features(used, *some) for split, some in compared.items()}
-        for split, rows_of in features.items():
-            write_tensors({"features": rows_of}, part / f"{split}.safetensors")
+        statistics = {split: Statistics.of(rows_of) for split, rows_of in features.items()}
+        write_tensors({"features": features["test"]}, part / "test.safetensors")
+        write_tensors(stored_statistics(statistics["train"]), part / "train.safetensors")
         few = shuffled[SIZE : SIZE + SHOWN]
         pixels, labels = images[few if len(few) else shuffled[:SHOWN]]
         write_tensors({"images": pixels, "labels": labels.to(torch.int32)}, part / "real.safetensors")
@@ -98,8 +99,15 @@ def build_reference(
             images={**(source or {}), "train": len(rows), "test": len(other_rows)},
         )  # fmt: skip
         write_text(config.model_dump_json(indent=2) + "\n", part / CONFIG)
-    distance = frechet_distance(Statistics.of(features["train"]), Statistics.of(features["test"]))
+    distance = frechet_distance(statistics["train"], statistics["test"])
     return values | {DISTANCE_PREFIX + used.name: distance}
+
+
+def stored_statistics(statistics: Statistics) -> dict[str, Tensor]:
+    """What ``train.safetensors`` contains: training compares statistics only, which take less space than features."""
+    return {
+        "mean": statistics.mean, "covariance": statistics.covariance, "count": torch.tensor([statistics.count]),
+    }  # fmt: skip
 
 
 def _check_labels(train: tuple[ImageTable, Tensor], test: tuple[ImageTable, Tensor]) -> None:

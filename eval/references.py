@@ -1,9 +1,10 @@
 """Reference sets, with which generated images are compared. They are files; nothing is downloaded.
 
-A reference folder contains features of two sets of real images (``test``, which only evaluation uses, and ``train``, by
-which training chooses its best checkpoint), some real images to look at, and either a classifier trained on them or,
-in ``reference.json``, the name of the network that computed the features. ``fewstep data reference`` writes one. The
-real images of the emoji are rendered instead, and their folder contains a classifier only (``eval/emoji.py``).
+A reference folder contains features of real images, which only evaluation uses (``test``), the statistics of those of
+others, by which training chooses its best checkpoint (``train``), some real images to look at, and either a classifier
+trained on them or, in ``reference.json``, the name of the network that computed the features. ``fewstep data
+reference`` writes one. The real images of the emoji are rendered instead, and their folder contains a classifier only
+(``eval/emoji.py``).
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ class ReferenceConfig(BaseModel):
 @dataclass(frozen=True)
 class Reference:
     """Features [N, D] of one set of real images, their statistics, the network that computed them, and the hash of
-    their file. ``class_names`` are those of the classifier's classes, if they have some; ``captions`` those that the
-    images show in turn, if they were rendered for some."""
+    their file. There are no features (N = 0) where a file has their statistics only. ``class_names`` are those of the
+    classifier's classes, if they have some; ``captions`` those that the images show in turn, if they were rendered for
+    some."""
 
     name: str
     split: Split
@@ -160,15 +162,34 @@ def load_reference(
             "reference again with fewstep data reference."
         )
     file = folder / f"{split}.safetensors"
-    features = read_tensors(file).get("features", torch.empty(0))
-    if features.ndim != 2 or not features.is_floating_point():
-        raise UserError(f"{file} contains no features [N, D]; create the reference again with fewstep data reference.")
+    features, statistics = _features(file, split)
     if features.shape[1] != network.dimension:
         raise UserError(
             f"{folder} contains features of dimension {features.shape[1]}, but its network has {network.dimension}."
         )
     names = config.class_names if config is not None else ()
-    return Reference(name, split, network, features, Statistics.of(features), sha256(file), names)
+    return Reference(name, split, network, features, statistics, sha256(file), names)
+
+
+def _features(file: Path, split: Split) -> tuple[Tensor, Statistics]:
+    """The features [N, D] in a file, and their statistics; of training images it may have these only (N = 0)."""
+    tensors = read_tensors(file)
+    if split == "train" and "features" not in tensors:
+        advice = "Create the reference again with fewstep data reference."
+        with reading(file, "file of the statistics of training images", advice):
+            try:
+                mean, covariance = (tensors[name] for name in ("mean", "covariance"))
+                if not (mean.is_floating_point() and covariance.is_floating_point()):
+                    raise ValueError("mean and covariance must be floating-point numbers")
+                statistics = Statistics(mean.double(), covariance.double(), int(tensors["count"]))
+            except UserError as error:
+                raise ValueError(str(error).removesuffix(".")) from error
+        statistics.check_semidefinite(str(file))
+        return torch.empty(0, len(mean)), statistics
+    features = tensors.get("features", torch.empty(0))
+    if features.ndim != 2 or not features.is_floating_point():
+        raise UserError(f"{file} contains no features [N, D]; create the reference again with fewstep data reference.")
+    return features, Statistics.of(features)
 
 
 def _rendered(name: str, split: Split, device: torch.device | str) -> Reference:

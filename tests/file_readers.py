@@ -104,6 +104,12 @@ def reference(folder: Path) -> None:
     (folder / "test.safetensors").write_bytes(save({"features": torch.randn(9, 4, generator=torch.Generator())}))
 
 
+def training_statistics(folder: Path) -> None:
+    classifier(folder)
+    tensors = {"mean": torch.zeros(4), "covariance": torch.eye(4), "count": torch.tensor([9])}
+    (folder / "train.safetensors").write_bytes(save(tensors))
+
+
 def statistics(folder: Path) -> None:
     tensors = {"log_snr": torch.arange(3.0).double()} | {name: torch.ones(3, 2, dtype=torch.float64) for name in "lsb"}
     (folder / "s.safetensors").write_bytes(save(tensors, {"settings": '{"guidance": 1.0}'}))
@@ -213,6 +219,8 @@ READERS: dict[str, Reader] = {
                                        other_tensors("log_snr", "l", "s", "b")),
     "classifier": Reader("classifier.json", classifier, load_classifier, changed_json),
     "reference": Reader("test.safetensors", reference, lambda f: load_reference(str(f)), other_tensors("features")),
+    "reference of training images": Reader("train.safetensors", training_statistics, lambda f: load_reference(
+        str(f), "train"), other_tensors("mean", "covariance", "count", "features")),
     "feature statistics": Reader("s.npz", feature_statistics, lambda f: (
         contains_statistics(f / "s.npz"), read_statistics(f / "s.npz", Features())),  # type: ignore[arg-type]
         other_arrays("mu", "sigma", "n", "feats", "network")),

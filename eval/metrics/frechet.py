@@ -37,7 +37,7 @@ class Statistics:
 
     def __post_init__(self) -> None:
         d = self.mean.numel()
-        if self.mean.shape != (d,) or self.covariance.shape != (d, d):
+        if d == 0 or self.mean.shape != (d,) or self.covariance.shape != (d, d):
             shapes = f"{list(self.mean.shape)} and {list(self.covariance.shape)}"
             raise UserError(f"A mean [D] and a covariance [D, D] are needed, got {shapes}.")
         if not (self.mean.isfinite().all() and self.covariance.isfinite().all()):
