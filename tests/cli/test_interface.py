@@ -20,7 +20,7 @@ from commands import fewstep, refused, succeeds, write_config
 from fewstep.api.training_progress import TrainingProgress
 from fewstep.cli import main as cli_main
 from fewstep.cli.main import RENAMED, app
-from fewstep.cli.options import counting, parse_seeds, print_table, print_text
+from fewstep.cli.options import TaskProgress, counting, parse_seeds, print_table, print_text
 from fewstep.core.errors import UserError
 from fewstep.core.paths import is_hub_id
 from fewstep.distill.config_files import parse_config
@@ -176,6 +176,18 @@ def test_texts_of_users_are_printed_as_they_are_and_in_one_line(text: str, capsy
     assert table.count(text[:20]) == 2
     with counting(text) as moved:  # the description of a progress bar
         moved(1, 2)
+
+
+def test_off_a_terminal_a_long_task_says_now_and_then_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = [0.0]
+    with TaskProgress(lambda: seconds[0]) as bar:
+        first, second = bar.add_task("measuring", total=None), bar.add_task("[sampling]", total=300)
+        for now in range(0, 100, 3):
+            seconds[0] = float(now)
+            bar.update(first if now < 40 else second, completed=now, total=None if now < 40 else 300)
+    lines = capsys.readouterr().err.split("\n")
+    assert lines[:4] == ["measuring 6", "measuring 36", "[sampling] 66/300", "[sampling] 96/300"]
+    assert not any(lines[4:])
 
 
 def test_names_that_are_not_utf_8_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fewstep.core.errors import UserError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun), only the first one speaks
 SPEAKING_SECONDS = 10
+FIRST_LINE, LINES = 5.0, 30.0  # seconds to the first line of a task off a terminal, and between later ones
 out = Console(width=None if Console().is_terminal else 200, markup=False, emoji=False, quiet=not FIRST)
 err = Console(stderr=True, markup=False, emoji=False, quiet=not FIRST)
 
@@ -95,10 +96,27 @@ def sampling_of(solver: str | None, steps: int | None, guidance: float, grid: st
     return SamplingConfig(solver, steps, guidance, grid, seed)
 
 
+class TaskProgress(Progress):
+    """A bar for each task. Where standard error is no terminal, as in a batch job, a line about a task that was moved
+    after ``FIRST_LINE`` seconds, and then every ``LINES`` seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        super().__init__(*columns, TimeRemainingColumn(), console=err, transient=True)
+        self._clock, self._next_line = clock, clock() + FIRST_LINE
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        if not self.console.is_terminal and self._clock() >= self._next_line:
+            self._next_line = self._clock() + LINES
+            task = next(each for each in self.tasks if each.id == task_id)
+            of = "" if task.total is None else f"/{task.total:.0f}"
+            print_text(f"{task.description} {task.completed:.0f}{of}", None, err)
+
+
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    with TaskProgress() as bar:
         yield bar
 
 
