@@ -11,7 +11,7 @@ import torch
 
 from fewstep.core.errors import UserError
 from fewstep.core.image_data import KINDS as IMAGE_KINDS
-from fewstep.core.image_data import no_captions, open_images
+from fewstep.core.image_data import open_images, required_captions
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.core.registry import dotted_name
 from fewstep.core.tables import read_texts
@@ -254,9 +254,7 @@ def _word_source(data: DataConfig, model: ModelConfig, vocabulary: Vocabulary) -
         if data.columns.label is not None:
             raise UserError("data.columns.label does not act: this model takes words, from data.columns.caption.")
         table = open_images(data.images, model.shape)
-        if table.captions is None:
-            raise no_captions(str(data.path))
-        return Images(table, vocabulary.encode(table.captions), data.flip)
+        return Images(table, vocabulary.encode(required_captions(table.rows)), data.flip)
     raise UserError(
         f"This model takes words, which data.kind={data.kind} does not have: set data.kind=prompts and data.path to a "
         "file of captions (.txt, .csv, .jsonl, .parquet), for images with captions data.kind=dataset, or for the "
