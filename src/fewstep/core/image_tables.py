@@ -98,7 +98,7 @@ def _rows(name: str, folder: Path, table: ImageTableSource, columns: Columns) ->
     image = str(choose_column(name, table.names, columns.image, IMAGE_COLUMNS, "image"))
     label = choose_column(name, table.names, columns.label, LABELS, "label", required=False)
     caption = choose_column(name, table.names, columns.caption, CAPTIONS, "caption", required=False)
-    captions, uncaptioned = (None, None) if caption is None else _captions(table.cells(caption), where, caption)
+    captions, uncaptioned = _captions(table.cells(caption), where, caption) if caption is not None else (None, None)
     if uncaptioned is not None and columns.caption is not None:
         raise UserError(uncaptioned)
     cell = table.images(image)
@@ -119,7 +119,7 @@ def _rows(name: str, folder: Path, table: ImageTableSource, columns: Columns) ->
 
 def _captions(
     values: Sequence[Any], where: Callable[[int], str], column: str
-) -> tuple[Sequence[str], None] | tuple[None, str]:
+) -> tuple[Sequence[str] | None, str | None]:
     """The captions, one text per row; or, if a row has none, which one."""
     wrong = next((row for row, value in enumerate(values) if not isinstance(value, str) or not value.strip()), None)
     if wrong is not None:
