@@ -11,7 +11,7 @@ import torch
 
 from fewstep.core.errors import UserError
 from fewstep.core.image_data import KINDS as IMAGE_KINDS
-from fewstep.core.image_data import no_captions, open_images
+from fewstep.core.image_data import open_images, required_captions
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.core.registry import dotted_name
 from fewstep.core.tables import read_texts
@@ -247,6 +247,8 @@ def _source(
 def _word_source(data: DataConfig, model: ModelConfig, vocabulary: Vocabulary) -> Source:
     """A source for a model that takes words: captions alone, with images, or of stored samples."""
     if data.kind == "prompts":
+        if data.sizes:
+            raise UserError("data.sizes does not act: they are for pipelines, and this model has one size. Leave it out.")
         return Words(vocabulary.encode(read_texts(Path(str(data.path)))), model.shape)
     if data.kind == "tensors":
         return read_stored(Path(str(data.path)), 0, vocabulary)
@@ -254,9 +256,7 @@ def _word_source(data: DataConfig, model: ModelConfig, vocabulary: Vocabulary) -
         if data.columns.label is not None:
             raise UserError("data.columns.label does not act: this model takes words, from data.columns.caption.")
         table = open_images(data.images, model.shape)
-        if table.captions is None:
-            raise no_captions(str(data.path))
-        return Images(table, vocabulary.encode(table.captions), data.flip)
+        return Images(table, vocabulary.encode(required_captions(table.rows)), data.flip)
     raise UserError(
         f"This model takes words, which data.kind={data.kind} does not have: set data.kind=prompts and data.path to a "
         "file of captions (.txt, .csv, .jsonl, .parquet), for images with captions data.kind=dataset, or for the "

@@ -74,6 +74,10 @@ class DataConfig(BaseConfig):
             raise ValueError(f"kind {self.kind} needs a path")
         if self.kind in CAPTIONS and self.path is not None:
             raise ValueError(f"kind {self.kind} ships with the package: leave path out")
+        if self.path is not None and self.kind == "labels":
+            raise ValueError(f"kind labels needs no data: leave path out, or set the kind of {self.path}")
+        if self.path is not None and self.kind not in DATA_KINDS:
+            raise ValueError(f"path does not reach a source of your own, {self.kind}: give it in options")
         if self.sizes and self.kind != "prompts":
             raise ValueError(f"sizes are for kind prompts, not {self.kind}")
         if self.repeat and self.kind not in CAPTIONS:

@@ -13,7 +13,14 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import atomic_folder, check_writable, write_tensors, write_text
 from fewstep.core.image_data import ImageTable
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
-from fewstep.eval.networks.classifier import WEIGHTS, accuracy, save_classifier, train_classifier
+from fewstep.eval.networks.classifier import (
+    MAX_CLASSES,
+    MAX_WIDTH,
+    WEIGHTS,
+    accuracy,
+    save_classifier,
+    train_classifier,
+)
 from fewstep.eval.networks.features import ClassifierFeatures, ReferenceNetwork, extract_features
 from fewstep.eval.networks.image_features import ImageFeatures
 from fewstep.eval.networks.weights import WeightsLocator
@@ -29,7 +36,10 @@ Progress = Callable[[int, int, float], None]
 
 
 def held_out(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Random rows [N] to learn from, and ``share`` of all, at most 10,000, that are held out."""
+    """Random rows [N] to learn from, and ``share`` of all, at most 10,000, that are held out. Raises ``UserError`` if
+    one part would be too small."""
+    if not 0 < share < 1:
+        raise UserError(f"The share of images to hold out must lie between 0 and 1, got {share}.")
     rows = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
     count = min(SIZE, round(share * images))
     if min(count, images - count) < 2:
@@ -43,8 +53,8 @@ def held_out(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 def choose_network(images: ImageTable, rows: Tensor) -> str:
     """The best network that is at hand: a classifier if the images have classes of 20 or more, otherwise an ImageNet
     network if its extra is installed, otherwise random features."""
-    counts = torch.bincount(images.labels[rows])
-    if images.labelled and len(counts) > 1 and int(counts.min()) >= PER_CLASS:
+    classes, counts = images.labels[rows].unique(return_counts=True)
+    if images.labelled and 1 < len(classes) == int(classes[-1]) + 1 and int(counts.min()) >= PER_CLASS:
         return CLASSIFIER
     try:
         ImageFeatures.load("efficientnet", images.shape, WeightsLocator())
@@ -111,7 +121,18 @@ def stored_statistics(statistics: Statistics) -> dict[str, Tensor]:
 
 
 def _check_labels(train: tuple[ImageTable, Tensor], test: tuple[ImageTable, Tensor]) -> None:
+    if max(train[0].shape) > MAX_WIDTH:
+        raise UserError(
+            f"Images of {train[0].shape[1]} x {train[0].shape[2]} are too large for a classifier, which takes at most "
+            f"{MAX_WIDTH:,} pixels along a side: use another --network, or a smaller --size."
+        )
     for images, rows in (train, test):
+        if (highest := int(images.labels[rows].max())) >= MAX_CLASSES:
+            raise UserError(
+                f"{images.rows.name} has the label {highest} in {images.rows.label_column}, and a classifier has at "
+                f"most {MAX_CLASSES:,} classes, numbered from 0: name another column of labels, or use another "
+                "--network."
+            )
         if not images.labelled or len(images.labels[rows].unique()) < 2:
             raise UserError(
                 f"{images.rows.name} has no labels of two classes for a classifier: use another --network, or name the "

@@ -45,8 +45,8 @@ class Emoji:
         repeat: Mapping[str, int] | None = None,
     ) -> Emoji:
         """The source ``kind`` of ``CAPTIONS`` for a model with a vocabulary. Captions with a word of ``repeat`` are so
-        many times as frequent as others. Raises ``UserError`` if the model lacks a vocabulary or a word, or if no
-        caption has a word of ``repeat``."""
+        many times as frequent as others. Raises ``UserError`` if the model lacks a vocabulary or a word, or if none
+        of the captions, or every one, has a word of ``repeat``."""
         if model.vocabulary is None:
             raise UserError(f"data.kind: {kind} needs a model that takes words (model.vocabulary); this one does not.")
         contents, shape = CAPTIONS[kind]
@@ -72,5 +72,7 @@ def repeated_rows(captions: Sequence[str], repeat: Mapping[str, int]) -> Tensor:
                 f"data.repeat: no caption of the training split has the word {word!r}"
                 f"{nearest(word, set().union(*words))}."
             )
+        if found.all():
+            raise UserError(f"data.repeat: every caption has the word {word!r}, so repeating does not act: leave it out.")
         times[found] = times[found].clamp_min(factor)
     return torch.arange(len(captions)).repeat_interleave(times)

@@ -61,10 +61,10 @@ def read_stored(file: Path, classes: int, vocabulary: Vocabulary | None = None) 
         raise UserError(f"{file} needs at least one sample, {kind} that are integers, and finite, real samples.")
     if not all(tensor.is_floating_point() for tensor in tensors.values()):
         raise UserError(f"{file} has samples of integers: they must be floats, of images in [-1, 1]; uint8 are images.")
+    numbers, samples = numbers.long(), {name: tensor.float() for name, tensor in tensors.items()}
     if limit and not ((numbers >= 0) & (numbers < limit)).all():
         allowed = "the classes of the model" if vocabulary is None else "its captions"
         raise UserError(f"{file} has {kind} outside 0..{limit - 1}, {allowed}.")
-    numbers, samples = numbers.long(), {name: tensor.float() for name, tensor in tensors.items()}
     if vocabulary is None:
         return Stored(samples, LabelRows(numbers, classes))
     return Stored(samples, WordPrompts(vocabulary.encode(captions).words[numbers]))
@@ -83,4 +83,5 @@ def stored_captions(file: Path) -> list[str]:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(not tensor.is_complex() and bool(tensor.isfinite().all()) for tensor in tensors)
+    """Whether all numbers are real, and finite in float32."""
+    return all(not tensor.is_complex() and bool(tensor.float().isfinite().all()) for tensor in tensors)

@@ -17,7 +17,8 @@ from fewstep.models.loading import load_weights
 
 WEIGHTS = "classifier.safetensors"
 CONFIG = "classifier.json"
-Width = Annotated[int, Field(ge=1, le=4_096)]
+MAX_WIDTH, MAX_CLASSES = 4_096, 65_536
+Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 Widths = tuple[Width, Width, Width, Width]
 
 
@@ -138,7 +139,7 @@ class ClassifierConfig(BaseModel):
     format: Literal["fewstep-classifier"] = "fewstep-classifier"
     name: str
     shape: tuple[Width, Width, Width]
-    classes: int = Field(ge=1, le=65_536)
+    classes: int = Field(ge=1, le=MAX_CLASSES)
     widths: Widths
     dimension: Width
     training: dict[str, Any] = {}

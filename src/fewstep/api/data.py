@@ -100,7 +100,7 @@ def make_ode_pairs(
     that generates frame by frame, each with noise of its own and after clean frames."""
     if n < 1:
         raise UserError(f"n must be at least 1, got {n}.")
-    check_writable(file)
+    check_writable(file, *_files(captions))
     model, texts = load(source, device), _texts(captions, n)
     condition, numbers = _in_turn(model, n, texts)
     sampling = sampling or SamplingConfig("heun", 18)
@@ -117,6 +117,10 @@ def make_ode_pairs(
     noise = SampleNoise(sampling.seed, range(n), model.config.shape, torch.device("cpu"))()
     start = float(model.denoiser.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)))
     write_stored(Path(file), {"noise": start * noise, "x0": samples.x0}, numbers, texts)
+
+
+def _files(given: Source | None) -> list[Path]:
+    return [Path(given)] if given is not None else []
 
 
 def _texts(captions: Source | None, n: int) -> list[str]:
@@ -169,11 +173,12 @@ def make_preferences(
     batch = 100 if native else batch
     compare = _Comparison(model, sampling, partial(rate, reward, judge, network), n, candidates, batch, progress)
     if native:
-        check_writable(out)
+        check_writable(out, *_files(captions))
         texts = _texts(captions, n)
         condition, in_turn = _in_turn(model, n, texts)
         shown = [texts[k] for k in in_turn.tolist()] if texts else in_turn
-        rate(reward, judge, network, noise_image(model), shown[:1])  # refused before sampling
+        trial = shown[:1] if isinstance(shown, list) else shown.max()[None]  # the class that a classifier may lack
+        rate(reward, judge, network, noise_image(model), trial)  # refused before sampling
         winner, loser = compare(range(n), condition, shown, to_images)
         write_stored(Path(out), {"winner": winner, "loser": loser}, in_turn, texts)
         return _ties(winner, loser)

@@ -172,12 +172,17 @@ def win_rates(
     chosen = {name: registry.resolve(name) for name in rewards or registry.names()}
     found: list[dict[str, Tensor]] = []
     shape: tuple[int, ...] | None = None
+    labels: list[tuple[int, tuple[str, ...]]] = []
     for source in (ours, theirs):
         model = load(source, device, size)
         if shape not in (None, model.config.shape):
             made = f"{ours} generates {list(shape or ())}, {theirs} {list(model.config.shape)}"
             raise UserError(f"{made}: they cannot start from the same noise.")
         shape = model.config.shape
+        if not model.config.takes_prompts:
+            labels.append((model.config.classes, model.config.class_names or ()))
+            if labels[0][0] != labels[-1][0] or (all(names for _, names in labels) and labels[0] != labels[-1]):
+                raise UserError(f"The classes of {theirs} are not those of {ours}: samples of one label are compared.")
         network = classifier_for(ours, reference, model.device)
         found.append(_rewards(model, chosen, prompts, n, sampling, network, batch))
     results = []

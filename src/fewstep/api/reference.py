@@ -66,7 +66,7 @@ def make_reference(
     """Writes a reference folder: features of images, by which models are scored and the best student is chosen, and
     some of the images.
 
-    ``images`` are learned from, ``test`` are held out: the test files of idx images, and otherwise by default a random
+    ``images`` are learned from, ``test`` are held out: by default idx images of the test files, and otherwise a random
     ``share`` of ``images``. They have ``size`` (height, width) and ``channels`` (1: grey, 3: RGB), by default those of
     the first image. ``network`` is ``classifier``, which is trained on the images' labels, ``efficientnet``,
     ``dinov2``, ``inception`` or ``random``; by default the best that is at hand (see ``build_reference``); ``weights``
@@ -77,10 +77,12 @@ def make_reference(
     """
     folder = Path(out)
     require_empty(folder)
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed must be from 0 to 2**63 - 1, got {seed}.")
     data, held_images = _image_data(images), _image_data(test) if test is not None else None
     shape = _shape_of(data, size, channels)
     table = open_images(data, shape)
-    if held_images is None and data.kind == "idx":
+    if held_images is None and data.kind == "idx" and data.split == "train":
         held_images = replace(data, split="test")
     if held_images is None:
         rows, others = held_out(len(table), share, seed)
@@ -102,8 +104,8 @@ def make_reference(
     )  # fmt: skip
 
 
-def _place(data: ImageData) -> tuple[str, Path, str, str | None]:
-    return data.kind, Path(data.path).resolve(), data.split, data.subset
+def _place(data: ImageData) -> tuple[str, Path, str, str | None, str | None]:
+    return data.kind, Path(data.path).resolve(), data.split, data.subset, data.columns.image
 
 
 def _check_classes(images: ImageTable, test: ImageTable) -> None:

@@ -227,7 +227,7 @@ def winrate(
     """
     from fewstep.api.evaluate import win_rates
 
-    check_json(file)
+    check_json(file, *([captions] if captions is not None else []))
     results = win_rates(
         ours, theirs, n=n, captions=captions, rewards=parse_names(rewards, "--rewards"), size=parse_size(size),
         sampling=sampling_of(solver, steps, guidance, "time", seed), reference=reference, batch=batch, device=device,

@@ -23,6 +23,7 @@ from fewstep.core.image_tables import table_rows
 
 IN_MEMORY = 2 << 30  # bytes: larger sets are decoded image by image when they are used
 KINDS = ("folder", "idx", "npz", "dataset")
+CHECK = "Check its path and permissions."
 ACTING = {"folder": (), "idx": ("split",), "npz": ("columns",), "dataset": ("columns", "split", "subset")}
 
 
@@ -62,13 +63,14 @@ class ImageData:
 
 
 def kind_of(path: str) -> str:
-    """The kind of the images at a path, by what is there."""
+    """The kind of the images at a path, by what is there. Raises ``UserError`` if that cannot be seen."""
     place = Path(path)
     if place.suffix.lower() == ".npz":
         return "npz"
-    if not place.is_dir():
-        return "dataset"
-    names = {file.name.removesuffix(".gz") for file in place.iterdir()}
+    with reading(path, "set of images", CHECK):
+        if not place.is_dir():
+            return "dataset"
+        names = {file.name.removesuffix(".gz") for file in place.iterdir()}
     if set(IDX_FILES["train"]) & names:
         return "idx"
     table = any(name.startswith("metadata.") or name.endswith((".parquet", ".tar", ".arrow")) for name in names)
@@ -194,29 +196,31 @@ def first_shape(data: ImageData) -> tuple[int, ...]:
 
 def captions_of(data: ImageData) -> list[str]:
     """The captions of the images. Raises ``UserError`` if they have none."""
-    rows = _rows(data)
-    if rows.captions is None:
-        raise no_captions(rows.name)
-    return list(rows.captions)
+    return required_captions(_rows(data))
 
 
-def no_captions(name: str) -> UserError:
-    """The error about images without captions."""
-    return UserError(
-        f"{name} has no captions, and the model takes words: use a table with a column of them (data.kind=dataset), of "
-        "which data.columns.caption=NAME names one that is not called caption, prompt or text."
+def required_captions(rows: ImageRows) -> list[str]:
+    """The captions of rows. Raises ``UserError`` if there are none, that names a row if others have one."""
+    if rows.captions is not None:
+        return list(rows.captions)
+    if rows.uncaptioned is not None:
+        raise UserError(f"{rows.uncaptioned} The model takes words: every image needs a caption.")
+    raise UserError(
+        f"{rows.name} has no captions, and the model takes words: use a table with a column of them "
+        "(data.kind=dataset), of which data.columns.caption=NAME names one that is not called caption, prompt or text."
     )
 
 
 def _rows(data: ImageData) -> ImageRows:
     path = Path(data.path)
-    if data.kind == "folder":
-        return folder_rows(path)
-    if data.kind == "idx":
-        return idx_rows(path, data.split)
-    if data.kind == "npz":
-        return npz_rows(path, data.columns)
-    return table_rows(data.path, data.subset, data.split, data.columns)
+    with reading(data.path, "set of images", CHECK):
+        if data.kind == "folder":
+            return folder_rows(path)
+        if data.kind == "idx":
+            return idx_rows(path, data.split)
+        if data.kind == "npz":
+            return npz_rows(path, data.columns)
+        return table_rows(data.path, data.subset, data.split, data.columns)
 
 
 def _first_shape(rows: ImageRows) -> tuple[int, ...]:

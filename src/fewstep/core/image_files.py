@@ -55,9 +55,9 @@ def to_images(x0: Tensor) -> Tensor:
 
 
 def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files of a folder with these suffixes, not those of its subfolders, by name."""
+    """The files of a folder with these suffixes, by name: neither hidden ones nor those of its subfolders."""
     found = folder.iterdir() if folder.is_dir() else iter(())
-    return sorted(file for file in found if file.suffix.lower() in suffixes)
+    return sorted(file for file in found if file.suffix.lower() in suffixes and not file.name.startswith("."))
 
 
 def file_bytes(file: ImageFile) -> bytes:

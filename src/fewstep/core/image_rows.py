@@ -20,6 +20,7 @@ from fewstep.core.image_files import IMAGE_SUFFIXES, ImageFile, list_files
 from fewstep.core.tables import choose_column
 
 IMAGE_ARRAYS = ("images", "x_train", "train_images", "arr_0")
+UNREAD_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl")  # images, but not read
 LABEL_ARRAYS = ("labels", "y_train", "train_labels", "arr_1")
 
 
@@ -36,7 +37,8 @@ class Columns(BaseModel):
 class ImageRows:
     """A set of images. ``open`` returns an image that is not decoded yet (it may raise anything), ``where`` the place
     of a row for messages. ``labels``, int64 [N], come from ``label_column``; they are 0 if there are none, and
-    ``class_names`` are empty if they are numbers. ``file`` returns the image file that a row of a table names or holds;
+    ``class_names`` are empty if they are numbers. ``captions`` are None if a row has none, which ``uncaptioned`` then
+    names. ``file`` returns the image file that a row of a table names or holds;
     ``pixels`` are all images, uint8 [N, C, H, W], if they are arrays."""
 
     name: str
@@ -49,16 +51,32 @@ class ImageRows:
     captions: Sequence[str] | None = None
     file: Callable[[int], ImageFile] | None = None
     pixels: Tensor | None = None
+    uncaptioned: str | None = None
 
 
 def folder_rows(folder: Path) -> ImageRows:
     """The images of a folder: each subfolder is a class, in alphabetical order; without subfolders there are no labels.
-    Raises ``UserError`` if there are no images."""
+    Raises ``UserError`` if there are no images, and on what would be left out in silence: a subfolder without images,
+    images beside subfolders, and images of another type."""
     children = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
     classes = [child for child in children if not child.name.startswith(".")]
-    found = [(file, k) for k, child in enumerate(classes or [folder]) for file in list_files(child, IMAGE_SUFFIXES)]
-    if not found:
-        raise UserError(f"No images ({', '.join(IMAGE_SUFFIXES)}) in {folder} or its subfolders; set data.path.")
+    read = ", ".join(IMAGE_SUFFIXES)
+    if other := [file for place in (folder, *classes) for file in list_files(place, UNREAD_SUFFIXES)]:
+        raise UserError(f"{other[0]} is none of {read}: convert it, or move it out of {folder}.")
+    images = [list_files(place, IMAGE_SUFFIXES) for place in classes or [folder]]
+    if not any(images):
+        raise UserError(f"No images ({read}) in {folder} or its subfolders; set data.path.")
+    if classes and (beside := list_files(folder, IMAGE_SUFFIXES)):
+        raise UserError(
+            f"{beside[0]} lies beside the subfolders of {folder}, of which each is a class: move it into one, or out "
+            "of this folder."
+        )
+    if empty := [place for place, files in zip(classes, images, strict=False) if not files]:
+        raise UserError(
+            f"{empty[0]} contains no images ({read}), and each subfolder of {folder} is a class, with its images "
+            "directly inside: correct it, or move it out of this folder."
+        )
+    found = [(file, k) for k, files in enumerate(images) for file in files]
     files, labels = zip(*found, strict=True)
     return ImageRows(
         str(folder), lambda row: Image.open(files[row]), lambda row: str(files[row]), torch.tensor(labels),
@@ -120,8 +138,10 @@ def array_rows(
 def label_numbers(
     values: Sequence[Any], where: Callable[[int], str], column: str, names: Sequence[str] | None = None
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels, int64 [N], and the names of the classes: texts are numbered in alphabetical order, whole numbers are kept
-    (they may number ``names``). Raises ``UserError`` that names the row of a label that is missing or neither."""
+    """Labels, int64 [N], and the names of the classes: texts, without space around them, are numbered in alphabetical
+    order, whole numbers are kept (they may number ``names``). Raises ``UserError`` that names the row of a label that
+    is missing or neither."""
+    values = [value.strip() if isinstance(value, str) else value for value in values]
     texts = isinstance(values[0], str) if values else False
     limit = 2**63 if names is None else len(names)
     for row, value in enumerate(values):

@@ -19,6 +19,8 @@ from fewstep.core.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column, r
 LABELS = ("label", "labels", "class", "cls")
 CAPTIONS = (*CAPTION_COLUMNS, "txt")
 TEXT_SUFFIXES = (".csv", ".jsonl")
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
+WHOLE = re.compile("[-+]?[0-9]{1,18}")
 METADATA = tuple(f"metadata{suffix}" for suffix in TEXT_SUFFIXES)
 
 
@@ -47,7 +49,7 @@ class ImageTableSource(Protocol):
 
 @dataclass(frozen=True)
 class TextTable:
-    """A CSV or JSON-lines file. Labels of a CSV file are numbers if all of them are written as whole numbers."""
+    """A CSV or JSON-lines file. Labels of a CSV file are numbers if all of them are written as numbers."""
 
     file: Path
 
@@ -63,8 +65,9 @@ class TextTable:
 
     def labels(self, column: str) -> tuple[list[Any], None]:
         cells = self.cells(column)
-        if self.file.suffix.lower() == ".csv" and all(re.fullmatch("[0-9]{1,18}", cell or "") for cell in cells):
-            return [int(cell) for cell in cells], None
+        texts = [str(cell or "").strip() for cell in cells]
+        if self.file.suffix.lower() == ".csv" and all(NUMBER.fullmatch(text) for text in texts):
+            return [int(text) if WHOLE.fullmatch(text) else float(text) for text in texts], None
         return cells, None
 
     def images(self, column: str) -> Callable[[int], Any]:
@@ -95,7 +98,9 @@ def _rows(name: str, folder: Path, table: ImageTableSource, columns: Columns) ->
     image = str(choose_column(name, table.names, columns.image, IMAGE_COLUMNS, "image"))
     label = choose_column(name, table.names, columns.label, LABELS, "label", required=False)
     caption = choose_column(name, table.names, columns.caption, CAPTIONS, "caption", required=False)
-    captions = None if caption is None else _captions(table.cells(caption), where, caption, columns.caption)
+    captions, uncaptioned = _captions(table.cells(caption), where, caption) if caption is not None else (None, None)
+    if uncaptioned is not None and columns.caption is not None:
+        raise UserError(uncaptioned)
     cell = table.images(image)
 
     def file(row: int) -> ImageFile:
@@ -108,18 +113,18 @@ def _rows(name: str, folder: Path, table: ImageTableSource, columns: Columns) ->
         labels, names = label_numbers(values, where, label, known)
     return ImageRows(
         name, lambda row: open_image(file(row)), where, labels, label is not None, label or "label", names, captions,
-        file,
+        file, uncaptioned=uncaptioned,
     )  # fmt: skip
 
 
 def _captions(
-    values: Sequence[Any], where: Callable[[int], str], column: str, wanted: str | None
-) -> Sequence[str] | None:
-    """The captions, one text per row; None if a column that nobody named holds something else."""
-    wrong = [row for row, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
-    if wrong and wanted is not None:
-        raise UserError(f"{where(wrong[0])}: the column {column} has no text.")
-    return None if wrong else [value.strip() for value in values]
+    values: Sequence[Any], where: Callable[[int], str], column: str
+) -> tuple[Sequence[str] | None, str | None]:
+    """The captions, one text per row; or, if a row has none, which one."""
+    wrong = next((row for row, value in enumerate(values) if not isinstance(value, str) or not value.strip()), None)
+    if wrong is not None:
+        return None, f"{where(wrong)}: the column {column} has no text."
+    return [value.strip() for value in values], None
 
 
 def _file(cell: Any, folder: Path, where: str, column: str) -> ImageFile:
