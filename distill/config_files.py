@@ -6,11 +6,12 @@ import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from fewstep.core.errors import UserError, nearest
+from fewstep.core.files import reading
 from fewstep.core.yaml_files import dump_yaml, parse_yaml, read_yaml
 from fewstep.distill.config import Config
 from fewstep.distill.objectives import OBJECTIVES
@@ -71,6 +72,29 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
         found = "it is empty" if raw is None else f"it contains a {type(raw).__name__}"
         raise UserError(f"{file} must contain a mapping of settings, key: value; {found}.")
     return raw, str(file), {_override(raw, text): text for text in overrides}
+
+
+class _WrittenData(BaseModel):
+    kind: str | None = None
+    path: str | None = None
+
+
+class _Written(BaseModel):
+    """The types of the settings that are used as a run's config has them, without the modules that it names."""
+
+    teacher: str | None = None
+    size: Annotated[list[StrictInt], Field(min_length=3, max_length=3)] | None = None
+    data: _WrittenData | None = None
+    stages: list[dict[str, Any]] | None = None
+
+
+def written_settings(file: Path) -> dict[str, Any]:
+    """The settings in a run's config as written. Raises ``UserError`` if those that are used so have a wrong type: the
+    folder may come from somebody else."""
+    settings = read_settings(file)[0]
+    with reading(file, "config of a run", "Restore it."):
+        _Written.model_validate(settings)
+    return settings
 
 
 def parse_config(raw: dict[str, Any], file: str, overridden: Mapping[str, str] | None = None) -> Config:

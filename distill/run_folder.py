@@ -32,7 +32,7 @@ from fewstep.distill.callback import Callback, Interrupted, Validator
 from fewstep.distill.checkpoint import StoredTensors, checkpoints, delete_old, read_newest, step_of, write_checkpoint
 from fewstep.distill.checkpoint_student import student_record
 from fewstep.distill.config import Config
-from fewstep.distill.config_files import dump_config, parse_config, read_settings
+from fewstep.distill.config_files import dump_config, parse_config, read_settings, written_settings
 from fewstep.distill.loop import LostUpdate
 from fewstep.distill.metrics_logger import append_line, forget_after
 from fewstep.distill.processes import SINGLE_PROCESS, World
@@ -272,7 +272,7 @@ def run_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The resolved config of a run folder, with ``key=value`` overrides. Raises ``UserError`` if it is not one, or
     names a module of the user's own that has not been imported: a folder may come from somebody else, and opening it
     runs none of their code."""
-    settings = run_settings(folder)
+    settings = read_settings(_config_file(folder))[0]
     for kind, name in _named_modules(settings):
         if is_dotted(str(name)):
             require_imported(name, kind)
@@ -303,7 +303,7 @@ def _named_modules(settings: dict[str, Any]) -> Iterator[tuple[Kind, Any]]:
         yield "backbone", get("networks", name, "backbone", "name")
     yield "data", get("data", "kind")
     yield "solver", get("validation", "solver")
-    for stage in settings.get("stages") or []:
+    for stage in settings["stages"] if isinstance(settings.get("stages"), list) else ():
         objective = stage.get("objective") if isinstance(stage, dict) else None
         yield "objective", objective.get("name") if isinstance(objective, dict) else objective
 
@@ -311,7 +311,7 @@ def _named_modules(settings: dict[str, Any]) -> Iterator[tuple[Kind, Any]]:
 def run_settings(folder: str | Path) -> dict[str, Any]:
     """The settings of a run folder as written, without importing the modules they name. Raises ``UserError`` if it is
     not one."""
-    return read_settings(_config_file(folder))[0]
+    return written_settings(_config_file(folder))
 
 
 def _config_file(folder: str | Path) -> Path:

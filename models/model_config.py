@@ -123,7 +123,7 @@ class ModelConfig(BaseModel):
         names = self.class_names or ()
         if isinstance(label, str) and label in names:
             return names.index(label)
-        with suppress(ValueError):
+        with suppress(TypeError, ValueError, OverflowError):
             if 0 <= (number := int(label)) < max(1, self.classes):
                 return number
         hint = nearest(str(label), names) if names else ""

@@ -142,7 +142,8 @@ def figure(result: Result, subjects: Sequence[str], seed: int) -> str:
     )
     sharp = " sharp" if max(result.images.shape[-2:]) <= SMALL else ""
     few = " few" if len(result.images) < 5 else ""
-    cost = f"{result.nfe} network evaluation{'s'[: result.nfe - 1]} per image · {result.seconds:.2f} s · seed {seed}"
+    each = "image" if result.images.ndim == 4 else "video"
+    cost = f"{result.nfe} network evaluation{'s'[: result.nfe - 1]} per {each} · {result.seconds:.2f} s · seed {seed}"
     return (
         f'<figure class="fewstep-result"><figcaption><strong>{result.name}</strong> <span>{cost}</span></figcaption>'
         f'<div class="images{sharp}{few}">{images}</div></figure>'

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.api.models import Source, checkpoint_of, load, name_of, noise_image, run_of
+from fewstep.api.models import Source, checkpoint_of, is_run, load, name_of, noise_image, run_of
 from fewstep.api.reference import classifier_for, reference_for
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
@@ -97,8 +97,8 @@ def evaluate(
         report = partial(progress, label) if progress else None
         found = evaluator(model, name, replace(request, seed=own), report)
         scores += [score.model_copy(update=identity) for score in found]
-        if file is not None:
-            write_scores(merge(known, scores), file)
+        if file is not None:  # as it is now: another evaluation may have written to it meanwhile
+            write_scores(merge(read_scores(file) if file.is_file() else known, scores), file)
     return scores
 
 
@@ -110,17 +110,17 @@ def evaluate_images(
     """Scores the images of a folder or an archive. With ``json_file``, features of an unfinished evaluation are kept in
     ``JSON_FILE.features`` beside it, and the same call continues it. ``progress(what, done)`` counts images. Raises
     ``UserError`` on images that cannot be scored."""
-    known: list[Score] = []
     work = None
     if json_file is not None:
         file = Path(json_file)
         check_writable(file)
-        known = read_scores(file) if file.is_file() else []
+        if file.is_file():
+            read_scores(file)  # a damaged file is refused before the work
         work = file.with_name(f"{file.name}.features")
     evaluator = _evaluator(protocol, locator, pick_device(device), skip_bad, work, progress)
     scores = evaluator.of_images(Path(source), name or Path(source).name)
     if json_file is not None:
-        write_scores(merge(known, scores), Path(json_file))
+        write_scores(merge(read_scores(file) if file.is_file() else [], scores), file)
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
     return scores
@@ -149,7 +149,7 @@ def known_teacher_scores(source: Source, hashes: set[str]) -> list[Score]:
 
 def _default_json(source: Path) -> Path | None:
     """The file of a finished run, whose scores are not those of a checkpoint."""
-    return source / "eval.json" if (source / "config.yaml").is_file() else None
+    return source / "eval.json" if is_run(source) else None
 
 
 def win_rates(

@@ -15,7 +15,7 @@ from fewstep.core.errors import UserError, nearest
 from fewstep.core.files import read_prompts
 from fewstep.core.image_grid import image_grid
 from fewstep.core.yaml_files import dump_yaml
-from fewstep.distill.config_files import read_settings
+from fewstep.distill.run_folder import run_settings
 from fewstep.eval.report.tables import markdown
 from fewstep.eval.score_files import read_scores
 from fewstep.models.hub.card import ADAPTERS, CardContent
@@ -70,19 +70,20 @@ def _card(model: Model, source: Source, samples: int, at: str) -> CardContent:
     """What a run contributes to the card of its student; of another model, only where it will be found."""
     if (run := run_of(source)) is None:
         return CardContent(at=at)
-    settings = read_settings(run / "config.yaml")[0]
+    settings = run_settings(run)
     config = dump_yaml(_without_folders(settings))
     text = f"## Training\n\n`fewstep train config.yaml`, with\n\n```yaml\n{config}```\n"
     if checkpoint_of(source) is None and (run / "eval.json").is_file():
         text += f"\n## Scores\n\n{markdown(read_scores(run / 'eval.json'))}"
-    methods = [_objective(stage.get("objective")) for stage in settings.get("stages") or []]
+    methods = [name for stage in settings.get("stages") or [] if (name := _objective(stage.get("objective")))]
     prompts = _prompts(model, settings, samples)
     return CardContent(text, tuple(dict.fromkeys(methods)), _images(model, prompts), tuple(prompts), at)
 
 
-def _objective(objective: Any) -> str:
-    """The name of an objective in a config: a text, or settings with a ``name``."""
-    return str(objective["name"] if isinstance(objective, dict) else objective)
+def _objective(objective: Any) -> str | None:
+    """The name of an objective in a config: a text, or settings with a ``name``; None without one."""
+    name = objective.get("name") if isinstance(objective, dict) else objective
+    return name if isinstance(name, str) else None
 
 
 def _prompts(model: Model, settings: dict[str, Any], count: int) -> list[str]:

@@ -21,6 +21,8 @@ def open_repository(name: str, private: bool) -> Any:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UserError(f"--push {name}: {error} Give owner/name.") from error
+    if "/" not in name:
+        raise UserError(f"--push {name}: whose repository? Give owner/name.")
     token = huggingface_hub.get_token()
     if token is None:
         raise UserError(
@@ -45,6 +47,6 @@ def upload(api: Any, name: str, folder: Path) -> None:
 def _talking(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:  # no connection, no rights, a full disk
+    except Exception as error:  # no connection, no rights, a full disk: of the hub's HTTP library or of Python
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"The hub did not accept {name}: {first}") from error

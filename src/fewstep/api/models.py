@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fewstep.models.model_config import ModelConfig, Size
 from fewstep.samplers.generate import SampleNoise
 
 Source = str | Path
+OF_MODELS = ("config.json", "model_index.json", "fewstep.json")  # files at the top of a model's folder
 
 
 def load(
@@ -59,7 +61,7 @@ def checkpoint_of(source: Source) -> Path | None:
     folder = Path(source)
     if is_checkpoint(folder):
         return folder
-    if not (folder / "config.yaml").is_file() or resolve_path(folder) != folder:
+    if not is_run(folder) or resolve_path(folder) != folder:
         return None
     if not checkpoints(folder / "checkpoints"):
         raise UserError(
@@ -73,7 +75,7 @@ def name_of(source: Source) -> str:
     """What a model is called in tables: its folder's name; of a checkpoint the run's, with the step."""
     checkpoint, run = checkpoint_of(source), run_of(source)
     if checkpoint is None or run is None:
-        return Path(source).name
+        return Path(os.path.abspath(source)).name
     return f"{run.resolve().name}, step {step_of(checkpoint)}"
 
 
@@ -90,10 +92,15 @@ def run_of(source: Source) -> Path | None:
     """The run folder of a run, of its student or of one of its checkpoints; None for any other source."""
     folder = Path(source)
     if is_checkpoint(folder):
-        folder = folder.parents[1]
+        folder = folder.absolute().parent.parent
     elif folder.name in ("student", "best") and not (folder / "config.yaml").is_file():
         folder = folder.parent
-    return folder if (folder / "config.yaml").is_file() else None
+    return folder if is_run(folder) else None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run: it has a run's config, and is not a model, which may have any ``config.yaml``."""
+    return (folder / "config.yaml").is_file() and not any((folder / name).is_file() for name in OF_MODELS)
 
 
 def teacher_of_run(source: Source, device: str = "auto") -> Model | None:

@@ -38,7 +38,7 @@ def compare_images(
     student = load(folder, device)
     teacher = teacher_of_run(folder, device)
     prompted = student.config.takes_prompts
-    prompts = _training_prompts(settings["data"]) if prompted else []
+    prompts = _training_prompts(DataConfig().model_dump() | (settings.get("data") or {})) if prompted else []
     return write_comparison(
         student, teacher, prompts, folder / "samples", columns=columns, seed=seed, guidance=guidance
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from fewstep.models.hub.encoded import ENCODERS, fingerprint
 from fewstep.models.loading import Model, pipeline_of
 from fewstep.samplers.generate import ImageGenerator
 from fewstep.samplers.plan import SamplingConfig, plan
+
+RECORD, SAMPLE = "samples.json", re.compile(r"\d{5,}--?\d+\.(png|gif|mp4)")  # files in a folder of samples
 
 
 def sample(
@@ -42,8 +45,7 @@ def sample(
     model = source if isinstance(source, Model) else load(source, device)
     sampling = sampling or SamplingConfig()
     if prompts is not None or model.config.takes_prompts:
-        if not prompts or isinstance(prompts, str):
-            raise UserError("This model takes prompts: give at least one in prompts, a list.")
+        prompts = _listed(prompts)
         if labels is not None:
             raise UserError("labels do not act beside prompts, of which each gives one sample: leave one of them out.")
         plan(model, sampling)  # refuses, before anything is loaded or encoded
@@ -67,7 +69,9 @@ def sample_files(
     """Writes one file per prompt and seed, ``00000-0.png`` (of a video model ``.gif`` or ``.mp4``), whatever the batch;
     ``seeds`` replace that of ``sampling``. Existing files are kept, so that an interrupted call can be continued, also
     with other seeds; ``samples.json`` records what they show. ``progress`` receives (files done, files in all). Raises
-    ``UserError`` on a folder with samples of other prompts, of another model or another way to sample it."""
+    ``UserError`` on a folder with samples of other prompts, of another model or another way to sample it, also if
+    another call begins to write them there meanwhile."""
+    prompts = _listed(prompts)
     model = source if isinstance(source, Model) else load(source, device)
     if model.config.vocabulary is None:
         pipeline_of(model)  # refuses another model
@@ -81,13 +85,16 @@ def sample_files(
     files = {seed: [Path(folder) / f"{number:05d}-{seed}.{suffix}" for number in range(len(prompts))] for seed in seeds}
     left = {seed: [number for number, file in enumerate(own) if not file.is_file()] for seed, own in files.items()}
     written = sum(len(own) - len(left[seed]) for seed, own in files.items())
-    _claim(Path(folder), model, prompts, sampling, occupied=written > 0)
+    record = _claim(Path(folder), model, prompts, sampling)
     images_of = ImageGenerator(model, prompts, batch) if any(left.values()) else None
     for seed, numbers in left.items():
         for low in range(0, len(numbers), batch):
             some = numbers[low : low + batch]
             assert images_of is not None
-            for number, image in zip(some, images_of(some, replace(sampling, seed=seed), some), strict=True):
+            images = images_of(some, replace(sampling, seed=seed), some)
+            if _record_in(Path(folder)) != record:
+                raise UserError(f"Stopped: another command writes other samples to {folder}. Choose another one.")
+            for number, image in zip(some, images, strict=True):
                 save_sample(image, files[seed][number])
             written += len(some)
             if progress is not None:
@@ -95,14 +102,30 @@ def sample_files(
     return [file for own in files.values() for file in own]
 
 
-def _claim(folder: Path, model: Model, prompts: Sequence[str], sampling: SamplingConfig, *, occupied: bool) -> None:
-    """Records what a folder's samples show, or checks that this is the same if it is ``occupied`` by some of them."""
+def _listed(prompts: Sequence[str] | None) -> Sequence[str]:
+    """The prompts. Raises ``UserError`` if there are none, or a text instead of a list."""
+    if not prompts or isinstance(prompts, str):
+        raise UserError("This model takes prompts: give at least one in prompts, a list.")
+    return prompts
+
+
+def _claim(folder: Path, model: Model, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
+    """Records what a folder's samples show, and returns the record; if it contains some, checks that it is the same."""
     encoders = fingerprint(pipeline_of(model), (*ENCODERS, "vae")) if model.config.vocabulary is None else {}
     made_from = [model_sha256(model), encoders, replace(sampling, seed=0).as_dict(), list(prompts)]
-    record, file = {"made_from": json_sha256(made_from)}, folder / "samples.json"
-    if occupied and not (file.is_file() and read_json_object(file) == record):
+    record, before = {"made_from": json_sha256(made_from)}, _record_in(folder)
+    if before is not None and before.keys() != record.keys():
+        raise UserError(f"{folder / RECORD} is not a record of samples, and is kept; choose another folder.")
+    names = (file.name for file in folder.glob("*-*"))
+    if before != record and any(map(SAMPLE.fullmatch, names)):
         raise UserError(
             f"{folder} contains samples of other prompts, of another model or of another way to sample it; choose "
             "another folder."
         )
-    write_text(json.dumps(record) + "\n", file)
+    write_text(json.dumps(record) + "\n", folder / RECORD)
+    return record
+
+
+def _record_in(folder: Path) -> dict[str, Any] | None:
+    """The record of a folder's samples; None without one. Raises ``UserError`` if it is damaged."""
+    return read_json_object(folder / RECORD) if (folder / RECORD).is_file() else None

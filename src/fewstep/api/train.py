@@ -68,6 +68,11 @@ def train_run(
     with TrainingProgress(config.steps, quiet=not progress or world.rank > 0) as shown, compiling():
         with world.together():
             resumed = resume is not None and bool(checkpoints(Path(resume) / "checkpoints"))
+            if resume is not None and not resumed and (Path(resume) / "student").exists():
+                raise UserError(
+                    f"{resume} has a student but no checkpoint to continue from: training would begin again and "
+                    "replace it. Train in another folder with out=FOLDER, or move student away."
+                )
             inputs = build_inputs(config, device, teacher, data, world, resumed=resumed)
             previews = Previews.create(config, inputs)
         if resume:

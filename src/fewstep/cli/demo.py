@@ -62,6 +62,8 @@ def demo(
         raise UserError("Give one of --video, --fashion and --text.")
     chosen = VIDEO if video else FASHION if fashion else TEXT if text else EMOJI
     folder, config, overrides = folder or chosen.folder, chosen.config, list[str]()
+    if folder.name in ("", ".."):
+        raise UserError(f"--out {folder} has no name of its own; name a folder, for example --out runs/demo.")
     if text:
         captions = folder.with_name(f"{folder.name}_captions")
         overrides = [f"data.path={captions}"]

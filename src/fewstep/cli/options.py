@@ -150,12 +150,14 @@ def parse_size(text: str | None) -> tuple[int, int, int] | None:
 def parse_seeds(text: str | None, seed: int) -> list[int]:
     """``0-3`` or ``0,5,7``; the one ``seed`` without a text. Raises ``UserError`` on a range that ends before it
     starts."""
-    first, dash, last = (text or "").partition("-")
-    if dash and first.isdigit() and last.isdigit():
+    if text is None:
+        return [seed]
+    first, dash, last = text.partition("-")
+    if dash and first.isdecimal() and last.isdecimal():
         if int(last) < int(first):
             raise UserError(f"--seeds {text} contains no seed: give the smaller number first.")
         return list(range(int(first), int(last) + 1))
-    return parse_numbers(text, int, "--seeds") if text else [seed]
+    return parse_numbers(text, int, "--seeds")
 
 
 def parse_numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Number]:

@@ -127,7 +127,10 @@ def remove_leftovers(folder: Path, partial: str = ".*.part") -> None:
 
 
 def require_empty(folder: Path) -> None:
-    """Raises ``UserError`` if ``folder`` is a file, or contains more than what a killed process left unfinished."""
+    """Raises ``UserError`` if ``folder`` is a file, is ``.`` or ``..``, which no folder can be renamed to, or contains
+    more than what a killed process left unfinished."""
+    if folder.name in ("", ".."):
+        raise UserError(f"{str(folder)!r} is where commands run, or above it; name a new folder.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder.")
     if folder.is_dir() and not all(path.name.endswith(".part") for path in folder.iterdir()):
