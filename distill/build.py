@@ -248,7 +248,9 @@ def _word_source(data: DataConfig, model: ModelConfig, vocabulary: Vocabulary) -
     """A source for a model that takes words: captions alone, with images, or of stored samples."""
     if data.kind == "prompts":
         if data.sizes:
-            raise UserError("data.sizes does not act: they are for pipelines, and this model has one size. Leave it out.")
+            raise UserError(
+                "data.sizes does not act: they are for pipelines, and this model has one size. Leave it out."
+            )
         return Words(vocabulary.encode(read_texts(Path(str(data.path)))), model.shape)
     if data.kind == "tensors":
         return read_stored(Path(str(data.path)), 0, vocabulary)

@@ -26,6 +26,7 @@ from fewstep.samplers.plan import Plan, SamplingConfig, frames_of, plan
 from fewstep.samplers.predictor import ModelOutput, Predictor
 
 PART = 500
+BATCH, PIPELINE_BATCH = 100, 8  # samples at a time
 Progress = Callable[[int], None]  # receives the number of finished samples
 
 
@@ -141,24 +142,27 @@ class ImageGenerator:
     of an unconditional model, as of one class. Prompts are encoded on use, so memory does not grow with their number.
     """
 
-    def __init__(self, model: Model, prompts: Sequence[str] = (), batch: int = 8, pipeline: Any = None) -> None:
-        """``batch`` applies to pipelines; ``pipeline`` holds text encoders and VAE that are loaded already. Raises
-        ``UserError`` on prompts for a class-conditional model, on missing prompts for a text-conditioned one, and on a
-        pipeline that cannot encode them."""
+    def __init__(
+        self, model: Model, prompts: Sequence[str] = (), batch: int | None = None, pipeline: Any = None
+    ) -> None:
+        """``batch`` samples at a time, by default 8 of a pipeline and 100 of another model; ``pipeline`` holds text
+        encoders and VAE that are loaded already. Raises ``UserError`` on prompts for a class-conditional model, on
+        missing prompts for a text-conditioned one, and on a pipeline that cannot encode them."""
+        self._batch = batch or (PIPELINE_BATCH if prompts and model.config.vocabulary is None else BATCH)
         self.model, self.nfe = model, 0  # network evaluations per image in the last call
         self._encode: Callable[[Tensor], Condition]
         self._to_images: Callable[[Tensor], Tensor] = to_images
         if prompts and model.config.vocabulary is not None:
-            self.conditions, self._batch = len(prompts), 100
+            self.conditions = len(prompts)
             self._encode = model.config.vocabulary.encode(prompts)
         elif prompts:
             folder = pipeline_of(model)
             pipeline = folder.pipeline().to(model.device) if pipeline is None else pipeline
-            self.conditions, self._batch = len(prompts), batch
+            self.conditions = len(prompts)
             self._encode = lambda rows: folder.condition(pipeline, [prompts[k] for k in rows.tolist()])
-            self._to_images = partial(folder.decode_images, pipeline, batch=batch)
+            self._to_images = partial(folder.decode_images, pipeline, batch=self._batch)
         else:
-            self.conditions, self._batch = len(model.labels(max(1, model.config.classes))), 100
+            self.conditions = len(model.labels(max(1, model.config.classes)))
             self._encode = lambda rows: Condition.of_labels(rows, model.config.classes)
 
     def __call__(
@@ -184,7 +188,7 @@ class GeneratedSet:
     config: SamplingConfig
     n: int
     prompts: Sequence[str] = ()
-    batch: int = 8
+    batch: int | None = None
     progress: Progress | None = None
     seconds: float = field(default=0.0, init=False)
     nfe: int = field(default=0, init=False)

@@ -73,6 +73,8 @@ def repeated_rows(captions: Sequence[str], repeat: Mapping[str, int]) -> Tensor:
                 f"{nearest(word, set().union(*words))}."
             )
         if found.all():
-            raise UserError(f"data.repeat: every caption has the word {word!r}, so repeating does not act: leave it out.")
+            raise UserError(
+                f"data.repeat: every caption has the word {word!r}, so repeating does not act: leave it out."
+            )
         times[found] = times[found].clamp_min(factor)
     return torch.arange(len(captions)).repeat_interleave(times)

@@ -19,6 +19,7 @@ from fewstep.models.hub.family import Family, family_of
 from fewstep.models.hub.few_step_scheduler import step_changes
 from fewstep.models.hub.folder import require_diffusers
 from fewstep.models.hub.manifest import Manifest, read_manifest
+from fewstep.models.hub.weights import refuse_pickles
 
 
 def load_pipeline(folder: str | Path, **settings: Any) -> Any:
@@ -28,7 +29,7 @@ def load_pipeline(folder: str | Path, **settings: Any) -> Any:
 
     ``settings`` are those of ``from_pretrained``, for example ``dtype=torch.bfloat16``. A student with several experts
     changes between them in its call, so that this call takes neither another number of steps nor a callback. Raises
-    ``UserError`` if the folder is not such an export.
+    ``UserError`` if the folder is not such an export, or has weights in pickle files.
     """
     if is_hub_id(str(folder)):
         folder = _download(str(folder))
@@ -41,7 +42,9 @@ def load_pipeline(folder: str | Path, **settings: Any) -> Any:
     family = family_of(manifest.pipeline)
     diffusers = require_diffusers()
     cls: Any = family.classes.get(manifest.pipeline) or getattr(diffusers, manifest.pipeline)
-    pipeline = cls.from_pretrained(folder, **settings)
+    for part in Path(folder).iterdir():
+        refuse_pickles(part)
+    pipeline = cls.from_pretrained(folder, **{"use_safetensors": True, **settings})
     defaults: dict[str, Any] = {}
     if manifest.times:
         defaults = {"num_inference_steps": len(manifest.times), family.guidance_argument: family.guidance_off}

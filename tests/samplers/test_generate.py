@@ -150,6 +150,15 @@ def test_prompts_are_encoded_once_each_and_decoded_in_batches(text: Pipeline) ->
     assert text.batches[-1] == 8, "by default"
 
 
+def test_the_batch_is_that_of_models_of_classes_too() -> None:
+    done: list[int] = []
+    for batch, expected in ((3, [3, 6, 7]), (None, [7])):
+        done.clear()
+        for _ in GeneratedSet(TEACHER, SamplingConfig("euler", 1), 7, batch=batch, progress=done.append).parts():
+            pass
+        assert done == expected
+
+
 def test_a_set_of_images_does_not_depend_on_its_parts(monkeypatch: pytest.MonkeyPatch, text: Pipeline) -> None:
     """Image k shows condition k modulo their number, with the noise of number k."""
     config = SamplingConfig("euler", 3, seed=2)

@@ -34,7 +34,7 @@ from fewstep.models.hub.folder import PipelineFolder
 from fewstep.models.hub.pairs import encode_pairs
 from fewstep.models.loading import Model, pipeline_of, resolve_path
 from fewstep.models.model_config import Size
-from fewstep.samplers.generate import SampleNoise, generate
+from fewstep.samplers.generate import BATCH, PIPELINE_BATCH, SampleNoise, generate
 from fewstep.samplers.plan import SamplingConfig, frames_of, plan
 
 
@@ -145,15 +145,15 @@ def _in_turn(model: Model, n: int, captions: Sequence[str]) -> tuple[Condition, 
 def make_preferences(
     source: Source, out: Source, *, reward: str, n: int = 2_000, candidates: int = 4, captions: Source | None = None,
     size: Size | None = None, sampling: SamplingConfig | None = None, reference: str | None = None,
-    batch: int = 8, rows: int = 512, device: str = "auto", progress: Callable[[int], None] | None = None,
+    batch: int | None = None, rows: int = 512, device: str = "auto", progress: Callable[[int], None] | None = None,
 ) -> int:  # fmt: skip
     """Writes preference pairs: of ``candidates`` samples for each of ``n`` labels, the one with the highest ``reward``
     is the ``winner`` and the one with the lowest the ``loser``. ``out`` is a safetensors file.
 
     A model that takes prompts needs ``captions``, a text file with one per line or a table (see ``encode``), which are
-    used in turn. Of a pipeline, ``size`` is that of its samples in pixels, ``batch`` their number at a time, and
-    ``out`` a folder in the format of ``encode``, with the encoded captions and shards of ``rows`` pairs; existing
-    shards are kept.
+    used in turn. ``batch`` samples are generated at a time, by default 8 of a pipeline and 100 of another model. Of a
+    pipeline, ``size`` is that of its samples in pixels, and ``out`` a folder in the format of ``encode``, with the
+    encoded captions and shards of ``rows`` pairs; existing shards are kept.
 
     Returns the number of pairs whose candidates all have one reward: their winner is their loser, and training learns
     nothing from them.
@@ -170,7 +170,7 @@ def make_preferences(
     plan(model, sampling)
     network = classifier_for(source, reference, model.device)
     native = captions is None or model.config.vocabulary is not None
-    batch = 100 if native else batch
+    batch = batch or (BATCH if native else PIPELINE_BATCH)
     compare = _Comparison(model, sampling, partial(rate, reward, judge, network), n, candidates, batch, progress)
     if native:
         check_writable(out, *_files(captions))

@@ -154,16 +154,16 @@ def _default_json(source: Path) -> Path | None:
 
 def win_rates(
     ours: Source, theirs: Source, *, n: int = 2_000, captions: Source | None = None, size: Size | None = None,
-    rewards: Sequence[str] = (), sampling: SamplingConfig | None = None, reference: str | None = None, batch: int = 8,
-    device: str = "auto",
+    rewards: Sequence[str] = (), sampling: SamplingConfig | None = None, reference: str | None = None,
+    batch: int | None = None, device: str = "auto",
 ) -> list[dict[str, Any]]:  # fmt: skip
     """How often ``ours`` has a higher reward than ``theirs`` on the same label (or caption) and noise, with Wilson's
     95 % interval, and both means, for each of ``rewards`` (default: all). The default seed is 1, other than that of
     ``make_preferences``.
 
     Models that take prompts need ``captions``, a text file with one per line or a table with a column caption, prompt
-    or text, which are used in turn; of pipelines, ``size`` is that of the samples in pixels, ``batch`` their number at
-    a time."""
+    or text, which are used in turn; of pipelines, ``size`` is that of the samples in pixels. ``batch`` samples are
+    generated at a time, by default 8 of a pipeline and 100 of another model."""
     if n < 1:
         raise UserError(f"n must be at least 1, got {n}.")
     sampling = sampling or SamplingConfig(seed=1)
@@ -197,7 +197,7 @@ def win_rates(
 
 def _rewards(
     model: Model, rewards: Mapping[str, Any], prompts: Sequence[str], n: int, sampling: SamplingConfig,
-    network: ClassifierFeatures, batch: int,
+    network: ClassifierFeatures, batch: int | None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Rewards [n] of samples of a model, by name."""
     shown: Tensor | list[str] = [prompts[k % len(prompts)] for k in range(n)] if prompts else model.labels(n)

@@ -200,7 +200,7 @@ def preferences(
     n: Annotated[int, typer.Option("--n", help="Number of pairs.")] = 2_000,
     captions: Captions = None,
     size: Size = None,
-    batch: Batch = 8,
+    batch: Batch = None,
     reference: Annotated[
         str | None, typer.Option(help="A reference with a classifier. Default: that of the model or its run.")
     ] = None,

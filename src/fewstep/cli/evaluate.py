@@ -210,7 +210,7 @@ def winrate(
         typer.Option(help="Names or functions as for data preferences --reward, separated by commas. Default: all."),
     ] = None,
     size: Size = None,
-    batch: Batch = 8,
+    batch: Batch = None,
     reference: Annotated[
         str | None, typer.Option(help="A reference with a classifier. Default: that of the model or its run.")
     ] = None,

@@ -77,7 +77,9 @@ Captions = Annotated[
     typer.Option(help="For a model that takes prompts: a text file, one caption per line, or a table. Used in turn."),
 ]
 Size = Annotated[str | None, typer.Option(help="For pipelines: HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES in pixels.")]
-Batch = Annotated[int, typer.Option(min=1, help="For pipelines: samples at a time.")]
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Samples at a time. Default: 8 of a pipeline, 100 of another model.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 
 

@@ -45,6 +45,14 @@ def test_the_plain_call_is_the_student(runs: Runs, saved: Saved, name: str, expe
         assert difference(ours, torch.as_tensor(latents)) < 3e-6  # another expert changes some by 8e-6
 
 
+def test_an_export_with_weights_in_a_pickle_is_not_opened(runs: Runs, tmp_path: Path) -> None:
+    out = fewstep.export(runs("sd"), ExportFormat.diffusers, tmp_path / "out")
+    (weights,) = (out / "unet").glob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(UserError, match=r"unet are a pickle .*which can run code"):
+        fewstep.load_pipeline(out, **absent(out))
+
+
 def test_diffusers_itself_has_other_defaults_that_no_file_changes(runs: Runs, tmp_path: Path) -> None:
     """If this fails, a version of diffusers has found a way, and ``load_pipeline`` may go."""
     import diffusers
