@@ -67,6 +67,23 @@ def check_changes(changed: Changes, stage: int) -> None:
         )
 
 
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ``UserError`` if what a run was trained with, besides its settings, is not what it is now: the weights of
+    its teacher or of another network, or the classes that labels of its data number."""
+    if before["teacher_sha256"] != now["teacher_sha256"]:
+        raise UserError("The run's teacher had other weights: restore them, or train in another folder.")
+    for name, sha256 in before.get("networks_sha256", {}).items():
+        if sha256 != now["networks_sha256"].get(name):
+            raise UserError(f"networks.{name} had other weights: restore them, or train in another folder.")
+    classes = before.get("class_names", now["class_names"])  # runs of earlier versions did not record them
+    if classes != now["class_names"]:
+        was, listed = ", ".join(classes), ", ".join(now["class_names"])
+        raise UserError(
+            f"The run's data had the classes {was or '(without names)'}, and has {listed or '(without names)'} now: "
+            "restore them, or train in another folder."
+        )
+
+
 def settings_at(folder: Path, now: Mapping[str, Any], first: int, last: int) -> Mapping[str, Any]:
     """The settings of the steps after ``first`` up to ``last``, of a run whose settings are ``now``.
 

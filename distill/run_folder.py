@@ -36,7 +36,7 @@ from fewstep.distill.config_files import dump_config, parse_config, read_setting
 from fewstep.distill.loop import LostUpdate
 from fewstep.distill.metrics_logger import append_line, forget_after
 from fewstep.distill.processes import SINGLE_PROCESS, World
-from fewstep.distill.resume import changes, check_changes, flat_settings, settings_at, with_current_keys
+from fewstep.distill.resume import changes, check_changes, check_same, flat_settings, settings_at, with_current_keys
 from fewstep.distill.sharding import whole
 from fewstep.distill.trackers import Trackers, check_installed
 from fewstep.distill.trainer import Trainer
@@ -58,6 +58,7 @@ class RunFolder(Callback):
             "config": trainer.config.model_dump(mode="json"),
             "teacher_sha256": trainer.inputs.teacher_sha256,
             "networks_sha256": trainer.inputs.networks_sha256,
+            "class_names": list(trainer.inputs.model_config.class_names or ()),
             "processes": trainer.world.size,
         }
         self._resumed: dict[str, Any] | None = None  # the line for resumes.jsonl
@@ -242,11 +243,7 @@ class RunFolder(Callback):
         check_changes(changed, state["stage"])
         if state["step"] > self.trainer.stage_ends[state["stage"]]:
             raise UserError(f"The run is at step {state['step']}, after the end of its stage with these settings.")
-        if before["teacher_sha256"] != self._origin["teacher_sha256"]:
-            raise UserError("The run's teacher had other weights: restore them, or train in another folder.")
-        for name, sha256 in before.get("networks_sha256", {}).items():
-            if sha256 != self._origin["networks_sha256"].get(name):
-                raise UserError(f"networks.{name} had other weights: restore them, or train in another folder.")
+        check_same(before, self._origin)
         if before["processes"] != self._origin["processes"]:
             self._notes.append(
                 f"The run had {before['processes']} processes and has {self._origin['processes']} now: they share the "

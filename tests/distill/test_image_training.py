@@ -94,6 +94,18 @@ def test_a_run_on_flipped_images_resumes_as_if_it_had_not_stopped(kind: str, tmp
     assert not all(load_file(plain / "student" / "model.safetensors")[name].equal(weights[name]) for name in weights)
 
 
+def test_a_run_whose_classes_have_other_names_by_now_is_not_resumed(tmp_path: Path) -> None:
+    data = image_sets.class_folders(tmp_path / "set")
+    run = fewstep.train(pretraining(tmp_path, {"kind": "folder", "path": data.path, "crop": True}, 3))
+    for path in [run / "student", *run.glob("checkpoints/step-*4")]:
+        shutil.rmtree(path)
+    (tmp_path / "set" / "bee").rename(tmp_path / "set" / "zebra")  # cat, dog, zebra: every label is another one
+    with pytest.raises(UserError, match=r"had the classes bee, cat, dog, and has cat, dog, zebra now"):
+        fewstep.train(resume=run)
+    (tmp_path / "set" / "zebra").rename(tmp_path / "set" / "bee")
+    fewstep.train(resume=run)
+
+
 def test_an_unconditional_model_is_pretrained_distilled_and_sampled(tmp_path: Path) -> None:
     data = image_sets.class_folders(tmp_path / "set")
     teacher = fewstep.train(pretraining(tmp_path, {"kind": "folder", "path": data.path, "crop": True}, 0))

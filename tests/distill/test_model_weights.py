@@ -151,6 +151,7 @@ def test_a_resumed_run_is_the_run_and_does_not_read_the_model_again(tmp_path: Pa
     ours, theirs = (load_model(each).denoiser.state_dict() for each in (run, whole))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "student")
     with pytest.raises(UserError, match="model_weights: No model at"):
         fewstep.train(resume=run, data=Clips(), progress=False)
 

@@ -21,7 +21,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import read_tensors, write_tensors
 from fewstep.core.image_data import ImageData, kind_of
 from fewstep.distill.config_files import parse_config
-from fewstep.eval.build_reference import held_out, stored_statistics
+from fewstep.eval.build_reference import held_out
 from fewstep.eval.evaluate_reference import ReferenceEvaluator
 from fewstep.eval.metrics.frechet import Statistics, frechet_distance
 from fewstep.eval.networks.features import ClassifierFeatures, extract_features
@@ -31,7 +31,6 @@ from fewstep.eval.references import load_reference, real_images
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.saving import save_model
 
-DIMENSION = 64  # of a classifier's features
 COLOURS = {"blue": (20, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
 
 
@@ -71,44 +70,6 @@ def test_labelled_images_get_a_classifier_and_the_names_of_their_classes(labelle
     assert record["images"] == {
         "kind": "folder", "name": "photos", "split": "train", "crop": True, "train": 96, "test": 24,
     }  # fmt: skip
-
-
-def test_statistics_of_training_images_are_those_of_their_features(labelled: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(labelled, tmp_path / "copy"))
-    features = torch.randn(9, load_reference(str(folder)).network.dimension, generator=torch.Generator())
-    write_tensors({"features": features}, folder / "train.safetensors")  # as in references of earlier versions
-    earlier = load_reference(str(folder), "train")
-    write_tensors(stored_statistics(earlier.statistics), folder / "train.safetensors")
-    found = load_reference(str(folder), "train").statistics
-    assert found.mean.equal(features.double().mean(0))
-    assert found.covariance.equal(earlier.statistics.covariance)
-    assert found.count == 9
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mean": None}, "not a readable file of the statistics of training images .*mean"),
-        ({"mean": torch.zeros(3)}, "train.safetensors .*A mean .D. and a covariance"),
-        ({"covariance": -torch.eye(DIMENSION)}, "train.safetensors .*variance below 0"),
-        (
-            {"covariance": torch.eye(DIMENSION) + 3 * torch.eye(DIMENSION).flip(0)},
-            "train.safetensors.*not a covariance",
-        ),
-        ({"mean": torch.zeros(DIMENSION, dtype=torch.complex64)}, "must be floating-point numbers"),
-        ({"count": torch.zeros(2)}, "train.safetensors is not a readable file"),
-        ({"mean": torch.zeros(3), "covariance": torch.eye(3)}, f"dimension 3, but its network has {DIMENSION}"),
-    ],
-)
-def test_damaged_statistics_of_training_images_are_refused(
-    labelled: Path, tmp_path: Path, changes: dict[str, Tensor | None], message: str
-) -> None:
-    folder = Path(shutil.copytree(labelled, tmp_path / "copy"))
-    sound = {"mean": torch.zeros(DIMENSION), "covariance": torch.eye(DIMENSION), "count": torch.tensor([9])}
-    damaged = {name: tensor for name, tensor in {**sound, **changes}.items() if tensor is not None}
-    write_tensors(damaged, folder / "train.safetensors")
-    with pytest.raises(UserError, match=message):
-        load_reference(str(folder), "train")
 
 
 def test_a_small_set_has_images_to_look_at(labelled: Path) -> None:

@@ -168,7 +168,7 @@ def test_the_bias_of_many_samples_is_the_first_order_in_their_number() -> None:
 
 def test_real_images_of_the_bundled_reference_score_their_bias() -> None:
     """Its features are not Gaussian, but nearly."""
-    real = load_reference("fashion", "train")
+    real = load_reference("fashion")
     rows = [torch.randperm(len(real.features), generator=torch.Generator().manual_seed(k))[:25] for k in range(20)]
     measured = sum(frechet_distance(Statistics.of(real.features[r]), real.statistics) for r in rows) / 20
     assert small_sample_bias(real.statistics, 25) == pytest.approx(measured, rel=0.15)
