@@ -49,7 +49,7 @@ class Model(BaseModel):
         """``0, 1, ..., classes - 1, 0, ...`` [n]: all classes equally often; zeros, which have no meaning, for an
         unconditional model. Raises ``UserError`` on a model that takes prompts."""
         if self.config.takes_prompts:
-            raise UserError("This needs a model of labels or none at all; this one takes prompts: give captions.")
+            raise UserError("This needs class labels or an unconditional model; this one takes prompts: give captions.")
         return torch.arange(n) % max(1, self.config.classes)
 
 

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: what glibc is told, and what it accepts."""
+"""Freed memory stays with the process: the settings that glibc gets, and accepts."""
 
 from __future__ import annotations
 

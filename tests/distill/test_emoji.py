@@ -84,8 +84,7 @@ def test_batches_cover_all_training_captions_and_no_others() -> None:
 def test_captions_with_a_repeated_word_are_sampled_so_many_times_as_often() -> None:
     source = Emoji.create("emoji", MODEL, images=False, repeat={"flat": 3, "red": 5})
     assert source(KeyedRandom(0, 0, "data", 0), 4).condition["words"].shape == (4, 3)
-    told = [set(split_words(text)) for text in source.captions.texts]
-    counts = Counter(map(frozenset, told))
+    counts = Counter(frozenset(split_words(text)) for text in source.captions.texts)
     assert counts.keys() == {frozenset(split_words(text)) for text in TRAIN.texts}
     for words, count in counts.items():
         assert count == (5 if "red" in words else 3 if "flat" in words else 1)
