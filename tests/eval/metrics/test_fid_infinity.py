@@ -38,5 +38,7 @@ def test_the_error_of_the_fit_is_zero_on_a_line_and_grows_with_noise(monkeypatch
 def test_the_seed_alone_shuffles_the_features() -> None:
     reference, x = Statistics(torch.zeros(2).double(), torch.eye(2).double(), 0), normal(40, 2)
     values = [frechet_infinity(x, reference, seed=seed) for seed in (0, 0, 1)]
-    assert values[0] == values[1] == frechet_infinity(x, reference)
-    assert values[2] != values[0]
+    # Not bit for bit: sums of a vectorised library end in other last digits where an array lies elsewhere in memory.
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
+    assert values[0] == pytest.approx(frechet_infinity(x, reference), rel=1e-9)
+    assert values[2] != pytest.approx(values[0], rel=1e-3)
