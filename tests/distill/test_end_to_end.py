@@ -91,16 +91,18 @@ def test_a_gpu_computes_the_losses_of_the_cpu(objective: str, tmp_path: Path, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "n", "least", "share"), [("fashion", 1000, 3.5, 0.5), ("emoji", 256, 4.0, 0.75)])
+@pytest.mark.parametrize(
+    ("name", "steps", "n", "least", "share"), [("fashion", 48, 500, 3.5, 0.5), ("emoji", 80, 128, 4.0, 0.75)]
+)
 def test_the_demo_configs_distil_the_bundled_teachers(
-    name: str, n: int, least: float, share: float, tmp_path: Path
+    name: str, steps: int, n: int, least: float, share: float, tmp_path: Path
 ) -> None:
-    """80 steps of each demo, scored against ``n`` training images with 4 evaluations per sample.
+    """A few ``steps`` of each demo with a small batch, scored on ``n`` images with 4 evaluations per sample.
 
     The student starts as the teacher with 4 evaluations, unguided; that of fashion needs more than 8 to reach 1.5.
     """
-    changes = ["stages.0.steps=80", f"validation.n={n}", "validation.every=40", f"out={tmp_path / 'run'}", "device=cpu"]
-    config = load_config(f"configs/{name}/demo.yaml", changes)
+    changes = [f"stages.0.steps={steps}", "batch=16", f"validation.n={n}", f"validation.every={steps}"]
+    config = load_config(f"configs/{name}/demo.yaml", [*changes, f"out={tmp_path / 'run'}", "device=cpu"])
     teacher, rule = load_model(name), FewStep(times=time_uniform(4)[:-1], rule="deterministic")
     validate = Validation(SamplingConfig("student"), n, load_reference(name, "train"), tmp_path)
     before = validate(teacher.denoiser, teacher.config.model_copy(update={"few_step": rule}), 0)

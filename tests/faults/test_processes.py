@@ -152,21 +152,19 @@ def test_a_killed_process_ends_the_other_with_words_and_the_run_resumes(tmp_path
     succeeds("train", "--resume", tmp_path / "run", f"stages.0.steps={last + 1}")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_mistakes_are_said_once_and_leave_nothing(tmp_path: Path) -> None:
+    mistakes: list[tuple[dict[str, object], str]] = [
         ({"accumulate": 3}, "must be a multiple of 2"),
         ({"validation": {"every": 1, "n": 10, "reference": "nowhere"}}, "nowhere"),
         ({"seed": -1}, "seed = -1"),
         ({"shard": True, "stages": [UNIFY]}, "unify: a network that shard splits"),
-    ],
-)
-def test_a_mistake_is_said_once_and_leaves_nothing(tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    launch = start(TORCHRUN, config(tmp_path, **changes))
-    text = ended(launch)
-    assert launch.returncode != 0
-    (said,) = [line for line in text.splitlines() if line.startswith("Error")]
-    assert message in said
+    ]
+    for changes, message in mistakes:
+        launch = start(TORCHRUN, config(tmp_path, **changes))
+        text = ended(launch)
+        assert launch.returncode != 0
+        (said,) = [line for line in text.splitlines() if line.startswith("Error")]
+        assert message in said
     launch = start(TORCHRUN, config(tmp_path, 1))  # the folder is as good as empty
     assert "Trained 1 step" in ended(launch)
 
