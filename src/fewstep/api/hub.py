@@ -54,7 +54,7 @@ def upload(api: Any, name: str, folder: Path, private: bool) -> None:
 
 
 def _exists(api: Any, name: str, private: bool) -> bool:
-    """Whether there is such a repository. Raises ``UserError`` if its visibility is another one: uploads change none."""
+    """Whether there is such a repository. Raises ``UserError`` if it has the other visibility: uploads change none."""
     with _talking(name):
         if not api.repo_exists(name):
             return False
