@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from killed import Killed
 
 from fewstep.core import files
 from fewstep.core.errors import UserError
-from fewstep.core.files import atomic_folder, atomic_write, check_writable, write_text
+from fewstep.core.files import atomic_folder, atomic_write, check_writable, write_text, write_unused
 
 
 def test_two_writers_of_a_file_do_not_mix(tmp_path: Path) -> None:
@@ -43,10 +44,8 @@ def test_two_writers_of_a_folder_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_a_new_folder_replaces_none_that_was_written_meanwhile(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not empty"), atomic_folder(tmp_path / "a", new=True) as late:
-        (late / "a").touch()
-        with atomic_folder(tmp_path / "a", new=True) as first:
-            (first / "b").touch()
+    with pytest.raises(UserError, match="is not empty"), atomic_folder(tmp_path / "a", new=True):
+        write_text("first", tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "b"]
 
 
@@ -91,3 +90,35 @@ def test_without_locks_nothing_is_taken_for_left_over(tmp_path: Path, monkeypatc
     write_text("text", tmp_path / "a.txt")
     assert (tmp_path / "a.txt").read_text() == "text"
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "a.txt.part"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_free_name_is_taken_by_one_writer_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """Both begin when neither has written."""
+
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    file, found = tmp_path / "grid.png", []
+
+    def write(path: Path) -> None:
+        found.append(write_unused(file, lambda other: other.write_text("first")))
+        path.write_text("second")
+
+    found.append(write_unused(file, write))
+    assert found == [file, tmp_path / "grid-2.png"]
+    assert [path.read_text() for path in found] == ["first", "second"]
+    assert write_unused(file, lambda path: path.write_text("third")) == tmp_path / "grid-3.png"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_free_name_on_a_full_disk(tmp_path: Path) -> None:
+    def full(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"Cannot write .*grid.png: .*No space left on device"):
+        write_unused(tmp_path / "grid.png", full)
+    assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain, count
 from math import prod
 from pathlib import Path
@@ -34,7 +35,7 @@ def atomic_write(file: Path) -> Iterator[Path]:
     whatever wrote it. Raises ``UserError`` if it cannot be written.
     """
     try:
-        with _temporary(file.with_name(file.name + ".part"), _touch) as temporary:
+        with _temporary(file.with_name(file.name + ".part"), partial(Path.touch, exist_ok=False)) as temporary:
             permissions = temporary.stat().st_mode & 0o777
             yield temporary
             temporary.chmod(permissions)  # safetensors allows only the owner to read
@@ -51,11 +52,11 @@ def atomic_folder(final: Path, *, new: bool = False) -> Iterator[Path]:
     there: readers see the old folder or the new one, whole. Raises ``UserError`` if it cannot be written, and with
     ``new`` if another process has written there meanwhile."""
     try:
-        with _temporary(partial_folder(final), Path.mkdir) as partial:
-            yield partial
+        with _temporary(partial_folder(final), Path.mkdir) as temporary:
+            yield temporary
             if new:
                 require_empty(final)
-            replace_folder(partial, final)
+            replace_folder(temporary, final)
     except (OSError, SafetensorError) as error:
         raise _unwritable(final, error) from error
 
@@ -77,8 +78,7 @@ def _temporary(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
         try:
             create(path)
         except FileExistsError:
-            path = path.with_suffix(f".{token_hex(4)}.part")
-            create(path)
+            create(path := path.with_suffix(f".{token_hex(4)}.part"))
         try:
             yield path
         except BaseException:
@@ -86,14 +86,8 @@ def _temporary(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
             raise
     finally:
         with suppress(OSError):
-            fcntl.flock(
-                folder, fcntl.LOCK_UN
-            )  # a child process may have inherited the descriptor
+            fcntl.flock(folder, fcntl.LOCK_UN)  # a child process may have inherited the descriptor
         os.close(folder)
-
-
-def _touch(file: Path) -> None:
-    file.touch(exist_ok=False)
 
 
 def _remove(path: Path) -> None:
@@ -155,12 +149,12 @@ def delete_folder(folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path, partial: str = ".*.part") -> None:
+def remove_leftovers(folder: Path, names: str = ".*.part") -> None:
     """Restores or deletes what a killed process left in ``folder``: folders that it was replacing, and files and
-    folders with names like ``partial`` that it was writing or deleting."""
+    folders with ``names`` that it was writing or deleting."""
     for old in folder.glob(".*.old"):
         restore_folder(folder / old.name.removeprefix(".").removesuffix(".old"))
-    for path in folder.glob(partial):
+    for path in folder.glob(names):
         _remove(path)
 
 
@@ -188,10 +182,32 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def unused(file: Path) -> Path:
-    """``file``, or if it exists the first of ``NAME-2.SUFFIX``, ``NAME-3.SUFFIX``, ... that does not."""
-    names = (file.with_stem(f"{file.stem}-{k}") for k in count(2))
-    return next(name for name in chain([file], names) if not name.exists())
+def write_unused(file: Path, write: Callable[[Path], object]) -> Path:
+    """Writes a file by ``write(path)`` and returns its name: ``file``, or if it exists the first of ``NAME-2.SUFFIX``,
+    ... that does not, also of several writers at once. Raises ``UserError`` if it cannot be written."""
+    names = chain([file], (file.with_stem(f"{file.stem}-{k}") for k in count(2)))
+    try:
+        with _temporary(partial_folder(file), Path.mkdir) as folder:
+            write(folder / file.name)
+            found = next(name for name in names if _renamed(folder / file.name, name))
+            _remove(folder)
+        _sync(file.parent)
+    except OSError as error:
+        raise _unwritable(file, error) from error
+    return found
+
+
+def _renamed(file: Path, name: Path) -> bool:
+    """Renames a file, unless the name is taken."""
+    try:
+        os.link(file, name)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if name.exists():
+            return False
+        file.rename(name)
+    return True
 
 
 def check_writable(file: str | Path, *inputs: Path) -> None:
@@ -203,7 +219,7 @@ def check_writable(file: str | Path, *inputs: Path) -> None:
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file.")
     try:
-        with _temporary(file.with_name(f".{file.name}.part"), _touch) as trial:
+        with _temporary(file.with_name(f".{file.name}.part"), partial(Path.touch, exist_ok=False)) as trial:
             trial.unlink()
     except OSError as error:
         raise _unwritable(file, error) from error
