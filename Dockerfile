@@ -19,8 +19,10 @@ COPY --from=build /wheel /install/
 RUN PIP_EXTRA_INDEX_URL="$WHEELS" pip install --no-cache-dir -c /install/constraints.txt "$(echo /install/*.whl)[$EXTRAS]" \
     && rm -r /install \
     && useradd --create-home fewstep \
-    && install --directory --owner fewstep /work
-ENV HOME=/home/fewstep PYTHONUNBUFFERED=1
+    && chmod 1777 /home/fewstep \
+    && install --directory --owner fewstep --mode 1777 /work
+# Any user, of --user too, has a name, and a home that caches can be written to.
+ENV HOME=/home/fewstep USER=fewstep PYTHONUNBUFFERED=1
 USER fewstep
 WORKDIR /work
 EXPOSE 7860

@@ -6,7 +6,8 @@
 The classifier is ``eval/reference/emoji_video``, or a folder given instead. The first command trains it on frames of
 rendered clips, one class per name, and stores it in float16: half a minute of one core. The second, with a classifier
 that is there, writes the scores of new renders, which are those of a perfect generator: for each split of the captions,
-of clips against others of the same split.
+of clips against others of the same split. ``relative_diversity`` is that of clips of one caption as a share of that of
+other renders, near 1; ``diversity`` of ``fewstep eval`` is the distance itself.
 """
 
 from __future__ import annotations
@@ -67,7 +68,11 @@ def score(folder: Path, file: Path) -> None:
         twice = few.select(torch.arange(2 * CONDITIONS) % CONDITIONS)
         own, other = (clip_features(network, renders(twice, f"diversity/{k}", PART)) for k in ("own", "real"))
         values = {name: measurement.value for name, measurement in measured.items()}
-        scores[split] = values | {"diversity": relative_diversity(own, other, CONDITIONS), "n": N, "n_real": REAL}
+        scores[split] = values | {
+            "relative_diversity": relative_diversity(own, other, CONDITIONS),
+            "n": N,
+            "n_real": REAL,
+        }
     write_text(json.dumps(scores, indent=1) + "\n", file)
     print(json.dumps(scores, indent=1))
 

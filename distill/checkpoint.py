@@ -203,12 +203,29 @@ def read_checkpoint(folder: Path, *, verify: bool = True) -> tuple[StoredTensors
         state = read_json_object(folder / "state.json")
         if state.get("record_sha256") != _hash(state):
             raise UserError(f"{folder} is damaged: the hash of state.json differs.")
-        for part in state["parts"] if verify else ():
-            if sha256(folder / part["file"]) != part["sha256"]:
-                raise UserError(f"{folder} is damaged: the hash of {part['file']} differs.")
+        parts = _parts(folder / "state.json", state)
+        for file, (digest, _) in parts.items() if verify else ():
+            if sha256(file) != digest:
+                raise UserError(f"{folder} is damaged: the hash of {file.name} differs.")
     except OSError as error:
         raise UserError(f"{folder} is not a complete checkpoint ({error}).") from error
-    return StoredTensors({folder / part["file"]: part["rows"] for part in state["parts"]}), state
+    return StoredTensors({file: rows for file, (_, rows) in parts.items()}), state
+
+
+def _parts(record: Path, state: Mapping[str, Any]) -> dict[Path, tuple[str, dict[str, int]]]:
+    """The files of a checkpoint, each with its hash and the first rows of split tensors. Raises ``UserError`` if the
+    ``record`` does not list them so."""
+    try:
+        return {
+            record.with_name(part["file"]): (
+                str(part["sha256"]),
+                {name: int(row) for name, row in part["rows"].items()},
+            )
+            for part in state["parts"]
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else f"parts: {error}"
+        raise UserError(f"{record} does not list the files of a checkpoint: {reason}. Restore it.") from error
 
 
 def read_newest(

@@ -21,6 +21,7 @@ from fewstep.core.files import (
     atomic_folder,
     read_json_lines,
     read_json_object,
+    reason_of,
     remove_leftovers,
     tensor_names,
     write_text,
@@ -233,6 +234,8 @@ class RunFolder(Callback):
             raise UserError(
                 f"{checkpoint} has no {error}: it is from another version of fewstep. Train again in another folder."
             ) from error
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"{checkpoint / 'state.json'} does not fit this run: {reason_of(error)}.") from error
         except UserError as error:
             raise UserError(f"{checkpoint}: {error}") from error
 

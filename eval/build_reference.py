@@ -90,7 +90,7 @@ def build_reference(
     check_writable(folder / WEIGHTS)
     shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
     values: dict[str, float] = {}
-    with atomic_folder(folder) as part:
+    with atomic_folder(folder, new=True) as part:
         if used is None:
             values["test_accuracy"] = _write_classifier(
                 part, folder.name, (images, rows), (other, other_rows), epochs=epochs, seed=seed, progress=progress

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fewstep.core.errors import UserError
+from fewstep.core.limits import MOST_STEPS, check_count
 from fewstep.models.loading import Model
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.schedules import schedule_from_dict
@@ -61,8 +62,8 @@ def plan(model: Model, config: SamplingConfig) -> Plan:
     few_step = model.config.few_step
     name = config.solver if config.solver is not None else ("student" if few_step else "euler")
     steps = config.steps
-    if steps is not None and steps < 1:
-        raise UserError(f"steps must be at least 1, got {steps}.")
+    if steps is not None:
+        check_count("steps", steps, MOST_STEPS)
     if not math.isfinite(config.guidance):
         raise UserError(f"guidance must be a finite number, got {config.guidance}.")
     if few_step and few_step.counts and steps is not None and steps not in few_step.counts:

@@ -64,6 +64,18 @@ def test_the_image_runs_as_an_ordinary_user_and_shows_the_help() -> None:
     assert "Usage:" in fewstep(*command[1:]).stdout
 
 
+def test_any_user_can_write_caches_and_has_a_name() -> None:
+    """With ``--user`` the user is unknown to the system, and owns neither the home nor ``/work``."""
+    settings = dict(LAST)
+    variables = dict(word.split("=", 1) for word in settings["ENV"].split())
+    assert variables["HOME"] == f"/home/{settings['USER']}"
+    assert f"chmod 1777 {variables['HOME']} " in settings["RUN"]
+    assert settings["RUN"].endswith(f"--mode 1777 {settings['WORKDIR']}")
+    program = "import getpass; print(getpass.getuser())"
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
+    assert done.stdout == f"{settings['USER']}\n"
+
+
 def test_the_commands_in_its_comments_use_its_arguments_and_commands() -> None:
     comments = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("#")]
     names = {text.partition("=")[0] for name, text in STEPS if name == "ARG"}

@@ -89,7 +89,7 @@ def export(model: Model, form: ExportFormat, out: Path, card: CardContent | None
     experts, boundaries = _experts(model, folder)
     scheduler = scheduler_for(folder, few) if (few := model.config.few_step) else None
     manifest = _manifest(model, folder, form, scheduler, boundaries)
-    with atomic_folder(out) as part:
+    with atomic_folder(out, new=True) as part:
         if form in ADAPTERS:
             _write_adapters(model, experts, folder, part, manifest)
         else:

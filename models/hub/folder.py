@@ -57,12 +57,23 @@ class PipelineFolder:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """``model_index.json``."""
-        return read_json_object(self.path / "model_index.json")
+        """``model_index.json``. Raises ``UserError`` on a component that is not a library and a class, or two nulls."""
+        file = self.path / "model_index.json"
+        content = read_json_object(file)
+        for name, entry in content.items():
+            if isinstance(entry, list) and not (
+                len(entry) == 2 and (entry == [None, None] or all(isinstance(each, str) for each in entry))
+            ):
+                raise UserError(f"{file}: {name} must be a library and a class, or two nulls, got {entry}. Restore it.")
+        return content
 
     @cached_property
     def family(self) -> Family:
         cls = family_of(str(self.index.get("_class_name")))
+        if not self.has_component(cls.part):
+            raise UserError(
+                f"{self.path / 'model_index.json'} has no {cls.part}, the network that denoises. Restore it."
+            )
         vae = read_json_object(self.path / "vae" / "config.json") if self.has_component("vae") else {}
         return cls(read_json_object(self.path / cls.part / "config.json"), vae)
 

@@ -22,7 +22,7 @@ def fails(*arguments: object, **named: object) -> None:
 
 def test_without_a_connection_an_upload_ends_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "none")
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fails)
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", fails)
     with pytest.raises(UserError, match=r"did not accept me/student: Connection refused"):
         open_repository("me/student", private=True)
     with pytest.raises(UserError, match="Give owner/name"):

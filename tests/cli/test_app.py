@@ -24,6 +24,7 @@ import fewstep
 from fewstep.api import app
 from fewstep.api.app import ALL, AppModels, Request
 from fewstep.api.app_page import POLICY, click, require_gradio
+from fewstep.cli.app import serve_app
 from fewstep.core.errors import UserError
 from fewstep.eval.hashes import model_sha256
 from fewstep.eval.report.comparison import teacher_sampling
@@ -204,6 +205,26 @@ def test_an_address_that_cannot_be_used_is_refused(host: str, capsys: pytest.Cap
         message = refused(capsys, "app", "fashion", "--host", host, "--port", taken.getsockname()[1])
     assert f"Cannot listen on {host}, port" in message
     assert "Choose another --port or --host" in message
+
+
+def test_an_empty_address_is_not_every_address(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gradio")
+    for host in ("", " "):
+        assert "--host is empty: give an address of this machine" in refused(capsys, "app", "fashion", "--host", host)
+
+
+def test_the_page_of_an_unfinished_run_has_the_name_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio")
+    named: list[str] = []
+    monkeypatch.setattr("fewstep.api.app_page.serve", lambda models, name, *rest: named.append(name))
+    monkeypatch.setattr(AppModels, "load", lambda *arguments: None)
+    checkpoint = tmp_path / "mine" / "checkpoints" / "step-0000004"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "mine" / "config.yaml").touch()
+    (checkpoint / "state.json").touch()
+    serve_app(str(checkpoint))
+    serve_app("fashion")
+    assert named == ["mine, step 4", "fashion"]
 
 
 LISTEN = """

@@ -42,6 +42,8 @@ def serve(models: AppModels, name: str, host: str, port: int, started: Callable[
     """Serves the page until it is interrupted, which raises ``KeyboardInterrupt``; ``started`` receives its address.
     ``port`` 0 takes a free one. Raises ``UserError`` if the address cannot be used."""
     gradio = require_gradio()
+    if not host.strip():
+        raise UserError("--host is empty: give an address of this machine, such as 127.0.0.1 (0.0.0.0 is all of them).")
     import uvicorn
     from fastapi import FastAPI
 

@@ -12,7 +12,7 @@ from PIL import Image
 from fewstep.api.hub import open_repository, upload
 from fewstep.api.models import Source, checkpoint_of, config_of, load, run_of
 from fewstep.core.errors import UserError, nearest
-from fewstep.core.files import read_prompts
+from fewstep.core.files import read_prompts, require_empty
 from fewstep.core.image_grid import image_grid
 from fewstep.core.yaml_files import dump_yaml
 from fewstep.distill.run_folder import run_settings
@@ -39,24 +39,27 @@ def export(
 
     The model card has a run's config and scores, without absolute paths, and images of ``samples`` of its prompts from
     seed 0, if the pipeline can encode prompts. ``push``: a repository on the Hugging Face hub (``owner/name``) to
-    upload the folder to, with the token of the environment; it is created ``private`` if it does not exist.
+    upload the folder to, with the token of the environment. If it does not exist it is created ``private``, when the
+    export is complete; if it exists, it must be as ``private``.
 
-    Raises ``UserError`` if the model cannot be exported so and, before any work, if it cannot be uploaded.
+    Raises ``UserError`` if the model cannot be exported so and, before any work, if the token, the repository or
+    ``out`` does not allow it.
     """
     form = _format(form)
     if dtype is not None and form in ADAPTERS:
         raise UserError(f"An adapter ({form}) is written in float32: leave out dtype, which is for networks.")
-    api = open_repository(push, private) if push is not None else None
+    require_empty(Path(out))
     saved = config_of(run)
     if saved is not None and not saved.takes_prompts:
         raise UserError(
             f"{run} is not the student of a diffusers pipeline, and only such students are exported. To use it "
             "elsewhere, copy its model folder (config.json, model.safetensors), which fewstep.load reads."
         )
+    api = open_repository(push, private) if push is not None else None
     model = load(run, device, dtype=dtype or (base_dtype(saved) if saved is not None else None))
     written = export_model(model, form, Path(out), _card(model, run, samples, push or "."))
     if api is not None and push is not None:
-        upload(api, push, written)
+        upload(api, push, written, private)
     return written
 
 

@@ -17,6 +17,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import read_json_object, write_text
 from fewstep.core.image_files import require_av
 from fewstep.core.image_grid import save_sample
+from fewstep.core.limits import MOST_AT_ONCE, check_count
 from fewstep.eval.hashes import json_sha256, model_sha256
 from fewstep.models.hub.encoded import ENCODERS, fingerprint
 from fewstep.models.loading import Model, pipeline_of
@@ -56,8 +57,7 @@ def sample(
     wanted = list(range(classes)) if labels is None else [model.config.label_of(label) for label in labels]
     if not wanted:
         raise UserError("Give at least one label.")
-    if n < 1:
-        raise UserError(f"n must be at least 1, got {n}.")
+    check_count("n", n, MOST_AT_ONCE)
     return ImageGenerator(model)(torch.tensor(wanted)[torch.arange(n) % len(wanted)], sampling)
 
 

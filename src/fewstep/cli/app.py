@@ -30,8 +30,9 @@ def serve_app(
     """
     from fewstep.api.app import AppModels
     from fewstep.api.app_page import require_gradio, serve
+    from fewstep.api.models import name_of
 
     require_gradio()
     models = AppModels.load(model_name, teacher, device)
-    name = Path(model_name).resolve().name if Path(model_name).exists() else model_name
+    name = name_of(model_name) if Path(model_name).exists() else model_name
     serve(models, name, host, port, lambda address: print_text(f"Open {address} in a browser; Ctrl-C ends it."))

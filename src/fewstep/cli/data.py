@@ -24,6 +24,7 @@ from fewstep.cli.options import (
     sampling_of,
 )  # fmt: skip
 from fewstep.core.errors import UserError
+from fewstep.core.limits import MOST_SAMPLES
 
 app = typer.Typer(no_args_is_help=True, help="Create the files that training and evaluation read.")
 
@@ -164,7 +165,7 @@ def ode_pairs(
     file: Annotated[
         Path, typer.Option("--out", help="A safetensors file; training reads it with data.kind=tensors data.path=FILE.")
     ],
-    n: Annotated[int, typer.Option("--n", help="Number of pairs.")] = 10_000,
+    n: Annotated[int, typer.Option("--n", max=MOST_SAMPLES, help="Number of pairs.")] = 10_000,
     captions: Captions = None,
     solver: Annotated[str, typer.Option(help="One of fewstep solver list.")] = "heun",
     steps: Annotated[int, typer.Option(help="Steps.")] = 18,
@@ -197,7 +198,7 @@ def preferences(
             "confidence."
         ),
     ],
-    n: Annotated[int, typer.Option("--n", help="Number of pairs.")] = 2_000,
+    n: Annotated[int, typer.Option("--n", max=MOST_SAMPLES, help="Number of pairs.")] = 2_000,
     captions: Captions = None,
     size: Size = None,
     batch: Batch = None,

@@ -33,6 +33,7 @@ from fewstep.cli.options import (
     write_json,
 )  # fmt: skip
 from fewstep.core.errors import UserError
+from fewstep.core.limits import MOST_SAMPLES
 
 app = typer.Typer()
 
@@ -77,7 +78,10 @@ def evaluate(
     guidance: Annotated[str | None, typer.Option(help="Guidance scales. Default: 1, which is off.")] = None,
     grid: Annotated[str | None, typer.Option(help=GRID_HELP + " Default: time.")] = None,
     n: Annotated[
-        int | None, typer.Option("--n", min=1, help="Samples per combination. Default: 10,000, or the protocol's.")
+        int | None,
+        typer.Option(
+            "--n", min=1, max=MOST_SAMPLES, help="Samples per combination. Default: 10,000, or the protocol's."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise. Default: 0, or the protocol's.")] = None,
     file: Annotated[
@@ -203,7 +207,7 @@ def winrate(
     theirs: Annotated[
         str, typer.Argument(metavar="OTHER", callback=note_checkpoint, help="The model to compare with, as MODEL.")
     ],
-    n: Annotated[int, typer.Option("--n", min=1, help="Samples of each.")] = 2_000,
+    n: Annotated[int, typer.Option("--n", min=1, max=MOST_SAMPLES, help="Samples of each.")] = 2_000,
     captions: Captions = None,
     rewards: Annotated[
         str | None,

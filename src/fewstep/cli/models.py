@@ -85,7 +85,7 @@ def sample(
     from fewstep.api.models import load
     from fewstep.api.sample import sample as sample_labels
     from fewstep.api.sample import sample_files
-    from fewstep.core.files import check_writable, unused
+    from fewstep.core.files import check_writable, write_unused
     from fewstep.core.image_grid import save_grid
     from fewstep.core.tables import read_texts
 
@@ -123,10 +123,9 @@ def sample(
     if videos and wanted.suffix.lower() != ".gif":
         raise UserError(f"This model generates videos, whose grid is a GIF: --out must end in .gif, {wanted} does not.")
     check_writable(wanted)
-    file = unused(wanted)
     images = sample_labels(model, n=n, labels=chosen, sampling=sampling)
     columns = len(chosen) if chosen and len(chosen) > 1 else min(n, model.config.classes or 10)
-    save_grid(images, file, columns=columns)
+    file = write_unused(wanted, lambda part: save_grid(images, part, columns))
     kept = "" if file == wanted else f" {wanted} was there before and is kept."
     print_text(f"{counted(n, 'video' if videos else 'image')} in {file}.{kept}")
 

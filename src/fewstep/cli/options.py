@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from fewstep.core.errors import UserError
+from fewstep.core.limits import MOST_SAMPLES, check_count
 
 if TYPE_CHECKING:
     from fewstep.eval.score_files import Score
@@ -151,14 +152,16 @@ def parse_size(text: str | None) -> tuple[int, int, int] | None:
 
 def parse_seeds(text: str | None, seed: int) -> list[int]:
     """``0-3`` or ``0,5,7``; the one ``seed`` without a text. Raises ``UserError`` on a range that ends before it
-    starts."""
+    starts, or that has more than ``MOST_SAMPLES``."""
     if text is None:
         return [seed]
     first, dash, last = text.partition("-")
     if dash and first.isdecimal() and last.isdecimal():
-        if int(last) < int(first):
+        low, high = parse_numbers(f"{first},{last}", int, "--seeds")
+        if high < low:
             raise UserError(f"--seeds {text} contains no seed: give the smaller number first.")
-        return list(range(int(first), int(last) + 1))
+        check_count("The number of --seeds", high - low + 1, MOST_SAMPLES)
+        return list(range(low, high + 1))
     return parse_numbers(text, int, "--seeds")
 
 

@@ -20,6 +20,7 @@ from fewstep.cli.options import (
     write_json,
 )  # fmt: skip
 from fewstep.core.errors import UserError
+from fewstep.core.limits import MOST_SAMPLES
 
 app = typer.Typer(no_args_is_help=True, help="List, compare and prepare training-free solvers of a teacher.")
 
@@ -43,7 +44,7 @@ def compare(
     nfe: Annotated[str, typer.Option(help="Numbers of network evaluations per sample.")] = "4,5,6,8,10,15,20,32",
     grids: Annotated[str, typer.Option(help="Spacings of times to try; each solver is shown at its best.")] = "time",
     guidance: GuidanceScale = 1.0,
-    n: Annotated[int, typer.Option("--n", help="Number of samples.")] = 2_000,
+    n: Annotated[int, typer.Option("--n", max=MOST_SAMPLES, help="Number of samples.")] = 2_000,
     long: Annotated[int, typer.Option(help="Number of steps of the run that errors are measured against.")] = 1000,
     reference: Annotated[
         str | None, typer.Option(help="Also score against real images: fashion, or a folder of data reference.")
@@ -87,7 +88,9 @@ def fit_v3(
             "beside the model's weights.",
         ),
     ],
-    n: Annotated[int, typer.Option("--n", help="Samples of the model that expectations are taken over.")] = 1024,
+    n: Annotated[
+        int, typer.Option("--n", max=MOST_SAMPLES, help="Samples of the model that expectations are taken over.")
+    ] = 1024,
     intervals: Annotated[
         int, typer.Option(help="Number of intervals in log-SNR between which statistics are measured.")
     ] = 120,
@@ -115,7 +118,7 @@ def fit_dc(
     guidance: Annotated[str, typer.Option(help="Guidance scales.")] = "2",
     order: Annotated[int, typer.Option(help="Order of the UniPC predictor that is corrected.")] = 2,
     grid: Annotated[str, typer.Option(help="The spacing of times that the ratios are for.")] = "time",
-    n: Annotated[int, typer.Option("--n", help="Samples that the search uses.")] = 32,
+    n: Annotated[int, typer.Option("--n", max=MOST_SAMPLES, help="Samples that the search uses.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     device: Device = "auto",
 ) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain, count
 from math import prod
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,45 +30,77 @@ from fewstep.core.finite import first_non_finite
 def atomic_write(file: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``file`` that is renamed to it on success. Creates the parent folder.
 
-    A full disk, a killed process or a power cut leaves the old file or the new one, never a part of one. The file's
-    permissions are those that the umask gives, whatever wrote it. Raises ``UserError`` if it cannot be written.
+    A full disk, a killed process or a power cut leaves the old file or the new one, never a part of one; of several
+    writers at once, each writes its own and the last one stays. The file's permissions are those that the umask gives,
+    whatever wrote it. Raises ``UserError`` if it cannot be written.
     """
-    temporary = file.with_name(file.name + ".part")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        temporary.touch()
-        permissions = temporary.stat().st_mode & 0o777
-        yield temporary
-        temporary.chmod(permissions)  # safetensors allows only the owner to read
-        _sync(temporary)
-        temporary.replace(file)
+        with _temporary(file.with_name(file.name + ".part"), partial(Path.touch, exist_ok=False)) as temporary:
+            permissions = temporary.stat().st_mode & 0o777
+            yield temporary
+            temporary.chmod(permissions)  # safetensors allows only the owner to read
+            _sync(temporary)
+            temporary.replace(file)
         _sync(file.parent)
     except (OSError, SafetensorError) as error:
         raise _unwritable(file, error) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 @contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
+def atomic_folder(final: Path, *, new: bool = False) -> Iterator[Path]:
     """Yields a new temporary folder beside ``final`` that is renamed to it on success, instead of a folder that may be
-    there: readers see the old folder or the new one, whole. Raises ``UserError`` if it cannot be written."""
-    partial = partial_folder(final)
+    there: readers see the old folder or the new one, whole. Raises ``UserError`` if it cannot be written, and with
+    ``new`` if another process has written there meanwhile."""
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        replace_folder(partial, final)
+        with _temporary(partial_folder(final), Path.mkdir) as temporary:
+            yield temporary
+            if new:
+                require_empty(final)
+            replace_folder(temporary, final)
     except (OSError, SafetensorError) as error:
         raise _unwritable(final, error) from error
+
+
+@contextmanager
+def _temporary(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    """Creates ``path``, or if another process may be writing it one with a random name, and removes it on an error.
+
+    Who writes holds a shared lock on the folder, and only who had it alone removes what a killed process left: so it is
+    no file that is being written. A file system without locks keeps what is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(path)
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_SH)
+        try:
+            create(path)
+        except FileExistsError:
+            create(path := path.with_suffix(f".{token_hex(4)}.part"))
+        try:
+            yield path
+        except BaseException:
+            _remove(path)
+            raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_UN)  # a child process may have inherited the descriptor
+        os.close(folder)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a file or a folder, if it is there and can be deleted."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        with suppress(OSError):
+            path.unlink()
 
 
 def partial_folder(final: Path) -> Path:
-    """Where a folder is while it is written or deleted."""
+    """Where a folder is while it is written or deleted by a single process."""
     return final.with_name(f".{final.name}.part")
 
 
@@ -114,16 +149,13 @@ def delete_folder(folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path, partial: str = ".*.part") -> None:
+def remove_leftovers(folder: Path, names: str = ".*.part") -> None:
     """Restores or deletes what a killed process left in ``folder``: folders that it was replacing, and files and
-    folders with names like ``partial`` that it was writing or deleting."""
+    folders with ``names`` that it was writing or deleting."""
     for old in folder.glob(".*.old"):
         restore_folder(folder / old.name.removeprefix(".").removesuffix(".old"))
-    for path in folder.glob(partial):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    for path in folder.glob(names):
+        _remove(path)
 
 
 def require_empty(folder: Path) -> None:
@@ -150,10 +182,32 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def unused(file: Path) -> Path:
-    """``file``, or if it exists the first of ``NAME-2.SUFFIX``, ``NAME-3.SUFFIX``, ... that does not."""
-    names = (file.with_stem(f"{file.stem}-{k}") for k in count(2))
-    return next(name for name in chain([file], names) if not name.exists())
+def write_unused(file: Path, write: Callable[[Path], object]) -> Path:
+    """Writes a file by ``write(path)`` and returns its name: ``file``, or if it exists the first of ``NAME-2.SUFFIX``,
+    ... that does not, also of several writers at once. Raises ``UserError`` if it cannot be written."""
+    names = chain([file], (file.with_stem(f"{file.stem}-{k}") for k in count(2)))
+    try:
+        with _temporary(partial_folder(file), Path.mkdir) as folder:
+            write(folder / file.name)
+            found = next(name for name in names if _renamed(folder / file.name, name))
+            _remove(folder)
+        _sync(file.parent)
+    except OSError as error:
+        raise _unwritable(file, error) from error
+    return found
+
+
+def _renamed(file: Path, name: Path) -> bool:
+    """Renames a file, unless the name is taken."""
+    try:
+        os.link(file, name)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if name.exists():
+            return False
+        file.rename(name)
+    return True
 
 
 def check_writable(file: str | Path, *inputs: Path) -> None:
@@ -164,11 +218,9 @@ def check_writable(file: str | Path, *inputs: Path) -> None:
         raise UserError(f"{file} is an input, which the result would overwrite; name another file.")
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file.")
-    trial = file.with_name(f".{file.name}.part")  # a killed process may leave it: unfinished, like others
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
+        with _temporary(file.with_name(f".{file.name}.part"), partial(Path.touch, exist_ok=False)) as trial:
+            trial.unlink()
     except OSError as error:
         raise _unwritable(file, error) from error
 

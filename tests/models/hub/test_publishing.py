@@ -24,6 +24,7 @@ from fewstep.api import export
 from fewstep.core.errors import UserError
 from fewstep.core.image_grid import image_grid
 from fewstep.distill.config_files import parse_config
+from fewstep.models.hub import export as exporting
 from fewstep.models.hub.card import SAMPLES, license_of
 from fewstep.models.hub.export_format import ExportFormat
 from fewstep.models.loading import load_model
@@ -128,11 +129,20 @@ class FakeApi:
     """Records what would be sent."""
 
     calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
-    public = False
+    public: ClassVar[bool | None] = None  # whether the repository is; None: there is none
+    role = "write"
     fails = ""
 
     def __init__(self, token: str) -> None:
         self.calls.append(("token", {"token": token}))
+
+    def whoami(self) -> dict[str, Any]:
+        if self.fails == "token":
+            raise OSError("401 Unauthorized")
+        return {"name": "me", "auth": {"accessToken": {"role": self.role}}}
+
+    def repo_exists(self, name: str) -> bool:
+        return self.public is not None
 
     def create_repo(self, name: str, **settings: Any) -> None:
         if self.fails == "create":
@@ -167,7 +177,7 @@ def test_push_uploads_the_folder_to_a_private_repository(runs: Runs, hub: type[F
     out = fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "out", push=NAME)
     token, create, (kind, sent) = hub.calls
     assert token == ("token", {"token": "secret"})
-    assert create == ("create", {"name": NAME, "private": True, "exist_ok": True})
+    assert create == ("create", {"name": NAME, "private": True})
     assert (kind, sent["repo_id"], sent["folder_path"]) == ("upload", NAME, out)
     card = (out / "README.md").read_text()
     assert f'pipe.load_lora_weights("{NAME}")' in card
@@ -187,21 +197,28 @@ def test_the_command_uploads_privately_unless_it_should_be_public(
         assert f"remove {option}." in refused(capsys, "export", runs("sd"), "--out", tmp_path / "x", option)
 
 
-def test_a_public_repository_gets_no_private_model(runs: Runs, hub: type[FakeApi], tmp_path: Path) -> None:
-    hub.public = True
-    with pytest.raises(UserError, match="exists and is public: choose another name, or upload with --public"):
-        fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "out", push=NAME)
-    assert [kind for kind, _ in hub.calls] == ["token", "create"]
+@pytest.mark.parametrize(("public", "remedy"), [(True, "upload with --public"), (False, "upload without --public")])
+def test_a_repository_of_the_other_visibility_is_refused(
+    runs: Runs, hub: type[FakeApi], tmp_path: Path, public: bool, remedy: str
+) -> None:
+    hub.public = public
+    kind = "public" if public else "private"
+    with pytest.raises(UserError, match=f"exists and is {kind}: choose another name, or {remedy}"):
+        fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "out", push=NAME, private=public)
+    assert [kind for kind, _ in hub.calls] == ["token"]
     assert not (tmp_path / "out").exists(), "refused before any work"
-    fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "out", push=NAME, private=False)
-    assert hub.calls[-1][0] == "upload"
+    fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "out", push=NAME, private=not public)
+    assert [kind for kind, _ in hub.calls] == ["token", "token", "upload"], "it exists, and is not created"
 
 
 def test_what_cannot_be_uploaded_is_refused_before_any_work(
     runs: Runs, hub: type[FakeApi], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.fails = "create"
-    with pytest.raises(UserError, match=rf"The hub did not accept {NAME}: 403 Forbidden: you have no rights$"):
+    hub.role = "read"
+    with pytest.raises(UserError, match="may only read"):
+        fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "out", push=NAME)
+    hub.fails = "token"
+    with pytest.raises(UserError, match=rf"The hub did not accept {NAME}: 401 Unauthorized"):
         fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "out", push=NAME)
     with pytest.raises(UserError, match=r"--push a/b/c: .* Give owner/name"):
         fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "out", push="a/b/c")
@@ -211,9 +228,30 @@ def test_what_cannot_be_uploaded_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_is_created_on_the_hub_for_an_export_that_is_refused(
+    runs: Runs, hub: type[FakeApi], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    with pytest.raises(UserError, match="is not empty; choose another folder"):
+        fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "full", push=NAME)
+    assert not hub.calls, "a mistake on this machine is noticed before the hub is asked"
+    for model, form in (("fashion", ExportFormat.lora), ("fashion-text", ExportFormat.lora), ("none", "lora")):
+        with pytest.raises(UserError):
+            fewstep.export(model, form, tmp_path / "out", push=NAME)
+    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+    with pytest.raises(UserError, match="Not exported: the export differs"):
+        fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "out", push=NAME)
+    assert {kind for kind, _ in hub.calls} == {"token"}
+
+
 def test_a_failed_upload_is_reported_and_the_export_stays(runs: Runs, hub: type[FakeApi], tmp_path: Path) -> None:
+    hub.fails = "create"
+    message = rf"The hub did not accept {NAME}: 403 Forbidden: you have no rights\. The export is complete: .*/{{}}$"
+    with pytest.raises(UserError, match=message.format("first")):
+        fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "first", push=NAME)
     hub.fails = "upload"
-    with pytest.raises(UserError, match=f"The hub did not accept {NAME}: no route"):
+    with pytest.raises(UserError, match=rf"The hub did not accept {NAME}: no route\. The export is complete"):
         fewstep.export(runs("sd"), ExportFormat.lora, tmp_path / "out", push=NAME)
     assert json.loads((tmp_path / "out" / "fewstep.json").read_text())["form"] == "lora"
 
