@@ -24,7 +24,7 @@ pytest.importorskip("diffusers")
         ({"unet": ["diffusers", None]}, "unet must be a library and a class"),
         ({"vae": ["diffusers", 3]}, "vae must be a library and a class"),
         ({"tokenizer": []}, "tokenizer must be a library and a class"),
-        ({"unet": [None, None]}, "has no unet, which denoises"), ({"unet": 3}, "has no unet, which denoises"),
+        ({"unet": [None, None]}, "has no unet, the network"), ({"unet": 3}, "has no unet, the network"),
         ({"_class_name": ["a", "b"]}, "not supported"), ({"_class_name": None}, "not supported"),
     ],
 )  # fmt: skip
