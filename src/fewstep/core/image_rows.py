@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep.core.errors import UserError
 from fewstep.core.files import reading
 from fewstep.core.idx_files import read_idx
-from fewstep.core.image_files import IMAGE_SUFFIXES, ImageFile, list_files
+from fewstep.core.image_files import IMAGE_SUFFIXES, EmbeddedImage, ImageFile, list_files
 from fewstep.core.tables import choose_column
 
 IMAGE_ARRAYS = ("images", "x_train", "train_images", "arr_0")
@@ -38,8 +38,8 @@ class ImageRows:
     """A set of images. ``open`` returns an image that is not decoded yet (it may raise anything), ``where`` the place
     of a row for messages. ``labels``, int64 [N], come from ``label_column``; they are 0 if there are none, and
     ``class_names`` are empty if they are numbers. ``captions`` are None if a row has none, which ``uncaptioned`` then
-    names. ``file`` returns the image file that a row of a table names or holds;
-    ``pixels`` are all images, uint8 [N, C, H, W], if they are arrays."""
+    names. ``file`` returns the image file of a row, which a table may also hold; ``pixels`` are all images, uint8
+    [N, C, H, W], if they are arrays."""
 
     name: str
     open: Callable[[int], Image.Image]
@@ -52,6 +52,14 @@ class ImageRows:
     file: Callable[[int], ImageFile] | None = None
     pixels: Tensor | None = None
     uncaptioned: str | None = None
+
+    def paths(self) -> list[ImageFile]:
+        """The image file of each row, links resolved; empty if the set holds its images. Raises ``UserError`` that
+        names a row whose file is missing."""
+        if self.file is None or not len(self.labels) or isinstance(self.file(0), EmbeddedImage):
+            return []
+        files = [self.file(row) for row in range(len(self.labels))]
+        return [file.resolve() if isinstance(file, Path) else file for file in files]
 
 
 def folder_rows(folder: Path) -> ImageRows:
@@ -81,6 +89,7 @@ def folder_rows(folder: Path) -> ImageRows:
     return ImageRows(
         str(folder), lambda row: Image.open(files[row]), lambda row: str(files[row]), torch.tensor(labels),
         labelled=bool(classes), label_column="its folder", class_names=tuple(child.name for child in classes),
+        file=files.__getitem__,
     )  # fmt: skip
 
 
