@@ -105,7 +105,9 @@ def captioned_folder(source: Path, frames: int = 1) -> list[Captioned]:
     return [Captioned(file, _caption(file)) for file in files]
 
 
-def captioned_table(table: Path, image: str, caption: str | None = None, frames: int = 1) -> list[Captioned]:
+def captioned_table(
+    table: Path, image: str, caption: str | None = None, frames: int = 1, setting: str | None = None
+) -> list[Captioned]:
     """The images in the column ``image`` of a table and their captions (see ``core.tables.read_texts``). It names files
     in its folder (with ``frames`` > 1 videos); a .parquet table may also hold them. Raises ``UserError`` that names a
     row."""
@@ -113,11 +115,11 @@ def captioned_table(table: Path, image: str, caption: str | None = None, frames:
         suffixes = VIDEO_SUFFIXES if frames > 1 else IMAGE_SUFFIXES
         return [
             Captioned(file_inside(table.parent, name, suffixes, f"{table}, row {number}"), text)
-            for number, (name, text) in enumerate(read_captioned(table, (image,), caption), start=1)
+            for number, (name, text) in enumerate(read_captioned(table, (image,), caption, setting), start=1)
         ]
     if frames > 1:
         raise UserError(f"{table}: videos are named by a .csv or .jsonl table, or lie in a folder.")
-    texts = read_texts(table, caption)
+    texts = read_texts(table, caption, setting)
     rows = table_rows(str(table), None, "train", Columns(image=image))
     file = rows.file
     assert file is not None

@@ -86,6 +86,8 @@ def make_reference(
         raise UserError(f"{folder} is inside {data.path}, of which each subfolder is a class: choose another folder.")
     shape = _shape_of(data, size, channels)
     table = open_images(data, shape)
+    if table.rows.unlabelled is not None and network in (None, CLASSIFIER):
+        raise UserError(table.rows.unlabelled)
     if held_images is None and data.kind == "idx" and data.split == "train":
         held_images = replace(data, split="test")
     if held_images is None:

@@ -140,6 +140,8 @@ class ImageTable:
         there are no labels although there is a choice."""
         rows = self.rows
         if not self.labelled and classes > 1:
+            if rows.unlabelled is not None:
+                raise UserError(rows.unlabelled)
             raise UserError(
                 f"{rows.name} has no labels, and the model has {classes} classes. Name the column of labels "
                 "(data.columns.label=NAME), put the images of each class into a subfolder, or train an unconditional "

@@ -38,8 +38,8 @@ class ImageRows:
     """A set of images. ``open`` returns an image that is not decoded yet (it may raise anything), ``where`` the place
     of a row for messages. ``labels``, int64 [N], come from ``label_column``; they are 0 if there are none, and
     ``class_names`` are empty if they are numbers. ``captions`` are None if a row has none, which ``uncaptioned`` then
-    names. ``file`` returns the image file of a row, which a table may also hold; ``pixels`` are all images, uint8
-    [N, C, H, W], if they are arrays."""
+    names; this and ``unlabelled`` are also what is wrong if several columns may be meant. ``file`` returns the image
+    file of a row, which a table may also hold; ``pixels`` are all images, uint8 [N, C, H, W], if they are arrays."""
 
     name: str
     open: Callable[[int], Image.Image]
@@ -52,6 +52,7 @@ class ImageRows:
     file: Callable[[int], ImageFile] | None = None
     pixels: Tensor | None = None
     uncaptioned: str | None = None
+    unlabelled: str | None = None
 
     def paths(self) -> list[ImageFile]:
         """The image file of each row, links resolved; empty if the set holds its images. Raises ``UserError`` that
@@ -60,6 +61,11 @@ class ImageRows:
             return []
         files = [self.file(row) for row in range(len(self.labels))]
         return [file.resolve() if isinstance(file, Path) else file for file in files]
+
+
+def naming(kind: str) -> str:
+    """The settings that name a column of images or labels."""
+    return f"data.columns.{kind}=NAME, or --{kind} NAME"
 
 
 def folder_rows(folder: Path) -> ImageRows:
@@ -108,8 +114,10 @@ def npz_rows(file: Path, columns: Columns) -> ImageRows:
         if not isinstance(arrays, np.lib.npyio.NpzFile):
             raise ValueError("it holds a single array: save it with numpy.savez")
     with reading(file, ".npz file"), arrays:
-        image = choose_column(str(file), arrays.files, columns.image, IMAGE_ARRAYS, "image")
-        label = choose_column(str(file), arrays.files, columns.label, LABEL_ARRAYS, "label", required=False)
+        image = choose_column(str(file), arrays.files, columns.image, IMAGE_ARRAYS, "image", setting=naming("image"))
+        label = choose_column(
+            str(file), arrays.files, columns.label, LABEL_ARRAYS, "label", required=False, setting=naming("label")
+        )
         images, labels = arrays[str(image)], arrays[label] if label is not None else None
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
         raise UserError(
