@@ -11,6 +11,7 @@ from PIL import Image
 from fewstep.core.errors import UserError
 from fewstep.core.image_data import ImageData, captions_of, kind_of, open_images
 from fewstep.core.image_rows import Columns
+from fewstep.models.hub.encode import captioned_folder
 
 
 def picture(file: Path) -> None:
@@ -125,3 +126,18 @@ def test_several_columns_of_captions_or_labels_matter_only_where_one_is_needed(t
     named = ImageData("dataset", data.path, columns=Columns(label="class", caption="text"))
     assert open_images(named).labels_of(2).tolist() == [0, 1]
     assert captions_of(named) == ["b", "d"]
+
+
+def test_captions_of_a_folder_are_texts_beside_its_images(folder: Path) -> None:
+    data = ImageData("folder", str(folder))
+    with pytest.raises(UserError, match="use a folder with a text file beside each image"):
+        captions_of(data)
+    (folder / "bee" / "1.txt").write_text("a bee\n")
+    assert open_images(data).captions is None, "a model of classes needs none"
+    with pytest.raises(UserError, match=r"cat.1\.png has no caption: 1\.txt is missing.* every image needs a caption"):
+        captions_of(data)
+    (folder / "cat" / "1.txt").write_text("a cat\n")
+    assert captions_of(data) == ["a bee", "a cat"]
+    assert [caption for _, caption in captioned_folder(folder / "cat")] == ["a cat"], (
+        "as fewstep data encode reads them"
+    )

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import reading
+from fewstep.core.files import read_prompts, reading
 from fewstep.core.idx_files import read_idx
 from fewstep.core.image_files import IMAGE_SUFFIXES, EmbeddedImage, ImageFile, list_files
 from fewstep.core.tables import choose_column
@@ -70,8 +70,9 @@ def naming(kind: str) -> str:
 
 def folder_rows(folder: Path) -> ImageRows:
     """The images of a folder: each subfolder is a class, in alphabetical order; without subfolders there are no labels.
-    Raises ``UserError`` if there are no images, and on what would be left out in silence: a subfolder without images,
-    images beside subfolders, and images of another type."""
+    Captions are in text files beside the images (``caption_beside``). Raises ``UserError`` if there are no images, and
+    on what would be left out in silence: a subfolder without images, images beside subfolders, and images of another
+    type."""
     children = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
     classes = [child for child in children if not child.name.startswith(".")]
     read = ", ".join(IMAGE_SUFFIXES)
@@ -92,11 +93,30 @@ def folder_rows(folder: Path) -> ImageRows:
         )
     found = [(file, k) for k, files in enumerate(images) for file in files]
     files, labels = zip(*found, strict=True)
+    captions: list[str] | None = None
+    uncaptioned = None
+    if any(list_files(place, (".txt",)) for place in classes or [folder]):
+        try:
+            captions = [caption_beside(file) for file in files]
+        except UserError as error:  # which matters to a model of words only
+            uncaptioned = str(error)
     return ImageRows(
         str(folder), lambda row: Image.open(files[row]), lambda row: str(files[row]), torch.tensor(labels),
         labelled=bool(classes), label_column="its folder", class_names=tuple(child.name for child in classes),
-        file=files.__getitem__,
+        captions=captions, file=files.__getitem__, uncaptioned=uncaptioned,
     )  # fmt: skip
+
+
+def caption_beside(image: Path) -> str:
+    """The caption of an image, in a text file of the same name (``a.png`` and ``a.txt``). Raises ``UserError`` if it is
+    missing or not one line."""
+    file = image.with_suffix(".txt")
+    if not file.is_file():
+        raise UserError(f"{image} has no caption: {file.name} is missing.")
+    prompts = read_prompts(file)
+    if len(prompts) != 1:
+        raise UserError(f"{file} has {len(prompts)} lines; a caption must be one line.")
+    return prompts[0]
 
 
 def idx_rows(folder: Path, split: str) -> ImageRows:
