@@ -261,8 +261,8 @@ def _word_source(data: DataConfig, model: ModelConfig, vocabulary: Vocabulary) -
         return Images(table, vocabulary.encode(required_captions(table.rows)), data.flip)
     raise UserError(
         f"This model takes words, which data.kind={data.kind} does not have: set data.kind=prompts and data.path to a "
-        "file of captions (.txt, .csv, .jsonl, .parquet), for images with captions data.kind=dataset, or for the "
-        "bundled ones data.kind=emoji (clips: emoji_clips)."
+        "file of captions (.txt, .csv, .jsonl, .parquet), for images with captions data.kind=dataset or folder, or for "
+        "the bundled ones data.kind=emoji (clips: emoji_clips)."
     )
 
 

@@ -36,23 +36,24 @@ class DataConfig(BaseConfig):
     """The data source. ``kind`` is one of
 
     ``labels``: uniform class labels (of an unconditional model: nothing), no data. ``folder``: images, one subfolder
-    per class. ``idx``: a folder of idx files, of which ``split`` is ``train`` or ``test``. ``npz``: an .npz file of
-    arrays. ``dataset``: a table (.csv, .jsonl) of image files, a folder with a ``metadata.csv``, or what Hugging Face's
-    ``datasets`` reads: Parquet, WebDataset, a name on the hub with its ``subset`` and ``split``. ``tensors``: a
-    safetensors file of samples with labels or captions (``fewstep data ode-pairs``, ``fewstep data preferences``, or
-    the real images of a reference). ``prompts``: a folder from ``fewstep data encode`` or ``fewstep data preferences``
-    of a pipeline, with prompts alone, with images, or with preference pairs; for a model with a vocabulary a file of
-    captions (.txt, .csv, .jsonl, .parquet). ``emoji``, ``emoji_clips``: captions of emoji for a model with a
-    vocabulary, and images or clips rendered for them where the objective needs these. Any other name is your own
-    source, created with ``options``.
+    per class; for a model with a vocabulary each with a caption beside it (``a.png``, ``a.txt``). ``idx``: a folder of
+    idx files, of which ``split`` is ``train`` or ``test``. ``npz``: an .npz file of arrays. ``dataset``: a table (.csv,
+    .jsonl) of image files, a folder with a ``metadata.csv``, or what Hugging Face's ``datasets`` reads: Parquet,
+    WebDataset, a name on the hub with its ``subset`` and ``split``. ``tensors``: a safetensors file of samples with
+    labels or captions (``fewstep data ode-pairs``, ``fewstep data preferences``, or the real images of a reference).
+    ``prompts``: a folder from ``fewstep data encode`` or ``fewstep data preferences`` of a pipeline, with prompts
+    alone, with images, or with preference pairs; for a model with a vocabulary a file of captions (.txt, .csv, .jsonl,
+    .parquet). ``emoji``, ``emoji_clips``: captions of emoji for a model with a vocabulary, and images or clips rendered
+    for them where the objective needs these. Any other name is your own source, created with ``options``.
 
     Of images, ``columns`` names the columns or arrays ``image`` and ``label``, or ``caption`` for a model with a
     vocabulary, if they have unusual names; with
     ``crop``, those of another size than the model's are scaled until they cover it and cropped around their centre
     (otherwise they are an error); with ``flip``, each is mirrored with probability 1/2 whenever it is sampled. For
     prompts alone, ``sizes`` lists height, width and frames in pixels, and each batch has one of them (by default the
-    run's ``size``). Captions of emoji that contain a word of ``repeat`` are sampled so many times as often as others:
-    ``{spinning: 8}`` for what is hard to learn.
+    run's ``size``). ``repeat`` makes captions of emoji more frequent in training, for example those of a motion that
+    is hard to learn: with ``{spinning: 8}`` each caption with the word "spinning" is sampled 8 times as often as one
+    without; if a caption has several of the words, the largest number counts.
     """
 
     kind: str = "labels"

@@ -54,7 +54,8 @@ def choose_network(images: ImageTable, rows: Tensor) -> str:
     """The best network that is at hand: a classifier if the images have classes of 20 or more, otherwise an ImageNet
     network if its extra is installed, otherwise random features."""
     classes, counts = images.labels[rows].unique(return_counts=True)
-    if images.labelled and 1 < len(classes) == int(classes[-1]) + 1 and int(counts.min()) >= PER_CLASS:
+    known = images.class_names or len(classes) == int(classes[-1]) + 1  # not numbers of another kind
+    if images.labelled and known and len(classes) > 1 and int(counts.min()) >= PER_CLASS:
         return CLASSIFIER
     try:
         ImageFeatures.load("efficientnet", images.shape, WeightsLocator())
@@ -127,7 +128,7 @@ def _check_labels(train: tuple[ImageTable, Tensor], test: tuple[ImageTable, Tens
             f"{MAX_WIDTH:,} pixels along a side: use another --network, or a smaller --size."
         )
     for images, rows in (train, test):
-        if (highest := int(images.labels[rows].max())) >= MAX_CLASSES:
+        if (highest := max(int(images.labels[rows].max()), len(images.class_names) - 1)) >= MAX_CLASSES:
             raise UserError(
                 f"{images.rows.name} has the label {highest} in {images.rows.label_column}, and a classifier has at "
                 f"most {MAX_CLASSES:,} classes, numbered from 0: name another column of labels, or use another "
@@ -149,7 +150,10 @@ def _write_classifier(
     """Trains a classifier, writes it and returns its accuracy (0..1) on the test images."""
     pixels, labels = _pixels(*train)
     epochs = epochs or max(EPOCHS, -(-UPDATES // -(-len(pixels) // BATCH)))
-    network = train_classifier(pixels, labels, epochs=epochs, seed=seed, batch=BATCH, progress=progress)
+    network = train_classifier(
+        pixels, labels, epochs=epochs, seed=seed, classes=len(train[0].class_names) or None, batch=BATCH,
+        progress=progress,
+    )  # fmt: skip
     found = accuracy(network, *_pixels(*test))
     save_classifier(
         network, folder, name=name, shape=train[0].shape,

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fewstep.core.errors import UserError, nearest
+from fewstep.core.paths import overlap
 from fewstep.core.yaml_files import read_yaml
 from fewstep.eval.captions import Captions
 from fewstep.eval.hashes import json_sha256
@@ -107,6 +108,17 @@ class Protocol(BaseModel):
     def read_captions(self) -> Captions | None:
         """The captions, if there are any. Raises ``UserError`` if their file is missing or damaged."""
         return Captions.read(Path(self.captions)) if self.captions is not None else None
+
+    def check_source(self, source: Path) -> None:
+        """Raises ``UserError`` if images to score are the reference's: subfolders belong to a set of images."""
+        if self.reference is None or self.uses_bundled_reference:
+            return
+        real = Path(self.reference)
+        if overlap(source, real) and source.is_dir() == real.is_dir():  # files of statistics may lie beside images
+            raise UserError(
+                f"{source} and the reference {real} are one folder or one contains the other, and the images to score "
+                "and the real ones must not be the same: move one of them out of the other."
+            )
 
     def open_images(self, source: Path, skip_bad: bool = False, count: int | None = None) -> ImageSet:
         """The images or videos at ``source``, prepared as the protocol requires: ``count`` of them, or all."""

@@ -19,12 +19,25 @@ CLASSES = ("bee", "cat", "dog")
 LABELS = [1, 2, 1, 0, 2]
 CAPTIONS = [f"NA {CLASSES[label]}, drawn" for label in LABELS]
 NAMES = [CLASSES[label] for label in LABELS]
+COLOURS = {"blue": (20, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
 
 
 def png(pixels: np.ndarray, **options: object) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG", **options)
     return stream.getvalue()
+
+
+def pictures(folder: Path, n: int, size: int = 12, classes: bool = True, seed: int = 0) -> Path:
+    """Noisy pictures of three colours, ``n`` of each, in a folder for each or in one."""
+    numbers = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        place = folder / name if classes else folder
+        place.mkdir(parents=True, exist_ok=True)
+        for k in range(n):
+            pixels = np.clip(np.array(colour) + numbers.normal(0, 25, (size, size, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(place / f"{name}_{k}.png")
+    return folder
 
 
 def files(folder: Path) -> None:

@@ -76,6 +76,7 @@ def train_classifier(
     *,
     epochs: int,
     seed: int,
+    classes: int | None = None,
     widths: Widths = (32, 48, 96, 96),
     batch: int = 128,
     lr: float = 4e-3,
@@ -87,12 +88,13 @@ def train_classifier(
     shifted by up to ``shift`` pixels, so that features of training and of other images agree.
 
     ``images``, uint8 [N, C, H, W], and ``labels``, int64 [N], are on the training device. The result depends only on
-    the arguments: the global random state is neither used nor changed. ``progress(step, steps, loss)`` is called after
-    each step. Returns the network in eval mode.
+    the arguments: the global random state is neither used nor changed. There are as many outputs as ``classes``, by
+    default as the labels number. ``progress(step, steps, loss)`` is called after each step. Returns the network in eval
+    mode.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Classifier(images.shape[1], int(labels.max()) + 1, widths).to(images.device)
+        network = Classifier(images.shape[1], classes or int(labels.max()) + 1, widths).to(images.device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
     batches = -(-len(images) // batch)

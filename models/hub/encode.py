@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import check_writable, read_prompts, require_empty, sha256, write_tensors, write_text
+from fewstep.core.files import check_writable, require_empty, sha256, write_tensors, write_text
 from fewstep.core.image_files import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -29,7 +29,7 @@ from fewstep.core.image_files import (
     read_video,
     to_unit,
 )
-from fewstep.core.image_rows import Columns
+from fewstep.core.image_rows import Columns, caption_beside
 from fewstep.core.image_tables import table_rows
 from fewstep.core.paths import file_inside
 from fewstep.core.tables import read_captioned, read_texts
@@ -102,10 +102,12 @@ def captioned_folder(source: Path, frames: int = 1) -> list[Captioned]:
     files = list_files(source, suffixes)
     if not files:
         raise UserError(f"No {'videos' if frames > 1 else 'images'} ({', '.join(suffixes)}) in {source}.")
-    return [Captioned(file, _caption(file)) for file in files]
+    return [Captioned(file, caption_beside(file)) for file in files]
 
 
-def captioned_table(table: Path, image: str, caption: str | None = None, frames: int = 1) -> list[Captioned]:
+def captioned_table(
+    table: Path, image: str, caption: str | None = None, frames: int = 1, setting: str | None = None
+) -> list[Captioned]:
     """The images in the column ``image`` of a table and their captions (see ``core.tables.read_texts``). It names files
     in its folder (with ``frames`` > 1 videos); a .parquet table may also hold them. Raises ``UserError`` that names a
     row."""
@@ -113,11 +115,11 @@ def captioned_table(table: Path, image: str, caption: str | None = None, frames:
         suffixes = VIDEO_SUFFIXES if frames > 1 else IMAGE_SUFFIXES
         return [
             Captioned(file_inside(table.parent, name, suffixes, f"{table}, row {number}"), text)
-            for number, (name, text) in enumerate(read_captioned(table, (image,), caption), start=1)
+            for number, (name, text) in enumerate(read_captioned(table, (image,), caption, setting), start=1)
         ]
     if frames > 1:
         raise UserError(f"{table}: videos are named by a .csv or .jsonl table, or lie in a folder.")
-    texts = read_texts(table, caption)
+    texts = read_texts(table, caption, setting)
     rows = table_rows(str(table), None, "train", Columns(image=image))
     file = rows.file
     assert file is not None
@@ -224,13 +226,3 @@ def group_by_size(files: Sequence[F], sizes: Sequence[Cover]) -> dict[Cover, lis
         if not sizes and len(found) > 1:
             raise UserError(f"{file} and {files[0]} differ in size; resize them, or set --sizes.")
     return found
-
-
-def _caption(image: Path) -> str:
-    file = image.with_suffix(".txt")
-    if not file.is_file():
-        raise UserError(f"{image} has no caption: {file.name} is missing.")
-    prompts = read_prompts(file)
-    if len(prompts) != 1:
-        raise UserError(f"{file} has {len(prompts)} lines; a caption must be one line.")
-    return prompts[0]

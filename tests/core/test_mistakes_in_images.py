@@ -10,6 +10,8 @@ from PIL import Image
 
 from fewstep.core.errors import UserError
 from fewstep.core.image_data import ImageData, captions_of, kind_of, open_images
+from fewstep.core.image_rows import Columns
+from fewstep.models.hub.encode import captioned_folder
 
 
 def picture(file: Path) -> None:
@@ -109,3 +111,33 @@ def test_a_row_without_a_caption_is_named_where_captions_are_needed(folder: Path
     assert open_images(data).captions is None
     with pytest.raises(UserError, match=r"a\.csv, row 2: the column caption has no text"):
         captions_of(data)
+
+
+def test_several_columns_of_captions_or_labels_matter_only_where_one_is_needed(tmp_path: Path) -> None:
+    picture(tmp_path / "0.png")
+    picture(tmp_path / "1.png")
+    (tmp_path / "a.csv").write_text("image,label,class,prompt,text\n0.png,1,0,a,b\n1.png,0,1,c,d\n")
+    data = ImageData("dataset", str(tmp_path / "a.csv"))
+    table = open_images(data)
+    with pytest.raises(UserError, match=r"may be the label.* data.columns.label=NAME, or --label NAME"):
+        table.labels_of(2)
+    with pytest.raises(UserError, match=r"may be the caption.* data.columns.caption=NAME"):
+        captions_of(data)
+    named = ImageData("dataset", data.path, columns=Columns(label="class", caption="text"))
+    assert open_images(named).labels_of(2).tolist() == [0, 1]
+    assert captions_of(named) == ["b", "d"]
+
+
+def test_captions_of_a_folder_are_texts_beside_its_images(folder: Path) -> None:
+    data = ImageData("folder", str(folder))
+    with pytest.raises(UserError, match="use a folder with a text file beside each image"):
+        captions_of(data)
+    (folder / "bee" / "1.txt").write_text("a bee\n")
+    assert open_images(data).captions is None, "a model of classes needs none"
+    with pytest.raises(UserError, match=r"cat.1\.png has no caption: 1\.txt is missing.* every image needs a caption"):
+        captions_of(data)
+    (folder / "cat" / "1.txt").write_text("a cat\n")
+    assert captions_of(data) == ["a bee", "a cat"]
+    assert [caption for _, caption in captioned_folder(folder / "cat")] == ["a cat"], (
+        "as fewstep data encode reads them"
+    )

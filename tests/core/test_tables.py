@@ -94,3 +94,27 @@ def test_parquet_needs_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tables, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"Parquet needs an extra: pip install 'fewstep\[data\]'"):
         read_texts(file)
+
+
+def test_advice_on_columns_is_what_can_be_done(tmp_path: Path) -> None:
+    two, other = write(tmp_path, ".csv", prompt=TEXTS, text=TEXTS), write(tmp_path, ".jsonl", title=TEXTS)
+    with pytest.raises(UserError, match=r"Name that of the caption: --column NAME\."):
+        read_texts(two, setting="--column NAME")
+    with pytest.raises(UserError, match="Rename or remove all but one of them"):
+        read_texts(two)
+    with pytest.raises(UserError, match="Rename that of the caption to caption"):
+        read_texts(other)
+
+
+def test_the_columns_of_json_lines_are_those_of_all_rows(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"id": 1}\n{"id": 2, "caption": "a cat"}\n')
+    assert table_columns(file) == ["id", "caption"]
+    with pytest.raises(UserError, match="row 1 has no caption"):
+        read_texts(file)
+    file.write_text('{"caption": "a cat"}\n{"prompt": "a dog"}\n')
+    with pytest.raises(UserError, match="several columns that may be the caption"):
+        read_texts(file)
+    file.write_text('{"caption": "a cat"}\n{"caption": \n')
+    with pytest.raises(UserError, match="row 2 is not readable"):
+        read_texts(file)

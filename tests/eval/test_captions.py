@@ -79,7 +79,7 @@ def test_a_table_of_other_images_is_refused(content: str, message: str, tmp_path
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.txt were not found: give a text file, one caption per line, or a table"):
         Captions.read(tmp_path / "no.txt")
-    with pytest.raises(UserError, match=r"a\.jsonl is not a readable table.*line 1"):
+    with pytest.raises(UserError, match=r"a\.jsonl, row 1 is not readable.*line 1"):
         captions(tmp_path, '{"file": ', "a.jsonl")
 
 

@@ -72,6 +72,19 @@ def test_images_are_scored_against_images_and_against_their_statistics(sets: tup
     assert "yes" in printed, "statistics of the same images are the same reference"
 
 
+@pytest.mark.parametrize(("scored", "real"), [("all", "all"), ("all", "all/real"), ("all/new", "all"), ("link", "all")])
+def test_images_that_are_real_and_scored_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], scored: str, real: str
+) -> None:
+    for seed, name in enumerate(("real", "new")):
+        (tmp_path / "all").mkdir(exist_ok=True)
+        write_images(tmp_path / "all" / name, 3, seed, 24)
+    (tmp_path / "link").symlink_to(tmp_path / "all" / "new")
+    protocol = write_protocol(tmp_path, reference=str(tmp_path / real), n=3)
+    message = refused(capsys, "eval", tmp_path / scored, "--protocol", protocol)
+    assert "the images to score and the real ones must not be the same" in message
+
+
 def test_a_model_is_scored_in_parts_for_each_seed_of_the_protocol(
     sets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

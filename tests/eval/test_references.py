@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from commands import completes, refused
+from image_sets import pictures
 from PIL import Image
 from tiny_pipelines import TINY
 from torch import Tensor
@@ -30,20 +31,6 @@ from fewstep.eval.networks.random_features import RandomFeatures
 from fewstep.eval.references import load_reference, real_images
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.saving import save_model
-
-COLOURS = {"blue": (20, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
-
-
-def pictures(folder: Path, n: int, size: int = 12, classes: bool = True, seed: int = 0) -> Path:
-    """Noisy pictures of three colours, ``n`` of each, in a folder for each or in one."""
-    numbers = np.random.default_rng(seed)
-    for name, colour in COLOURS.items():
-        place = folder / name if classes else folder
-        place.mkdir(parents=True, exist_ok=True)
-        for k in range(n):
-            pixels = np.clip(np.array(colour) + numbers.normal(0, 25, (size, size, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(place / f"{name}_{k}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")

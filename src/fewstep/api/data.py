@@ -37,6 +37,8 @@ from fewstep.models.model_config import Size
 from fewstep.samplers.generate import BATCH, PIPELINE_BATCH, SampleNoise, generate
 from fewstep.samplers.plan import SamplingConfig, frames_of, plan
 
+COLUMN = "--column NAME"  # of a table's captions
+
 
 def encode(
     teacher: Source, prompts: Source, out: Source, *, column: str | None = None, sizes: Sequence[tuple[int, int]] = (),
@@ -67,7 +69,7 @@ def encode(
         )  # fmt: skip
     if sizes or frames != 1:
         raise UserError(f"{given} holds prompts, without images or videos: remove --sizes and --frames.")
-    lines = read_texts(given, column)
+    lines = read_texts(given, column, COLUMN)
     encode_prompts(folder, lines, Path(out), batch=batch, rows=rows, device=place, progress=progress)
     return len(lines)
 
@@ -87,7 +89,7 @@ def _images(folder: PipelineFolder, given: Path, column: str | None, frames: int
             raise UserError(f"{given} has preference pairs, whose captions are in the column caption: remove --column.")
         return [], True
     image = choose_column(str(given), columns, None, IMAGE_COLUMNS, "image", required=False)
-    return (captioned_table(given, image, column, frames) if image is not None else []), False
+    return (captioned_table(given, image, column, frames, COLUMN) if image is not None else []), False
 
 
 def make_ode_pairs(

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fewstep.api.models import Source, run_of
 from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.files import require_empty
 from fewstep.core.image_data import ImageData, ImageTable, first_shape, kind_of, open_images
+from fewstep.core.paths import overlap
 from fewstep.distill.run_folder import run_settings
 from fewstep.eval.build_reference import build_reference, choose_network, held_out
 from fewstep.eval.networks.features import ClassifierFeatures, MissingClassifier
@@ -67,32 +69,35 @@ def make_reference(
     some of the images.
 
     ``images`` are learned from, ``test`` are held out: by default idx images of the test files, and otherwise a random
-    ``share`` of ``images``. They have ``size`` (height, width) and ``channels`` (1: grey, 3: RGB), by default those of
-    the first image. ``network`` is ``classifier``, which is trained on the images' labels, ``efficientnet``,
-    ``dinov2``, ``inception`` or ``random``; by default the best that is at hand (see ``build_reference``); ``weights``
-    is a folder with its weights.
+    ``share`` of ``images``, in which a file that has several rows of a table counts once. They have ``size`` (height,
+    width) and ``channels`` (1: grey, 3: RGB), by default those of the first image. ``network`` is ``classifier``, which
+    is trained on the images' labels, ``efficientnet``, ``dinov2``, ``inception`` or ``random``; by default the best
+    that is at hand (see ``build_reference``); ``weights`` is a folder with its weights.
 
     Returns a classifier's test accuracy, and the score of real images. Raises ``UserError`` before anything is computed
-    if the images cannot be read, or weights are missing.
+    if the images cannot be read or some of them are test images, or weights are missing.
     """
     folder = Path(out)
     require_empty(folder)
     if not 0 <= seed < 2**63:
         raise UserError(f"seed must be from 0 to 2**63 - 1, got {seed}.")
     data, held_images = _image_data(images), _image_data(test) if test is not None else None
+    if data.kind == "folder" and folder.resolve().is_relative_to(Path(data.path).resolve()):
+        raise UserError(f"{folder} is inside {data.path}, of which each subfolder is a class: choose another folder.")
     shape = _shape_of(data, size, channels)
     table = open_images(data, shape)
+    if table.rows.unlabelled is not None and network in (None, CLASSIFIER):
+        raise UserError(table.rows.unlabelled)
     if held_images is None and data.kind == "idx" and data.split == "train":
         held_images = replace(data, split="test")
     if held_images is None:
-        rows, others = held_out(len(table), share, seed)
+        distinct = _distinct(table)
+        rows, others = (distinct[part] for part in held_out(len(distinct), share, seed))
         other = table
     else:
-        if _place(held_images) == _place(data):
-            raise UserError(
-                f"The test images are the images themselves ({data.path}): leave test out to hold out some."
-            )
+        _check_places(data, held_images)
         other = open_images(held_images, table.shape)
+        _check_files(table, other)
         _check_classes(table, other)
         rows, others = torch.arange(len(table)), torch.arange(len(other))
     source = {"kind": data.kind, "name": Path(data.path).name, "split": data.split, "crop": data.crop}
@@ -106,6 +111,33 @@ def make_reference(
 
 def _place(data: ImageData) -> tuple[str, Path, str, str | None, str | None]:
     return data.kind, Path(data.path).resolve(), data.split, data.subset, data.columns.image
+
+
+def _check_places(images: ImageData, test: ImageData) -> None:
+    """Raises ``UserError`` if both are one set, or one is a table of images that lies inside the other's folder."""
+    if _place(images) == _place(test):
+        raise UserError(f"The test images are the images themselves ({images.path}): leave test out to hold out some.")
+    own, other = Path(images.path), Path(test.path)
+    if images.kind == test.kind == "dataset" and own.is_dir() | other.is_dir() and own != other and overlap(own, other):
+        inner, outer = (other, own) if other.resolve().is_relative_to(own.resolve()) else (own, other)
+        raise UserError(f"{inner} lies inside {outer}, so that test images may be among the images: move it out.")
+
+
+def _check_files(images: ImageTable, test: ImageTable) -> None:
+    """Raises ``UserError`` if an image file belongs to both sets."""
+    if shared := set(images.rows.paths()).intersection(test.rows.paths()):
+        raise UserError(
+            f"{min(shared, key=str)} is one of the images and one of the test images ({len(shared):,} of both are): "
+            f"nothing may learn from test images. Take them out of {images.rows.name}, or leave test out to hold out "
+            "some."
+        )
+
+
+def _distinct(images: ImageTable) -> Tensor:
+    """The first row, int64 [N], of each image file: a table may have several, with a caption each."""
+    files = images.rows.paths() or range(len(images))
+    first = {file: row for row, file in reversed(list(enumerate(files)))}
+    return torch.tensor(sorted(first.values()))
 
 
 def _check_classes(images: ImageTable, test: ImageTable) -> None:

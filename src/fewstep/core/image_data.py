@@ -31,7 +31,7 @@ ACTING = {"folder": (), "idx": ("split",), "npz": ("columns",), "dataset": ("col
 class ImageData:
     """A set of images. ``kind`` and ``path`` are one of
 
-    * ``folder``: images, one subfolder per class in alphabetical order;
+    * ``folder``: images, one subfolder per class in alphabetical order; captions are text files beside them;
     * ``idx``: a folder of idx files (the MNIST family); ``split`` is ``train`` or ``test``;
     * ``npz``: an .npz file of arrays: images, uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], and labels [N];
     * ``dataset``: a table, .csv or .jsonl, that names image files in its folder, or a folder with such a table called
@@ -140,6 +140,8 @@ class ImageTable:
         there are no labels although there is a choice."""
         rows = self.rows
         if not self.labelled and classes > 1:
+            if rows.unlabelled is not None:
+                raise UserError(rows.unlabelled)
             raise UserError(
                 f"{rows.name} has no labels, and the model has {classes} classes. Name the column of labels "
                 "(data.columns.label=NAME), put the images of each class into a subfolder, or train an unconditional "
@@ -206,8 +208,9 @@ def required_captions(rows: ImageRows) -> list[str]:
     if rows.uncaptioned is not None:
         raise UserError(f"{rows.uncaptioned} The model takes words: every image needs a caption.")
     raise UserError(
-        f"{rows.name} has no captions, and the model takes words: use a table with a column of them "
-        "(data.kind=dataset), of which data.columns.caption=NAME names one that is not called caption, prompt or text."
+        f"{rows.name} has no captions, and the model takes words: use a folder with a text file beside each image "
+        "(data.kind=folder), or a table with a column of captions (data.kind=dataset), of which "
+        "data.columns.caption=NAME names one that is not called caption, prompt or text."
     )
 
 

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import reading
+from fewstep.core.files import read_prompts, reading
 from fewstep.core.idx_files import read_idx
-from fewstep.core.image_files import IMAGE_SUFFIXES, ImageFile, list_files
+from fewstep.core.image_files import IMAGE_SUFFIXES, EmbeddedImage, ImageFile, list_files
 from fewstep.core.tables import choose_column
 
 IMAGE_ARRAYS = ("images", "x_train", "train_images", "arr_0")
@@ -38,8 +38,8 @@ class ImageRows:
     """A set of images. ``open`` returns an image that is not decoded yet (it may raise anything), ``where`` the place
     of a row for messages. ``labels``, int64 [N], come from ``label_column``; they are 0 if there are none, and
     ``class_names`` are empty if they are numbers. ``captions`` are None if a row has none, which ``uncaptioned`` then
-    names. ``file`` returns the image file that a row of a table names or holds;
-    ``pixels`` are all images, uint8 [N, C, H, W], if they are arrays."""
+    names; this and ``unlabelled`` are also what is wrong if several columns may be meant. ``file`` returns the image
+    file of a row, which a table may also hold; ``pixels`` are all images, uint8 [N, C, H, W], if they are arrays."""
 
     name: str
     open: Callable[[int], Image.Image]
@@ -52,12 +52,27 @@ class ImageRows:
     file: Callable[[int], ImageFile] | None = None
     pixels: Tensor | None = None
     uncaptioned: str | None = None
+    unlabelled: str | None = None
+
+    def paths(self) -> list[ImageFile]:
+        """The image file of each row, links resolved; empty if the set holds its images. Raises ``UserError`` that
+        names a row whose file is missing."""
+        if self.file is None or not len(self.labels) or isinstance(self.file(0), EmbeddedImage):
+            return []
+        files = [self.file(row) for row in range(len(self.labels))]
+        return [file.resolve() if isinstance(file, Path) else file for file in files]
+
+
+def naming(kind: str) -> str:
+    """The settings that name a column of images or labels."""
+    return f"data.columns.{kind}=NAME, or --{kind} NAME"
 
 
 def folder_rows(folder: Path) -> ImageRows:
     """The images of a folder: each subfolder is a class, in alphabetical order; without subfolders there are no labels.
-    Raises ``UserError`` if there are no images, and on what would be left out in silence: a subfolder without images,
-    images beside subfolders, and images of another type."""
+    Captions are in text files beside the images (``caption_beside``). Raises ``UserError`` if there are no images, and
+    on what would be left out in silence: a subfolder without images, images beside subfolders, and images of another
+    type."""
     children = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
     classes = [child for child in children if not child.name.startswith(".")]
     read = ", ".join(IMAGE_SUFFIXES)
@@ -78,10 +93,30 @@ def folder_rows(folder: Path) -> ImageRows:
         )
     found = [(file, k) for k, files in enumerate(images) for file in files]
     files, labels = zip(*found, strict=True)
+    captions: list[str] | None = None
+    uncaptioned = None
+    if any(list_files(place, (".txt",)) for place in classes or [folder]):
+        try:
+            captions = [caption_beside(file) for file in files]
+        except UserError as error:  # which matters to a model of words only
+            uncaptioned = str(error)
     return ImageRows(
         str(folder), lambda row: Image.open(files[row]), lambda row: str(files[row]), torch.tensor(labels),
         labelled=bool(classes), label_column="its folder", class_names=tuple(child.name for child in classes),
+        captions=captions, file=files.__getitem__, uncaptioned=uncaptioned,
     )  # fmt: skip
+
+
+def caption_beside(image: Path) -> str:
+    """The caption of an image, in a text file of the same name (``a.png`` and ``a.txt``). Raises ``UserError`` if it is
+    missing or not one line."""
+    file = image.with_suffix(".txt")
+    if not file.is_file():
+        raise UserError(f"{image} has no caption: {file.name} is missing.")
+    prompts = read_prompts(file)
+    if len(prompts) != 1:
+        raise UserError(f"{file} has {len(prompts)} lines; a caption must be one line.")
+    return prompts[0]
 
 
 def idx_rows(folder: Path, split: str) -> ImageRows:
@@ -99,8 +134,10 @@ def npz_rows(file: Path, columns: Columns) -> ImageRows:
         if not isinstance(arrays, np.lib.npyio.NpzFile):
             raise ValueError("it holds a single array: save it with numpy.savez")
     with reading(file, ".npz file"), arrays:
-        image = choose_column(str(file), arrays.files, columns.image, IMAGE_ARRAYS, "image")
-        label = choose_column(str(file), arrays.files, columns.label, LABEL_ARRAYS, "label", required=False)
+        image = choose_column(str(file), arrays.files, columns.image, IMAGE_ARRAYS, "image", setting=naming("image"))
+        label = choose_column(
+            str(file), arrays.files, columns.label, LABEL_ARRAYS, "label", required=False, setting=naming("label")
+        )
         images, labels = arrays[str(image)], arrays[label] if label is not None else None
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
         raise UserError(

@@ -12,7 +12,7 @@ import torch
 
 from fewstep.core.errors import UserError
 from fewstep.core.image_files import IMAGE_SUFFIXES, EmbeddedImage, ImageFile, open_image
-from fewstep.core.image_rows import Columns, ImageRows, label_numbers
+from fewstep.core.image_rows import Columns, ImageRows, label_numbers, naming
 from fewstep.core.paths import file_inside
 from fewstep.core.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column, read_cells, table_columns
 
@@ -95,10 +95,22 @@ def _rows(name: str, folder: Path, table: ImageTableSource, columns: Columns) ->
     def where(row: int) -> str:
         return f"{name}, row {row + 1}"
 
-    image = str(choose_column(name, table.names, columns.image, IMAGE_COLUMNS, "image"))
-    label = choose_column(name, table.names, columns.label, LABELS, "label", required=False)
-    caption = choose_column(name, table.names, columns.caption, CAPTIONS, "caption", required=False)
-    captions, uncaptioned = _captions(table.cells(caption), where, caption) if caption is not None else (None, None)
+    def optional(wanted: str | None, usual: Sequence[str], kind: str, setting: str) -> tuple[str | None, str | None]:
+        """A column, if there is one, or why it is not known which: not everybody needs it."""
+        try:
+            return choose_column(name, names, wanted, usual, kind, required=False, setting=setting), None
+        except UserError as error:
+            if wanted is not None:
+                raise
+            return None, str(error)
+
+    names = table.names
+    image = str(choose_column(name, names, columns.image, IMAGE_COLUMNS, "image", setting=naming("image")))
+    label, unlabelled = optional(columns.label, LABELS, "label", naming("label"))
+    caption, uncaptioned = optional(columns.caption, CAPTIONS, "caption", "data.columns.caption=NAME")
+    captions: Sequence[str] | None = None
+    if caption is not None:
+        captions, uncaptioned = _captions(table.cells(caption), where, caption)
     if uncaptioned is not None and columns.caption is not None:
         raise UserError(uncaptioned)
     cell = table.images(image)
@@ -107,13 +119,13 @@ def _rows(name: str, folder: Path, table: ImageTableSource, columns: Columns) ->
         return _file(cell(row), folder, where(row), image)
 
     if label is None:
-        labels, names = torch.zeros(table.count(image), dtype=torch.int64), tuple[str, ...]()
+        labels, classes = torch.zeros(table.count(image), dtype=torch.int64), tuple[str, ...]()
     else:
         values, known = table.labels(label)
-        labels, names = label_numbers(values, where, label, known)
+        labels, classes = label_numbers(values, where, label, known)
     return ImageRows(
-        name, lambda row: open_image(file(row)), where, labels, label is not None, label or "label", names, captions,
-        file, uncaptioned=uncaptioned,
+        name, lambda row: open_image(file(row)), where, labels, label is not None, label or "label", classes, captions,
+        file, uncaptioned=uncaptioned, unlabelled=unlabelled,
     )  # fmt: skip
 
 

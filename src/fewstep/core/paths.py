@@ -1,4 +1,4 @@
-"""Names that may be local folders or ids on the hub, and names of files in a table."""
+"""Names that may be local folders or ids on the hub, names of files in a table, and paths inside others."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def is_hub_id(source: str) -> bool:
     if len(parts) != 2 or not all(parts) or source.startswith((".", "~")) or parts[0] == RUNS:
         return False
     return not Path(source).exists() and not Path(parts[0]).exists()
+
+
+def overlap(first: Path, second: Path) -> bool:
+    """Whether two paths are the same, or one lies inside the other, also through links."""
+    a, b = first.resolve(), second.resolve()
+    return a.is_relative_to(b) or b.is_relative_to(a)
 
 
 def nearest_folder(path: Path) -> str:

@@ -8,30 +8,33 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_prompts, reading, reason_of
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
 CAPTION_COLUMNS = ("caption", "prompt", "text")
+T = TypeVar("T")
 IMAGE_COLUMNS = ("image", "img", "images", "file_name", "file", "png", "jpg", "jpeg", "webp")
 
 
-def read_texts(file: Path, column: str | None = None) -> list[str]:
+def read_texts(file: Path, column: str | None = None, setting: str | None = None) -> list[str]:
     """The prompts or captions of a text file, one per line, or of a table: those of ``column``, by default of the only
     one that is called caption, prompt or text. Raises ``UserError`` that names the line or row of one that is missing,
     empty or longer than a line."""
     if file.suffix.lower() in TABLE_SUFFIXES:
-        return [text for (text,) in read_captioned(file, (), column)]
+        return [text for (text,) in read_captioned(file, (), column, setting)]
     if column is not None:
         raise UserError(f"{file} is a text file of prompts, without columns: leave the column out.")
     return read_prompts(file)
 
 
-def read_captioned(file: Path, others: Sequence[str], column: str | None = None) -> list[tuple[str, ...]]:
+def read_captioned(
+    file: Path, others: Sequence[str], column: str | None = None, setting: str | None = None
+) -> list[tuple[str, ...]]:
     """The cells of the columns ``others`` and, last, the caption (see ``read_texts``), row by row."""
-    caption = choose_column(str(file), table_columns(file), column, CAPTION_COLUMNS, "caption")
+    caption = choose_column(str(file), table_columns(file), column, CAPTION_COLUMNS, "caption", setting=setting)
     rows = read_table(file, (*others, str(caption)))
     for number, (*_, text) in enumerate(rows, start=1):
         if len(text.strip().splitlines()) != 1:
@@ -56,28 +59,36 @@ def read_table(file: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 def read_cells(file: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """The same for cells of any type, None if they are missing: texts of .csv, JSON values of .jsonl."""
+
+    def cells(row: Any) -> tuple[Any, ...]:
+        found = tuple(row.get(name) if isinstance(row, dict) else None for name in columns)
+        "".join(cell for cell in found if isinstance(cell, str)).encode()  # a lone surrogate raises ValueError
+        return found
+
+    return _readable(file, map(cells, _table_rows(file, columns)))
+
+
+def _readable(file: Path, rows: Iterator[T]) -> Iterator[T]:
+    """The rows. Raises ``UserError`` that names one that is damaged."""
     number = 1
-    given = _table_rows(file, columns)
     try:
-        for row in given:
-            cells = tuple(row.get(name) if isinstance(row, dict) else None for name in columns)
-            "".join(cell for cell in cells if isinstance(cell, str)).encode()  # a lone surrogate raises ValueError
-            yield cells
+        for row in rows:
+            yield row
             number += 1
     except Exception as error:  # on damaged bytes parsers raise exceptions of almost every type
         raise UserError(f"{file}, row {number} is not readable ({reason_of(error)}). Correct it.") from error
 
 
 def table_columns(file: Path) -> list[str]:
-    """The names of a table's columns (see ``read_table``), of a .jsonl file those of its first row. Raises
-    ``UserError`` if it cannot be read."""
+    """The names of a table's columns (see ``read_table``), of a .jsonl file those of all rows. Raises ``UserError`` if
+    it cannot be read."""
     with reading(file, "table (.csv, .jsonl or .parquet)"):
         if file.suffix.lower() == ".parquet":
             return list(_parquet(file).schema_arrow.names)
         if file.suffix.lower() == ".csv":
             return list(csv.DictReader(_text_lines(file), strict=True).fieldnames or ())
-        first: Any = next(_json_rows(_text_lines(file)), {})
-        return list(first) if isinstance(first, dict) else []
+        rows = (row for row in _readable(file, _json_rows(_text_lines(file))) if isinstance(row, dict))
+        return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _table_rows(file: Path, columns: Sequence[str]) -> Iterator[Any]:
@@ -117,10 +128,12 @@ def _json_rows(lines: Iterator[str]) -> Iterator[Any]:
 
 
 def choose_column(
-    where: str, present: Iterable[str], wanted: str | None, usual: Sequence[str], kind: str, *, required: bool = True
-) -> str | None:
+    where: str, present: Iterable[str], wanted: str | None, usual: Sequence[str], kind: str, *, required: bool = True,
+    setting: str | None = None,
+) -> str | None:  # fmt: skip
     """The column ``wanted``, or else the only one that has one of the ``usual`` names. Raises ``UserError`` that lists
-    the columns if there is none, unless it is not ``required``, or if there are several."""
+    the columns if there is none, unless it is not ``required``, or if there are several; ``setting`` is what names the
+    column (``--column``), None where nothing does."""
     present = list(present)
     if wanted is not None:
         if wanted not in present:
@@ -129,5 +142,7 @@ def choose_column(
     found = [name for name in present if name in usual]
     if len(found) > 1 or (required and not found):
         problem = f"several columns that may be the {kind}" if found else f"no column called {' or '.join(usual)}"
-        raise UserError(f"{where} has {problem}; its columns are {', '.join(present) or 'none'}. Name the {kind}'s.")
+        rename = "Rename or remove all but one of them." if found else f"Rename that of the {kind} to {usual[0]}."
+        advice = rename if setting is None else f"Name that of the {kind}: {setting}."
+        raise UserError(f"{where} has {problem}; its columns are {', '.join(present) or 'none'}. {advice}")
     return found[0] if found else None
