@@ -110,14 +110,17 @@ class Protocol(BaseModel):
         return Captions.read(Path(self.captions)) if self.captions is not None else None
 
     def check_source(self, source: Path) -> None:
-        """Raises ``UserError`` if images to score are the reference's: subfolders belong to a set of images."""
+        """Raises ``UserError`` if some of the images to score are the reference's, because one folder contains the
+        other: subfolders belong to a set of images. All of them may be, whose distance is zero, as a check."""
         if self.reference is None or self.uses_bundled_reference:
             return
         real = Path(self.reference)
-        if overlap(source, real) and source.is_dir() == real.is_dir():  # files of statistics may lie beside images
+        if not (source.is_dir() and real.is_dir()) or source.samefile(real):  # statistics may lie beside images
+            return
+        if overlap(source, real):
             raise UserError(
-                f"{source} and the reference {real} are one folder or one contains the other, and the images to score "
-                "and the real ones must not be the same: move one of them out of the other."
+                f"One of {source} and the reference {real} contains the other, so that some of the images to score are "
+                "real ones: move one folder out of the other."
             )
 
     def open_images(self, source: Path, skip_bad: bool = False, count: int | None = None) -> ImageSet:

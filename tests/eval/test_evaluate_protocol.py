@@ -72,8 +72,8 @@ def test_images_are_scored_against_images_and_against_their_statistics(sets: tup
     assert "yes" in printed, "statistics of the same images are the same reference"
 
 
-@pytest.mark.parametrize(("scored", "real"), [("all", "all"), ("all", "all/real"), ("all/new", "all"), ("link", "all")])
-def test_images_that_are_real_and_scored_are_refused(
+@pytest.mark.parametrize(("scored", "real"), [("all", "all/real"), ("all/new", "all"), ("link", "all")])
+def test_images_of_which_some_are_the_references_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], scored: str, real: str
 ) -> None:
     for seed, name in enumerate(("real", "new")):
@@ -82,7 +82,13 @@ def test_images_that_are_real_and_scored_are_refused(
     (tmp_path / "link").symlink_to(tmp_path / "all" / "new")
     protocol = write_protocol(tmp_path, reference=str(tmp_path / real), n=3)
     message = refused(capsys, "eval", tmp_path / scored, "--protocol", protocol)
-    assert "the images to score and the real ones must not be the same" in message
+    assert "contains the other, so that some of the images to score are real ones" in message
+
+
+def test_the_distance_of_images_from_themselves_is_zero(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    real, _ = sets
+    (score,) = evaluate_images(real, load_protocol(str(write_protocol(tmp_path, reference=str(real), n=12))))
+    assert score.value == pytest.approx(0, abs=1e-3)
 
 
 def test_a_model_is_scored_in_parts_for_each_seed_of_the_protocol(
