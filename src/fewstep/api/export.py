@@ -52,10 +52,10 @@ def export(
     saved = config_of(run)
     if saved is not None and not saved.takes_prompts:
         folder = resolve_path(run)
-        model = folder if (folder / "config.json").is_file() else "the student folder of the finished run"
+        where = folder if (folder / "config.json").is_file() else "the student folder of the finished run"
         raise UserError(
             f"{run} is not the student of a diffusers pipeline, and only such students are exported. To use it "
-            f"elsewhere, copy {model} (config.json, model.safetensors), which fewstep.load reads."
+            f"elsewhere, copy {where} (config.json, model.safetensors), which fewstep.load reads."
         )
     api = open_repository(push, private) if push is not None else None
     model = load(run, device, dtype=dtype or (base_dtype(saved) if saved is not None else None))
