@@ -46,7 +46,8 @@ def find_config(path: str | Path) -> Path:
     packaged = (CONFIGS / inside).with_suffix(".yaml")
     if packaged.is_file():
         return packaged
-    known = sorted("configs/" + str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml"))
+    known = sorted(str(file) for file in given.parent.glob("*.y*ml"))
+    known += sorted("configs/" + str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml"))
     raise UserError(f"No config file {str(path)!r}{nearest(str(path), known)}.")
 
 
@@ -192,6 +193,8 @@ def describe(
             last, known = str(loc[-1]), _keys_beside(root, loc)
             renamed = next((new for new in RENAMED.get(last, ()) if re.split("[.:]", new)[0] in known), None)
             hint = f"; it is now called {renamed!r}" if renamed else nearest(last, known)
+            if len(loc) == 1 and "stages" in known and last in _keys_beside(root, ("stages", 0, last)):
+                hint = f"; it is a key of a stage, such as 'stages.0.{last}'"
             lines.append(f"{origin}: unknown key {key!r}{hint}.")
         elif problem["type"] == "missing":
             lines.append(f"{origin}: the key {key!r} is missing.")

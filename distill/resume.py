@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from fewstep.core.files import read_json_lines
 from fewstep.distill.config import DataConfig, PreviewConfig
 
 MAY_CHANGE = (
-    "out", "device", "attention", "gradient_checkpointing", "compile", "offload", "max_hours", "log_every",
+    "device", "attention", "gradient_checkpointing", "compile", "offload", "max_hours", "log_every",
     "trackers.*", "checkpoint.*", "validation.*", "health.*", "previews.*", "stages.*.steps", "stages.*.clip",
     "stages.*.roles.*.lr", "stages.*.roles.*.warmup", "stages.*.roles.*.lr_schedule",
     "stages.*.roles.*.weight_decay", "stages.*.roles.*.betas.*",
@@ -48,8 +48,9 @@ def with_current_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     return current
 
 
-def check_changes(changed: Changes, stage: int) -> None:
-    """Raises ``UserError`` if a run in ``stage`` may not change these settings; of later stages it may change all."""
+def check_changes(changed: Changes, stage: int, step: int, ends: Sequence[int]) -> None:
+    """Raises ``UserError`` if a run in ``stage`` may not change these settings; of later stages it may change all. Its
+    ``step`` may not be after the stage's end; ``ends`` has that of each stage."""
 
     def allowed(key: str) -> bool:
         parts = key.split(".")
@@ -58,12 +59,18 @@ def check_changes(changed: Changes, stage: int) -> None:
             return number > stage
         return any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
 
-    refused = {key: values for key, values in changed.items() if not allowed(key)}
+    refused = {key: values for key, values in changed.items() if key != "out" and not allowed(key)}
     if refused:
         listed = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in refused.items())
         raise UserError(
             f"A run cannot change this when it is resumed: {listed}. It may change {', '.join(MAY_CHANGE)}, and all of "
             "a later stage. Train with these settings in another folder, or restore the run's config.yaml."
+        )
+    if step > ends[stage]:
+        least = step - (ends[stage - 1] if stage else 0)
+        raise UserError(
+            f"The run is at step {step}, after the end of its stage with these settings: stages.{stage}.steps must be "
+            f"at least {least}."
         )
 
 

@@ -243,9 +243,7 @@ class RunFolder(Callback):
         """Raises ``UserError`` if a checkpoint belongs to another run; records what resuming changes."""
         before = state["run"] | {"config": with_current_keys(state["run"]["config"])}
         changed = changes(before["config"], self._origin["config"])
-        check_changes(changed, state["stage"])
-        if state["step"] > self.trainer.stage_ends[state["stage"]]:
-            raise UserError(f"The run is at step {state['step']}, after the end of its stage with these settings.")
+        check_changes(changed, state["stage"], state["step"], self.trainer.stage_ends)
         check_same(before, self._origin)
         if before["processes"] != self._origin["processes"]:
             self._notes.append(

@@ -140,7 +140,8 @@ def load_protocol(
     """A bundled protocol by name, or one from a YAML file; the arguments replace its settings. Raises ``UserError``."""
     file = Path(name) if Path(name).suffix in (".yaml", ".yml") else PROTOCOLS / f"{name}.yaml"
     if not file.is_file():
-        raise UserError(f"No protocol {name!r}{nearest(name, bundled_protocols())}.")
+        beside = sorted(map(str, file.parent.glob("*.y*ml"))) if str(file) == name else []
+        raise UserError(f"No protocol {name!r}{nearest(name, [*beside, *bundled_protocols()])}.")
     settings = read_yaml(file)
     if not isinstance(settings, dict):
         raise UserError(f"{file} must contain a mapping of settings, key: value.")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fewstep.core.errors import UserError, nearest
 from fewstep.core.files import read_tensors, reading, sha256
+from fewstep.core.paths import nearest_folder
 from fewstep.eval import clip_scores, emoji
 from fewstep.eval.clip_scores import clip_features, summarise
 from fewstep.eval.metrics.frechet import Statistics
@@ -147,9 +148,8 @@ def load_reference(
                 f"{name} is not a reference: it has no {split}.safetensors. Of real images, fewstep data reference "
                 "makes one in a new folder."
             )
-        raise UserError(
-            f"No reference {name!r}{nearest(name, bundled_references())}. fewstep data reference makes one from images."
-        )
+        hint = nearest_folder(folder) if "/" in name else nearest(name, bundled_references())
+        raise UserError(f"No reference {name!r}{hint}. fewstep data reference makes one from images.")
     config = _config(folder)
     network: ReferenceNetwork
     if config is None or config.network == CLASSIFIER:

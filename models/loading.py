@@ -91,7 +91,7 @@ def load_model(
         return _load_export(folder, feature_layers, size, dtype)
     if not (folder / "config.json").exists():
         if (folder / "config.yaml").is_file():
-            raise UserError(f"The run {folder} has no student yet: it is not finished.")
+            raise UserError(f"The run {folder} has no student yet: finish it by fewstep train --resume {folder}")
         if "/" in str(source) and not folder.exists():
             raise UserError(f"No model at {str(source)!r}: there is no such folder{nearest_folder(folder)}.")
         neither = "neither a folder with config.json (a fewstep model) or model_index.json (a diffusers pipeline)"
@@ -127,7 +127,7 @@ def _of_size(model: Model, size: Size | None) -> Model:
         shape = pipeline_of(model).family.shape(*size) if of_pipeline else None
         if shape is None or tuple(shape) != tuple(model.config.shape):
             raise UserError(
-                f"{model.path or 'This model'} has the shape {list(model.config.shape)} for good, so leave size out; "
+                f"{model.path or 'This model'} has the shape {list(model.config.shape)} always, so leave size out; "
                 "only a diffusers pipeline is loaded at any size."
             )
     return model

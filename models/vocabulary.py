@@ -56,15 +56,18 @@ class Vocabulary(BaseModel):
     def encode(self, prompts: Sequence[str]) -> WordPrompts:
         """At least one prompt. Case, order, repetitions and punctuation around words have no meaning.
 
-        Raises ``UserError`` that names a word that is not in the vocabulary, or a prompt with too many.
+        Raises ``UserError`` that names the words that are not in the vocabulary, or a prompt with too many.
         """
         numbers = {word: number for number, word in enumerate(self.words, start=1)} | dict.fromkeys(self.fillers, 0)
         encoded = torch.zeros(len(prompts), self.length, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             words = dict.fromkeys(split_words(prompt))
             if unknown := next((word for word in words if word not in numbers), None):
+                others = {word for text in prompts for word in split_words(text)} - {*numbers, unknown}
+                more = ", ".join(map(repr, sorted(others)[:20])) + (", ..." if len(others) > 20 else "")
                 raise UserError(
                     f"The model does not know the word {unknown!r} of the prompt {prompt!r}{nearest(unknown, numbers)}."
+                    + (f" Nor does it know {more}, of other prompts." if others else "")
                 )
             said = sorted(numbers[word] for word in words if numbers[word])
             if len(said) > self.length:

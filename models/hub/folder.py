@@ -280,6 +280,8 @@ def _without_progress_bars() -> Iterator[None]:
 def _download(name: str) -> Path:
     if not is_hub_id(name):
         hint = "" if Path(name).exists() else nearest_folder(Path(name))
+        if (Path(name) / "config.json").is_file():
+            hint = "; it is a model of fewstep, whose captions need no encoding (data.kind=prompts reads them as text)"
         raise UserError(f"{name} is not a diffusers pipeline: model_index.json is missing{hint}.")
     diffusers = require_diffusers()
     try:

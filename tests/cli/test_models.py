@@ -109,6 +109,9 @@ def test_scores_are_merged_into_their_file_and_files_are_compared(squares: Path,
 def test_eval_refuses_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = tiny_teacher(tmp_path / "teacher")
     assert "No reference 'fashon'" in refused(capsys, "eval", teacher, "--reference", "fashon")
+    (tmp_path / "photos_reference").mkdir()
+    near = refused(capsys, "eval", teacher, "--reference", tmp_path / "photo_reference")
+    assert f"did you mean '{tmp_path / 'photos_reference'}'" in near
     assert f"No reference is known for {teacher}: give --reference" in refused(capsys, "eval", teacher)
     command = ["eval", teacher, "--reference", "fashion"]
     assert "n must be at least 20" in refused(capsys, *command, "--n", "5")
@@ -143,6 +146,13 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert os.linesep.join(done.stderr.splitlines()[-1:]).startswith("Error: No config file 'nothing.yaml'")
+    (tmp_path / "teacher.yaml").touch()
+    assert "did you mean 'teacher.yaml'?" in fewstep("train", "teacher.yml", cwd=tmp_path).stderr
+    teacher = tiny_teacher(tmp_path / "teacher")
+    sampled = fewstep("sample", teacher, "--n", 1, "--steps", 1, "--out", "grid.jpg", cwd=tmp_path).stderr
+    assert "whose grid is a PNG: --out must end in .png, grid.jpg does not" in sampled
+    encoded = fewstep("data", "encode", "prompts.txt", "--teacher", teacher, "--out", "encoded", cwd=tmp_path)
+    assert "whose captions need no encoding" in encoded.stderr
 
 
 @pytest.mark.parametrize(
@@ -168,7 +178,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
         "fewstep.api.solvers.search_ratios", "fewstep.api.bench_cost.timed",
     ):  # fmt: skip
         monkeypatch.setattr(place, lambda *a, **k: pytest.fail("it began"))
-    assert "Cannot write" in refused(capsys, *arguments, "/proc/none/x.json")
+    file = "/proc/none/x.png" if arguments[0] == "sample" else "/proc/none/x.json"
+    assert "Cannot write" in refused(capsys, *arguments, file)
 
 
 def test_a_reference_that_cannot_be_written_is_refused_before_any_training(
@@ -243,7 +254,7 @@ def test_sample_of_prompts_refuses_the_options_of_labels_and_videos(
 def test_a_size_of_a_model_that_has_its_own_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = tiny_teacher(tmp_path / "teacher")
     for command in (["sample", teacher], ["winrate", teacher, teacher]):
-        assert "has the shape [1, 8, 8] for good, so leave size out" in refused(capsys, *command, "--size", "16x16")
+        assert "has the shape [1, 8, 8] always, so leave size out" in refused(capsys, *command, "--size", "16x16")
 
 
 @pytest.mark.parametrize("solvers", ["euler,", "", "euler,,ddim"])

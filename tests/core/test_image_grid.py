@@ -83,6 +83,13 @@ def test_save_grid_writes_the_grid_and_no_other_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new") == ["grid.png"]
 
 
+@pytest.mark.parametrize("name", ["grid.jpg", "grid"])
+def test_save_grid_refuses_a_name_that_is_not_that_of_a_png_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=rf"{name}: a grid of images is a PNG; name a \.png file"):
+        save_grid(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), tmp_path / name, columns=1)
+    assert os.listdir(tmp_path) == []
+
+
 def test_save_grid_names_a_file_that_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"Cannot write .*grid\.png"):

@@ -48,6 +48,7 @@ def test_a_config_survives_the_round_trip_through_yaml(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"bach": 3}, "unknown key 'bach'; did you mean 'batch'"),
+        ({"steps": 3}, "unknown key 'steps'; it is a key of a stage, such as 'stages.0.steps'"),
         ({"batch": 0}, "batch = 0: input should be greater than or equal to 1"),
         ({"batch": "many"}, "batch = 'many': input should be a valid integer"),
         ({"batch": True}, "batch = True: input should be a number, neither a text nor a truth value"),

@@ -150,7 +150,10 @@ def test_captions_are_needed_where_words_are_taken_and_only_there(
 ) -> None:
     (tmp_path / "captions.txt").write_text("dog\n")
     (tmp_path / "wolf.txt").write_text("wolf\n")
+    (tmp_path / "two.txt").write_text("wolf\nyak wolf\n")
     out = tmp_path / "pairs.safetensors"
+    with pytest.raises(UserError, match=r"the word 'wolf' of .* Nor does it know 'yak', of other prompts"):
+        make_ode_pairs(teacher, out, n=2, captions=tmp_path / "two.txt", device="cpu")
     with pytest.raises(UserError, match="takes words: give captions"):
         make_ode_pairs(teacher, out, n=2, device="cpu")
     with pytest.raises(UserError, match="does not know the word 'wolf'"):

@@ -105,6 +105,14 @@ def test_a_change_that_makes_another_run_is_refused(tmp_path: Path, override: st
         resumed(tmp_path, override)
 
 
+def test_refusals_of_a_change_say_what_to_give_instead(tmp_path: Path) -> None:
+    made(tmp_path)
+    with pytest.raises(UserError, match=r"stages\.0\.steps must be at least 12"):
+        resumed(tmp_path, "stages.0.steps=11")
+    with pytest.raises(UserError, match=r"batch: 8 -> 4\. It may change device,"):
+        resumed(tmp_path, "batch=4")
+
+
 def test_an_edited_config_is_refused_too(tmp_path: Path) -> None:
     made(tmp_path)
     file = tmp_path / "run" / "config.yaml"

@@ -70,7 +70,10 @@ def test_an_invalid_protocol_is_refused(settings: dict[str, object], message: st
     assert message in str(error.value)
 
 
-def test_an_unknown_protocol_is_refused() -> None:
+def test_an_unknown_protocol_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos.yaml").touch()
+    with pytest.raises(UserError, match=r"No protocol '.*photo\.yaml'; did you mean '.*photos\.yaml'"):
+        load_protocol(str(tmp_path / "photo.yaml"))
     with pytest.raises(UserError, match="No protocol 'cifar'; did you mean 'cifar10'"):
         load_protocol("cifar")
 

@@ -22,7 +22,7 @@ from fewstep.models.hub.card import ADAPTERS, CardContent
 from fewstep.models.hub.encoded import ENCODERS, PROMPTS
 from fewstep.models.hub.export import export as export_model
 from fewstep.models.hub.export_format import ExportFormat
-from fewstep.models.loading import Model, base_dtype, pipeline_of
+from fewstep.models.loading import Model, base_dtype, pipeline_of, resolve_path
 from fewstep.samplers.generate import ImageGenerator
 from fewstep.samplers.plan import SamplingConfig
 
@@ -51,9 +51,11 @@ def export(
     require_empty(Path(out))
     saved = config_of(run)
     if saved is not None and not saved.takes_prompts:
+        folder = resolve_path(run)
+        where = folder if (folder / "config.json").is_file() else "the student folder of the finished run"
         raise UserError(
             f"{run} is not the student of a diffusers pipeline, and only such students are exported. To use it "
-            "elsewhere, copy its model folder (config.json, model.safetensors), which fewstep.load reads."
+            f"elsewhere, copy {where} (config.json, model.safetensors), which fewstep.load reads."
         )
     api = open_repository(push, private) if push is not None else None
     model = load(run, device, dtype=dtype or (base_dtype(saved) if saved is not None else None))

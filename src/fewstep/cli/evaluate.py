@@ -38,7 +38,7 @@ from fewstep.core.limits import MOST_SAMPLES
 app = typer.Typer()
 
 
-@app.command("eval", epilog="Example: fewstep eval runs/demo --reference fashion --steps 1,2,4")
+@app.command("eval", epilog="Example: fewstep eval runs/demo --n 1024 --steps 1,2,4")
 def evaluate(
     source: Annotated[
         str,
@@ -128,7 +128,7 @@ def evaluate(
     if stats and (file is not None or name is not None):
         raise UserError("--write-stats writes statistics and no scores: remove --json and --name.")
     if protocol is None and (images or stats):
-        raise UserError("Images are scored by a protocol: give --protocol.")
+        raise UserError("Images are scored by a protocol: give --protocol with its name or file (docs/evaluation.md).")
     if protocol is None and (captions or weights or download or skip_bad):
         raise UserError("--captions, --weights, --download and --skip-bad belong to a protocol: give --protocol.")
     settings = load_protocol(protocol, reference=reference, captions=captions, n=n, seed=seed) if protocol else None

@@ -46,7 +46,7 @@ class WeightType(StrEnum):
     float16 = "float16"
 
 
-@app.command(epilog="Example: fewstep sample runs/demo --steps 4 --n 80 --out grid.png")
+@app.command(epilog="Example: fewstep sample fashion --steps 16 --n 80 --out grid.png")
 def sample(
     model_name: ModelName,
     n: Annotated[
@@ -120,8 +120,11 @@ def sample(
     refuse("This model takes no prompts", seeds=seeds, size=size, batch=batch, video=video)
     videos = len(model.config.shape) == 4
     wanted, n = file or Path("grid.gif" if videos else "grid.png"), 80 if n is None else n
-    if videos and wanted.suffix.lower() != ".gif":
-        raise UserError(f"This model generates videos, whose grid is a GIF: --out must end in .gif, {wanted} does not.")
+    made, form = ("videos", "GIF") if videos else ("images", "PNG")
+    if wanted.suffix.lower() != (suffix := f".{form.lower()}"):
+        raise UserError(
+            f"This model generates {made}, whose grid is a {form}: --out must end in {suffix}, {wanted} does not."
+        )
     check_writable(wanted)
     images = sample_labels(model, n=n, labels=chosen, sampling=sampling)
     columns = len(chosen) if chosen and len(chosen) > 1 else min(n, model.config.classes or 10)
@@ -156,7 +159,9 @@ def export(
         bool | None, typer.Option("--private/--public", help="With --push: the repository. Default: private.")
     ] = None,
 ) -> None:
-    """Write a student as a diffusers pipeline, a bare network or a LoRA file, and compare it with the student.
+    """Write a student of a diffusers pipeline as a pipeline, a bare network or a LoRA file, and compare the two.
+
+    A student of another teacher needs no export: fewstep.load reads its folder, RUN/student, anywhere.
 
     Nothing is uploaded without --push, which needs a token (HF_TOKEN, or hf auth login).
     """
