@@ -127,7 +127,7 @@ def _of_size(model: Model, size: Size | None) -> Model:
         shape = pipeline_of(model).family.shape(*size) if of_pipeline else None
         if shape is None or tuple(shape) != tuple(model.config.shape):
             raise UserError(
-                f"{model.path or 'This model'} has the shape {list(model.config.shape)} always, so leave size out; "
+                f"{model.path or 'This model'} always has the shape {list(model.config.shape)}, so leave size out; "
                 "only a diffusers pipeline is loaded at any size."
             )
     return model

@@ -38,7 +38,7 @@ class ImageFeatures:
     ) -> ImageFeatures:
         """Raises ``UserError`` on an unknown name, and if the network's weights or packages are missing."""
         if name not in LOADERS:
-            raise UserError(f"{name!r} is no network of references{nearest(name, list(LOADERS))}.")
+            raise UserError(f"{name!r} is no network of references{nearest(name, ['classifier', *LOADERS])}.")
         return ImageFeatures(name, shape, LOADERS[name](locator, device))
 
     @property

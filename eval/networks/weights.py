@@ -83,7 +83,7 @@ class WeightsLocator:
         cache = caches[0] if caches else hub_cache()
         raise UserError(
             f"The weights {file} were not found. Download {url} and put it into {cache}, or into a folder given by "
-            f"--weights or ${VARIABLE}; or allow the download with --download."
+            f"--weights or ${VARIABLE}. fewstep eval --protocol downloads it, if --download allows that."
         )
 
 

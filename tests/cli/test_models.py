@@ -254,7 +254,7 @@ def test_sample_of_prompts_refuses_the_options_of_labels_and_videos(
 def test_a_size_of_a_model_that_has_its_own_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = tiny_teacher(tmp_path / "teacher")
     for command in (["sample", teacher], ["winrate", teacher, teacher]):
-        assert "has the shape [1, 8, 8] always, so leave size out" in refused(capsys, *command, "--size", "16x16")
+        assert "always has the shape [1, 8, 8], so leave size out" in refused(capsys, *command, "--size", "16x16")
 
 
 @pytest.mark.parametrize("solvers", ["euler,", "", "euler,,ddim"])

@@ -115,6 +115,9 @@ def test_the_columns_of_json_lines_are_those_of_all_rows(tmp_path: Path) -> None
     file.write_text('{"caption": "a cat"}\n{"prompt": "a dog"}\n')
     with pytest.raises(UserError, match="several columns that may be the caption"):
         read_texts(file)
+    file.write_text("\n")
+    with pytest.raises(UserError, match=r"a.jsonl has no columns: it is empty\."):
+        read_texts(file)
     file.write_text('{"caption": "a cat"}\n{"caption": \n')
     with pytest.raises(UserError, match="row 2 is not readable"):
         read_texts(file)

@@ -86,6 +86,10 @@ def test_images_without_labels_get_the_network_that_is_asked_for(tmp_path: Path)
         make_reference(photos, tmp_path / "no", network="classifier")
     with pytest.raises(UserError, match="is no network of references; did you mean 'random'"):
         make_reference(photos, tmp_path / "no", network="rondom")
+    with pytest.raises(UserError, match="did you mean 'classifier'"):
+        make_reference(photos, tmp_path / "no", network="clasifier")
+    with pytest.raises(UserError, match=r"There is no data set at '.*random/photos'\.$"):  # there are no folders
+        make_reference(tmp_path / "random" / "photos", tmp_path / "no")
     with pytest.raises(UserError, match="has no classifier"):
         _ = reference.classifier
     assert not (tmp_path / "no").exists()

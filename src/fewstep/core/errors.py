@@ -13,8 +13,11 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'? (known: ...)"`` with the closest known name and all of them, or the closest of many."""
+    """``"; did you mean 'x'? (known: ...)"`` with the closest known name and all of them, or the closest of many;
+    nothing if none is known."""
     known = list(known)
+    if not known:
+        return ""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     if len(known) > MOST:

@@ -135,14 +135,16 @@ def choose_column(
     the columns if there is none, unless it is not ``required``, or if there are several; ``setting`` is what names the
     column (``--column``), None where nothing does."""
     present = list(present)
+    if not present and (required or wanted is not None):
+        raise UserError(f"{where} has no columns: it is empty.")
     if wanted is not None:
         if wanted not in present:
-            raise UserError(f"{where} has no column {wanted!r}; its columns are {', '.join(present) or 'none'}.")
+            raise UserError(f"{where} has no column {wanted!r}; its columns are {', '.join(present)}.")
         return wanted
     found = [name for name in present if name in usual]
     if len(found) > 1 or (required and not found):
         problem = f"several columns that may be the {kind}" if found else f"no column called {' or '.join(usual)}"
         rename = "Rename or remove all but one of them." if found else f"Rename that of the {kind} to {usual[0]}."
         advice = rename if setting is None else f"Name that of the {kind}: {setting}."
-        raise UserError(f"{where} has {problem}; its columns are {', '.join(present) or 'none'}. {advice}")
+        raise UserError(f"{where} has {problem}; its columns are {', '.join(present)}. {advice}")
     return found[0] if found else None
