@@ -9,6 +9,7 @@ import pytest
 from worlds import tiny_teacher
 
 from fewstep.api import evaluate
+from fewstep.eval.protocol import Protocol
 from fewstep.eval.score_files import Score, read_scores, write_scores
 
 
@@ -43,7 +44,7 @@ def test_what_another_evaluation_wrote_meanwhile_is_kept(
     file = tmp_path / "eval.json"
     write_scores([score(metric="old")], file)
     monkeypatch.setattr(evaluate, "_evaluator", lambda *arguments: Evaluator(file))
-    protocol: Any = "a protocol"
+    protocol = Protocol(name="a", metrics=("fid",), n=10)
     if images:
         evaluate.evaluate_images(tmp_path, protocol, json_file=file, device="cpu")
     else:

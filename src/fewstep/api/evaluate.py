@@ -109,7 +109,7 @@ def evaluate_images(
 ) -> list[Score]:  # fmt: skip
     """Scores the images of a folder or an archive. With ``json_file``, features of an unfinished evaluation are kept in
     ``JSON_FILE.features`` beside it, and the same call continues it. ``progress(what, done)`` counts images. Raises
-    ``UserError`` on images that cannot be scored, or that are the reference's."""
+    ``UserError`` on images that cannot be scored, or some of which are the reference's."""
     protocol.check_source(Path(source))
     work = None
     if json_file is not None:
