@@ -44,7 +44,7 @@ def test_what_another_evaluation_wrote_meanwhile_is_kept(
     file = tmp_path / "eval.json"
     write_scores([score(metric="old")], file)
     monkeypatch.setattr(evaluate, "_evaluator", lambda *arguments: Evaluator(file))
-    protocol = Protocol(name="a", metrics=("fid",), n=10)
+    protocol = Protocol(name="a", reference="real", metrics=("fid",), n=10)
     if images:
         evaluate.evaluate_images(tmp_path, protocol, json_file=file, device="cpu")
     else:
