@@ -146,13 +146,19 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert os.linesep.join(done.stderr.splitlines()[-1:]).startswith("Error: No config file 'nothing.yaml'")
-    (tmp_path / "teacher.yaml").touch()
-    assert "did you mean 'teacher.yaml'?" in fewstep("train", "teacher.yml", cwd=tmp_path).stderr
+
+
+def test_messages_say_what_to_give_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     teacher = tiny_teacher(tmp_path / "teacher")
-    sampled = fewstep("sample", teacher, "--n", 1, "--steps", 1, "--out", "grid.jpg", cwd=tmp_path).stderr
+    (tmp_path / "teacher.yaml").touch()
+    assert "did you mean 'teacher.yaml'?" in refused(capsys, "train", "teacher.yml")
+    sampled = refused(capsys, "sample", teacher, "--n", 1, "--steps", 1, "--out", "grid.jpg")
     assert "whose grid is a PNG: --out must end in .png, grid.jpg does not" in sampled
-    encoded = fewstep("data", "encode", "prompts.txt", "--teacher", teacher, "--out", "encoded", cwd=tmp_path)
-    assert "whose captions need no encoding" in encoded.stderr
+    encoded = refused(capsys, "data", "encode", "prompts.txt", "--teacher", teacher, "--out", "encoded")
+    assert "whose captions need no encoding" in encoded
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,9 @@ def test_save_grid_writes_the_grid_and_no_other_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new") == ["grid.png"]
 
 
-@pytest.mark.parametrize("name", ["grid.jpg", "grid"])
-def test_save_grid_refuses_a_name_that_is_not_that_of_a_png_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=rf"{name}: a grid of images is a PNG; name a \.png file"):
-        save_grid(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), tmp_path / name, columns=1)
+def test_save_grid_refuses_the_name_of_another_type_of_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"grid\.jpg: a grid of images is a PNG; name a \.png file"):
+        save_grid(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), tmp_path / "grid.jpg", columns=1)
     assert os.listdir(tmp_path) == []
 
 

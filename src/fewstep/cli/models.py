@@ -120,10 +120,10 @@ def sample(
     refuse("This model takes no prompts", seeds=seeds, size=size, batch=batch, video=video)
     videos = len(model.config.shape) == 4
     wanted, n = file or Path("grid.gif" if videos else "grid.png"), 80 if n is None else n
-    made, form = ("videos", "GIF") if videos else ("images", "PNG")
-    if wanted.suffix.lower() != (suffix := f".{form.lower()}"):
+    made, form, suffixes = ("videos", "GIF", (".gif",)) if videos else ("images", "PNG", (".png", ""))
+    if wanted.suffix.lower() not in suffixes:
         raise UserError(
-            f"This model generates {made}, whose grid is a {form}: --out must end in {suffix}, {wanted} does not."
+            f"This model generates {made}, whose grid is a {form}: --out must end in {suffixes[0]}, {wanted} does not."
         )
     check_writable(wanted)
     images = sample_labels(model, n=n, labels=chosen, sampling=sampling)

@@ -141,9 +141,9 @@ def save_image(image: Image.Image, file: str | Path, kind: str = "PNG", **settin
 
 def save_grid(images: Tensor, file: str | Path, columns: int, scale: int | None = None, gap: int = 1) -> None:
     """``image_grid`` as a PNG file; of videos, uint8 [N, F, C, H, W], as an endless GIF. Raises ``UserError`` if the
-    file cannot be written, and if its name does not end in ``.png``, or for videos in ``.gif``."""
+    file cannot be written or has the name of another type, and for videos if it does not end in ``.gif``."""
     if images.ndim != 5:
-        if Path(file).suffix.lower() != ".png":
+        if Path(file).suffix.lower() not in ("", ".png"):
             raise UserError(f"{file}: a grid of images is a PNG; name a .png file.")
         save_image(image_grid(images, columns, scale, gap), file)
         return
