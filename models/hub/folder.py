@@ -61,9 +61,9 @@ class PipelineFolder:
         file = self.path / "model_index.json"
         content = read_json_object(file)
         for name, entry in content.items():
-            if isinstance(entry, list) and not (
-                len(entry) == 2 and (entry == [None, None] or all(isinstance(each, str) for each in entry))
-            ):
+            if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
+                continue
+            if len(entry) != 2 or not all(isinstance(each, str) for each in entry):
                 raise UserError(f"{file}: {name} must be a library and a class, or two nulls, got {entry}. Restore it.")
         return content
 

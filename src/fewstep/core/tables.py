@@ -15,8 +15,9 @@ from fewstep.core.files import read_prompts, reading, reason_of
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
 CAPTION_COLUMNS = ("caption", "prompt", "text")
-T = TypeVar("T")
 IMAGE_COLUMNS = ("image", "img", "images", "file_name", "file", "png", "jpg", "jpeg", "webp")
+
+T = TypeVar("T")
 
 
 def read_texts(file: Path, column: str | None = None, setting: str | None = None) -> list[str]:
