@@ -30,6 +30,7 @@ from fewstep.distill.metrics_logger import to_numbers
 from fewstep.distill.roles import Role
 from fewstep.distill.trainer import Trainer
 from fewstep.models.adapters import checkpoint_gradients, share_network
+from fewstep.models.attention import set_attention
 from fewstep.models.condition import Condition
 from fewstep.models.model_config import ModelConfig
 from fewstep.models.skeleton import skeleton
@@ -39,7 +40,7 @@ STEPS, ENOUGH = 3, 30.0  # at most so many steps, and no further one after so ma
 Cases = dict[str, Callable[[], dict[str, Any]]]
 CONFIGS = {  # the shipped config, the bytes that its run is said to fit into, and changes that leave its memory alone
     "sdxl": ("configs/sdxl/dmd2.yaml", 24e9, ["stages.0.objective.critic_updates=1"]),
-    "flux": ("configs/flux/tdm.yaml", 80e9, []),
+    "flux": ("configs/flux/tdm.yaml", 80e9, ["attention=efficient"]),  # torch's choice is cuDNN, which fails there
 }
 SHORT = ["accumulate=2", "health.every=0", "validation.every=0"]  # a third micro-batch needs what the second needs
 
@@ -61,6 +62,8 @@ def config_of(name: str, device: str, tiny: bool) -> Iterator[Config]:
     """The shipped config with short steps; ``tiny`` is with a tiny pipeline of the same family as the teacher."""
     file, _, changes = CONFIGS[name]
     overrides = [*SHORT, *changes, f"device={device}"]
+    if device == "cpu":  # it has fewer kernels of attention
+        overrides.append("attention=sdpa")
     with tempfile.TemporaryDirectory() as folder:
         if tiny:
             import tiny_pipelines
@@ -128,6 +131,7 @@ def random_inputs(config: Config, device: torch.device) -> TrainingInputs:
     if buffers := [name for name, buffer in denoiser.named_buffers() if buffer.is_meta]:
         raise RuntimeError(f"the values of buffers are not known: {buffers}")
     initialise(denoiser.to_empty(device=device))
+    set_attention(denoiser.backbone, config.attention, device, DTYPES[config.precision])
     lora = share_network(denoiser, **dict(config.adapters))
     if config.gradient_checkpointing:
         checkpoint_gradients(denoiser.backbone)

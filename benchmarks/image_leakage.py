@@ -14,6 +14,7 @@ The network, the source and the objective below are a user's own modules: ``docs
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shutil
 from itertools import pairwise
@@ -47,7 +48,7 @@ from fewstep.models.video_unet import VideoUNet
 from fewstep.samplers.predictor import Predictor
 
 FILE = Path(__file__).parent.parent / "results" / "emoji_video" / "image_leakage.json"
-STEPS, BATCH, NOISE = 450, 12, 2.0  # of training; clips; the most noise on the first frame, for values in [-1, 1]
+STEPS, BATCH, NOISE = 1500, 12, 2.0  # of training; clips; the most noise on the first frame, for values in [-1, 1]
 N, SOLVER_STEPS, GUIDANCE = 108, 12, 2.0
 STARTS = (1.0, 0.9, 0.8)
 
@@ -101,7 +102,7 @@ class TimeNoise(FlowMatching):
     def condition(self, micro: MicroBatch, t: Tensor) -> Condition:
         condition = super().condition(micro, t)
         image, level = condition["image"], micro.random.normal((len(t),), "level").double()
-        deviation = self.most * torch.sigmoid(2 * t**5 - 1 + level)
+        deviation = self.most * torch.sigmoid(2 * t.to(level) ** 5 - 1 + level)
         noise = micro.random.normal(image.shape, "image")
         return condition.replace(image=image + expand_like(deviation, image).to(image) * noise)
 
@@ -206,4 +207,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/image_leakage"), help="the folder of both models")
     torch.set_num_threads(1)
+    importlib.import_module("image_leakage")  # a saved model never causes the import of its network
     main(parser.parse_args().runs)

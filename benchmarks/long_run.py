@@ -47,7 +47,7 @@ def measure_long_run(inputs: Path, folder: Path) -> dict[str, Any]:
     run = RunFolder.create(config, CPU, inputs=build_inputs(config, CPU, mlp(4, seed=0), Points(4)))
     memory = Memory()
     with (
-        _timed(run_folder.MetricsLogger, "__call__") as lines,
+        _timed(run_folder, "append_line") as lines,
         _timed(run_folder, "write_checkpoint") as checkpoints,
         _timed(Trainer, "one_step") as steps,
     ):

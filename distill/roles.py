@@ -21,6 +21,8 @@ from fewstep.models.guidance import UNGUIDED, Guidance, Guided, guide
 from fewstep.models.offload import OffloadedModule
 from fewstep.models.prediction import Prediction
 
+AT_ONCE = 32  # parameters whose averages are updated by the same kernels, which need memory for as many
+
 
 @dataclass
 class Role:
@@ -70,9 +72,12 @@ class Role:
             if lost is None:
                 torch._foreach_lerp_(average, live, 1 - decay)
             else:
-                weight = (1 - decay) * (1 - lost)
                 here, new = [sharding.local(mean) for mean in average], [sharding.local(tensor) for tensor in live]
-                torch._foreach_lerp_(here, new, [weight] * len(here))
+                weight = (1 - decay) * (1 - lost)
+                for few in (slice(first, first + AT_ONCE) for first in range(0, len(here), AT_ONCE)):
+                    way = torch._foreach_sub(new[few], here[few])  # a lerp by a tensor is one kernel for each parameter
+                    torch._foreach_mul_(way, weight)
+                    torch._foreach_add_(here[few], way)
 
     def add_missing_gradients(self) -> None:
         """Adds gradients of zero to experts by noise level that no sample of this process reached, as samples of other

@@ -35,7 +35,8 @@ def settings(objective: str, folder: Path, device: str, precision: str, **change
     if "reference" in needed.needs:
         raw["stages"][0]["freeze"] = {"reference": "teacher"}
         roles.pop("reference")
-        tensors = {name: torch.randn(40, 1, 8, 8) for name in sorted(needed.tensors)}
+        generator = torch.Generator().manual_seed(0)  # the run of each device trains on the same pairs
+        tensors = {name: torch.randn(40, 1, 8, 8, generator=generator) for name in sorted(needed.tensors)}
         write_tensors(tensors | {"labels": torch.arange(40) % 10}, folder / "samples.safetensors")
         raw["data"] = {"kind": "tensors", "path": str(folder / "samples.safetensors")}
     elif "noise" in needed.tensors:

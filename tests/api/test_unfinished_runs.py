@@ -153,6 +153,13 @@ def test_an_empty_folder_of_checkpoints_is_none(unfinished: Path) -> None:
     assert fewstep.report(unfinished).is_file()
 
 
+def test_a_finished_run_whose_student_is_damaged_is_not_taken_for_an_unfinished_one(run: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "copied")
+    (copied / "student/config.json").unlink()
+    with pytest.raises(UserError, match=r"student/config\.json is missing, so .* is no model\. Restore the file"):
+        fewstep.load(copied)
+
+
 def test_a_moved_run_is_sampled_and_resumed(unfinished: Path, tmp_path: Path, run: Path) -> None:
     moved = unfinished.rename(tmp_path / "moved")
     assert_same(fewstep.load(moved), fewstep.load(run))

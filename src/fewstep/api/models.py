@@ -57,12 +57,17 @@ def refuse_reference(source: Source) -> None:
 
 def checkpoint_of(source: Source) -> Path | None:
     """The checkpoint that stands for ``source``: itself, or the newest one of a run that is not finished; None for any
-    other source. Raises ``UserError`` if such a run has none yet."""
+    other source. Raises ``UserError`` if such a run has none yet, or if its student lacks its config."""
     folder = Path(source)
     if is_checkpoint(folder):
         return folder
     if not is_run(folder) or resolve_path(folder) != folder:
         return None
+    if (student := folder / "student").is_dir():  # written whole, so the run was finished
+        raise UserError(
+            f"{student / 'config.json'} is missing, so {student} is no model. Restore the file, or give one of "
+            f"the checkpoints in {folder / 'checkpoints'}."
+        )
     if not checkpoints(folder / "checkpoints"):
         raise UserError(
             f"The run {folder} has no student yet, and no checkpoint. Continue it with "
