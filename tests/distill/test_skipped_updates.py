@@ -77,7 +77,7 @@ def test_the_average_skips_what_the_weights_skip() -> None:
     before = {name: value.clone() for name, value in later.roles["student"].average.items()}
     later.step(3)
     assert all(torch.equal(value, before[name]) for name, value in later.roles["student"].average.items())
-    assert all(torch.equal(value, before[name]) for name, value in at_once.roles["student"].average.items())
+    torch.testing.assert_close(at_once.roles["student"].average, before)  # by one kernel, which rounds otherwise
     later.step(4)
     assert not all(torch.equal(value, before[name]) for name, value in later.roles["student"].average.items())
 
