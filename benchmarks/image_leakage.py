@@ -1,6 +1,8 @@
 """Conditional image leakage of image-to-video models (Zhao et al., arXiv 2406.15735), measured on moving emoji.
 
-    python benchmarks/image_leakage.py    # about 20 minutes of one core; writes results/emoji_video/image_leakage.json
+    python benchmarks/image_leakage.py    # writes results/emoji_video/image_leakage.json
+
+It trains on a GPU if there is one, in minutes, else for more than an hour.
 
 At the highest noise levels an image-to-video model can copy its first frame, which tells it more than the noisy clip
 does, and videos stand still. Here the teacher ``emoji-video`` is trained further with the first frame as another input,
