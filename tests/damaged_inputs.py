@@ -95,7 +95,8 @@ MAY_DIFFER = {  # results that depend on the damaged file: what it held is lost
     | {f"run/checkpoints/step-{2 * STEPS:07d}/state.json"},
 }
 LOST = {  # may differ where updates are lost, and listed, until a stage ends
-    "run/lost_updates.jsonl", "run/metrics.jsonl", *(f"run/previews/step-{step:07d}.png" for step in range(STEPS + 1))
+    "run/lost_updates.jsonl", "run/metrics.jsonl",
+    *(f"run/{kind}/step-{step:07d}.png" for kind in ("samples", "previews") for step in range(STEPS + 1)),
 }  # fmt: skip
 
 
