@@ -12,6 +12,7 @@ from worlds import Points, mlp
 
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
+from fewstep.distill import roles as roles_module
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.update import LossTerm, MicroBatch, Objective, Update
@@ -69,7 +70,8 @@ def test_a_skipped_update_changes_neither_weights_nor_moments_nor_average() -> N
     assert (later.roles["student"].updates, at_once.roles["student"].updates) == (12, 8), "tries are counted"
 
 
-def test_the_average_skips_what_the_weights_skip() -> None:
+def test_the_average_skips_what_the_weights_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roles_module, "AT_ONCE", 1)  # several groups
     at_once, later = loop_of(AtOnce, lost=(3,)), loop_of(Role, lost=(3,), read_every=6)
     for step in range(3):
         for loop in (at_once, later):
