@@ -47,6 +47,7 @@ PIPELINES = ("diffusers", "peft", "transformers")
 PARTS: Mapping[str, Part] = {
     "facts": Part("gpu_speed", "facts", 30),
     "step": Part("gpu_speed", "step", 60),
+    "graphs": Part("gpu_speed", "graphed", 60),
     "sdxl": Part("gpu_adapters", "sdxl", 90, PIPELINES),
     "flux": Part("gpu_adapters", "flux", 120, PIPELINES),
     "attention": Part("gpu_speed", "attention", 60),

@@ -23,6 +23,7 @@ from fewstep.distill.build import build_inputs
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.trainer import Trainer
+from fewstep.models.cuda_graphs import EAGER
 
 ROOT = Path(__file__).resolve().parents[1]
 Cases = dict[str, Callable[[], dict[str, Any]]]
@@ -49,15 +50,18 @@ def waits(device: str, tiny: bool) -> Cases:
     }
     if tiny:
         return {"tdm": objectives["tdm"], "flux, adapters": pipelines["flux, adapters"]}
-    return objectives | pipelines
+    graphed = {"tdm, CUDA graphs": partial(objective_waits, "tdm", {}, torch.device(device), cuda_graphs=True)}
+    return objectives | pipelines | (graphed if device == "cuda" else {})
 
 
-def objective_waits(objective: str, changes: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def objective_waits(
+    objective: str, changes: dict[str, Any], device: torch.device, **settings_of_run: Any
+) -> dict[str, Any]:
     from tiny_runs import settings
 
     with tempfile.TemporaryDirectory() as folder:
         raw = settings(objective, Path(folder), device.type, "float32", **changes)
-        return count_waits(raw | {"accumulate": 2}, device)
+        return count_waits(raw | {"accumulate": 2} | settings_of_run, device)
 
 
 def pipeline_waits(name: str, adapters: bool, device: torch.device) -> dict[str, Any]:
@@ -86,7 +90,8 @@ def count_waits(raw: dict[str, Any], device: torch.device) -> dict[str, Any]:
             where = {f"{kind}: {line}": count for (kind, line), count in pretend.waits.items()}
     else:
         trainer = Trainer(config, build_inputs(config, device), device)
-        trainer.one_step()
+        for _ in range(1 + EAGER):  # the next one records, with waits
+            trainer.one_step()
         with synchronisations() as where:
             for _ in range(STEADY):
                 trainer.one_step()

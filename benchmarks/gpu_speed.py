@@ -62,13 +62,12 @@ def _is_installed(package: str) -> bool:
 # --- a step against its evaluations -----------------------------------------------------------------------------------
 
 
-def step(device: str, tiny: bool, compiled: bool = False) -> Cases:
+def step(device: str, tiny: bool, *changes: str) -> Cases:
     """``fewstep bench step`` of the two demos in both precisions."""
     rounds, small = (2, ["batch=2"]) if tiny else (10, [])
     return {
         f"{demo}, {precision}": partial(
-            step_cost, demo, [f"precision={precision}", f"device={device}", f"compile={str(compiled).lower()}", *small],
-            rounds,
+            step_cost, demo, [f"precision={precision}", f"device={device}", *changes, *small], rounds
         )
         for demo in ("fashion", "emoji") for precision in ("bfloat16", "float32")
     }  # fmt: skip
@@ -76,8 +75,13 @@ def step(device: str, tiny: bool, compiled: bool = False) -> Cases:
 
 def compiled(device: str, tiny: bool) -> Cases:
     """The same with compiled blocks."""
-    cases = step(device, tiny, compiled=True)
+    cases = step(device, tiny, "compile=true")
     return dict(list(cases.items())[:1]) if tiny else cases
+
+
+def graphed(device: str, tiny: bool) -> Cases:
+    """The same with CUDA graphs, against evaluations without them; none without a GPU."""
+    return step(device, tiny, "cuda_graphs=true") if device == "cuda" else {}
 
 
 def step_cost(demo: str, overrides: list[str], rounds: int) -> dict[str, Any]:

@@ -208,6 +208,8 @@ class Config(BaseConfig):
     (with adapters also ``int8`` or ``nf4`` for linear layers); trained weights are float32, and all networks compute in
     ``precision``; ``gradient_checkpointing`` saves memory.
     ``compile`` saves time: blocks of networks are compiled on their first evaluations, which takes minutes.
+    ``cuda_graphs`` saves the time of starting kernels one by one, which small networks on a GPU wait for, and takes
+    memory.
     ``offload`` keeps frozen copies in host memory between their evaluations. ``shard`` splits every copied network, and
     the network that adapters share, over the processes.
 
@@ -227,6 +229,7 @@ class Config(BaseConfig):
     attention: Backend = "sdpa"
     gradient_checkpointing: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
     offload: bool = False
     shard: bool = False
     model: ModelConfig | None = None
@@ -300,6 +303,12 @@ class Config(BaseConfig):
             raise ValueError("with shard and adapters, no role can have full_finetune: the shared network is split")
         if self.offload and self.adapters is not None:
             raise ValueError("offload is for copies: with adapters every evaluation needs the one shared network")
+        plain = self.weights in ("float32", "bfloat16")
+        if self.cuda_graphs and (self.offload or self.shard or self.gradient_checkpointing or not plain):
+            raise ValueError(
+                "cuda_graphs keeps memory to save time: leave out offload, shard, gradient_checkpointing and weights: "
+                "int8 or nf4, or cuda_graphs"
+            )
         return self
 
     @model_validator(mode="after")

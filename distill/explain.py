@@ -133,7 +133,7 @@ def stand_in_trainer(config: Config) -> Trainer:
     model_config = ModelConfig(backbone={"name": "stand-in"}, shape=SHAPE, classes=2)
     others = {name: Model(denoiser=Denoiser(StandIn(), schedule), config=model_config) for name in config.networks}
     inputs = TrainingInputs({origin: Role(denoiser)}, {"data": StandInData(tensors)}, model_config, networks=others)
-    plain = {"batch": BATCH, "adapters": None, "offload": False, "precision": "float32"}
+    plain = {"batch": BATCH, "adapters": None, "offload": False, "cuda_graphs": False, "precision": "float32"}
     return Trainer(config.model_copy(update=plain), inputs, torch.device("cpu"))
 
 

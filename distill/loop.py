@@ -201,7 +201,8 @@ class Loop:
         """The layer and sample of the first number that is not finite, found by repeating the update."""
         evaluations = self.roles.evaluations
         repeat = partial(self._gradients, update, step, {shard: {} for shard in self._shards})
-        found = self.world.gather(locate(self.roles, repeat, self.batch))
+        with self.roles.without_recordings():
+            found = self.world.gather(locate(self.roles, repeat, self.batch))
         self.roles.evaluations = evaluations
         return next((text for text in found if text is not None), None)
 

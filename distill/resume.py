@@ -12,7 +12,7 @@ from fewstep.core.files import read_json_lines
 from fewstep.distill.config import DataConfig, PreviewConfig
 
 MAY_CHANGE = (
-    "device", "attention", "gradient_checkpointing", "compile", "offload", "max_hours", "log_every",
+    "device", "attention", "gradient_checkpointing", "compile", "cuda_graphs", "offload", "max_hours", "log_every",
     "trackers.*", "checkpoint.*", "validation.*", "health.*", "previews.*", "stages.*.steps", "stages.*.clip",
     "stages.*.roles.*.lr", "stages.*.roles.*.warmup", "stages.*.roles.*.lr_schedule",
     "stages.*.roles.*.weight_decay", "stages.*.roles.*.betas.*",

@@ -16,6 +16,7 @@ from fewstep.distill import sharding
 from fewstep.models.adapters import AdapterView
 from fewstep.models.backbone import Past
 from fewstep.models.condition import Condition
+from fewstep.models.cuda_graphs import GraphedDenoiser
 from fewstep.models.denoiser import Denoiser, Routed
 from fewstep.models.guidance import UNGUIDED, Guidance, Guided, guide
 from fewstep.models.offload import OffloadedModule
@@ -139,6 +140,7 @@ class Roles(Mapping[str, Role]):
     def __init__(self, roles: Mapping[str, Role], precision: torch.dtype = torch.float32) -> None:
         self._roles = dict(roles)
         self._offloaded: dict[str, OffloadedModule] = {}
+        self._graphed: dict[str, GraphedDenoiser] = {}
         self._updating: frozenset[str] = frozenset()
         self._precision = precision
         self.evaluations = 0
@@ -199,6 +201,21 @@ class Roles(Mapping[str, Role]):
         """From now on keeps the networks of these frozen roles in host memory and fetches them for each evaluation."""
         self._offloaded = {name: OffloadedModule(self[name].module, device) for name in names}
 
+    def record_evaluations(self) -> None:
+        """From now on ``predict`` replays recorded evaluations, on a GPU (``models.cuda_graphs``)."""
+        denoisers = {name: role.module for name, role in self.items() if isinstance(role.module, Denoiser)}
+        pool = torch.cuda.graph_pool_handle()
+        self._graphed = {name: GraphedDenoiser(denoiser, pool) for name, denoiser in denoisers.items()}
+
+    @contextmanager
+    def without_recordings(self) -> Iterator[None]:
+        """Inside this context the layers of networks run one by one, for hooks that look at them."""
+        recorded, self._graphed = self._graphed, {}
+        try:
+            yield
+        finally:
+            self._graphed = recorded
+
     def fetch(self) -> None:
         """Moves all networks to the device."""
         for network in self._offloaded.values():
@@ -230,6 +247,7 @@ class Roles(Mapping[str, Role]):
         """
         graph = nullcontext() if input_grad or role in self._updating else torch.no_grad()
         with graph, self._autocast(x_t.device), self.resident(role) as denoiser:
+            denoiser = self._graphed.get(role, denoiser)
             guided = guide(denoiser, x_t, t, condition, guidance, null_graph=input_grad != "cond")
         self.evaluations += len(x_t) * (1 if guided.null is None else 2)
         return guided

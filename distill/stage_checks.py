@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import torch
+
 from fewstep.core.errors import UserError, nearest
 from fewstep.distill.config import Config, StageConfig
 from fewstep.distill.data.batch import Batch
@@ -39,6 +41,12 @@ def require_needs(config: Config, number: int, roles: Mapping[str, Role], batch:
             "fewstep data ode-pairs creates one). For a text-conditioned teacher, data.kind=prompts with images or "
             "preference pairs (fewstep data encode, fewstep data preferences)."
         )
+
+
+def require_gpu(config: Config, device: torch.device) -> None:
+    """CUDA graphs are recorded on a GPU."""
+    if config.cuda_graphs and device.type != "cuda":
+        raise UserError(f"cuda_graphs: true needs a GPU, and this run is on {device.type}. Leave it out.")
 
 
 def require_comparable(config: Config, number: int, roles: Mapping[str, Role]) -> None:

@@ -69,6 +69,7 @@ class Trainer:
         networks = {name: Role(model.denoiser) for name, model in self.inputs.networks.items()}
         for name, role in {**self.inputs.roles, **networks}.items():
             require_finite(name, role)
+        checks.require_gpu(self.config, self.device)
         health = self.config.health
         rows = self.inputs.sources["data"](KeyedRandom(0, 0, "health", 0), health.conditions).condition
         self._probe = Probe(rows.to(self.device), health, self.inputs.model_config, self.config.batch)
@@ -120,6 +121,8 @@ class Trainer:
         if self.config.offload:
             frozen = roles.keys() - stage.roles.keys() - dict(self.objective.experts).keys()
             self.roles.offload(frozen, self.device)
+        if self.config.cuda_graphs:
+            self.roles.record_evaluations()
         checks.require_trained(stage, number, self.objective)
         checks.require_one_generator(self.objective, self.roles)
         self.few_step = self.objective.few_step or (self.few_step if number else self._config_of("student").few_step)

@@ -119,13 +119,17 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Prediction:
         times = batch_times(t, x_t)
+        raw, features = self.evaluate(x_t, times, condition)
+        return Prediction(raw, self.kind, x_t, Coefficients.at(self.schedule, expand_like(times, x_t)), features)
+
+    def evaluate(self, x_t: Tensor, times: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
+        """The backbone's output, in at least float32, and the outputs of the feature layers."""
         features: dict[str, Tensor] = {}
         token = _features.set(features)
         try:
-            raw = self.raw(x_t, times, condition)
+            return self.raw(x_t, times, condition), features
         finally:
             _features.reset(token)
-        return Prediction(raw, self.kind, x_t, Coefficients.at(self.schedule, expand_like(times, x_t)), features)
 
     def raw(self, x_t: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The backbone's output alone, in at least float32: for samplers, which compute the coefficients themselves."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.transfer import send
 from fewstep.models.condition import Condition
 from fewstep.models.hub.family import discrete_timestep
 from fewstep.models.hub.sd import StableDiffusion
@@ -43,4 +42,4 @@ class StableDiffusionXL(StableDiffusion):
     def time_ids(self, x_t: Tensor) -> Tensor:
         """Original size, crop and target size [B, 6] of an uncropped image of the latents' size."""
         size = [self.factor * n for n in x_t.shape[-2:]]
-        return send(torch.tensor([[*size, 0, 0, *size]], dtype=x_t.dtype), x_t.device).expand(len(x_t), -1)
+        return torch.stack([x_t.new_full((len(x_t),), n) for n in (*size, 0, 0, *size)], 1)  # nothing is sent
