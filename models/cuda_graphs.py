@@ -11,11 +11,13 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from fewstep.core.errors import UserError
 from fewstep.core.transfer import send
@@ -23,18 +25,33 @@ from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, Routed
 
-EAGER = 2  # evaluations before the recording: libraries choose their kernels, and rare shapes are never recorded
+EAGER = 2  # evaluations before the recording, so that rare shapes are not recorded
 MOST = 16  # recordings of one network, which keep their memory
 
 Result = TypeVar("Result")
-Evaluate = Callable[[Tensor, Tensor, Condition], tuple[Tensor, dict[str, Tensor]]]
+
+
+@cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def warm_up(work: Callable[[], object]) -> None:
+    """Runs ``work`` where recordings are made: libraries load kernels and take memory for a stream when they first use
+    it, which cannot be recorded."""
+    stream = _stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def record(work: Callable[[], Result], pool: Any = None) -> tuple[Callable[[], None], Result]:
     """Records the kernels of ``work``; returns a function that runs them again, and the result of ``work``, whose
     tensors they fill. Recordings with one ``pool`` share their memory."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=_stream(), capture_error_mode="thread_local"):
         result = work()
     return graph.replay, result
 
@@ -49,9 +66,7 @@ class GraphedDenoiser(Denoiser):
     def __init__(self, denoiser: Denoiser, pool: Any = None) -> None:
         super().__init__(denoiser.backbone, denoiser.schedule, denoiser.kind, style=denoiser.style)
         self.precision = denoiser.precision
-        network = denoiser.backbone
-        network = network.shared_network if isinstance(network, AdapterView) else network
-        if any(isinstance(module, Routed) for module in network.modules()):
+        if any(isinstance(module, Routed) for module in _Evaluation(self).modules()):
             raise UserError(
                 "cuda_graphs: true is not for a network of several experts by noise level; set it to false."
             )
@@ -69,11 +84,25 @@ class GraphedDenoiser(Denoiser):
         self._seen[key] += 1
         if key not in self._recordings and self._seen[key] > EAGER and len(self._recordings) < MOST:
             pool = None if through or trained else self._pool
-            self._recordings[key] = Recording(super().evaluate, x_t, times, condition, through, trained, pool)
+            self._recordings[key] = Recording(_Evaluation(self), x_t, times, condition, through, trained, pool)
         recording = self._recordings.get(key)
         if recording is None or recording.awaits_backward:
-            return super().evaluate(x_t, times, condition)
+            return self.evaluate_anew(x_t, times, condition)
         return recording(x_t, times, condition)
+
+    def evaluate_anew(self, x_t: Tensor, times: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
+        """An evaluation that is not replayed."""
+        return super().evaluate(x_t, times, condition)
+
+
+class _Evaluation(nn.Module):
+    """The evaluation of a denoiser as a module that contains all of its weights, also those that adapters share."""
+
+    def __init__(self, denoiser: GraphedDenoiser) -> None:
+        super().__init__()
+        backbone = denoiser.backbone
+        self.network = backbone.shared_network if isinstance(backbone, AdapterView) else backbone
+        self.forward = denoiser.evaluate_anew
 
 
 class Recording:
@@ -81,28 +110,33 @@ class Recording:
     it has a graph to one of them (``through``: to the input)."""
 
     def __init__(
-        self, evaluate: Evaluate, x_t: Tensor, times: Tensor, condition: Condition, through: bool,
+        self, evaluation: _Evaluation, x_t: Tensor, times: Tensor, condition: Condition, through: bool,
         trained: Sequence[nn.Parameter], pool: Any,
     ) -> None:  # fmt: skip
         device = x_t.device
-        self._evaluate = evaluate
+        self._evaluation = evaluation
         self._x = x_t.detach().clone().requires_grad_(through)
         self._times = send(times, device).clone()  # on the device the network computes with them by its own kernels
         self._condition = Condition({name: x.detach().clone() for name, x in condition.items()}, condition.nulls)
+        # A graph that exists may hold the nodes of the weights on another stream: here are others, of the same memory.
+        twins = {id(weight): weight.detach().requires_grad_() for weight in trained}
+        self._weights = {
+            name: twins[id(weight)] for name, weight in evaluation.named_parameters() if id(weight) in twins
+        }
         self._trained = list(trained)
-        self._ends = [*([self._x] if through else []), *trained]
+        self._ends = [*([self._x] if through else []), *twins.values()]
         self._names: list[str] = []
         self._live: tuple[Tensor, ...] = ()  # the outputs with their graph
+        self._slopes: list[Tensor] = []
         self._waiting: weakref.ref[Any] | None = None
-        torch.clear_autocast_cache()  # what is recorded must cast the weights that it finds
         try:
+            warm_up(self._both)
             self._replay, self._outputs = record(self._forward, pool)
             if self._ends:
-                self._slopes = [torch.zeros_like(output) for output in self._outputs]
                 self._replay_backward, self._gradients = record(self._backward)
         except RuntimeError as error:
             raise UserError(
-                f"The evaluation of a {type(evaluate.__self__.backbone).__name__} cannot be recorded as a CUDA graph: "  # type: ignore[attr-defined]
+                f"The evaluation of a {type(evaluation.network).__name__} cannot be recorded as a CUDA graph: "
                 f"{next(iter(str(error).splitlines()), type(error).__name__)}. Set cuda_graphs: false."
             ) from error
         finally:
@@ -123,8 +157,16 @@ class Recording:
 
     # --- what is recorded ---------------------------------------------------------------------------------------------
 
+    def _both(self) -> None:
+        self._forward()
+        self._slopes = self._slopes or [torch.zeros_like(output) for output in self._live]
+        if self._ends:
+            self._backward()
+
     def _forward(self) -> tuple[Tensor, ...]:
-        raw, features = self._evaluate(self._x, self._times, self._condition)
+        torch.clear_autocast_cache()  # what is recorded must cast the weights that it finds
+        given = (self._x, self._times, self._condition)
+        raw, features = functional_call(self._evaluation, self._weights, given)
         self._names, self._live = list(features), (raw, *features.values())
         return tuple(output.detach() for output in self._live)
 
