@@ -8,6 +8,7 @@ place.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ def warm_up(work: Callable[[], object]) -> None:
 def record(work: Callable[[], Result], pool: Any = None) -> tuple[Callable[[], None], Result]:
     """Records the kernels of ``work``; returns a function that runs them again, and the result of ``work``, whose
     tensors they fill. Recordings with one ``pool`` share their memory."""
+    gc.collect()  # a recording that is freed while another is made ends that one
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=_stream(), capture_error_mode="thread_local"):
         result = work()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -187,6 +188,21 @@ def test_two_evaluations_before_a_backward_pass_do_not_mix(device: str, recorded
     graphed(*given(0, device))  # given up: its graph is freed
     graphed(*given(1, device))
     assert len(recorded) == before + 2
+
+
+@pytest.mark.gpu
+def test_an_earlier_recording_that_is_garbage_does_no_harm(recorded: list[bool]) -> None:
+    threshold = gc.get_threshold()
+    try:
+        for _ in range(3):
+            graphed = pair("cuda")[1]
+            for seed in range(2 * EAGER):
+                gc.set_threshold(1 if seed == EAGER else 0)  # when it records, at every allocation
+                gradients(graphed, given(seed, "cuda"), USES["both"])
+            graphed.itself = [graphed]  # a cycle
+    finally:
+        gc.set_threshold(*threshold)
+    assert recorded
 
 
 def test_rare_shapes_are_not_recorded_nor_are_too_many(recorded: list[bool]) -> None:
