@@ -18,6 +18,7 @@ from fewstep.distill.nonfinite import locate
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Roles
 from fewstep.distill.update import MicroBatch, Objective, StudentSample, Update
+from fewstep.models.attention import without_cudnn
 
 MAX_LOST = 20  # updates of one kind lost in a row, after which training stops
 READ_EVERY = 100  # steps: by then the host reads what the device skipped, however rarely a run logs
@@ -87,9 +88,10 @@ class Loop:
         metrics: dict[str, Tensor] = {}
         shared: dict[int, dict[str, StudentSample]] = {shard: {} for shard in self._shards}
         self.lost = []
-        for update in self.objective.updates:
-            if update.due(step):
-                metrics.update(self.update(update, step, shared))
+        with without_cudnn(self.device):
+            for update in self.objective.updates:
+                if update.due(step):
+                    metrics.update(self.update(update, step, shared))
         if (step + 1) % self.read_every == 0:
             self._read_skipped()
         return metrics

@@ -1,13 +1,14 @@
 """Attention backends: one function for fewstep's own networks, and the same choice for diffusers' dispatcher.
 
-``sdpa`` lets torch choose the kernel by device and shape; the next four force flash, cuDNN, memory-efficient or plain
-attention. ``xformers`` needs an extra, ``flex`` is fast where the network is compiled (``compile: true``) only.
+``sdpa`` lets torch choose the kernel by device and shape, in training not cuDNN's (``without_cudnn``); the next four
+force flash, cuDNN, memory-efficient or plain attention. ``xformers`` needs an extra, ``flex`` is fast where the network
+is compiled (``compile: true``) only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Literal, get_args
 
@@ -57,6 +58,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "sdpa", *, con
     own_choice = backend == "sdpa" or (backend == "flash" and mask is not None)
     with nullcontext() if own_choice else sdpa_kernel(KERNELS[backend]):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=triangle)
+
+
+def without_cudnn(device: torch.device) -> AbstractContextManager[None]:
+    """Inside this context torch does not choose cuDNN's kernel by itself, also where a backward pass recomputes. On an
+    H100 torch 2.11 prefers it, and its gradients are not to be trusted: training adapters of FLUX.1 failed in its
+    backward pass, and with a mask some are NaN (https://github.com/pytorch/pytorch/issues/196678)."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _seen(n: int, m: int, context: int, device: torch.device) -> Tensor:

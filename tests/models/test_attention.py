@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from tiny_runs import settings
 from torch import nn
 
 from fewstep.core.errors import UserError
 from fewstep.distill.build import build_inputs
-from fewstep.distill.config_files import load_config
-from fewstep.models.attention import AttentionLayer, Backend, attention, runs, set_attention
+from fewstep.distill.config_files import load_config, parse_config
+from fewstep.distill.trainer import Trainer
+from fewstep.models.attention import AttentionLayer, Backend, attention, runs, set_attention, without_cudnn
 from fewstep.models.loading import load_model
 
 CPU = torch.device("cpu")
@@ -85,3 +89,23 @@ def test_backends_agree_in_bfloat16_on_a_gpu(backend: Backend) -> None:
         expected = attention(end.float(), k.float(), v.float(), "math", context=context)
         out = attention(end, k, v, backend, context=context).float()
         torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_training_leaves_cudnn_out_of_torchs_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In forward and backward passes, which may compute a forward pass again."""
+    allowed: list[tuple[str, bool]] = []
+
+    def note(when: str, *_: object) -> None:
+        allowed.append((when, torch.backends.cuda.cudnn_sdp_enabled()))
+
+    with without_cudnn(CPU):
+        note("on a CPU")
+    monkeypatch.setattr("fewstep.distill.loop.without_cudnn", lambda _: without_cudnn(torch.device("cuda")))
+    config = parse_config(settings("tdm", tmp_path, "cpu", "float32"), "test")
+    trainer = Trainer(config, build_inputs(config, CPU), CPU)
+    layer = next(iter(trainer.roles["fake"].module.parameters()))
+    trainer.roles.denoiser("fake").backbone.register_forward_hook(partial(note, "forward"))
+    layer.register_hook(partial(note, "backward"))
+    trainer.one_step()
+    note("after")
+    assert set(allowed) == {("on a CPU", True), ("forward", False), ("backward", False), ("after", True)}
