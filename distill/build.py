@@ -16,6 +16,7 @@ from fewstep.core.keyed_random import KeyedRandom
 from fewstep.core.registry import dotted_name
 from fewstep.core.tables import read_texts
 from fewstep.distill import sharding
+from fewstep.distill import stage_checks as checks
 from fewstep.distill.config import DATA_KINDS, Config, DataConfig
 from fewstep.distill.data.batch import SOURCES, Source
 from fewstep.distill.data.emoji import CAPTIONS, Emoji
@@ -77,6 +78,7 @@ def build_inputs(
     the data. ``teacher`` and ``data`` replace those of the config. ``resumed``: the weights of roles come from a
     checkpoint, so that ``model_weights`` is not read. Raises ``UserError`` if an input is missing or damaged, or if
     they do not fit together."""
+    checks.require_gpu(config, device)
     features = tuple(dict.fromkeys(path for stage in config.stages for path in stage.objective.teacher_features))
     if data is None and config.data.kind not in DATA_KINDS:
         data = _custom_source(config.data)

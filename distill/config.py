@@ -303,12 +303,11 @@ class Config(BaseConfig):
             raise ValueError("with shard and adapters, no role can have full_finetune: the shared network is split")
         if self.offload and self.adapters is not None:
             raise ValueError("offload is for copies: with adapters every evaluation needs the one shared network")
-        plain = self.weights in ("float32", "bfloat16")
-        if self.cuda_graphs and (self.offload or self.shard or self.gradient_checkpointing or not plain):
-            raise ValueError(
-                "cuda_graphs keeps memory to save time: leave out offload, shard, gradient_checkpointing and weights: "
-                "int8 or nf4, or cuda_graphs"
-            )
+        saving = {"offload": self.offload, "shard": self.shard, "gradient_checkpointing": self.gradient_checkpointing}
+        saving[f"weights: {self.weights}"] = self.weights in ("int8", "nf4")
+        if self.cuda_graphs and any(saving.values()):
+            others = " and ".join(name for name, on in saving.items() if on)
+            raise ValueError(f"cuda_graphs takes memory to save time, and {others} the reverse: leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -36,9 +36,12 @@ class Fit:
 def changes(config: Config, devices: int = 1) -> Iterator[Change]:
     """What saves memory, in the order in which it is tried; each is added to those before.
 
-    A smaller micro-batch, gradient checkpointing and split networks compute the same, more slowly. Adapters come last,
-    because they are another way to train: their learning rates are higher.
+    Recorded evaluations are not planned, and exclude what saves memory. A smaller micro-batch, gradient checkpointing
+    and split networks compute the same, more slowly. Adapters come last, because they are another way to train: their
+    learning rates are higher.
     """
+    if config.cuda_graphs:
+        yield {"cuda_graphs": False}
     for batch in (config.batch // n for n in (2, 4, 8, 16, 32, 64, 128, 256) if config.batch % n == 0):
         yield {"batch": batch, "accumulate": config.accumulate * config.batch // batch}
     pipeline = config.model is None

@@ -339,8 +339,10 @@ def replay_step(folder: Path, step: int, device: torch.device) -> tuple[dict[str
         raise UserError(f"Step {step} was not logged; near it were {', '.join(map(str, near)) or 'none'}.")
     before = max((other for other in logged if other < step), default=0)
     first = max((step_of(path) for path in checkpoints(folder / "checkpoints", before)), default=0)
-    settings = settings_at(folder, run_config(folder).model_dump(mode="json"), first, step)
-    config = parse_config(dict(settings), str(folder / "config.yaml"))
+    settings = dict(settings_at(folder, run_config(folder).model_dump(mode="json"), first, step))
+    if device.type != "cuda":
+        settings["cuda_graphs"] = False
+    config = parse_config(settings, str(folder / "config.yaml"))
     trainer = RunFolder.reopen(folder, device, before=before, config=config).trainer
     trainer.advance(before)
     computed = {name: value for name, value in trainer.advance(step).items() if name in logged[step]}

@@ -69,7 +69,6 @@ class Trainer:
         networks = {name: Role(model.denoiser) for name, model in self.inputs.networks.items()}
         for name, role in {**self.inputs.roles, **networks}.items():
             require_finite(name, role)
-        checks.require_gpu(self.config, self.device)
         health = self.config.health
         rows = self.inputs.sources["data"](KeyedRandom(0, 0, "health", 0), health.conditions).condition
         self._probe = Probe(rows.to(self.device), health, self.inputs.model_config, self.config.batch)

@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tes
 
 import pytest
 import torch
+from computed_again import count_replays
 from hypothesis import settings
 
 from fewstep.core.torchvision_compat import prepare_torchvision
@@ -23,3 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry for each replay of a recorded evaluation, which a GPU does, or what stands in for it."""
+    return count_replays(monkeypatch)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.transfer import like
 from fewstep.models.condition import Condition
 from fewstep.models.hub.family import Family, discrete_timestep, layers_at_depths
 
@@ -27,9 +26,8 @@ class PixArt(Family):
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.network.get("use_additional_conditions") or self.network["sample_size"] == 128:
             height, width = (self.factor * n for n in x_t.shape[-2:])
-            resolution, ratio = like(x_t, torch.tensor([[height, width]]), torch.tensor([[height / width]]))
-            added["resolution"] = resolution.expand(len(x_t), -1)
-            added["aspect_ratio"] = ratio.expand(len(x_t), -1)
+            columns = [x_t.new_full((len(x_t), 1), n) for n in (height, width, height / width)]  # nothing is sent
+            added["resolution"], added["aspect_ratio"] = torch.cat(columns[:2], 1), columns[2]
         out: Tensor = network(
             x_t, encoder_hidden_states=condition["prompt"], timestep=discrete_timestep(t, x_t), added_cond_kwargs=added,
             encoder_attention_mask=condition["mask"], return_dict=False,

@@ -290,6 +290,10 @@ def test_a_run_that_fits_needs_no_change_and_nothing_helps_a_tiny_device() -> No
     assert first_fit(config(batch=2), 0.001, 1, Costs()).overrides is None
 
 
+def test_cuda_graphs_are_left_out_first() -> None:
+    assert next(changes(config(batch=2, cuda_graphs=True))) == {"cuda_graphs": False}
+
+
 def test_the_first_change_that_suffices_is_found() -> None:
     """The micro-batch is halved as often as needed, with as many samples per update as before."""
     costs, plain = Costs(), config(batch=8)

@@ -173,7 +173,8 @@ def replay(
         print_table([("quantity", "recorded", "recomputed"), *rows])
     if recorded != computed:
         raise UserError(
-            f"Step {step} did not replay bit for bit: other versions, another machine or another number of threads?"
+            f"Step {step} did not replay bit for bit: other versions, another machine or device, another number of "
+            "threads, or CUDA graphs?"
         )
     if file is None:
         print_text(f"Step {step} replayed bit for bit ({len(computed)} numbers).")

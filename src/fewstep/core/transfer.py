@@ -16,7 +16,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor
     if tensor.device.type != "cpu":
         return tensor.to(device)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    if device.type != "cuda":
+        return tensor.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():  # a replay would copy what is at this place of the host's memory then
+        raise RuntimeError("a value of the host is sent to the GPU while a CUDA graph is recorded")
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def like(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
