@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,9 +47,13 @@ def find_config(path: str | Path) -> Path:
     packaged = (CONFIGS / inside).with_suffix(".yaml")
     if packaged.is_file():
         return packaged
-    known = sorted(str(file) for file in given.parent.glob("*.y*ml"))
-    known += sorted("configs/" + str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml"))
-    raise UserError(f"No config file {str(path)!r}{nearest(str(path), known)}.")
+    if (given / "config.yaml").is_file():
+        raise UserError(
+            f"{path} is a run, not a config. Continue it with fewstep train --resume {shlex.quote(str(path))}."
+        )
+    known = {str(file) for file in given.parent.glob("*.y*ml")}
+    known |= {"configs/" + str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml")}
+    raise UserError(f"No config file {str(path)!r}{nearest(str(path), sorted(known))}.")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

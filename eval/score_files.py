@@ -70,7 +70,7 @@ class Score(BaseModel):
         found = list((self.manifest or {}).get("notes", []))
         if self.bias is not None:
             found.append(
-                f"{self.metric}: {self.n:,} random real images would score about {self.bias:.3f}, and not 0, because "
+                f"{self.metric}: {self.n:,} random real samples would score about {self.bias:.3f}, and not 0, because "
                 "they are few."
             )
         if self.error is not None:

@@ -41,7 +41,7 @@ def explanations(results: Sequence[Result]) -> list[str]:
     found = [f"Error of {column}: {what}." for column, what in errors.items()]
     if any(result.bias is not None for result in results):
         found.append(
-            "Real images ≈: the score of equally many random real images, not 0 because they are so few; smaller "
+            "Real samples ≈: the score of equally many random real samples, not 0 because they are so few; smaller "
             "differences mean little."
         )
     return found
@@ -67,7 +67,7 @@ def table(results: Sequence[Result]) -> list[tuple[str, list[list[Cell]]]]:
             decimals = len(text.partition(".")[2])
             spread = "" if result.spread is None else f" ± {result.spread:.{decimals}f}"
             notes: tuple[str, ...] = () if result.error is None else (f"error ± {result.error:.{decimals}f}",)
-            notes += () if result.bias is None else (f"real images ≈ {number(result.bias)}",)
+            notes += () if result.bias is None else (f"real samples ≈ {number(result.bias)}",)
             cells.append(Cell(text + spread, result.value == best.get((column, result.n)), notes))
         seeds, seconds = ", ".join(map(str, first.seeds)), max(result.seconds for result in group)
         return [*cells, Cell(f"{first.n:,}"), Cell(seeds), Cell(f"{seconds:.1f}")]
@@ -110,5 +110,5 @@ def verdict(results: Sequence[Result]) -> list[str]:
 
 def _describe(result: Result) -> str:
     sampling = f"{result.sampler}, {result.nfe} NFE, guidance {result.guidance:g}, {result.n:,} samples"
-    bias = "" if result.bias is None else f"; as many random real images score about {number(result.bias)}"
+    bias = "" if result.bias is None else f"; as many random real samples score about {number(result.bias)}"
     return f"{number(result.value)} ({sampling}{bias})"

@@ -70,6 +70,7 @@ def encode_prompts(
                 f"{out} contains other prompts or samples, or those of another encoder ({', '.join(differing)} in "
                 "index.json would differ); choose another folder."
             )
+    _ = folder.network_class  # needs the extra, before anything is written
     check_writable(out / "index.json")
     pipeline = folder.pipeline().to(device)  # before the index, which a damaged encoder would bind to itself
     write_text(index.model_dump_json(indent=1) + "\n", out / "index.json")

@@ -52,6 +52,11 @@ def steps_of(printed: list[str]) -> list[int]:
     return [int(line.split("/")[0].removeprefix("step ")) for line in printed]
 
 
+def test_what_is_done_before_the_first_step_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    Run(10, 1.0).progress.before_training("the health check and validation are tried")
+    assert lines(capsys) == ["Before the first step: the health check and validation are tried."]
+
+
 def test_lines_come_by_time_whatever_the_speed(capsys: pytest.CaptureFixture[str]) -> None:
     """The first after a few seconds, then one about every 30 seconds."""
     for seconds in (0.01, 0.5, 7.0, 100.0):

@@ -14,7 +14,9 @@ from worlds import write_idx
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 12 steps, trained by the command."""
     folder = tmp_path_factory.mktemp("cli")
-    assert "Trained 12 steps" in succeeds("train", write_config(folder))
+    printed = succeeds("train", write_config(folder))
+    assert "Trained 12 steps" in printed
+    assert ("the best in validation" in printed) == (folder / "run" / "best").exists()
     return folder / "run"
 
 

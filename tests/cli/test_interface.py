@@ -22,10 +22,11 @@ from fewstep.cli import main as cli_main
 from fewstep.cli.main import RENAMED, app
 from fewstep.cli.options import TaskProgress, counting, parse_seeds, print_table, print_text
 from fewstep.core.errors import UserError
-from fewstep.core.paths import is_hub_id
+from fewstep.core.paths import is_hub_id, nearest_folder
 from fewstep.distill.config_files import parse_config
 from fewstep.models.loading import bundled_models
 
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "matplotlib", "PIL", "yaml")
 
 
@@ -215,6 +216,23 @@ def test_the_command_that_resumes_a_run_can_be_pasted_into_a_shell(
     message = refused(capsys, "sample", run)
     words = shlex.split(message.partition("Continue it with ")[2].removesuffix("."))
     assert words == ["fewstep", "train", "--resume", str(run)]
+
+
+def test_a_run_in_place_of_a_config_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    assert f"is a run, not a config. Continue it with fewstep train --resume {tmp_path}" in refused(
+        capsys, "train", tmp_path
+    )
+
+
+def test_known_configs_are_listed_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    known = refused(capsys, "train", "configs/emoji/dmo.yaml").partition("(known: ")[2].split(", ")
+    assert len(known) == len(set(known))
+
+
+def test_folders_of_the_root_are_not_listed() -> None:
+    assert nearest_folder(Path("/nonexistent")) == "; the nearest folder that exists is '/'"
 
 
 @pytest.mark.parametrize(

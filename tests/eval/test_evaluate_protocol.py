@@ -54,7 +54,7 @@ def test_images_are_scored_against_images_and_against_their_statistics(sets: tup
     expected = frechet_distance(a, b)
     protocol = write_protocol(tmp_path, reference=str(real))
     printed = succeeds("eval", generated, "--protocol", protocol, "--json", tmp_path / "a.json")
-    assert "10 random real images would score about" in " ".join(printed.split()), "the bias of few images is noted"
+    assert "10 random real samples would score about" in " ".join(printed.split()), "the bias of few images is noted"
     (score,) = read_scores(tmp_path / "a.json")
     assert score.value == pytest.approx(expected, rel=1e-6)
     assert (score.metric, score.role, score.n, score.protocol) == ("fd_efficientnet", "images", 10, "own")

@@ -53,6 +53,13 @@ class TrainingProgress(Callback):
         if self._bar is not None:
             self._bar.stop()
 
+    def before_training(self, text: str) -> None:
+        """Shows what is done before the first step, which can take minutes."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        else:
+            self._print(f"Before the first step: {text}.")
+
     # --- events -------------------------------------------------------------------------------------------------------
 
     def on_note(self, trainer: Trainer, text: str) -> None:

@@ -68,7 +68,9 @@ def run_training(config: str | None, overrides: list[str], resume: Path | None) 
         command = f"fewstep train --resume {shlex.quote(str(stop.folder))}"
         print_text(f"\nInterrupted: {stop}. Continue with: {command}", "yellow", err)
         leave(130)
-    print_text(f"The student is in {run.folder / 'student'}.")
+    best = run.trainer.best
+    chosen = f": the averaged weights of step {best['step']}, the best in validation" if best else ""
+    print_text(f"The student is in {run.folder / 'student'}{chosen}.")
     return run.folder
 
 

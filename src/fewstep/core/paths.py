@@ -29,7 +29,7 @@ def nearest_folder(path: Path) -> str:
     """A hint for a message about a path that does not exist: the folder beside it that is called most like it, or the
     nearest one above it that exists."""
     existing = next(parent for parent in (*path.parents, Path()) if parent.is_dir())
-    if existing == path.parent:
+    if existing == path.parent != existing.parent:  # names in the root folder help nobody
         return nearest(str(path), sorted(str(child) for child in existing.iterdir() if child.is_dir()))
     return f"; the nearest folder that exists is {str(existing.resolve())!r}"
 

@@ -288,9 +288,9 @@ def test_bias_and_error_stand_in_the_cell_of_their_value(full_run: Path) -> None
     scores = [score("student", "student", 4, 4.0, bias=1.25), *SCORES[1:]]
     (full_run / "eval.json").write_text(json.dumps(scores))
     page = report(full_run)
-    assert rows(page)[0][3] == "4.000<small>real images ≈ 1.250</small>"
+    assert rows(page)[0][3] == "4.000<small>real samples ≈ 1.250</small>"
     assert "because they are so few" in text(page)
-    assert "10,000 samples; as many random real images score about 1.250)" in text(page)
+    assert "10,000 samples; as many random real samples score about 1.250)" in text(page)
 
 
 def test_scores_without_a_common_number_of_samples_are_named_and_not_charted(full_run: Path) -> None:

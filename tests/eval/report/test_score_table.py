@@ -163,7 +163,7 @@ def test_error_bars_and_biases_stand_beside_their_numbers(tmp_path: Path) -> Non
         score("student", "student", 4, 0.5, metric="kid", error=0.125, error_of="standard deviation over 100 subsets"),
     )  # fmt: skip
     ((_, (row,)),) = table(found)
-    assert [cell.notes for cell in row[3:5]] == [("real images ≈ 1.250",), ("error ± 0.1250",)]
+    assert [cell.notes for cell in row[3:5]] == [("real samples ≈ 1.250",), ("error ± 0.1250",)]
     assert explanations(found)[0] == "Error of kid: standard deviation over 100 subsets."
     assert len(explanations(found)) == 2
 
