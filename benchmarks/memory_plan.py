@@ -26,6 +26,7 @@ from fewstep.core.files import write_tensors, write_text
 from fewstep.core.torchvision_compat import prepare_torchvision
 from fewstep.distill.build import build_inputs
 from fewstep.distill.config import Config
+from fewstep.distill.config_files import load_config
 from fewstep.distill.memory import plan_memory
 from fewstep.distill.processes import World
 from fewstep.distill.trainer import Trainer
@@ -105,6 +106,12 @@ def config_of(teacher: str, **changes: Any) -> Config:
     return Config.model_validate(settings)
 
 
+def causal_config() -> Config:
+    """Four steps of a new causal student of clips."""
+    changes = ("networks={causal: {backbone: {causal: true}}}", "stages.0.steps=4", "batch=2", "previews.every=0")
+    return load_config("emoji_video/self_forcing.yaml", [*changes, "device=cpu"])
+
+
 def measured_peak(config: Config) -> int:
     """The most bytes that torch's CPU allocator holds while the config's run is trained."""
     device = torch.device("cpu")
@@ -176,6 +183,7 @@ def main(file: Path) -> None:
     for batch in (16, 64):
         add("bundled U-Net", "copies", config_of("fashion", batch=batch))
     add("bundled U-Net", "adapters", config_of("fashion", batch=16, adapters=ADAPTERS))
+    add("bundled U-Net of clips", "causal rollout", causal_config())
     with tempfile.TemporaryDirectory() as temporary:
         for name, (*_, size) in PIPELINES.items():
             folder = write_pipeline(name, Path(temporary) / name)

@@ -101,12 +101,13 @@ class StandIn(Backbone):
         """Returns the one layer for every path."""
         return self.layer
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition, *, by_frame: bool = False) -> Tensor:
+        """``by_frame`` is for hooks, which otherwise see no difference."""
         out: Tensor = x_t + self.layer(x_t[:, :1])
         return out
 
     def after(self, past: Past | None, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Past]:
-        return self(x_t, t, condition), ()
+        return self(x_t, t, condition, by_frame=True), ()
 
     def with_step_counts(self, most: int) -> StandIn:
         return copy.deepcopy(self)

@@ -11,35 +11,26 @@ tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json_object
 from fewstep.distill.build import DTYPES
-from fewstep.distill.config import AdapterConfig, Config, NetworkConfig
-from fewstep.distill.explain import stand_in_trainer
-from fewstep.distill.networks import is_network_folder
+from fewstep.distill.config import Config
+from fewstep.distill.planned_stages import PlannedStage, planned_stages
 from fewstep.distill.processes import GROUP
 from fewstep.distill.roles import Role
 from fewstep.distill.sharded_memory import Shards
-from fewstep.distill.snapshots import Evaluated, Snapshot, snapshots
-from fewstep.distill.stage import roles_of_stage
-from fewstep.models.adapters import AdapterView, checkpoint_gradients, share_network
-from fewstep.models.attention import set_attention
-from fewstep.models.condition import Condition
+from fewstep.distill.snapshots import Evaluated
+from fewstep.models.adapters import AdapterView
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.live_memory import EvaluationMemory, evaluation_memory, to_fake
-from fewstep.models.loading import resolve_path
 from fewstep.models.quantized import is_quantized, quantized_bytes
-from fewstep.models.skeleton import META, Skeleton, encoded_shapes, skeleton, skeleton_of
 
 FLOAT = 4  # bytes
 
@@ -56,8 +47,8 @@ class RoleMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per device in a stage. ``resident`` are weights, moments and averages; ``peaks`` is what is needed besides,
-    by what happens: gradients, activations, temporaries, and weights fetched from host memory."""
+    """Bytes per device in a stage. ``resident`` are weights, moments, averages and CUDA graphs; ``peaks`` is what is
+    needed besides, by what happens: gradients, activations, temporaries, and weights fetched from host memory."""
 
     stage: int
     roles: Mapping[str, RoleMemory]
@@ -95,7 +86,7 @@ def plan_memory(config: Config, devices: int = 1, costs: Cost | None = None) -> 
         )
     config = config.model_copy(update={"accumulate": config.accumulate // devices})
     costs = Costs() if costs is None else costs
-    stages = list(_stages(config))  # before fake tensors, of which torch warns when a later stage copies them
+    stages = list(planned_stages(config))  # before fake tensors, of which torch warns when a later stage copies them
     plans = [_plan_stage(config, stage, devices, costs) for stage in stages]
     return max(plans, key=lambda plan: plan.total)
 
@@ -137,75 +128,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-# --- stages -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PlannedStage:
-    """A stage built on the meta device, and what happens in its steps."""
-
-    number: int
-    network: Skeleton
-    roles: dict[str, Role]
-    frozen: frozenset[str]
-    snapshots: frozenset[Snapshot]
-    updates: Mapping[str, tuple[str, ...]]
-
-
-def _stages(config: Config) -> Iterator[PlannedStage]:
-    network = _network(config)
-    before = {"teacher" if config.model is None else "model": Role(network.denoiser)}
-    others = {name: partial(_other, config, settings) for name, settings in config.networks.items()}
-    trainer = stand_in_trainer(config.model_copy(update={"accumulate": min(2, config.accumulate)}))  # more repeat it
-    rows = {name: torch.zeros(1, *shape, dtype=dtype, device=META)
-            for name, (shape, dtype) in network.condition.items() if name != "guidance"}  # fmt: skip
-    for number, stage in enumerate(config.stages):
-        if number:
-            trainer.start_stage(number)
-        with META:
-            networks = stage.objective.networks(network.denoiser, network.shape, Condition(rows))
-            configs = {name: role.model_copy(update={"optimizer": "adamw"}) for name, role in stage.roles.items()}
-            roles = roles_of_stage(before, configs, stage.freeze, networks, others)
-        frozen = roles.keys() - stage.roles.keys() - dict(trainer.objective.experts).keys()
-        updates = {update.name: update.roles for update in trainer.objective.updates}
-        yield PlannedStage(number, network, roles, frozenset(frozen), snapshots(trainer), updates)
-        before = roles
-
-
-def _network(config: Config) -> Skeleton:
-    """The teacher, or the new network, as ``build_inputs`` prepares it."""
-    if config.model is not None:
-        return skeleton_of(config.model)
-    if config.teacher is None:
-        raise UserError("The config has neither teacher (to distil) nor model (to pretrain); give one of them.")
-    network = skeleton(config.teacher, config.size, DTYPES[config.weights])
-    shapes = encoded_shapes(config.data.path if config.data.kind == "prompts" else None)
-    condition = {name: (shapes.get(name, shape), dtype) for name, (shape, dtype) in network.condition.items()}
-    denoiser = network.denoiser
-    denoiser.record_features([path for stage in config.stages for path in stage.objective.teacher_features])
-    return Skeleton(_prepared(denoiser, config, config.adapters), network.shape, condition)
-
-
-def _other(config: Config, settings: NetworkConfig) -> Denoiser:
-    """One of the networks from which roles start, as ``load_networks`` returns it."""
-    assert config.teacher is not None
-    if settings.checkpoint is None:
-        denoiser = skeleton(config.teacher, config.size, torch.float32, settings.backbone or {}).denoiser
-    elif is_network_folder(settings.checkpoint):
-        network = read_json_object(resolve_path(settings.checkpoint) / "config.json")
-        denoiser = skeleton(config.teacher, config.size, torch.float32, network).denoiser
-    else:
-        denoiser = skeleton(settings.checkpoint, config.size, torch.float32).denoiser
-    return _prepared(denoiser, config)
-
-
-def _prepared(denoiser: Denoiser, config: Config, adapters: AdapterConfig | None = None) -> Denoiser:
-    set_attention(denoiser.backbone, "math" if config.attention == "math" else "sdpa", torch.device("cpu"))
-    if adapters is not None:
-        share_network(denoiser, **dict(adapters))
-    if config.gradient_checkpointing:
-        checkpoint_gradients(denoiser.backbone)
-    return denoiser
+# --- plans ------------------------------------------------------------------------------------------------------------
 
 
 def _plan_stage(config: Config, stage: PlannedStage, devices: int, costs: Cost) -> MemoryPlan:
@@ -226,7 +149,19 @@ def _plan_stage(config: Config, stage: PlannedStage, devices: int, costs: Cost) 
     resident = sum(
         (0 if name in offloaded else role.weights) + role.moments + role.average for name, role in memory.items()
     )
+    resident += _recordings(config, stage, costs) if config.cuda_graphs else 0
     return MemoryPlan(stage.number, memory, resident, _needs(config, stage, memory, offloaded, shards, devices, costs))
+
+
+def _recordings(config: Config, stage: PlannedStage, costs: Cost) -> int:
+    """At most so many bytes are kept by CUDA graphs: a recorded evaluation with a graph has memory of its own, also for
+    its gradients, and the others share theirs."""
+    evaluations = {snapshot.evaluation for snapshot in stage.snapshots if not snapshot.evaluation.by_frame}
+    needs = {
+        evaluation: costs(config, stage, evaluation, evaluation.graph == "none").peak for evaluation in evaluations
+    }
+    shared = max((size for evaluation, size in needs.items() if evaluation.graph == "none"), default=0)
+    return shared + sum(size for evaluation, size in needs.items() if evaluation.graph != "none")
 
 
 def _base_bytes(role: Role, weights: Literal["float32", "bfloat16", "int8", "nf4"]) -> int:
@@ -330,13 +265,13 @@ class Costs:
             type(denoiser.backbone), *((p.numel(), p.dtype) for p in denoiser.parameters()),
         )  # fmt: skip
         size = evaluation.batches * batch
-        key = (*of_network, size, evaluation.graph, with_gradients)
+        key = (*of_network, size, evaluation.graph, evaluation.by_frame, with_gradients)
         if key not in self._known:
             self._convert(stage)
             denoiser.precision = DTYPES[config.precision]
             self._known[key] = evaluation_memory(
                 denoiser, stage.network.shape, stage.network.condition, size, evaluation.graph,
-                with_gradients=with_gradients, mode=self._mode,
+                with_gradients=with_gradients, by_frame=evaluation.by_frame, mode=self._mode,
             )  # fmt: skip
         return self._known[key]
 

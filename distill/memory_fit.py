@@ -36,9 +36,9 @@ class Fit:
 def changes(config: Config, devices: int = 1) -> Iterator[Change]:
     """What saves memory, in the order in which it is tried; each is added to those before.
 
-    CUDA graphs come first: the plan does not count their memory, and they cannot be combined with what saves memory. A
-    smaller micro-batch, gradient checkpointing and split networks compute the same, more slowly. Adapters come last,
-    because they are another way to train: their learning rates are higher.
+    CUDA graphs come first: they cannot be combined with what saves memory. A smaller micro-batch, gradient
+    checkpointing and split networks compute the same, more slowly. Adapters come last, because they are another way to
+    train: their learning rates are higher.
     """
     if config.cuda_graphs:
         yield {"cuda_graphs": False}

@@ -21,15 +21,18 @@ from fewstep.models.live_memory import Graph
 
 
 class Evaluated(NamedTuple):
-    """An evaluation of a role on ``batches`` micro-batches at once (2 with guidance)."""
+    """An evaluation of a role on ``batches`` micro-batches at once (2 with guidance), or of all frames of clips, one
+    after the other."""
 
     role: str
     batches: int
     graph: Graph
+    by_frame: bool = False
 
 
 class Snapshot(NamedTuple):
-    """An evaluation in an update, with the graphs alive and the roles that hold gradients then."""
+    """An evaluation in an update, with the graphs alive and the roles that hold gradients then. What is known of
+    earlier frames counts as the graph of an evaluation by frame without one."""
 
     update: str
     evaluation: Evaluated
@@ -53,15 +56,20 @@ class _Keep(torch.autograd.Function):
 def snapshots(trainer: Trainer) -> frozenset[Snapshot]:
     """The different evaluations in some cycles of the current stage of a trainer with stand-in networks."""
     roles, found, alive = trainer.roles, set[Snapshot](), list[tuple[Evaluated, weakref.ref[Tensor]]]()
+    pasts = set[Evaluated]()  # of earlier frames: a sample keeps them until its update is over
     current = ""
 
-    def hook(role: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(
+        role: str, module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any], output: Tensor
+    ) -> Tensor:
         graph: Graph = "none" if not output.requires_grad else "parameters" if roles.is_updating(role) else "input"
-        evaluation = Evaluated(role, math.ceil(len(inputs[0]) / BATCH), graph)
-        others = tuple(sorted(other for other, marker in alive if marker() is not None))
+        evaluation = Evaluated(role, math.ceil(len(inputs[0]) / BATCH), graph, bool(options))
+        others = [other for other, marker in alive if marker() is not None]
+        others += [] if evaluation.by_frame else pasts
         held = frozenset(name for name, other in roles.items() if any(p.grad is not None for p in other.parameters))
-        found.add(Snapshot(current, evaluation, others, held))
+        found.add(Snapshot(current, evaluation, tuple(sorted(others)), held))
         if graph == "none":
+            pasts.update([evaluation] if evaluation.by_frame else [])
             return output
         marker = torch.empty(())
         alive.append((evaluation, weakref.ref(marker)))
@@ -69,7 +77,10 @@ def snapshots(trainer: Trainer) -> frozenset[Snapshot]:
         return kept
 
     denoisers = {name: role.module for name, role in roles.items() if isinstance(role.module, Denoiser)}
-    handles = [module.backbone.register_forward_hook(partial(hook, name)) for name, module in denoisers.items()]
+    handles = [
+        module.backbone.register_forward_hook(partial(hook, name), with_kwargs=True)
+        for name, module in denoisers.items()
+    ]
     updates = trainer.objective.updates
     shards = range(trainer.loop.accumulate)
     try:
@@ -80,6 +91,7 @@ def snapshots(trainer: Trainer) -> frozenset[Snapshot]:
                     current = update.name
                     trainer.loop.update(update, step, shared)
                     alive.clear()
+                    pasts.clear()
     finally:
         for handle in handles:
             handle.remove()

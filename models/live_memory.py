@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fewstep.models.backbone import Past
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 
@@ -76,7 +77,8 @@ def to_fake(modules: Iterable[nn.Module], mode: FakeTensorMode) -> None:
 
 @dataclass(frozen=True)
 class EvaluationMemory:
-    """Bytes of one evaluation: ``kept`` from the forward pass until the backward pass, and the ``peak`` of both."""
+    """Bytes of one evaluation: ``kept`` from the forward pass until the backward pass, and the ``peak`` of both. By
+    frame, what is known of earlier frames is kept without a graph alone."""
 
     kept: int
     peak: int
@@ -84,9 +86,10 @@ class EvaluationMemory:
 
 def evaluation_memory(
     denoiser: Denoiser, shape: tuple[int, ...], condition: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    batch: int, graph: Graph, *, with_gradients: bool, mode: FakeTensorMode,
+    batch: int, graph: Graph, *, with_gradients: bool, by_frame: bool = False, mode: FakeTensorMode,
 ) -> EvaluationMemory:  # fmt: skip
     """The memory of evaluating a fake ``denoiser`` on ``batch`` samples, and of the backward pass if it has a graph.
+    ``by_frame``: of evaluating the frames of clips one after the other.
 
     The peak contains gradients of parameters, unless they exist before, ``with_gradients``. Weights are not counted.
     """
@@ -101,10 +104,26 @@ def evaluation_memory(
         known = [*network.parameters(), *network.buffers(), *(p.grad for p in parameters if p.grad is not None)]
         live = LiveMemory([*known, x, times, *inputs.values()])
         with live, torch.set_grad_enabled(graph != "none"):
-            raw = denoiser.raw(x, times, inputs)
-            kept = live.now
+            if by_frame:
+                raw, pasts = _frame_by_frame(denoiser, x, times, inputs)
+            else:
+                raw, pasts = denoiser.raw(x, times, inputs), []
+            known_frames = sum(tensor.nbytes for past in pasts for tensor in past)
+            kept = live.now - (0 if graph == "none" else known_frames)
             if graph != "none":
                 raw.backward(torch.empty_like(raw), inputs=parameters if graph == "parameters" else [x])
         for parameter in parameters:
             parameter.grad = None
     return EvaluationMemory(kept, live.peak)
+
+
+def _frame_by_frame(denoiser: Denoiser, x: Tensor, times: Tensor, condition: Condition) -> tuple[Tensor, list[Past]]:
+    """The predictions of all frames, each given those before, and what is known after each."""
+    frames, pasts = list[Tensor](), list[Past]()
+    past: Past | None = None
+    for frame in x.split(1, 2):
+        frames.append(denoiser.after(past, frame, times, condition)[0].x0)
+        with torch.no_grad():
+            _, past = denoiser.after(past, frames[-1].detach(), times, condition)
+        pasts.append(past)
+    return torch.cat(frames, 2), pasts

@@ -12,16 +12,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from planned_runs import FASHION, config, free
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_tensors
 from fewstep.distill.config import Config
-from fewstep.distill.config_files import load_config
 from fewstep.distill.explain import stand_in_trainer
-from fewstep.distill.memory import Costs, adamw_bytes, plan_memory, step_bytes
-from fewstep.distill.memory_fit import MARGIN, changed, changes, first_fit
+from fewstep.distill.memory import adamw_bytes, plan_memory, step_bytes
 from fewstep.distill.roles import Role
 from fewstep.distill.sharded_memory import Shards
 from fewstep.distill.snapshots import Evaluated, snapshots
@@ -29,27 +27,9 @@ from fewstep.distill.stage import RoleConfig, make_role
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.live_memory import EvaluationMemory, LiveMemory, evaluation_memory, to_fake
-from fewstep.models.loading import BUNDLED
 from fewstep.models.quantized import quantize, quantized_bytes
 from fewstep.models.schedules import RectifiedFlow
 from fewstep.models.skeleton import META
-
-GiB = 2**30
-FASHION = sum(t.nbytes for t in read_tensors(BUNDLED / "fashion/model.safetensors").values())  # in float32
-FREE = EvaluationMemory(0, 0)
-
-
-def config(**changes: Any) -> Config:
-    stage = {
-        "steps": 4, "objective": {"name": "tdm", "steps": 2, "critic_updates": 2},
-        "roles": {"student": {"lr": 1e-5, "ema": 0.9}, "fake": {"lr": 1e-5}},
-    }  # fmt: skip
-    return Config.model_validate({"teacher": "fashion", "batch": 8, "device": "cpu", "stages": [stage], **changes})
-
-
-def free(*_: object) -> EvaluationMemory:
-    return FREE
-
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 
@@ -266,6 +246,26 @@ def test_a_plan_is_near_the_peak_of_training() -> None:
     assert 0.85 < benchmark.compare("bundled", "copies", config(batch=4, health={"every": 2}))["ratio"] < 1.15
 
 
+def test_the_plan_of_a_causal_rollout_is_near_its_peak() -> None:
+    """A frame keeps what is known of those before it until the update is over."""
+    benchmark = load_benchmark()
+    assert 0.95 < benchmark.compare("clips", "causal rollout", benchmark.causal_config())["ratio"] < 1.05
+
+
+def test_recordings_keep_what_they_need_of_each_evaluation() -> None:
+    """The student's and the fake's with a graph alone, one memory for those without: of the teacher, guided, and of the
+    rollout."""
+    needs = {"none": 3, "parameters": 40, "input": 0}
+
+    def cost(settings: Config, stage: object, evaluation: Evaluated, with_gradients: bool) -> EvaluationMemory:
+        size = evaluation.batches * needs[evaluation.graph] * 2**20
+        return EvaluationMemory(0, size + (0 if with_gradients else 2**20))
+
+    plain, recorded = (plan_memory(config(cuda_graphs=on, device="cuda"), costs=cost) for on in (False, True))
+    assert recorded.peaks == plain.peaks
+    assert recorded.resident - plain.resident == (2 * 3 + 2 * (40 + 1)) * 2**20
+
+
 def load_benchmark() -> ModuleType:
     file = Path(__file__).parents[2] / "benchmarks/memory_plan.py"
     spec = importlib.util.spec_from_file_location("memory_plan", file)
@@ -280,60 +280,6 @@ def test_all_committed_comparisons_are_within_15_percent() -> None:
     records = json.loads((Path(__file__).parents[2] / "results/memory_plan.json").read_text())
     assert len(records) >= 20
     assert all(0.85 < record["ratio"] < 1.15 for record in records)
-
-
-# --- what fits --------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_that_fits_needs_no_change_and_nothing_helps_a_tiny_device() -> None:
-    assert first_fit(config(batch=2), 1.0, 1, Costs()).overrides == ()
-    assert first_fit(config(batch=2), 0.001, 1, Costs()).overrides is None
-
-
-def test_cuda_graphs_are_left_out_first() -> None:
-    assert next(changes(config(batch=2, cuda_graphs=True))) == {"cuda_graphs": False}
-
-
-def test_the_first_change_that_suffices_is_found() -> None:
-    """The micro-batch is halved as often as needed, with as many samples per update as before."""
-    costs, plain = Costs(), config(batch=8)
-    whole = plan_memory(plain, costs=costs).total
-    fit = first_fit(plain, MARGIN * 0.8 * whole / GiB, 1, costs)
-    assert fit.overrides is not None
-    assert len(fit.overrides) == 2
-    batch, accumulate = (int(text.partition("=")[2]) for text in fit.overrides)
-    assert batch * accumulate == 8
-    assert fit.plan.total < 0.8 * whole
-    assert load_config("configs/fashion/tdm.yaml", fit.overrides).batch == batch, "the overrides can be pasted"
-    twice = plan_memory(changed(plain, [{"batch": 2 * batch, "accumulate": accumulate // 2}]), costs=costs)
-    assert twice.total > 0.8 * whole, "a larger micro-batch would not fit"
-
-
-def test_changes_that_are_not_needed_are_left_out() -> None:
-    """Moments in 8 bits suffice, though smaller micro-batches were tried first."""
-    plain = config(batch=8)
-    whole = plan_memory(plain, costs=free).total
-    fit = first_fit(plain, MARGIN * (whole - 2 * FASHION) / GiB, 1, free)
-    assert fit.overrides is not None
-    assert set(fit.overrides) == {f"stages.0.roles.{role}.optimizer=adamw8bit" for role in ("student", "fake")}
-
-
-def test_options_that_are_set_already_are_not_proposed() -> None:
-    pytest.importorskip("peft")
-    full = config(batch=1, gradient_checkpointing=True, precision="bfloat16", adapters={"rank": 4}, weights="nf4")
-    assert [list(change) for change in changes(full)] == [
-        ["stages.0.roles.student.optimizer", "stages.0.roles.fake.optimizer"]
-    ]
-
-
-def test_networks_are_split_where_there_are_devices() -> None:
-    assert {"shard": True} not in list(changes(config(), 1))
-    assert {"shard": True} in list(changes(config(), 2))
-    assert {"shard": True} not in list(changes(config(shard=True), 2))
-    plain = config(batch=1, accumulate=2)
-    whole = plan_memory(plain, 2, costs=free).total
-    fit = first_fit(plain, MARGIN * 0.7 * whole / GiB, 2, free)
-    assert fit.overrides == ("shard=true",)
 
 
 def test_a_config_without_a_network_is_refused() -> None:
