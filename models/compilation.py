@@ -1,17 +1,18 @@
 """Compilation of a network's repeated blocks, one by one, by ``torch.compile``.
 
 The blocks of a kind share their compiled graphs, and so do the networks of all roles: one graph each for evaluations
-with a graph to the weights, to the input and to nothing, and one for each set of active adapters. What is between the
-blocks stays eager.
+with a graph to the weights, to the input and to nothing, and one for each set of active adapters, for any batch. What
+is between the blocks stays eager.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
 from fewstep.models.adapters import AdapterView
@@ -33,7 +34,23 @@ def compile_blocks(backbone: nn.Module, backend: str = "inductor") -> None:
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for block in blocks:
         if block._compiled_call_impl is None:  # a network that adapters share is given once for each role
-            block.compile(backend=backend)
+            block._compiled_call_impl = _sizes_are_constant(torch.compile(block._call_impl, backend=backend))
+
+
+def _sizes_are_constant(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled``, called with tensors of which only the first axis may have other sizes in the same graph.
+
+    Blocks of one kind at several resolutions would otherwise share graphs of any height and width, at which torch 2.13
+    fails to order the strides of a convolution's input; those for given sizes are faster as well.
+    """
+
+    def call(*args: Any, **options: Any) -> Any:
+        for x in (*args, *options.values()):
+            if isinstance(x, Tensor):
+                torch._dynamo.mark_static(x, list(range(1, x.ndim)))
+        return compiled(*args, **options)
+
+    return call
 
 
 @contextmanager

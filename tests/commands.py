@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import chdir, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -19,13 +21,6 @@ def fewstep(*arguments: object, cwd: Path | None = None) -> subprocess.Completed
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
-def succeeds(*arguments: object, cwd: Path | None = None) -> str:
-    """The standard output of a command that must succeed."""
-    done = fewstep(*arguments, cwd=cwd)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def exit_code(*arguments: object) -> object:
     """Runs a command in this process and returns its exit code."""
     before, sys.argv = sys.argv, ["fewstep", *map(str, arguments)]
@@ -37,9 +32,12 @@ def exit_code(*arguments: object) -> object:
     return exit_.value.code
 
 
-def completes(*arguments: object) -> None:
-    """Runs a command that must succeed in this process, which is faster where the libraries are loaded."""
-    assert exit_code(*arguments) == 0
+def succeeds(*arguments: object, cwd: Path | None = None) -> str:
+    """The standard output of a command that must succeed, run in this process because that is faster."""
+    with redirect_stdout(StringIO()) as printed, chdir(cwd or "."):
+        code = exit_code(*arguments)
+    assert code == 0, printed.getvalue()
+    return printed.getvalue()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

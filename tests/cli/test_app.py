@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from app_screenshot import CHROMIUM, browser_page, generate, running_app
-from commands import completes, refused, write_config
+from commands import refused, succeeds, write_config
 from PIL import Image
 from torch import Tensor
 
@@ -292,8 +292,8 @@ def test_the_command_passes_its_options_on(finished: Path, monkeypatch: pytest.M
     require_gradio()
     calls: list[Any] = []
     monkeypatch.setattr("fewstep.api.app_page.serve", lambda *arguments: calls.append(arguments))
-    completes("app", finished, "--device", "cpu")
-    completes("app", "fashion", "--teacher", "fashion", "--host", "0.0.0.0", "--port", 8000)
+    succeeds("app", finished, "--device", "cpu")
+    succeeds("app", "fashion", "--teacher", "fashion", "--host", "0.0.0.0", "--port", 8000)
     assert [call[1:4] for call in calls] == [("run", "127.0.0.1", 7860), ("fashion", "0.0.0.0", 8000)]
     assert calls[1][0].teacher is not None
 

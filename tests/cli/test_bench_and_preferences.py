@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import completes, refused, succeeds, write_config
+from commands import refused, succeeds, write_config
 from PIL import Image
 from worlds import tiny_config, tiny_teacher
 
@@ -30,14 +30,13 @@ def test_bench_step_reports_a_paired_ratio(tmp_path: Path) -> None:
     assert f"alone {1000 * result['seconds_bare']:,.1f} ms: {result['ratio']:.2f} times as long" in text
 
 
-def test_the_other_benchmarks_print_units(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_benchmarks_print_units(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = {"seconds_full": 0.5, "seconds_bare": 0.4, "ratio": 1.25, "ratio_same_mode": 1.1, "evaluations": 3}
     monkeypatch.setattr(bench_cost, "bench_sampler", lambda *_: sampler | {"device": "cpu"})
     memory = {"adapters": {"parameters": 2**29, "peak": 2**30}, "copies": {"parameters": 2**30, "peak": 3 * 2**30}}
     monkeypatch.setattr(bench_cost, "bench_memory", lambda *_: memory | {"device": "cpu"})
-    completes("bench", "sampler", "fashion")
-    completes("bench", "memory", "configs/fashion/demo.yaml")
-    lines = capsys.readouterr().out.splitlines()
+    printed = succeeds("bench", "sampler", "fashion") + succeeds("bench", "memory", "configs/fashion/demo.yaml")
+    lines = printed.splitlines()
     assert "takes 500.0 ms, its 3 network evaluations alone 400.0 ms: 1.25 times as long, or 1.10 times" in lines[0]
     assert lines[1] == "With adapters: 0.500 GiB of weights, 1.000 GiB at the peak of training (cpu)."
     assert lines[2] == "With copies: 1.000 GiB of weights, 3.000 GiB at the peak of training (cpu)."

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import completes, refused
+from commands import refused, succeeds
 from PIL import Image
 
 import fewstep
@@ -168,13 +168,13 @@ def validations(run: Path) -> list[float]:
 
 def test_prompts_on_the_command_line(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    completes("sample", student, "--prompt", "a shiny fox on blue", "--seeds", "0-1", "--out", out, "--device", "cpu")
+    succeeds("sample", student, "--prompt", "a shiny fox on blue", "--seeds", "0-1", "--out", out, "--device", "cpu")
     assert sorted(file.name for file in out.glob("*.png")) == ["00000-0.png", "00000-1.png"]
     expected = fewstep.sample(student, prompts=["a shiny fox on blue"], device="cpu")[0]
     with Image.open(out / "00000-0.png") as image:
         assert torch.from_numpy(np.array(image)).permute(2, 0, 1).equal(expected)
     (tmp_path / "prompts.txt").write_text("a flat cat on red\nheart-eyes\n")
-    completes("sample", student, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "two", "--device", "cpu")
+    succeeds("sample", student, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "two", "--device", "cpu")
     assert len(list((tmp_path / "two").glob("*.png"))) == 2
     sample = ["sample", student, "--device", "cpu"]
     assert "did you mean 'fox'" in refused(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import completes, refused
+from commands import refused, succeeds
 from PIL import Image, ImageSequence
 from torch import Tensor
 
@@ -153,7 +153,7 @@ def test_prompts_on_the_command_line_become_animated_files(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    completes("sample", teacher, "--prompt", "a fox up", "--steps", "2", "--out", out, "--device", "cpu")
+    succeeds("sample", teacher, "--prompt", "a fox up", "--steps", "2", "--out", out, "--device", "cpu")
     sampling = fewstep.SamplingConfig(steps=2)
     expected = fewstep.sample(teacher, prompts=["a fox up"], sampling=sampling, device="cpu")[0]
     assert frames_of(out / "00000-0.gif").equal(expected)
@@ -164,8 +164,7 @@ def test_prompts_on_the_command_line_become_animated_files(
 def test_videos_of_class_labels_are_a_moving_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = saved(tmp_path / "model", vocabulary=None, classes=2)
     common = ("sample", model, "--n", "4", "--steps", "1", "--device", "cpu", "--out")
-    completes(*common, tmp_path / "grid.gif")
-    assert "4 videos are in" in capsys.readouterr().out
+    assert "4 videos are in" in succeeds(*common, tmp_path / "grid.gif")
     assert frames_of(tmp_path / "grid.gif").shape == (4, 3, 2 * 49 - 1, 2 * 49 - 1)
     assert "must end in .gif" in refused(capsys, *common, tmp_path / "grid.png")
     with pytest.raises(fewstep.UserError, match="a grid of videos is a GIF"):

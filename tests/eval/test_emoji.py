@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import completes, refused
+from commands import refused, succeeds
 from torch import Tensor
 
 import fewstep
@@ -113,8 +113,8 @@ def test_renders_are_a_function_of_their_purpose_whatever_their_number() -> None
 def test_the_bundled_model_is_scored_on_its_captions(tmp_path: Path) -> None:
     """32 samples with guidance show what their captions describe; another seed gives others."""
     command = ["eval", "emoji", "--steps", "4", "--guidance", "2", "--n", "32", "--device", "cpu"]
-    completes(*command, "--json", tmp_path / "a.json")
-    completes(*command, "--reference", "emoji-background", "--json", tmp_path / "a.json")
+    succeeds(*command, "--json", tmp_path / "a.json")
+    succeeds(*command, "--reference", "emoji-background", "--json", tmp_path / "a.json")
     found = json.loads((tmp_path / "a.json").read_text())
     assert {score["reference"] for score in found} == {"emoji/test", "emoji-background/test"}
     prompts = [score for score in found if score["metric"] == "prompt"]
@@ -148,7 +148,7 @@ def grey_reference(folder: Path) -> Path:
     images.mkdir()
     for k, image in enumerate(IMAGES[:10]):
         fewstep.save_grid(image[None], images / f"{k}.png", columns=1, scale=1, gap=0)
-    completes("data", "reference", images, "--out", out, "--network", "random")
+    succeeds("data", "reference", images, "--out", out, "--network", "random")
     return out
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import completes, refused
+from commands import refused, succeeds
 from PIL import Image
 from torch import Tensor
 from worlds import FLOW
@@ -164,7 +164,7 @@ def test_frames_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         config = ModelConfig.model_validate({"backbone": backbone, "shape": (3, 2, 8, 8), "vocabulary": words})
         save_model(config.build(), config, tmp_path / name)
     request = ("--prompt", "a fox", "--steps", "2", "--device", "cpu", "--frames", "5", "--out", tmp_path / "out")
-    completes("sample", tmp_path / "causal", *request)
+    succeeds("sample", tmp_path / "causal", *request)
     with Image.open(tmp_path / "out" / "00000-0.gif") as video:
         assert video.n_frames == 5
     assert "only a causal model of videos" in refused(capsys, "sample", tmp_path / "whole", *request)

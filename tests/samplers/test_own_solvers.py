@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import completes, refused
+from commands import refused, succeeds
 from torch import Tensor
 from worlds import FLOW, tiny_teacher
 
@@ -129,7 +129,7 @@ def test_the_list_of_solvers_includes_registered_and_installed_ones(installed: s
     assert rows["dpm_solver_v3_2"] == ("2", "1", "arXiv 2310.13268; needs fewstep solver fit-v3", "")
     assert rows["sde_dpmpp_2m"][-1] == "dpmpp_2m_sde, dpmpp_2m_sde_gpu"
     file = tmp_path / "solvers.json"
-    completes("solver", "list", "--json", file)
+    succeeds("solver", "list", "--json", file)
     assert {row["solver"] for row in json.loads(file.read_text())} == set(rows)
 
 

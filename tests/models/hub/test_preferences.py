@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from commands import completes, refused
+from commands import refused, succeeds
 from preference_tables import write_images, write_table
 from tiny_pipelines import ADAPTERS, TINY, settings
 from torch import Tensor
@@ -95,8 +95,7 @@ def test_pairs_without_a_preference_are_counted(
         "--n", 5, "--candidates", 2, "--solver", "euler", "--steps", 1, "--size", "16x16", "--out", tmp_path / "out",
     ]  # fmt: skip
     for _ in range(2):
-        completes(*command)
-        printed = capsys.readouterr().out
+        printed = succeeds(*command)
         assert "5 pairs are in" in printed
         assert "In 3 of them all candidates have the same reward" in printed
     found = contents(tmp_path / "out")
@@ -214,11 +213,11 @@ def test_the_commands_make_pairs_learn_from_them_and_measure(
 ) -> None:
     how = ["--solver", "euler", "--steps", 1, "--captions", captions, "--size", "16x16"]
     pairs, file = tmp_path / "pairs", tmp_path / "wins.json"
-    completes("data", "preferences", saved(name), "--reward", "brightness", "--n", 48, *how, "--out", pairs)
+    succeeds("data", "preferences", saved(name), "--reward", "brightness", "--n", 48, *how, "--out", pairs)
     raw = dpo(saved, name, pairs, tmp_path / "run", adapters, steps=30, roles={"student": {"lr": lr}})
     (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(raw | {"batch": 8, "health": {"every": 0}}))
-    completes("train", tmp_path / "dpo.yaml")
-    completes(
+    succeeds("train", tmp_path / "dpo.yaml")
+    succeeds(
         "winrate", tmp_path / "run", saved(name), "--n", 150, "--json", file, *how, "--rewards", "brightness,symmetry"
     )
     rates = {row["reward"]: row for row in json.loads(file.read_text())}
@@ -231,11 +230,11 @@ def test_a_table_of_images_is_encoded_and_learned_from(saved: Saved, tmp_path: P
     images, out = tmp_path / "images", tmp_path / "pairs"
     write_images(images, {f"{k}.png": (16, 16) for k in range(4)})
     table = write_table(images / "pairs.csv", [("0.png", "1.png", "a cat"), ("2.png", "3.png", "two dogs")])
-    completes("data", "encode", table, "--teacher", saved("flux"), "--out", out)
+    succeeds("data", "encode", table, "--teacher", saved("flux"), "--out", out)
     raw = dpo(saved, "flux", out, tmp_path / "run", ADAPTERS) | {"size": [16, 16, 1]}
     raw["stages"][0]["objective"]["guidance"] = 3.5
     (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(raw))
-    completes("train", tmp_path / "dpo.yaml")
+    succeeds("train", tmp_path / "dpo.yaml")
     assert load_model(tmp_path / "run" / "student").config.lora is not None
 
 

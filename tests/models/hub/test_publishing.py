@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import completes, refused
+from commands import refused, succeeds
 from exported import ADAPTERS, absent
 from PIL import Image
 from tiny_pipelines import settings
@@ -190,9 +190,11 @@ def test_the_command_uploads_privately_unless_it_should_be_public(
     runs: Runs, hub: type[FakeApi], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, (option, private) in enumerate((((), True), (("--private",), True), (("--public",), False))):
-        completes("export", runs("sd"), "--to", "lora", "--out", tmp_path / str(number), "--push", NAME, *option)
+        printed = succeeds(
+            "export", runs("sd"), "--to", "lora", "--out", tmp_path / str(number), "--push", NAME, *option
+        )
         assert hub.calls[-2][1]["private"] is private
-        assert f"https://huggingface.co/{NAME}" in capsys.readouterr().out
+        assert f"https://huggingface.co/{NAME}" in printed
     for option in ("--private", "--public"):
         assert f"remove {option}." in refused(capsys, "export", runs("sd"), "--out", tmp_path / "x", option)
 
