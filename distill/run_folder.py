@@ -134,7 +134,7 @@ class RunFolder(Callback):
                 trainer.notify("on_note", note)
             trainer.train()
         except (Interrupted, KeyboardInterrupt) as stop:
-            text = str(stop) or f"stopped within step {trainer.step + 1}, whose work is lost"
+            text = str(stop) or f"stopped within step {trainer.step + 1}: all after the last checkpoint is lost"
             raise Interrupted(text, folder=self.folder) from None
         finally:
             self._trackers.finish()

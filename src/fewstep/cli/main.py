@@ -9,9 +9,10 @@ import importlib
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from fewstep.cli import app as app_command
 from fewstep.cli import bench, data, demo, doctor, evaluate, models, solver, train
@@ -25,8 +26,20 @@ RENAMED = {
     "sweep": "solver compare (and solver list)", "ems": "solver fit-v3", "ratios": "solver fit-dc",
 }  # old command: what it is called now  # fmt: skip
 
+
+class Commands(TyperGroup):
+    """Typer ends Ctrl-C without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print_text("\nInterrupted.", "yellow", err)
+            leave(130)
+
+
 app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Distil a many-step diffusion or flow model into a few-step generator.",
     epilog="Example: fewstep train configs/fashion/demo.yaml out=runs/first",
 )  # fmt: skip
