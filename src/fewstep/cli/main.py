@@ -83,7 +83,7 @@ def options(
 def main() -> None:
     """Runs a command. A mistake ends as one paragraph with exit code 1, Ctrl-C with exit code 130."""
     debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = [_without_tilde(argument) for argument in sys.argv[1:] if argument != "--debug"]
     try:
         _refuse_renamed(arguments)
         app(arguments, standalone_mode=True)
@@ -108,6 +108,12 @@ def _show(error: Exception, text: str) -> None:
 
     if have_met() and not isinstance(error, SharedError):
         sys.stderr.write(f"Error in process {os.environ['RANK']}: {text}\n")
+
+
+def _without_tilde(argument: str) -> str:
+    """Replaces ``~/`` after an equals sign by the home folder, as shells do elsewhere: ``--out=~/grid.png``."""
+    name, equals, value = argument.partition("=")
+    return f"{name}={os.path.expanduser(value)}" if equals and value.startswith("~/") else argument
 
 
 def _refuse_renamed(arguments: list[str]) -> None:
