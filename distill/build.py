@@ -90,6 +90,11 @@ def build_inputs(
         model.denoiser.record_features(features)
     elif config.teacher is not None:
         model = load_model(config.teacher, features, config.size, DTYPES[config.weights])
+        if config.weights == "bfloat16" and all(p.dtype != torch.bfloat16 for p in model.denoiser.parameters()):
+            raise UserError(
+                f"weights: bfloat16 does not act: those of {config.teacher} stay as they are stored, and only a "
+                "diffusers pipeline is loaded in another type. Leave it out."
+            )
     else:
         raise UserError("The config has neither teacher (to distil) nor model (to pretrain); give one of them.")
     encoded = config.data.kind == "prompts" and data is None and model.config.vocabulary is None

@@ -10,6 +10,7 @@ from fewstep.core.errors import UserError, nearest
 from fewstep.core.image_data import KINDS as IMAGE_KINDS
 from fewstep.core.image_data import ImageData
 from fewstep.core.image_rows import Columns
+from fewstep.core.paths import MaybePath
 from fewstep.core.registry import is_dotted
 from fewstep.distill.data.batch import SOURCES
 from fewstep.distill.data.emoji import CAPTIONS
@@ -57,7 +58,7 @@ class DataConfig(BaseConfig):
     """
 
     kind: str = "labels"
-    path: str | None = None
+    path: MaybePath | None = None
     subset: str | None = None
     split: str = "train"
     columns: Columns = Columns()
@@ -121,7 +122,7 @@ class ValidationConfig(BaseConfig):
 
     every: int = Field(0, ge=0, le=MAX_STEPS)
     n: int = Field(1000, ge=10, le=MAX_COUNT)
-    reference: str | None = None
+    reference: MaybePath | None = None
     solver: str = "student"
     steps: int | None = Field(None, ge=1, le=MAX_COUNT)
     guidance: float = Field(1.0, ge=0, le=MAX_GUIDANCE)
@@ -187,7 +188,7 @@ class NetworkConfig(BaseConfig):
     it), or a new one with the teacher's settings but for those in ``backbone``. Samples and conditions must be the
     teacher's. Of a new network, tensors with the name and shape of one of the teacher's are copied."""
 
-    checkpoint: str | None = None
+    checkpoint: MaybePath | None = None
     backbone: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -221,8 +222,8 @@ class Config(BaseConfig):
     knows.
     """
 
-    out: str | None = None
-    teacher: str | None = None
+    out: MaybePath | None = None
+    teacher: MaybePath | None = None
     size: tuple[Pixels, Pixels, Pixels] | None = None
     weights: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
     adapters: AdapterConfig | None = None
@@ -233,7 +234,7 @@ class Config(BaseConfig):
     offload: bool = False
     shard: bool = False
     model: ModelConfig | None = None
-    model_weights: str | None = None
+    model_weights: MaybePath | None = None
     networks: dict[str, NetworkConfig] = Field(default_factory=dict)
     data: DataConfig = DataConfig()
     batch: int = Field(64, ge=1, le=MAX_COUNT)

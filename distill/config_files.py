@@ -44,7 +44,7 @@ def find_config(path: str | Path) -> Path:
     if given.is_file():
         return given
     inside = Path(*given.parts[1:]) if given.parts and given.parts[0] == "configs" else given
-    packaged = (CONFIGS / inside).with_suffix(".yaml")
+    packaged = CONFIGS / inside if inside.suffix else (CONFIGS / inside).with_suffix(".yaml")
     if packaged.is_file():
         return packaged
     if (given / "config.yaml").is_file():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
 from fewstep.distill import sharding
+from fewstep.distill.stop_requests import undisturbed
 from fewstep.models.adapters import AdapterView
 from fewstep.models.backbone import Past
 from fewstep.models.condition import Condition
@@ -96,11 +97,13 @@ class Role:
             yield
             return
         live = {name: p.detach().clone() for name, p in self.module.named_parameters()}
-        self._load(self.average)
         try:
+            with undisturbed():
+                self._load(self.average)
             yield
         finally:
-            self._load(live)
+            with undisturbed():
+                self._load(live)
 
     @torch.no_grad()
     def _load(self, values: Mapping[str, Tensor]) -> None:

@@ -17,15 +17,7 @@ from PIL.Image import Image
 
 from fewstep.core.environment import environment
 from fewstep.core.errors import UserError
-from fewstep.core.files import (
-    atomic_folder,
-    read_json_lines,
-    read_json_object,
-    reason_of,
-    remove_leftovers,
-    tensor_names,
-    write_text,
-)  # fmt: skip
+from fewstep.core.files import atomic_folder, read_json_lines, reason_of, remove_leftovers, write_text
 from fewstep.core.image_grid import save_image
 from fewstep.core.registry import Kind, is_dotted, require_imported
 from fewstep.distill.build import TrainingInputs, build_inputs
@@ -41,7 +33,7 @@ from fewstep.distill.resume import changes, check_changes, check_same, flat_sett
 from fewstep.distill.sharding import whole
 from fewstep.distill.trackers import Trackers, check_installed
 from fewstep.distill.trainer import Trainer
-from fewstep.models.saving import save_weights
+from fewstep.models.saving import require_sound, save_weights
 
 BEFORE_TRAINING = {"config.yaml", "environment.json", "trackers.json", "tensorboard", "wandb"}  # before the first step
 
@@ -64,6 +56,7 @@ class RunFolder(Callback):
         }
         self._resumed: dict[str, Any] | None = None  # the line for resumes.jsonl
         self._notes: list[str] = []
+        self._known: list[Path] = []  # the checkpoints when it was opened, and its own
 
     @staticmethod
     def create(
@@ -111,6 +104,7 @@ class RunFolder(Callback):
         if before is None:
             world.once(run._claim)  # else another process may delete what is read here
         try:
+            run._known = checkpoints(folder / "checkpoints")
             if checkpoints(folder / "checkpoints", before):
                 found = read_newest(folder / "checkpoints", before, world)
                 with world.together():
@@ -134,7 +128,7 @@ class RunFolder(Callback):
                 trainer.notify("on_note", note)
             trainer.train()
         except (Interrupted, KeyboardInterrupt) as stop:
-            text = str(stop) or f"stopped within step {trainer.step + 1}, whose work is lost"
+            text = str(stop) or f"stopped within step {trainer.step + 1}: all after the last checkpoint is lost"
             raise Interrupted(text, folder=self.folder) from None
         finally:
             self._trackers.finish()
@@ -143,6 +137,8 @@ class RunFolder(Callback):
     def _begin(self) -> None:
         """Claims the folder, records what resuming changes, and starts trackers."""
         self._claim()
+        if checkpoints(self.folder / "checkpoints") != self._known:
+            raise UserError(f"Another process has trained in {self.folder} meanwhile: resume it, or set another out.")
         remove_leftovers(self.folder)
         remove_leftovers(self.folder / "checkpoints")
         for images in ("samples", "previews"):
@@ -160,8 +156,7 @@ class RunFolder(Callback):
     def _damage_of_best(self) -> str | None:
         """What is wrong with ``best/``."""
         try:
-            read_json_object(self.folder / "best" / "config.json")
-            tensor_names(self.folder / "best" / "model.safetensors")
+            require_sound(self.folder / "best")
         except UserError as error:
             return str(error)
         return None
@@ -200,6 +195,7 @@ class RunFolder(Callback):
         folder, keep = self.folder / "checkpoints", trainer.config.checkpoint.keep
         state |= {"run": self._origin, "student": student_record(trainer)}
         write_checkpoint(folder, trainer.step, tensors, state, keep, trainer.world)
+        self._known = checkpoints(folder)
 
     def on_end(self, trainer: Trainer) -> None:
         """Writes ``student/``: the best student in validation, or the last one if nothing was validated."""

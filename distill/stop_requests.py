@@ -1,26 +1,32 @@
-"""Stopping a run early: signals and a time limit become a request, which the trainer honours between two steps."""
+"""Stopping a run early: signals and a time limit become a request, which the trainer honours between two steps.
+
+Until training begins, and where it was not begun, signals end the process as Ctrl-C does.
+"""
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 ]  # Ctrl-C; kill and most schedulers; a closed terminal; Slurm's --signal
+CUT, END = 2, 3  # how many signals cut an evaluation short, and a step, whose work is lost
 
 
 @dataclass
 class StopRequests:
-    """Whether and why to stop. The first signal requests it. With ``insist``, a second one raises
-    ``KeyboardInterrupt``, which cuts a validation short."""
+    """Whether and why to stop. The first signal requests it. Inside ``raising_at``, and only with ``insist``, further
+    ones raise ``KeyboardInterrupt``: elsewhere files are written."""
 
     max_hours: float | None = None
     insist: bool = True
     reason: str | None = None
+    _received: int = 0
+    _limit: int | None = None
     _started: float = field(default_factory=time.monotonic)
 
     @property
@@ -32,25 +38,85 @@ class StopRequests:
 
     def receive(self, number: int, frame: object) -> None:
         """The handler of a signal."""
-        if self.reason is None:
-            self.reason = signal.Signals(number).name
-        elif self.insist:
+        self._received += 1
+        self.reason = self.reason or signal.Signals(number).name
+        if self._limit is not None and self._received >= self._limit:
             raise KeyboardInterrupt
+
+    @contextmanager
+    def raising_at(self, count: int) -> Iterator[None]:
+        """Inside, a signal raises ``KeyboardInterrupt`` if it is at least the ``count``-th."""
+        try:
+            self._limit = count if self.insist else None
+            yield
+        finally:
+            self._limit = None
+
+    @contextmanager
+    def cut_short(self) -> Iterator[None]:
+        """Inside, a second signal ends what can be left out, and nothing else."""
+        with suppress(KeyboardInterrupt), self.raising_at(CUT):
+            yield
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, no signal raises. One that would have raises at the end."""
+        limit, received = self._limit, self._received
+        try:
+            self._limit = None
+            yield
+        finally:
+            self._limit = limit
+        if limit is not None and self._received >= max(limit, received + 1):
+            raise KeyboardInterrupt
+
+
+_active: list[StopRequests] = []
+
+
+def undisturbed() -> AbstractContextManager[None]:
+    """A context that no signal leaves half done, such as an exchange of weights that training goes on with."""
+    return _active[-1].held() if _active else nullcontext()
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Inside, every signal raises ``KeyboardInterrupt`` as Ctrl-C does, so that a command that is loading says that it
+    ended and cleans up. In a thread other than the main one this changes nothing."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    with handling(interrupt):
+        yield
+
+
+@contextmanager
+def handling(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Inside, ``handler`` receives the signals, but no SIGHUP under ``nohup``. A thread other than the main one can
+    receive none."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {n: old for n, old in before.items() if not (old == signal.SIG_IGN and n == getattr(signal, "SIGHUP", 0))}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+    except ValueError:  # only the main thread can handle signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextmanager
 def stop_requests(max_hours: float | None = None, *, insist: bool = True) -> Iterator[StopRequests]:
     """Turns signals into requests inside this context. A thread other than the main one receives none."""
     stop = StopRequests(max_hours, insist)
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        for number in before:
-            signal.signal(number, stop.receive)
-    except ValueError:  # only the main thread can handle signals
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling(stop.receive):
+        _active.append(stop)
+        try:
+            yield stop
+        finally:
+            _active.remove(stop)

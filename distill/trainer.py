@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from fewstep.distill.nonfinite import require_finite
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.stage import StageContext, guidance_of, learning_rate, roles_of_stage
-from fewstep.distill.stop_requests import StopRequests, stop_requests
+from fewstep.distill.stop_requests import END, StopRequests, stop_requests
 from fewstep.distill.update import Objective
 from fewstep.models.adapters import AdapterView
 from fewstep.models.compilation import compile_blocks
@@ -196,31 +196,38 @@ class Trainer:
             leaving.callback(self._report_lost)  # the updates that end training, too
             while self.step < end:
                 self.notify("on_step_begin")
-                self._latest |= self.one_step()
-                with suppress(KeyboardInterrupt):  # a second signal cuts a validation short; the step is complete
-                    self._observe()
+                with stop.raising_at(END):
+                    self._latest |= self.one_step()
+                self._observe(stop)
                 stopping = self.world.any(stop.requested)
                 save |= stopping or self.step == self.stage_ends[self.stage] or self._due(self.config.checkpoint.every)
                 if save and (self._sound() or self.step == end):
-                    self._save(stop)
+                    self.notify_together("on_checkpoint")
                     save = False
                 if stopping and self.step < end:
                     raise Interrupted(self._stopped(stop, saved=not save))
-        self.notify_together("on_end")
+            self.notify_together("on_end")
 
-    def _observe(self) -> None:
-        """Everything that is due after a step but for its checkpoint: lost updates, health, log, validation."""
+    def _observe(self, stop: StopRequests) -> None:
+        """Everything that is due after a step but for its checkpoint: lost updates, health, log, validation. A second
+        signal leaves out what networks are evaluated for, and nothing that is written."""
         self._report_lost()
         last = self.step == self.stage_ends[-1]
         if self._due(self.config.health.every):
-            self._health = self.evaluate(self._check_health)
+            with stop.cut_short():
+                self._health = self.evaluate(self._check_health)
         self.seconds = time.monotonic() - self._started
         if last or self._due(self.config.log_every):
             self.notify_together("on_log", to_numbers(self._latest) | self._health)
             self._latest, self._health = {}, {}
-        self.notify("on_step")
+        with stop.cut_short():  # previews
+            self.notify("on_step")
         if self.validate is not None and (last or self._due(self.config.validation.every)):
-            self._validate(self.validate)
+            value: float | None = None
+            with stop.cut_short():
+                value = self._score(self.validate)
+            if value is not None:
+                self._validated(value)
 
     def _sound(self) -> bool:
         """Whether the latest update of each kind was applied."""
@@ -232,11 +239,6 @@ class Trainer:
         for lost in self.loop.lost:
             self.notify("on_lost_update", lost)
         self.loop.lost.clear()
-
-    def _save(self, stop: StopRequests) -> None:
-        stop.insist, insist = False, stop.insist  # no signal cuts a checkpoint short
-        self.notify_together("on_checkpoint")
-        stop.insist = insist
 
     def _stopped(self, stop: StopRequests, saved: bool) -> str:
         reason = f" ({stop.reason})" if stop.reason else ""
@@ -312,9 +314,7 @@ class Trainer:
         except UserError as error:
             raise type(error)(f"Validation (the keys under validation:) at step {self.step}: {error}") from error
 
-    def _validate(self, validate: Validator) -> None:
-        if (value := self._score(validate)) is None:
-            return
+    def _validated(self, value: float) -> None:
         if value < self.best.get("value", float("inf")):
             self.best = {"value": value, "step": self.step}
         self.notify_together("on_validation", value)

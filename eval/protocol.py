@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fewstep.core.errors import UserError, nearest
-from fewstep.core.paths import overlap
+from fewstep.core.paths import MaybePath, overlap
 from fewstep.core.yaml_files import read_yaml
 from fewstep.eval.captions import Captions
 from fewstep.eval.hashes import json_sha256
@@ -39,7 +39,7 @@ class Protocol(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
-    reference: str | None = None
+    reference: MaybePath | None = None
     metrics: tuple[str, ...] = ()
     inception: Mode = "clean"
     clip: str = "ViT-g-14:laion2b_s12b_b42k"
@@ -48,7 +48,7 @@ class Protocol(BaseModel):
     size: int | None = Field(None, ge=1, le=65_536)
     filter: Filter = "lanczos"
     frames: int | None = Field(None, ge=1, le=65_536)
-    captions: str | None = None
+    captions: MaybePath | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Protocol:

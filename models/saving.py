@@ -8,7 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fewstep.core.files import write_tensors, write_text
+from fewstep.core.errors import UserError
+from fewstep.core.files import read_json_object, read_tensors, write_tensors, write_text
+from fewstep.core.finite import first_non_finite
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.loading import base_sha256
 from fewstep.models.model_config import ModelConfig
@@ -24,6 +26,13 @@ def save_weights(tensors: Mapping[str, Tensor], config: ModelConfig, folder: Pat
     config = bound_to_base(config)
     write_tensors(tensors, folder / "model.safetensors")
     write_text(json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2) + "\n", folder / "config.json")
+
+
+def require_sound(folder: Path) -> None:
+    """Raises ``UserError`` if a saved model cannot be read, or has a number that is not finite."""
+    read_json_object(folder / "config.json")
+    if (name := first_non_finite(read_tensors(folder / "model.safetensors"))) is not None:
+        raise UserError(f"{folder / 'model.safetensors'} is damaged: {name} has numbers that are not finite.")
 
 
 def bound_to_base(config: ModelConfig) -> ModelConfig:

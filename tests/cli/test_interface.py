@@ -279,7 +279,7 @@ def test_ctrl_c_in_any_command_ends_with_code_130(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_main, "app", interrupted)
+    monkeypatch.setattr("fewstep.cli.solver.print_table", interrupted)
     monkeypatch.setattr(sys, "argv", ["fewstep", "solver", "list"])
     with pytest.raises(SystemExit) as exit_:
         cli_main.main()

@@ -121,3 +121,11 @@ def test_the_columns_of_json_lines_are_those_of_all_rows(tmp_path: Path) -> None
     file.write_text('{"caption": "a cat"}\n{"caption": \n')
     with pytest.raises(UserError, match="row 2 is not readable"):
         read_texts(file)
+
+
+def test_a_row_with_a_repeated_name_is_refused(tmp_path: Path) -> None:
+    """JSON's own rule, the last one counts, would train on one of two labels without a word."""
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"caption": "a"}\n{"caption": "a", "caption": "b"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, row 2 is not readable \('caption' is repeated\)"):
+        read_texts(file)

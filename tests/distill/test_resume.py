@@ -191,6 +191,24 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     RunFolder.reopen(tmp_path / "run", CPU).train()  # the end of training frees the folder
 
 
+@pytest.mark.parametrize("new", [True, False])
+def test_a_run_that_was_opened_before_another_trained_in_its_folder_changes_nothing(tmp_path: Path, new: bool) -> None:
+    """Between opening a run and its first step lie health checks and validation, which take minutes."""
+    config = parse_config(tiny_config(tmp_path), "test")
+    if not new:
+        made(tmp_path)
+        config = config.model_copy(update={"stages": (config.stages[0].model_copy(update={"steps": 16}),)})
+    runs = [
+        RunFolder.create(config, CPU) if new else RunFolder.reopen(tmp_path / "run", CPU, config=config)
+        for _ in range(2)
+    ]
+    runs[0].train()
+    log = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"Another process has trained in .* meanwhile"):
+        runs[1].train()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
+
+
 def test_a_run_is_not_read_to_resume_it_while_another_process_trains_it(tmp_path: Path) -> None:
     """That process deletes checkpoints and changes the log meanwhile; a replay reads without a claim."""
     steps = []

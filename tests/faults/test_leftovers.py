@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from killed import Killed, kill_at
+from safetensors.torch import load_file, save_file
 from worlds import tiny_config
 
 from fewstep.core.errors import UserError
@@ -29,6 +31,7 @@ from fewstep.distill.config_files import parse_config
 from fewstep.distill.metrics_logger import append_line, forget_after
 from fewstep.distill.run_folder import RunFolder
 from fewstep.distill.trainer import Trainer
+from fewstep.models.saving import require_sound
 
 CPU = torch.device("cpu")
 
@@ -199,21 +202,34 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_named(tmp_path: Path, monke
     assert len(checkpoints(tmp_path)) == 2
 
 
+def cut(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:100])
+
+
+def fill_with_nan(weights: Path) -> None:
+    write = {name: torch.full_like(tensor, float("nan")) for name, tensor in load_file(weights).items()}
+    save_file(write, weights)
+
+
 @pytest.mark.parametrize("validated_again", [True, False])
-def test_a_damaged_best_student_is_replaced(tmp_path: Path, validated_again: bool) -> None:
+@pytest.mark.parametrize(
+    ("damage", "reason"), [(cut, "is not a readable safetensors file"), (fill_with_nan, "numbers that are not finite")]
+)
+def test_a_damaged_best_student_is_replaced(
+    tmp_path: Path, damage: Callable[[Path], None], reason: str, validated_again: bool
+) -> None:
     """By the best one validated from then on, or by the last student if there is none."""
     run = run_of(tmp_path, validation={"every": 4})
     scores = iter([1.0, 3.0])
     with pytest.raises(Killed):
         run.train(validate=lambda student, config, step: next(scores), callbacks=[KilledAfter(9)])
     assert run.trainer.best == {"value": 1.0, "step": 4}
-    weights = run.folder / "best" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
+    damage(run.folder / "best" / "model.safetensors")
     resumed, notes = RunFolder.reopen(run.folder, CPU), Notes()
     resumed.train(validate=(lambda student, config, step: 2.0) if validated_again else None, callbacks=[notes])
-    assert any("best/model.safetensors is not a readable safetensors file" in text for text in notes.texts)
+    assert any("best/model.safetensors" in text and reason in text for text in notes.texts)
     assert resumed.trainer.best == ({"value": 2.0, "step": 12} if validated_again else {})
-    assert (run.folder / "student" / "model.safetensors").stat().st_size > 1000
+    require_sound(run.folder / "student")
 
 
 def test_a_disk_that_is_full_at_the_end_of_training_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

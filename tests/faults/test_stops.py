@@ -10,13 +10,17 @@ import pytest
 import torch
 from worlds import state_of, tiny_config
 
+from fewstep.core.files import read_json_lines
 from fewstep.distill.callback import Callback, Interrupted
 from fewstep.distill.checkpoint import checkpoints
 from fewstep.distill.config_files import parse_config
+from fewstep.distill.roles import Role
 from fewstep.distill.run_folder import RunFolder
+from fewstep.distill.stop_requests import signals_interrupt
 from fewstep.distill.trainer import Trainer
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.model_config import ModelConfig
+from fewstep.models.saving import save_weights
 
 CPU = torch.device("cpu")
 
@@ -77,20 +81,99 @@ def test_a_second_signal_cuts_a_validation_short_and_its_step_is_saved(tmp_path:
     assert all(torch.equal(value, expected[name]) for name, value in state_of(resumed.trainer).items())
 
 
-def test_a_second_signal_within_a_step_loses_that_step_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def send(count: int, number: int = signal.SIGTERM) -> None:
+    for _ in range(count):
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(("signals", "saved"), [(2, [4, 7]), (3, [4])])
+def test_two_signals_within_a_step_lose_nothing_and_a_third_says_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: int, saved: list[int]
+) -> None:
     run = run_of(tmp_path)
     update = run.trainer.loop.step
 
     def step(number: int) -> dict[str, torch.Tensor]:
         if number == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
+            send(signals)
         return update(number)
 
     monkeypatch.setattr(run.trainer.loop, "step", step)
-    with pytest.raises(Interrupted, match=r"within step 7, whose work is lost"):
+    expected = "at step 7 of 12" if signals == 2 else "within step 7: all after the last checkpoint is lost"
+    with pytest.raises(Interrupted, match=expected):
         run.train()
-    assert steps_saved(run) == [4]
+    assert steps_saved(run) == saved
+
+
+@pytest.mark.parametrize("event", ["on_log", "on_validation", "on_end"])
+def test_no_number_of_signals_leaves_files_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str
+) -> None:
+    """The best student is the one that the run says is the best; the log has every line."""
+
+    class WhileWriting(Callback):
+        def send(self, trainer: Trainer, *_: object) -> None:
+            send(5 if trainer.step in (5, 12) else 0)
+
+    setattr(WhileWriting, event, WhileWriting.send)
+    run = run_of(tmp_path, validation={"every": 5}, log_every=1)
+    train, write = run.trainer, save_weights
+
+    def save(*arguments: object) -> None:
+        if event == "on_validation":
+            send(5)
+        write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fewstep.distill.run_folder.save_weights", save)
+    try:
+        run.train(validate=lambda student, config, step: 10.0 - step, callbacks=[WhileWriting()])
+    except Interrupted:
+        assert train.step == 5
+    assert train.best["step"] == train.step
+    lines, _ = read_json_lines(run.folder / "metrics.jsonl")
+    assert [line["step"] for line in lines if "validation" not in line] == list(range(1, train.step + 1))
+    assert (run.folder / "best" / "model.safetensors").is_file()
+    assert (run.folder / "student").is_dir() == (train.step == 12)
+
+
+def test_no_signal_leaves_weights_half_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on with the weights that a validation exchanged for their averages."""
+    load = Role._load
+
+    def load_interrupted(role: Role, values: dict[str, torch.Tensor]) -> None:
+        names = [name for name, _ in role.module.named_parameters()]
+        for number, (name, parameter) in enumerate(role.module.named_parameters()):
+            with torch.no_grad():
+                parameter.copy_(values[name])
+            if number == len(names) // 2:
+                send(2)
+
+    run = run_of(tmp_path, validation={"every": 5})
+    monkeypatch.setattr(Role, "_load", load_interrupted)
+    with pytest.raises(Interrupted, match="step 5 of 12"):
+        run.train(validate=lambda student, config, step: 1.0)
+    monkeypatch.setattr(Role, "_load", load)
+    resumed = RunFolder.reopen(run.folder, CPU)
+    resumed.train()
+    complete = run_of(tmp_path / "complete")
+    complete.train()
+    expected = state_of(complete.trainer)
+    assert all(torch.equal(value, expected[name]) for name, value in state_of(resumed.trainer).items())
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run_of(tmp_path).train(callbacks=[Signals(3, signal.SIGHUP)])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_every_signal_ends_what_comes_before_training(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), signals_interrupt():
+        send(1)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_no_signal_cuts_a_checkpoint_short(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fewstep.distill.data import batch
 from fewstep.distill.previews import Previews
 from fewstep.distill.processes import join_world
 from fewstep.distill.run_folder import RunFolder, run_config
+from fewstep.distill.stop_requests import signals_interrupt
 from fewstep.eval.references import load_reference
 from fewstep.eval.validation import PromptValidation, Validation
 from fewstep.models.compilation import compiling
@@ -65,7 +66,8 @@ def train_run(
 ) -> RunFolder:  # fmt: skip
     """The same, returning the run with its trainer."""
     world, device = join_world(config.device)
-    with TrainingProgress(config.steps, quiet=not progress or world.rank > 0) as shown, compiling():
+    shown = TrainingProgress(config.steps, quiet=not progress or world.rank > 0)
+    with signals_interrupt(), shown, compiling():
         with world.together():
             resumed = resume is not None and bool(checkpoints(Path(resume) / "checkpoints"))
             if resume is not None and not resumed and (Path(resume) / "student").exists():

@@ -9,9 +9,10 @@ import importlib
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from fewstep.cli import app as app_command
 from fewstep.cli import bench, data, demo, doctor, evaluate, models, solver, train
@@ -25,8 +26,20 @@ RENAMED = {
     "sweep": "solver compare (and solver list)", "ems": "solver fit-v3", "ratios": "solver fit-dc",
 }  # old command: what it is called now  # fmt: skip
 
+
+class Commands(TyperGroup):
+    """Typer ends Ctrl-C without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print_text("\nInterrupted.", "yellow", err)
+            leave(130)
+
+
 app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Distil a many-step diffusion or flow model into a few-step generator.",
     epilog="Example: fewstep train configs/fashion/demo.yaml out=runs/first",
 )  # fmt: skip
@@ -70,7 +83,7 @@ def options(
 def main() -> None:
     """Runs a command. A mistake ends as one paragraph with exit code 1, Ctrl-C with exit code 130."""
     debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = [_without_tilde(argument) for argument in sys.argv[1:] if argument != "--debug"]
     try:
         _refuse_renamed(arguments)
         app(arguments, standalone_mode=True)
@@ -95,6 +108,12 @@ def _show(error: Exception, text: str) -> None:
 
     if have_met() and not isinstance(error, SharedError):
         sys.stderr.write(f"Error in process {os.environ['RANK']}: {text}\n")
+
+
+def _without_tilde(argument: str) -> str:
+    """Replaces ``~/`` after an equals sign by the home folder, as shells do elsewhere: ``--out=~/grid.png``."""
+    name, equals, value = argument.partition("=")
+    return f"{name}={os.path.expanduser(value)}" if equals and value.startswith("~/") else argument
 
 
 def _refuse_renamed(arguments: list[str]) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from fewstep.core.errors import UserError, nearest
 
 RUNS = "runs"  # where the configs of this project write
+# A setting that may be a path. No shell replaces a ``~`` in a file, and who deletes a folder called ``~`` may delete
+# the wrong one.
+MaybePath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 def is_hub_id(source: str) -> bool:

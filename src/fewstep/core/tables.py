@@ -125,7 +125,15 @@ def _csv_rows(lines: Iterator[str], columns: Sequence[str]) -> Iterator[dict[str
 
 
 def _json_rows(lines: Iterator[str]) -> Iterator[Any]:
-    return (json.loads(line) for line in lines if line.strip())
+    return (json.loads(line, object_pairs_hook=_unique) for line in lines if line.strip())
+
+
+def _unique(cells: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(cells)
+    if len(row) < len(cells):
+        names = [name for name, _ in cells]
+        raise ValueError(f"{next(name for name in row if names.count(name) > 1)!r} is repeated")
+    return row
 
 
 def choose_column(
