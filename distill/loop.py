@@ -88,10 +88,9 @@ class Loop:
         metrics: dict[str, Tensor] = {}
         shared: dict[int, dict[str, StudentSample]] = {shard: {} for shard in self._shards}
         self.lost = []
-        with without_cudnn(self.device):
-            for update in self.objective.updates:
-                if update.due(step):
-                    metrics.update(self.update(update, step, shared))
+        for update in self.objective.updates:
+            if update.due(step):
+                metrics.update(self.update(update, step, shared))
         if (step + 1) % self.read_every == 0:
             self._read_skipped()
         return metrics
@@ -141,7 +140,7 @@ class Loop:
                 parameter.grad = None
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         totals: dict[str, Tensor] = {}
-        with self.roles.updating(update.roles):
+        with without_cudnn(self.device), self.roles.updating(update.roles):
             for shard, samples in shared.items():
                 micro = self._micro_batch(update, step, shard, samples)
                 for name, loss in update.terms(micro):
