@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,6 +82,19 @@ class World:
         with _reaching_others():
             dist.all_gather_object(values, value, group=self.host)
         return values
+
+    def require_same(self, values: Mapping[str, object]) -> None:
+        """Raises ``UserError`` in all processes if a named value of one differs from that of the first process."""
+        first, *others = self.gather(dict(values))
+        for rank, other in enumerate(others, start=1):
+            names = [name for name in (*first, *other) if first.get(name) != other.get(name)]
+            if names:
+                name, more = names[0], len(set(names)) - 1
+                also = f", and in {more} other value{'s' * (more > 1)}" if more else ""
+                raise SharedError(
+                    f"Process {rank} of this run differs from process 0 in its {name}: {other.get(name)}, not "
+                    f"{first.get(name)}{also}. Start all processes with the same settings, files and versions."
+                )
 
     @contextmanager
     def together(self) -> Iterator[None]:

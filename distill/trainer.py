@@ -18,6 +18,7 @@ from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill import stage_checks as checks
+from fewstep.distill.agreement import require_same_state
 from fewstep.distill.build import DTYPES, TrainingInputs, build_inputs, placed
 from fewstep.distill.callback import Callback, Interrupted, Validator
 from fewstep.distill.checkpoint import StoredTensors, restore_role, role_tensors
@@ -261,6 +262,7 @@ class Trainer:
         """Runs one step of the current stage, or of the next one if the current one is complete."""
         if self.step >= self.stage_ends[self.stage]:
             self.start_stage(self.stage + 1)
+            require_same_state(self)
             self.best = {}  # scores of another objective or generator are not comparable
         before = self.roles.evaluations
         metrics = self.loop.step(self.step)

@@ -13,6 +13,7 @@ from fewstep.api.reference import training_reference
 from fewstep.api.training_progress import TrainingProgress
 from fewstep.core.errors import UserError
 from fewstep.core.image_files import to_images
+from fewstep.distill.agreement import require_same_inputs, require_same_settings
 from fewstep.distill.build import build_inputs
 from fewstep.distill.callback import Callback
 from fewstep.distill.checkpoint import checkpoints
@@ -66,6 +67,7 @@ def train_run(
     """The same, returning the run with its trainer."""
     world, device = join_world(config.device)
     with TrainingProgress(config.steps, quiet=not progress or world.rank > 0) as shown, compiling():
+        require_same_settings(world, config, resume is not None)
         with world.together():
             resumed = resume is not None and bool(checkpoints(Path(resume) / "checkpoints"))
             if resume is not None and not resumed and (Path(resume) / "student").exists():
@@ -79,6 +81,7 @@ def train_run(
             run = RunFolder.reopen(resume, device, world, inputs, config=config)
         else:
             run = RunFolder.create(config, device, world, inputs)
+        require_same_inputs(run.trainer)
         with TemporaryDirectory() as temporary:
             with world.together():  # only the first process writes images to the run
                 folder = run.folder if world.rank == 0 else Path(temporary)
