@@ -76,7 +76,8 @@ class Loop:
         if self.accumulate % self.world.size:
             raise UserError(
                 f"accumulate = {self.accumulate}: the {self.world.size} processes share the micro-batches of an "
-                f"update, so it must be a multiple of {self.world.size}, for example accumulate={self.world.size}."
+                f"update, so it must be a multiple of {self.world.size}. Start {_divisors(self.accumulate)} of them, or "
+                f"train a new run with accumulate={self.world.size}."
             )
         self._in_a_row: dict[str, int] = {}
         self._unread: list[Skippable] = []
@@ -88,9 +89,10 @@ class Loop:
         metrics: dict[str, Tensor] = {}
         shared: dict[int, dict[str, StudentSample]] = {shard: {} for shard in self._shards}
         self.lost = []
-        for update in self.objective.updates:
-            if update.due(step):
-                metrics.update(self.update(update, step, shared))
+        with without_cudnn(self.device):
+            for update in self.objective.updates:
+                if update.due(step):
+                    metrics.update(self.update(update, step, shared))
         if (step + 1) % self.read_every == 0:
             self._read_skipped()
         return metrics
@@ -140,7 +142,7 @@ class Loop:
                 parameter.grad = None
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         totals: dict[str, Tensor] = {}
-        with without_cudnn(self.device), self.roles.updating(update.roles):
+        with self.roles.updating(update.roles):
             for shard, samples in shared.items():
                 micro = self._micro_batch(update, step, shard, samples)
                 for name, loss in update.terms(micro):
@@ -202,7 +204,7 @@ class Loop:
         """The layer and sample of the first number that is not finite, found by repeating the update."""
         evaluations = self.roles.evaluations
         repeat = partial(self._gradients, update, step, {shard: {} for shard in self._shards})
-        with self.roles.without_recordings():
+        with without_cudnn(self.device), self.roles.without_recordings():
             found = self.world.gather(locate(self.roles, repeat, self.batch))
         self.roles.evaluations = evaluations
         return next((text for text in found if text is not None), None)
@@ -221,6 +223,12 @@ class Loop:
             return "the norm of its gradient overflows"
         others = f" and of {len(parameters) - 1} other parameters" if len(parameters) > 1 else ""
         return f"its losses are finite, but not the gradient of {parameters[0]}{others}"
+
+
+def _divisors(number: int) -> str:
+    """The divisors of a number, in words."""
+    *others, last = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _not_finite(metrics: Mapping[str, Tensor]) -> str:

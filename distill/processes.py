@@ -104,7 +104,7 @@ class World:
             yield
         except Exception as caught:
             error = caught
-        failed = [(rank, text) for rank, text in enumerate(self.gather(error and str(error))) if text is not None]
+        failed = [(rank, text) for rank, text in enumerate(self.gather(error and _described(error))) if text is not None]
         if self.size == 1 and error is not None:
             raise error
         if failed:
@@ -131,6 +131,11 @@ def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         group.append(tensor)
     if group:
         yield group
+
+
+def _described(error: Exception) -> str:
+    """The text of an error, with its kind if it is unexpected: that of a KeyError is a name alone."""
+    return str(error) if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {error} (unexpected)"
 
 
 @contextmanager

@@ -240,9 +240,9 @@ class Trainer:
         stop.insist = insist
 
     def _stopped(self, stop: StopRequests, saved: bool) -> str:
-        reason = f" ({stop.reason})" if stop.reason else ""
+        reason = next(filter(None, self.world.gather(stop.reason)))  # perhaps only another process got the signal
         state = "" if saved else ", where updates are being lost: the last checkpoint is an earlier one"
-        return f"stopped at step {self.step} of {self.stage_ends[-1]}{reason}{state}"
+        return f"stopped at step {self.step} of {self.stage_ends[-1]} ({reason}){state}"
 
     def rehearse(self, validate: Validator | None) -> None:
         """Checks health and validates once, with no consequence, so that what cannot work is found before training."""
