@@ -156,9 +156,31 @@ class Loop:
                     totals[name] = totals[name] + value if name in totals else value
         for name in update.roles:
             self.roles[name].add_missing_gradients()
+        self._align(update, sums, totals)
         self.world.mean_([part for pair in sums.values() for part in pair])
         self.world.sum_(list(totals.values()))
         return {name: value / count for name, (value, count) in sums.items()}, totals
+
+    def _align(
+        self, update: Update, sums: dict[str, tuple[Tensor, Tensor]], totals: dict[str, Tensor]
+    ) -> None:  # fmt: skip
+        """Adds zeros for the gradients, metrics and totals that only micro-batches of other processes have, and brings
+        them into one order: lists of them are added up over the processes."""
+        parameters = [p for role in update.roles for p in self.roles[role].parameters]
+        kinds = {name: (tuple(total.shape), str(total.dtype)) for name, total in totals.items()}
+        own = ([p.grad is not None for p in parameters], list(sums), kinds)
+        every = self.world.gather_if_different(own)
+        if len(every) == 1:
+            return
+        for parameter, *there in zip(parameters, *(reached for reached, _, _ in every), strict=True):
+            if parameter.grad is None and any(there):
+                parameter.grad = torch.zeros_like(parameter)
+        nothing = torch.zeros((), device=self.device)
+        for name in dict.fromkeys(name for _, names, _ in every for name in names):
+            sums[name] = sums.pop(name, (nothing, nothing))
+        for name, (shape, dtype) in {name: kind for _, _, kinds in every for name, kind in kinds.items()}.items():
+            empty = torch.zeros(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=self.device)
+            totals[name] = totals.pop(name, empty)
 
     @property
     def _shards(self) -> range:

@@ -165,7 +165,9 @@ class Recording:
 
     def __call__(self, x_t: Tensor, times: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            torch._foreach_copy_(self._inputs, [x_t, send(times, x_t.device), *condition.values(), *condition.nulls.values()])
+            torch._foreach_copy_(
+                self._inputs, [x_t, send(times, x_t.device), *condition.values(), *condition.nulls.values()]
+            )
         outputs = _Replay.apply(self, x_t, *self._trained) if self._differentiable else self.forward()
         raw, *features = outputs
         return raw, dict(zip(self._names, features, strict=True))

@@ -68,8 +68,8 @@ def train_run(
     world, device = join_world(config.device)
     with TrainingProgress(config.steps, quiet=not progress or world.rank > 0) as shown, compiling():
         require_same_settings(world, config, resume is not None)
+        resumed = world.once(lambda: resume is not None and bool(checkpoints(Path(resume) / "checkpoints")))
         with world.together():
-            resumed = resume is not None and bool(checkpoints(Path(resume) / "checkpoints"))
             if resume is not None and not resumed and (Path(resume) / "student").exists():
                 raise UserError(
                     f"{resume} has a student but no checkpoint to continue from: training would begin again and "
