@@ -76,8 +76,8 @@ class Loop:
         if self.accumulate % self.world.size:
             raise UserError(
                 f"accumulate = {self.accumulate}: the {self.world.size} processes share the micro-batches of an "
-                f"update, so it must be a multiple of {self.world.size}. Start {_divisors(self.accumulate)} of them, or "
-                f"train a new run with accumulate={self.world.size}."
+                f"update, so it must be a multiple of {self.world.size}. Start {_divisors(self.accumulate)} of them, "
+                f"or train a new run with accumulate={self.world.size}."
             )
         self._in_a_row: dict[str, int] = {}
         self._unread: list[Skippable] = []

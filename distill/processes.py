@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 GROUP = 2**24  # elements that are reduced together: 64 MiB in float32
 PATIENCE = timedelta(hours=12)  # for one process to validate while the others wait
+APART = timedelta(minutes=1)  # by which processes leave one block at different times
+ENDED = "Another process of this run has ended or does not answer. Continue from the last checkpoint with --resume."
+EXCHANGE = re.compile("gloo|NCCL|Connection (closed|reset)|Broken pipe")  # in errors of torch's collectives
 T = TypeVar("T")
 
 
@@ -107,16 +111,23 @@ class World:
                 )
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Raises an error of the block in all processes when all have left it, instead of leaving some waiting."""
+    def together(self, *, exchanging: bool = False) -> Iterator[None]:
+        """Raises an error of the block in all processes when all have left it, instead of leaving some waiting. In a
+        block that is ``exchanging`` values itself others may wait for a process with an error: it waits only ``APART``
+        for them to leave the block, and then ends alone, which ends them."""
         error: Exception | None = None
         try:
             yield
         except Exception as caught:
             error = caught
-        failed = [
-            (rank, text) for rank, text in enumerate(self.gather(error and _described(error))) if text is not None
-        ]
+        if exchanging and self.size > 1:
+            try:
+                dist.monitored_barrier(self.host, PATIENCE if error is None else APART)
+            except RuntimeError:
+                if error is not None:
+                    raise error from None
+        texts = self.gather(error and _described(error))
+        failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
         if self.size == 1 and error is not None:
             raise error
         if failed:
@@ -156,9 +167,18 @@ def _reaching_others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise UserError(
-            "Another process of this run has ended or does not answer. Continue from the last checkpoint with --resume."
-        ) from error
+        raise UserError(ENDED) from error
+
+
+@contextmanager
+def naming_ended_processes(world: World) -> Iterator[None]:
+    """The same for the exchanges of split networks, which torch starts, by the text of the error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size == 1 or not EXCHANGE.search(str(error)):
+            raise
+        raise UserError(ENDED) from error
 
 
 SINGLE_PROCESS = World()

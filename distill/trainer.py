@@ -295,7 +295,7 @@ class Trainer:
         networks are split over them."""
         if not self.roles.split:
             return self.world.once(function)
-        with self.world.together():
+        with self.world.together(exchanging=True):
             result = function()
         return self.world.gather(result)[0]
 

@@ -215,3 +215,46 @@ def test_a_mistake_of_one_process_is_said_once(change: str, message: str, tmp_pa
     assert launch.returncode != 0
     (said,) = [line for line in text.splitlines() if line.startswith("Error")]
     assert said.startswith(message)
+
+
+FAILS_IN_VALIDATION = """
+    import datetime
+    from fewstep.distill import processes
+    from fewstep.eval.validation import Validation
+    processes.APART = datetime.timedelta(seconds=3)
+    called = Validation.__call__
+    def fail(self, denoiser, config, step):
+        if step == 3:
+            raise MemoryError("no memory")
+        return called(self, denoiser, config, step)
+    Validation.__call__ = fail
+"""
+FAILS_IN_STEP = """
+    from fewstep.distill.loop import Loop
+    def fail(self, step):
+        raise MemoryError("no memory")
+    Loop.step = fail
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "change", "message"),
+    [
+        (0, FAILS_IN_VALIDATION, "Error: MemoryError: no memory (unexpected"),
+        (1, FAILS_IN_STEP, "Error in process 1: MemoryError: no memory (unexpected"),
+    ],
+)
+def test_no_process_waits_for_one_that_failed_between_exchanges_of_a_split_network(
+    rank: int, change: str, message: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import os\nif os.environ['RANK'] == '{rank}':\n    {change.strip()}\n"
+        "from fewstep.cli.main import main\nmain()\n"
+    )
+    launch = start(TORCHRUN, config(tmp_path, shard=True), script=[str(script)])
+    text = ended(launch)
+    assert launch.returncode != 0
+    said = [line for line in text.splitlines() if line.startswith("Error")]
+    (cause,) = [line for line in said if "Another process of this run has ended" not in line]
+    assert cause.startswith(message)

@@ -21,7 +21,7 @@ from fewstep.distill.config import Config
 from fewstep.distill.config_files import load_config
 from fewstep.distill.data import batch
 from fewstep.distill.previews import Previews
-from fewstep.distill.processes import join_world
+from fewstep.distill.processes import join_world, naming_ended_processes
 from fewstep.distill.run_folder import RunFolder, run_config
 from fewstep.eval.references import load_reference
 from fewstep.eval.validation import PromptValidation, Validation
@@ -66,7 +66,8 @@ def train_run(
 ) -> RunFolder:  # fmt: skip
     """The same, returning the run with its trainer."""
     world, device = join_world(config.device)
-    with TrainingProgress(config.steps, quiet=not progress or world.rank > 0) as shown, compiling():
+    shown = TrainingProgress(config.steps, quiet=not progress or world.rank > 0)
+    with naming_ended_processes(world), shown, compiling():
         require_same_settings(world, config, resume is not None)
         resumed = world.once(lambda: resume is not None and bool(checkpoints(Path(resume) / "checkpoints")))
         with world.together():
