@@ -175,9 +175,9 @@ class Loop:
         for parameter, *there in zip(parameters, *(reached for reached, _, _ in every), strict=True):
             if parameter.grad is None and any(there):
                 parameter.grad = torch.zeros_like(parameter)
-        nothing = torch.zeros((), device=self.device)
         for name in dict.fromkeys(name for _, names, _ in every for name in names):
-            sums[name] = sums.pop(name, (nothing, nothing))
+            value, count = torch.zeros(2, device=self.device)
+            sums[name] = sums.pop(name, (value, count))
         for name, (shape, dtype) in {name: kind for _, _, kinds in every for name, kind in kinds.items()}.items():
             empty = torch.zeros(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=self.device)
             totals[name] = totals.pop(name, empty)

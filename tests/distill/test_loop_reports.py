@@ -125,6 +125,7 @@ class Unlike(Twins):
         return [([False, True, False], ["other", "loss/x"], {"other": ((2,), "torch.int64")}), value]
 
     def sum_(self, tensors: list[Tensor]) -> None:
+        assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors), "each has a sum of its own"
         summed.append([tuple(tensor.shape) for tensor in tensors])
 
 
