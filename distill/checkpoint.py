@@ -75,10 +75,10 @@ class StoredTensors(Mapping[str, Tensor]):
         if there is no such tensor, ``ValueError`` if it has another shape."""
         if not sharding.is_sharded(target):
             value = self[name]
-            if value.shape != target.shape:
-                raise ValueError(f"{name} is {list(value.shape)} in the checkpoint, and {list(target.shape)} here")
+            _require_shape(name, list(value.shape), target)
             target.copy_(value)
             return
+        _require_shape(name, self._shape(name), target)
         own = sharding.local(target)
         start, stop = sharding.first_row(target), sharding.first_row(target) + len(own)
         for first, file in sorted(self._places[name]):
@@ -87,6 +87,19 @@ class StoredTensors(Mapping[str, Tensor]):
                 low, high = max(start, first), min(stop, first + rows.get_shape()[0])
                 if low < high:
                     own[low - start : high - start].copy_(rows[low - first : high - first])
+
+    def _shape(self, name: str) -> list[int]:
+        """The shape of a tensor that is put together from its pieces."""
+        shapes = []
+        for _, file in self._places[name]:
+            with safe_open(file, framework="pt") as handle:
+                shapes.append(handle.get_slice(name).get_shape())
+        return [sum(shape[0] for shape in shapes), *shapes[0][1:]]
+
+
+def _require_shape(name: str, shape: list[int], target: Tensor) -> None:
+    if shape != list(target.shape):
+        raise ValueError(f"{name} is {shape} in the checkpoint, and {list(target.shape)} here")
 
 
 def restore_role(name: str, role: Role, tensors: StoredTensors) -> None:

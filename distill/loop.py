@@ -76,7 +76,8 @@ class Loop:
         if self.accumulate % self.world.size:
             raise UserError(
                 f"accumulate = {self.accumulate}: the {self.world.size} processes share the micro-batches of an "
-                f"update, so it must be a multiple of {self.world.size}, for example accumulate={self.world.size}."
+                f"update, so it must be a multiple of {self.world.size}. Start {_divisors(self.accumulate)} of them, "
+                f"or train a new run with accumulate={self.world.size}."
             )
         self._in_a_row: dict[str, int] = {}
         self._unread: list[Skippable] = []
@@ -155,9 +156,31 @@ class Loop:
                     totals[name] = totals[name] + value if name in totals else value
         for name in update.roles:
             self.roles[name].add_missing_gradients()
+        self._align(update, sums, totals)
         self.world.mean_([part for pair in sums.values() for part in pair])
         self.world.sum_(list(totals.values()))
         return {name: value / count for name, (value, count) in sums.items()}, totals
+
+    def _align(self, update: Update, sums: dict[str, tuple[Tensor, Tensor]], totals: dict[str, Tensor]) -> None:
+        """Adds zeros for the gradients, metrics and totals that only micro-batches of other processes have, and brings
+        them into one order: lists of them are added up over the processes."""
+        if self.world.size == 1:
+            return
+        parameters = [p for role in update.roles for p in self.roles[role].parameters]
+        kinds = {name: (tuple(total.shape), str(total.dtype)) for name, total in totals.items()}
+        own = ([p.grad is not None for p in parameters], list(sums), kinds)
+        every = self.world.gather_if_different(own)
+        if len(every) == 1:
+            return
+        for parameter, *there in zip(parameters, *(reached for reached, _, _ in every), strict=True):
+            if parameter.grad is None and any(there):
+                parameter.grad = torch.zeros_like(parameter)
+        for name in dict.fromkeys(name for _, names, _ in every for name in names):
+            value, count = torch.zeros(2, device=self.device)
+            sums[name] = sums.pop(name, (value, count))
+        for name, (shape, dtype) in {name: kind for _, _, kinds in every for name, kind in kinds.items()}.items():
+            empty = torch.zeros(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=self.device)
+            totals[name] = totals.pop(name, empty)
 
     @property
     def _shards(self) -> range:
@@ -203,7 +226,7 @@ class Loop:
         """The layer and sample of the first number that is not finite, found by repeating the update."""
         evaluations = self.roles.evaluations
         repeat = partial(self._gradients, update, step, {shard: {} for shard in self._shards})
-        with self.roles.without_recordings():
+        with without_cudnn(self.device), self.roles.without_recordings():
             found = self.world.gather(locate(self.roles, repeat, self.batch))
         self.roles.evaluations = evaluations
         return next((text for text in found if text is not None), None)
@@ -222,6 +245,12 @@ class Loop:
             return "the norm of its gradient overflows"
         others = f" and of {len(parameters) - 1} other parameters" if len(parameters) > 1 else ""
         return f"its losses are finite, but not the gradient of {parameters[0]}{others}"
+
+
+def _divisors(number: int) -> str:
+    """The divisors of a number, in words."""
+    *others, last = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _not_finite(metrics: Mapping[str, Tensor]) -> str:

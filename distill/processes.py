@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 GROUP = 2**24  # elements that are reduced together: 64 MiB in float32
 PATIENCE = timedelta(hours=12)  # for one process to validate while the others wait
+APART = timedelta(minutes=1)  # by which processes leave one block at different times
+ENDED = "Another process of this run has ended or does not answer. Continue from the last checkpoint with --resume."
+EXCHANGE = re.compile("gloo|NCCL|Connection (closed|reset)|Broken pipe")  # in errors of torch's collectives
 T = TypeVar("T")
 
 
@@ -83,15 +88,45 @@ class World:
             dist.all_gather_object(values, value, group=self.host)
         return values
 
+    def gather_if_different(self, value: T) -> list[T]:
+        """The values of all processes, by rank; this process's alone where all are alike, which is soon found out."""
+        mark = zlib.crc32(repr(value).encode())
+        marks = torch.tensor([mark, -mark])
+        with _reaching_others():
+            dist.all_reduce(marks, dist.ReduceOp.MAX, group=self.host)
+        return [value] if marks[0] == -marks[1] else self.gather(value)
+
+    def require_same(self, values: Mapping[str, object]) -> None:
+        """Raises ``UserError`` in all processes if a named value of one differs from that of the first process."""
+        first, *others = self.gather(dict(values))
+        for rank, other in enumerate(others, start=1):
+            names = [name for name in (*first, *other) if first.get(name) != other.get(name)]
+            if names:
+                name, more = names[0], len(set(names)) - 1
+                also = f", and in {more} other value{'s' * (more > 1)}" if more else ""
+                raise SharedError(
+                    f"Process {rank} of this run differs from process 0 in its {name}: {other.get(name)}, not "
+                    f"{first.get(name)}{also}. Start all processes with the same settings, files and versions."
+                )
+
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Raises an error of the block in all processes when all have left it, instead of leaving some waiting."""
+    def together(self, *, exchanging: bool = False) -> Iterator[None]:
+        """Raises an error of the block in all processes when all have left it, instead of leaving some waiting. In a
+        block that is ``exchanging`` values itself others may wait for a process with an error: it waits only ``APART``
+        for them to leave the block, and then ends alone, which ends them."""
         error: Exception | None = None
         try:
             yield
         except Exception as caught:
             error = caught
-        failed = [(rank, text) for rank, text in enumerate(self.gather(error and str(error))) if text is not None]
+        if exchanging and self.size > 1:
+            try:
+                dist.monitored_barrier(self.host, PATIENCE if error is None else APART)
+            except RuntimeError:
+                if error is not None:
+                    raise error from None
+        texts = self.gather(error and _described(error))
+        failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
         if self.size == 1 and error is not None:
             raise error
         if failed:
@@ -120,15 +155,29 @@ def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield group
 
 
+def _described(error: Exception) -> str:
+    """The text of an error, with its kind if it is unexpected: that of a KeyError is a name alone."""
+    return str(error) if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {error} (unexpected)"
+
+
 @contextmanager
 def _reaching_others() -> Iterator[None]:
     """Names the cause of a failed exchange: another process has ended."""
     try:
         yield
     except RuntimeError as error:
-        raise UserError(
-            "Another process of this run has ended or does not answer. Continue from the last checkpoint with --resume."
-        ) from error
+        raise UserError(ENDED) from error
+
+
+@contextmanager
+def naming_ended_processes(world: World) -> Iterator[None]:
+    """The same for the exchanges of split networks, which torch starts, by the text of the error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size == 1 or not EXCHANGE.search(str(error)):
+            raise
+        raise UserError(ENDED) from error
 
 
 SINGLE_PROCESS = World()

@@ -97,15 +97,15 @@ class RunFolder(Callback):
         another process is training in the folder.
         """
         folder, config = Path(folder), config or run_config(folder)
+        resumed = world.once(lambda: bool(checkpoints(folder / "checkpoints", before)))
         with world.together():
-            resumed = bool(checkpoints(folder / "checkpoints", before))
             inputs = inputs or build_inputs(config, device, world=world, resumed=resumed)
             run = RunFolder(folder, Trainer(config, inputs, device, world))
         if before is None:
             world.once(run._claim)  # else another process may delete what is read here
         try:
             run._known = checkpoints(folder / "checkpoints")
-            if checkpoints(folder / "checkpoints", before):
+            if world.once(lambda: checkpoints(folder / "checkpoints", before)):
                 found = read_newest(folder / "checkpoints", before, world)
                 with world.together():
                     run._restore(*found)

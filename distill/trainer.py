@@ -18,6 +18,7 @@ from fewstep.core.devices import pick_device
 from fewstep.core.errors import UserError
 from fewstep.core.keyed_random import KeyedRandom
 from fewstep.distill import stage_checks as checks
+from fewstep.distill.agreement import require_same_state
 from fewstep.distill.build import DTYPES, TrainingInputs, build_inputs, placed
 from fewstep.distill.callback import Callback, Interrupted, Validator
 from fewstep.distill.checkpoint import StoredTensors, restore_role, role_tensors
@@ -241,9 +242,9 @@ class Trainer:
         self.loop.lost.clear()
 
     def _stopped(self, stop: StopRequests, saved: bool) -> str:
-        reason = f" ({stop.reason})" if stop.reason else ""
+        reason = next(filter(None, self.world.gather(stop.reason)))  # perhaps only another process got the signal
         state = "" if saved else ", where updates are being lost: the last checkpoint is an earlier one"
-        return f"stopped at step {self.step} of {self.stage_ends[-1]}{reason}{state}"
+        return f"stopped at step {self.step} of {self.stage_ends[-1]} ({reason}){state}"
 
     def rehearse(self, validate: Validator | None) -> None:
         """Checks health and validates once, with no consequence, so that what cannot work is found before training."""
@@ -263,6 +264,7 @@ class Trainer:
         """Runs one step of the current stage, or of the next one if the current one is complete."""
         if self.step >= self.stage_ends[self.stage]:
             self.start_stage(self.stage + 1)
+            require_same_state(self)
             self.best = {}  # scores of another objective or generator are not comparable
         before = self.roles.evaluations
         metrics = self.loop.step(self.step)
@@ -295,7 +297,7 @@ class Trainer:
         networks are split over them."""
         if not self.roles.split:
             return self.world.once(function)
-        with self.world.together():
+        with self.world.together(exchanging=True):
             result = function()
         return self.world.gather(result)[0]
 

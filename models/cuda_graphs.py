@@ -82,8 +82,8 @@ class GraphedDenoiser(Denoiser):
         graph = torch.is_grad_enabled()
         through = graph and x_t.requires_grad
         trained = [weight for weight in self._weights if weight.requires_grad] if graph else []
-        given = (x_t, times, *condition.values())
-        key = (through, *map(id, trained), *condition, *((tuple(x.shape), x.dtype) for x in given))
+        given = (x_t, times, *condition.values(), *condition.nulls.values())
+        key = (through, *map(id, trained), *condition, *condition.nulls, *((tuple(x.shape), x.dtype) for x in given))
         self._seen[key] += 1
         if key not in self._recordings and self._seen[key] > EAGER and len(self._recordings) < MOST:
             pool = None if through or trained else self._pool
@@ -119,8 +119,9 @@ class Recording:
         device = x_t.device
         x = x_t.detach().clone().requires_grad_(through)
         t = send(times, device).clone()  # on the device the network computes with them by its own kernels
-        conditions = {name: value.detach().clone() for name, value in condition.items()}
-        self._inputs = [x.detach(), t, *conditions.values()]
+        tensors = {name: value.detach().clone() for name, value in condition.items()}
+        nulls = {name: value.detach().clone() for name, value in condition.nulls.items()}
+        self._inputs = [x.detach(), t, *tensors.values(), *nulls.values()]
         # A graph that exists may hold the nodes of the weights on another stream: here are others, of the same memory.
         twins = {id(weight): weight.detach().requires_grad_() for weight in trained}
         weights = {name: twins[id(weight)] for name, weight in evaluation.named_parameters() if id(weight) in twins}
@@ -129,7 +130,7 @@ class Recording:
 
         def forward() -> list[Tensor]:
             torch.clear_autocast_cache()  # what is recorded must cast the weights that it finds
-            raw, features = functional_call(evaluation, weights, (x, t, Condition(conditions)))
+            raw, features = functional_call(evaluation, weights, (x, t, Condition(tensors, nulls)))
             self._names, live[:] = list(features), [raw, *features.values()]
             return [output.detach() for output in live]
 
@@ -140,8 +141,9 @@ class Recording:
                 return list(torch.autograd.grad(outputs, ends, slopes, allow_unused=True))
 
         def both() -> None:
-            self._slopes = [torch.zeros_like(output) for output in forward()]
+            outputs = forward()
             if any(output.requires_grad for output in live):
+                self._slopes = [torch.zeros_like(output) for output in outputs]
                 backward()
 
         self._trained, self._through = list(trained), through
@@ -156,14 +158,16 @@ class Recording:
         except RuntimeError as error:
             raise UserError(
                 f"The evaluation of a {type(evaluation.network).__name__} cannot be recorded as a CUDA graph: "
-                f"{next(iter(str(error).splitlines()), type(error).__name__)}. Set cuda_graphs: false."
+                f"{_first_line(error)}. Set cuda_graphs: false."
             ) from error
         finally:
             torch.clear_autocast_cache()
 
     def __call__(self, x_t: Tensor, times: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            torch._foreach_copy_(self._inputs, [x_t, send(times, x_t.device), *condition.values()])
+            torch._foreach_copy_(
+                self._inputs, [x_t, send(times, x_t.device), *condition.values(), *condition.nulls.values()]
+            )
         outputs = _Replay.apply(self, x_t, *self._trained) if self._differentiable else self.forward()
         raw, *features = outputs
         return raw, dict(zip(self._names, features, strict=True))
@@ -204,6 +208,13 @@ class Recording:
         rest = iter(copies)
         gradients = [None if gradient is None else next(rest) for gradient in self._gradients]
         return gradients if self._through else [None, *gradients]
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, or the one before it: an error within a recording ends it, which is another one."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class _Token:

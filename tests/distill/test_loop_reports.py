@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,40 @@ class Twins(World):
 
     def sum_(self, tensors: list[Tensor]) -> None:
         assert all(isinstance(tensor, Tensor) for tensor in tensors)
+
+    def gather_if_different(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class Unlike(Twins):
+    """The other one's micro-batches reached b alone, and logged and counted something else."""
+
+    def gather_if_different(self, value: Any) -> list[Any]:
+        return [([False, True, False], ["other", "loss/x"], {"other": ((2,), "torch.int64")}), value]
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors), "each has a sum of its own"
+        summed.append([tuple(tensor.shape) for tensor in tensors])
+
+
+summed: list[list[tuple[int, ...]]] = []
+
+
+def test_processes_that_reach_log_and_count_other_things_add_up_what_has_one_name() -> None:
+    seen: list[dict[str, Tensor]] = []
+    loop = loop_of(
+        lambda n, _: {"x": n.a.sum()}, after=lambda _, totals: seen.append(dict(totals)), accumulate=2, world=Unlike()
+    )
+    summed.clear()
+    metrics = loop.step(0)
+    network = loop.roles["student"].module
+    assert torch.equal(network.b.grad, torch.zeros_like(network.b))
+    shape = tuple(network.a.shape)
+    assert summed[0] == 6 * [()], "values and counts of other, loss/x and steps"
+    assert summed[1:] == [[(2,), ()], [shape, tuple(network.b.shape)]]
+    assert [name for name in metrics if name != "grad_norm/student"] == ["other", "loss/x", "steps"]
+    assert list(seen[0]) == ["other", "images"]
+    assert seen[0]["other"].dtype == torch.int64
 
 
 def test_gradients_and_metrics_are_means_and_totals_sums_over_the_processes() -> None:

@@ -13,6 +13,8 @@ from tiny_runs import settings
 from torch import nn
 
 from fewstep.core.errors import UserError
+from fewstep.core.files import write_tensors
+from fewstep.distill.checkpoint import StoredTensors
 from fewstep.distill.config_files import parse_config
 from fewstep.distill.sharding import groups
 from fewstep.models.loading import load_model
@@ -86,3 +88,24 @@ def test_one_process_has_nothing_to_split(tmp_path: Path) -> None:
     split = train_to(3, {"a": raw | {"shard": True, "out": str(tmp_path / "a")}})["a"]
     plain = train_to(3, {"b": raw | {"out": str(tmp_path / "b")}})["b"]
     assert all(torch.equal(split[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (5, 3), (4, 2)])
+def test_a_split_tensor_of_another_shape_is_refused_as_a_whole_one_is(shape: tuple[int, int], tmp_path: Path) -> None:
+    """A network of one's own that changed since: its rows that a checkpoint has would be read, and others left."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    file = tmp_path / "state.safetensors"
+    write_tensors({"right": torch.arange(12.0).reshape(4, 3), "wrong": torch.ones(shape)}, file)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        split = DTensor.from_local(torch.zeros(2, 3), init_device_mesh("cpu", (2,)), [Shard(0)])
+        StoredTensors({file: {}}).fill("right", split)
+        assert torch.equal(split.to_local(), torch.arange(6.0).reshape(2, 3))
+        with pytest.raises(ValueError, match=rf"wrong is \[{shape[0]}, {shape[1]}\] in the checkpoint, and \[4, 3\]"):
+            StoredTensors({file: {}}).fill("wrong", split)
+    finally:
+        dist.destroy_process_group()

@@ -16,6 +16,7 @@ from fewstep.distill import roles as roles_module
 from fewstep.distill.loop import Loop
 from fewstep.distill.roles import Role, Roles
 from fewstep.distill.update import LossTerm, MicroBatch, Objective, Update
+from fewstep.models.attention import without_cudnn
 
 LOST = (0, 4, 5, 10)
 
@@ -138,3 +139,19 @@ def test_a_skipped_step_does_not_make_the_next_one_skip() -> None:
         role.step(lost)
         same = [torch.equal(old, new) for old, new in zip(before, role.parameters, strict=True)]
         assert same == [not moves] * len(same)
+
+
+def test_a_search_for_the_cause_leaves_cudnn_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It repeats an update, with its backward pass, after the step."""
+    allowed: list[bool] = []
+
+    def note(*_: object) -> None:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    monkeypatch.setattr("fewstep.distill.loop.without_cudnn", lambda _: without_cudnn(torch.device("cuda")))
+    loop = loop_of(Role, lost=(1,))
+    loop.roles.denoiser("student").backbone.register_forward_hook(note)
+    for step in range(2):
+        loop.step(step)
+    assert len(loop.lost) == 1
+    assert allowed == 3 * [False], "two steps and the repeated one"

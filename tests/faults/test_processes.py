@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,13 @@ def config(folder: Path, steps: int = 6, **changes: object) -> Path:
     return file
 
 
-def start(launcher: tuple[str, ...], *arguments: object) -> subprocess.Popen[str]:
-    """``fewstep train`` on two processes."""
+def start(
+    launcher: tuple[str, ...], *arguments: object, script: Sequence[str] = ("-m", "fewstep")
+) -> subprocess.Popen[str]:
+    """``fewstep train`` on two processes, by the module or by a ``script`` that calls it."""
     port = 20_000 + (os.getpid() * 7 + time.monotonic_ns() // 1000) % 20_000
     at = "--main_process_port" if launcher is ACCELERATE else "--master-port"
-    command = [sys.executable, "-m", *launcher, at, str(port), "-m", "fewstep", "train", *map(str, arguments)]
+    command = [sys.executable, "-m", *launcher, at, str(port), *script, "train", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -136,7 +139,7 @@ def test_a_slow_process_is_waited_for_and_a_signal_to_it_stops_all_with_one_chec
     text = ended(launch)
     (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
     assert text.count("Interrupted: stopped at step") == 1, text
-    assert f"stopped at step {int(saved.name[5:])} of 5000" in text
+    assert f"stopped at step {int(saved.name[5:])} of 5000 (SIGTERM)" in text
     assert text.count("Traceback") == 1, "torchrun's own"
     succeeds("train", "--resume", tmp_path / "run", f"stages.0.steps={int(saved.name[5:]) + 1}")
 
@@ -189,3 +192,69 @@ def test_an_error_of_one_process_is_raised_in_all(tmp_path: Path) -> None:
     )
     for rank in "01":
         assert f"{rank}-saw-Process 1: no space here\n" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("sys.argv[2] = 'nowhere.yaml'", "Error in process 1: "),
+        ("sys.argv.append('stages.0.roles.student.lr=2e-4')", "Error: Process 1 of this run differs from process 0"),
+        (
+            "import fewstep.distill.build as build; build.load_model = lambda *_: {}['gone']",
+            "Error: Process 1: KeyError: 'gone' (unexpected)",
+        ),
+    ],
+)
+def test_a_mistake_of_one_process_is_said_once(change: str, message: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import os, sys\nif os.environ['RANK'] == '1':\n    {change}\nfrom fewstep.cli.main import main\nmain()\n"
+    )
+    launch = start(TORCHRUN, config(tmp_path), script=[str(script)])
+    text = ended(launch)
+    assert launch.returncode != 0
+    (said,) = [line for line in text.splitlines() if line.startswith("Error")]
+    assert said.startswith(message)
+
+
+FAILS_IN_VALIDATION = """
+    import datetime
+    from fewstep.distill import processes
+    from fewstep.eval.validation import Validation
+    processes.APART = datetime.timedelta(seconds=3)
+    called = Validation.__call__
+    def fail(self, denoiser, config, step):
+        if step == 3:
+            raise MemoryError("no memory")
+        return called(self, denoiser, config, step)
+    Validation.__call__ = fail
+"""
+FAILS_IN_STEP = """
+    from fewstep.distill.loop import Loop
+    def fail(self, step):
+        raise MemoryError("no memory")
+    Loop.step = fail
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "change", "message"),
+    [
+        (0, FAILS_IN_VALIDATION, "Error: MemoryError: no memory (unexpected"),
+        (1, FAILS_IN_STEP, "Error in process 1: MemoryError: no memory (unexpected"),
+    ],
+)
+def test_no_process_waits_for_one_that_failed_between_exchanges_of_a_split_network(
+    rank: int, change: str, message: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import os\nif os.environ['RANK'] == '{rank}':\n    {change.strip()}\n"
+        "from fewstep.cli.main import main\nmain()\n"
+    )
+    launch = start(TORCHRUN, config(tmp_path, shard=True), script=[str(script)])
+    text = ended(launch)
+    assert launch.returncode != 0
+    said = [line for line in text.splitlines() if line.startswith("Error")]
+    (cause,) = [line for line in said if "Another process of this run has ended" not in line]
+    assert cause.startswith(message)

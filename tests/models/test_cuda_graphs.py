@@ -232,6 +232,41 @@ def test_a_network_that_cannot_be_recorded_is_named(monkeypatch: pytest.MonkeyPa
             graphed(*given(0, "cpu"))
 
 
+def test_the_cause_is_named_not_the_end_of_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(work: object, device: torch.device) -> None:
+        try:
+            raise RuntimeError("a value of the host is sent")
+        finally:  # as ``torch.cuda.graph`` ends a recording
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(cuda_graphs, "warm_up", fails)
+    _, graphed = pair("cpu")
+    with torch.no_grad():
+        for _ in range(EAGER):
+            graphed(*given(0, "cpu"))
+        with pytest.raises(UserError, match=r"a value of the host is sent\. Set cuda_graphs: false"):
+            graphed(*given(0, "cpu"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_network_may_use_the_null_values(device: str, recorded: list[bool]) -> None:
+    """A network of one's own that guides itself."""
+
+    class Guided(Network):
+        def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            without: Tensor = super().forward(x, t, condition.null())
+            return 2 * super().forward(x, t, condition) - without
+
+    plain = Denoiser(Guided(), RectifiedFlow()).to(device)
+    graphed = GraphedDenoiser(plain)
+    for seed in range(2 * EAGER):
+        x, t, condition = given(seed, device)
+        condition = Condition(condition.tensors, {"shift": torch.full((3,), float(seed), device=device)})
+        with torch.no_grad():
+            torch.testing.assert_close(graphed(x, t, condition).x0, plain(x, t, condition).x0)
+    assert recorded
+
+
 def test_experts_by_noise_level_are_refused() -> None:
     plain, _ = pair("cpu")
     with pytest.raises(UserError, match="several experts by noise level"):

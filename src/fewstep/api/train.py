@@ -13,6 +13,7 @@ from fewstep.api.reference import training_reference
 from fewstep.api.training_progress import TrainingProgress
 from fewstep.core.errors import UserError
 from fewstep.core.image_files import to_images
+from fewstep.distill.agreement import require_same_inputs, require_same_settings
 from fewstep.distill.build import build_inputs
 from fewstep.distill.callback import Callback
 from fewstep.distill.checkpoint import checkpoints
@@ -20,7 +21,7 @@ from fewstep.distill.config import Config
 from fewstep.distill.config_files import load_config
 from fewstep.distill.data import batch
 from fewstep.distill.previews import Previews
-from fewstep.distill.processes import join_world
+from fewstep.distill.processes import join_world, naming_ended_processes
 from fewstep.distill.run_folder import RunFolder, run_config
 from fewstep.distill.stop_requests import signals_interrupt
 from fewstep.eval.references import load_reference
@@ -67,9 +68,10 @@ def train_run(
     """The same, returning the run with its trainer."""
     world, device = join_world(config.device)
     shown = TrainingProgress(config.steps, quiet=not progress or world.rank > 0)
-    with signals_interrupt(), shown, compiling():
+    with signals_interrupt(), naming_ended_processes(world), shown, compiling():
+        require_same_settings(world, config, resume is not None)
+        resumed = world.once(lambda: resume is not None and bool(checkpoints(Path(resume) / "checkpoints")))
         with world.together():
-            resumed = resume is not None and bool(checkpoints(Path(resume) / "checkpoints"))
             if resume is not None and not resumed and (Path(resume) / "student").exists():
                 raise UserError(
                     f"{resume} has a student but no checkpoint to continue from: training would begin again and "
@@ -81,6 +83,7 @@ def train_run(
             run = RunFolder.reopen(resume, device, world, inputs, config=config)
         else:
             run = RunFolder.create(config, device, world, inputs)
+        require_same_inputs(run.trainer)
         with TemporaryDirectory() as temporary:
             with world.together():  # only the first process writes images to the run
                 folder = run.folder if world.rank == 0 else Path(temporary)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 import traceback
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from typer.core import TyperGroup
 
 from fewstep.cli import app as app_command
 from fewstep.cli import bench, data, demo, doctor, evaluate, models, solver, train
-from fewstep.cli.options import FIRST, err, leave, print_text
+from fewstep.cli.options import FIRST, SPEAKING_SECONDS, err, leave, print_text
 from fewstep.core.errors import UserError
 from fewstep.core.host_memory import keep_freed_memory
 
@@ -106,8 +107,11 @@ def _show(error: Exception, text: str) -> None:
         return
     from fewstep.distill.processes import SharedError, have_met
 
-    if have_met() and not isinstance(error, SharedError):
-        sys.stderr.write(f"Error in process {os.environ['RANK']}: {text}\n")
+    if isinstance(error, SharedError):
+        return
+    if not have_met():  # where all fail alike, the first one has spoken by then, and the launcher ended this one
+        time.sleep(SPEAKING_SECONDS)
+    sys.stderr.write(f"Error in process {os.environ['RANK']}: {text}\n")
 
 
 def _without_tilde(argument: str) -> str:
