@@ -18,14 +18,14 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import (
     delete_folder,
     partial_folder,
-    read_json_object,
     replace_folder,
     sha256,
     tensor_names,
     write_tensors,
     write_text,
-)  # fmt: skip
+)
 from fewstep.core.finite import first_non_finite
+from fewstep.core.json_files import read_json_object
 from fewstep.distill import sharding
 from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role

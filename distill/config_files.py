@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, Field, StrictInt, ValidationError
 
-from fewstep.core.errors import UserError, nearest
+from fewstep.core.errors import UserError, kind_of, nearest
 from fewstep.core.files import reading
 from fewstep.core.yaml_files import dump_yaml, parse_yaml, read_yaml
 from fewstep.distill.config import Config
@@ -75,7 +75,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
     file = find_config(path)
     raw = read_yaml(file)
     if not isinstance(raw, dict):
-        found = "it is empty" if raw is None else f"it contains a {type(raw).__name__}"
+        found = "it is empty" if raw is None else f"it contains {kind_of(raw)}"
         raise UserError(f"{file} must contain a mapping of settings, key: value; {found}.")
     return raw, str(file), {_override(raw, text): text for text in overrides}
 

@@ -219,7 +219,7 @@ class Loop:
         if self._in_a_row[update.name] >= self.max_lost.get(update.name, MAX_LOST):
             raise UserError(
                 f"{self.lost[-1]} It had no finite gradient {self._in_a_row[update.name]} times in a row. Lower the "
-                f"learning rate of {', '.join(update.roles)} or the guidance; the last checkpoint is intact."
+                f"learning rate of {', '.join(update.roles)} or the guidance. No checkpoint has such numbers."
             )
 
     def _origin(self, update: Update, step: int) -> str | None:

@@ -82,7 +82,8 @@ def plan_memory(config: Config, devices: int = 1, costs: Cost | None = None) -> 
     """
     if config.accumulate % devices:
         raise UserError(
-            f"accumulate = {config.accumulate} must be a multiple of the {devices} devices, which share it."
+            f"accumulate = {config.accumulate} must be a multiple of the {devices} devices, which share it. Set "
+            f"accumulate={config.accumulate + -config.accumulate % devices}."
         )
     config = config.model_copy(update={"accumulate": config.accumulate // devices})
     costs = Costs() if costs is None else costs

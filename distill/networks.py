@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json_object
+from fewstep.core.json_files import read_json_object
 from fewstep.distill.config import Config, NetworkConfig
 from fewstep.models.adapters import AdapterView
 from fewstep.models.denoiser import Denoiser

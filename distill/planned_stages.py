@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json_object
+from fewstep.core.json_files import read_json_object
 from fewstep.distill.build import DTYPES
 from fewstep.distill.config import AdapterConfig, Config, NetworkConfig
 from fewstep.distill.explain import stand_in_trainer

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json_lines
+from fewstep.core.json_files import read_json_lines
 from fewstep.distill.config import DataConfig, PreviewConfig
 
 MAY_CHANGE = (

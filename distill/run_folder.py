@@ -17,8 +17,9 @@ from PIL.Image import Image
 
 from fewstep.core.environment import environment
 from fewstep.core.errors import UserError
-from fewstep.core.files import atomic_folder, read_json_lines, reason_of, remove_leftovers, write_text
+from fewstep.core.files import atomic_folder, reason_of, remove_leftovers, write_text
 from fewstep.core.image_grid import save_image
+from fewstep.core.json_files import read_json_lines
 from fewstep.core.registry import Kind, is_dotted, require_imported
 from fewstep.distill.build import TrainingInputs, build_inputs
 from fewstep.distill.callback import Callback, Interrupted, Validator

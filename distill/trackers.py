@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from fewstep.core.errors import UserError, nearest
-from fewstep.core.files import read_json_object, write_text
+from fewstep.core.files import write_text
+from fewstep.core.json_files import read_json_object
 
 PROJECT = "fewstep"
 CONTINUED = ("tensorboard", "wandb")  # in these a resumed run is the same run, by its identity in trackers.json

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json_object, read_tensors, write_tensors, write_text
+from fewstep.core.files import read_tensors, write_tensors, write_text
+from fewstep.core.json_files import read_json_object
 from fewstep.eval.images import ImageSet, Pass
 from fewstep.eval.networks.features import FeatureNetwork
 

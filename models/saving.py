@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json_object, read_tensors, write_tensors, write_text
+from fewstep.core.files import read_tensors, write_tensors, write_text
 from fewstep.core.finite import first_non_finite
+from fewstep.core.json_files import read_json_object
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.loading import base_sha256
 from fewstep.models.model_config import ModelConfig

@@ -20,9 +20,10 @@ from safetensors.torch import save
 from worlds import tiny_config, tiny_teacher
 
 from fewstep.api.bench_objectives import load_benchmark
-from fewstep.core.files import read_json_lines, read_json_object, read_metadata, read_prompts, tensor_names
+from fewstep.core.files import read_metadata, read_prompts, tensor_names
 from fewstep.core.idx_files import IDX_FILES, read_idx
 from fewstep.core.image_files import image_size, read_image, read_video
+from fewstep.core.json_files import read_json_lines, read_json_object
 from fewstep.core.tables import read_table
 from fewstep.core.yaml_files import dump_yaml
 from fewstep.distill.config_files import load_config

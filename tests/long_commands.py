@@ -22,7 +22,8 @@ from worlds import tiny_config, tiny_teacher, write_idx
 
 import fewstep
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json, read_tensors
+from fewstep.core.files import read_tensors
+from fewstep.core.json_files import read_json
 from fewstep.distill.checkpoint import checkpoints, read_checkpoint
 from fewstep.eval import saved_features
 from fewstep.eval.metrics.metric import Metric

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import atomic_folder, read_json_object, require_empty, write_text
+from fewstep.core.files import atomic_folder, require_empty, write_text
 from fewstep.core.image_grid import save_image
+from fewstep.core.json_files import read_json_object
 from fewstep.models.adapters import AdapterView
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser, Routed

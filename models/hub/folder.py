@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import UserError, nearest
-from fewstep.core.files import read_json_object
 from fewstep.core.image_files import to_images
+from fewstep.core.json_files import read_json_object
 from fewstep.core.paths import is_hub_id, nearest_folder
 from fewstep.core.torchvision_compat import prepare_torchvision
 from fewstep.models.condition import Condition

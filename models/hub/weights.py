@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json, reading, sha256, tensor_types
+from fewstep.core.files import reading, sha256, tensor_types
+from fewstep.core.json_files import read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")

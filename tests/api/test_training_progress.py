@@ -53,8 +53,8 @@ def steps_of(printed: list[str]) -> list[int]:
 
 
 def test_what_is_done_before_the_first_step_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    Run(10, 1.0).progress.before_training("the health check and validation are tried")
-    assert lines(capsys) == ["Before the first step: the health check and validation are tried."]
+    Run(10, 1.0).progress.before_training("trying the health check")
+    assert lines(capsys) == ["Before the first step: trying the health check."]
 
 
 def test_lines_come_by_time_whatever_the_speed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,6 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import (
     atomic_write,
     check_writable,
-    read_json_lines,
-    read_json_object,
     read_metadata,
     read_prompts,
     read_tensors,
@@ -28,8 +26,9 @@ from fewstep.core.files import (
     tensor_names,
     write_tensors,
     write_text,
-)  # fmt: skip
+)
 from fewstep.core.image_grid import save_grid
+from fewstep.core.json_files import read_json_lines, read_json_object
 from fewstep.core.tables import read_table
 from fewstep.distill.metrics_logger import append_line
 
@@ -140,8 +139,8 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(
         (b'{"a": "\xff"}', "is not a readable JSON file .*utf-8"),
         (b"[" * 100_000, "is not a readable JSON file .*recursion"),
         (b"9" * 5_000, "is not a readable JSON file .*digits"),
-        (b"3", "must contain a JSON object, not a int"),
-        (b"null", "must contain a JSON object, not a NoneType"),
+        (b"3", "must contain a JSON object, not a number"),
+        (b"null", "must contain a JSON object, not nothing"),
     ],
 )
 def test_json_files_that_hold_no_object_are_named(tmp_path: Path, content: bytes, message: str) -> None:

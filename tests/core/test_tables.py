@@ -127,5 +127,5 @@ def test_a_row_with_a_repeated_name_is_refused(tmp_path: Path) -> None:
     """JSON's own rule, the last one counts, would train on one of two labels without a word."""
     file = tmp_path / "a.jsonl"
     file.write_text('{"caption": "a"}\n{"caption": "a", "caption": "b"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl, row 2 is not readable \('caption' is repeated\)"):
+    with pytest.raises(UserError, match=r"a\.jsonl, row 2 is not readable \(the key 'caption' is repeated\)"):
         read_texts(file)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from worlds import state_of, tiny_config
 
-from fewstep.core.files import read_json_lines
+from fewstep.core.json_files import read_json_lines
 from fewstep.distill.callback import Callback, Interrupted
 from fewstep.distill.checkpoint import checkpoints
 from fewstep.distill.config_files import parse_config

@@ -18,7 +18,8 @@ from fewstep.api.evaluate import evaluate, known_teacher_scores
 from fewstep.api.models import Source
 from fewstep.api.train import train_run
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json_lines, write_text
+from fewstep.core.files import write_text
+from fewstep.core.json_files import read_json_lines
 from fewstep.distill.callback import Callback
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import describe, parse_config, read_settings

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fewstep.api.models import Source, load
 from fewstep.core.errors import UserError
-from fewstep.core.files import read_json_object, write_text
+from fewstep.core.files import write_text
 from fewstep.core.image_files import require_av
 from fewstep.core.image_grid import save_sample
+from fewstep.core.json_files import read_json_object
 from fewstep.core.limits import MOST_AT_ONCE, check_count
 from fewstep.eval.hashes import json_sha256, model_sha256
 from fewstep.models.hub.encoded import ENCODERS, fingerprint

@@ -89,10 +89,12 @@ def train_run(
                 folder = run.folder if world.rank == 0 else Path(temporary)
                 validation = _validation(config, run, folder) if config.validation.every else None
             if run.trainer.step < config.steps:
-                shown.before_training("the health check and validation are tried")
+                tried = {"the health check": config.health.every, "validation": config.validation.every}
+                if due := [name for name, every in tried.items() if every]:
+                    shown.before_training(f"trying {' and '.join(due)}")
                 run.trainer.rehearse(validation and validation.small(Path(temporary)))
                 if previews is not None:
-                    shown.before_training("the teacher's previews are sampled")
+                    shown.before_training("sampling the teacher's previews")
                     previews.render(run.trainer)
             run.train(validation, [shown, *([previews] if previews is not None else []), *callbacks])
     return run

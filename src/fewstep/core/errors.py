@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+KINDS = {int: "a number", float: "a number", bool: "true or false", str: "a text", list: "a list", dict: "a mapping"}
 MOST, SOME = 24, 6  # names that a message lists in full; how many it lists of more
 
 
@@ -23,3 +24,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if len(known) > MOST:
         known = [*difflib.get_close_matches(name, known, n=SOME, cutoff=0.0), "..."]
     return f"{hint} (known: {', '.join(known)})"
+
+
+def kind_of(value: object) -> str:
+    """What a value of a YAML or JSON file is, in words."""
+    return "nothing" if value is None else KINDS.get(type(value), f"something else ({type(value).__name__})")

@@ -1,11 +1,10 @@
-"""Files and folders written atomically, and read with clear errors: JSON, safetensors, prompts, hashes."""
+"""Files and folders written atomically, and read with clear errors: safetensors, prompts, hashes."""
 
 from __future__ import annotations
 
 import codecs
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,6 @@ from itertools import chain, count
 from math import prod
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
@@ -264,35 +262,6 @@ def reason_of(error: Exception) -> str:
         first = error.errors()[0]
         return ": ".join([*([".".join(map(str, first["loc"]))] if first["loc"] else []), first["msg"]])
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def read_json(file: Path) -> Any:
-    """The value in a JSON file. Raises ``UserError`` if it is missing or damaged."""
-    with reading(file, "JSON file"):
-        return json.loads(file.read_bytes().decode("utf-8"))
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ``UserError`` if it is missing, damaged, or holds something else."""
-    value = read_json(file)
-    if not isinstance(value, dict):
-        raise UserError(f"{file} must contain a JSON object, not a {type(value).__name__}. Restore it.")
-    return value
-
-
-def read_json_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a .jsonl file, one per line, and the number of other lines, which are skipped: a process that was
-    killed may leave half a line. Raises ``UserError`` if the file cannot be read."""
-    with reading(file, "text file"):
-        lines = file.read_bytes().splitlines()
-    found: list[dict[str, Any]] = []
-    lines = [line for line in lines if line.strip()]
-    for line in lines:
-        with suppress(ValueError, RecursionError):
-            value = json.loads(line)
-            if isinstance(value, dict):
-                found.append(value)
-    return found, len(lines) - len(found)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

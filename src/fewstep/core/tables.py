@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import read_prompts, reading, reason_of
+from fewstep.core.json_files import without_repetition
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
 CAPTION_COLUMNS = ("caption", "prompt", "text")
@@ -125,15 +126,7 @@ def _csv_rows(lines: Iterator[str], columns: Sequence[str]) -> Iterator[dict[str
 
 
 def _json_rows(lines: Iterator[str]) -> Iterator[Any]:
-    return (json.loads(line, object_pairs_hook=_unique) for line in lines if line.strip())
-
-
-def _unique(cells: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(cells)
-    if len(row) < len(cells):
-        names = [name for name, _ in cells]
-        raise ValueError(f"{next(name for name in row if names.count(name) > 1)!r} is repeated")
-    return row
+    return (json.loads(line, object_pairs_hook=without_repetition) for line in lines if line.strip())
 
 
 def choose_column(
