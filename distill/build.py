@@ -90,11 +90,7 @@ def build_inputs(
         model.denoiser.record_features(features)
     elif config.teacher is not None:
         model = load_model(config.teacher, features, config.size, DTYPES[config.weights])
-        if config.weights == "bfloat16" and all(p.dtype != torch.bfloat16 for p in model.denoiser.parameters()):
-            raise UserError(
-                f"weights: bfloat16 does not act: those of {config.teacher} stay as they are stored, and only a "
-                "diffusers pipeline is loaded in another type. Leave it out."
-            )
+        checks.require_bfloat16(config, model.denoiser)
     else:
         raise UserError("The config has neither teacher (to distil) nor model (to pretrain); give one of them.")
     encoded = config.data.kind == "prompts" and data is None and model.config.vocabulary is None
@@ -113,6 +109,7 @@ def build_inputs(
             checkpoint_gradients(each.denoiser.backbone)
     teacher_sha256 = weights_hash(model.denoiser)
     roles = {"teacher": Role(placed(model.denoiser, config, device, world))}
+    notes = [*checks.settings_without_effect(config, device, world.size), *notes]
     prompts = _prompts(config.data, pipeline, model_config) if pipeline is not None else None
     source = data or _source(config, model_config, prompts, pipeline, device)
     if pipeline is None:
@@ -135,7 +132,8 @@ def _pretraining(
         torch.manual_seed(config.seed)
         denoiser = model_config.build()
     read = config.model_weights if not resumed else None
-    notes = [start_from(read, denoiser, model_config)] if read is not None else []
+    notes = checks.settings_without_effect(config, device, world.size)
+    notes += [start_from(read, denoiser, model_config)] if read is not None else []
     set_attention(denoiser.backbone, config.attention, device, DTYPES[config.precision])
     if config.gradient_checkpointing:
         checkpoint_gradients(denoiser.backbone)

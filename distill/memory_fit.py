@@ -48,7 +48,9 @@ def changes(config: Config, devices: int = 1) -> Iterator[Change]:
     if not config.gradient_checkpointing and pipeline:
         yield {"gradient_checkpointing": True}
     if config.precision == "float32":
-        yield {"precision": "bfloat16"} | ({"weights": "bfloat16"} if config.weights == "float32" and pipeline else {})
+        if config.weights == "float32" and pipeline:
+            yield {"precision": "bfloat16", "weights": "bfloat16"}  # which not every teacher can have
+        yield {"precision": "bfloat16"}
     trained = [
         (f"stages.{k}.roles.{name}", r) for k, stage in enumerate(config.stages) for name, r in stage.roles.items()
     ]

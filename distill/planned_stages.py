@@ -17,6 +17,7 @@ from fewstep.distill.networks import is_network_folder
 from fewstep.distill.roles import Role
 from fewstep.distill.snapshots import Snapshot, snapshots
 from fewstep.distill.stage import roles_of_stage
+from fewstep.distill.stage_checks import require_bfloat16
 from fewstep.models.adapters import checkpoint_gradients, share_network
 from fewstep.models.attention import set_attention
 from fewstep.models.condition import Condition
@@ -64,6 +65,7 @@ def _network(config: Config) -> Skeleton:
     if config.teacher is None:
         raise UserError("The config has neither teacher (to distil) nor model (to pretrain); give one of them.")
     network = skeleton(config.teacher, config.size, DTYPES[config.weights])
+    require_bfloat16(config, network.denoiser)
     shapes = encoded_shapes(config.data.path if config.data.kind == "prompts" else None)
     condition = {name: (shapes.get(name, shape), dtype) for name, (shape, dtype) in network.condition.items()}
     denoiser = network.denoiser

@@ -49,6 +49,24 @@ def require_gpu(config: Config, device: torch.device) -> None:
         raise UserError(f"cuda_graphs: true needs a GPU, and this run is on {device.type}. Leave it out.")
 
 
+def require_bfloat16(config: Config, teacher: Denoiser) -> None:
+    """``weights: bfloat16`` is for teachers that can be loaded so."""
+    if config.weights == "bfloat16" and all(p.dtype != torch.bfloat16 for p in teacher.parameters()):
+        raise UserError(
+            f"weights: bfloat16 does not act: those of {config.teacher} stay as they are stored, and only a diffusers "
+            "pipeline is loaded in another type. Leave it out."
+        )
+
+
+def settings_without_effect(config: Config, device: torch.device, processes: int) -> list[str]:
+    """Notes on settings that act on other machines alone."""
+    idle = {
+        "shard: true has no effect in one process.": config.shard and processes == 1,
+        "offload: true has no effect on a CPU.": config.offload and device.type == "cpu",
+    }
+    return [note for note, here in idle.items() if here]
+
+
 def require_comparable(config: Config, number: int, roles: Mapping[str, Role]) -> None:
     """Networks that are compared at one noisy sample have one noise schedule, and those whose features are used are
     copies of the teacher, for which the discriminator is made."""

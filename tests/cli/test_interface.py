@@ -321,3 +321,10 @@ def test_the_progress_of_a_long_run_keeps_a_constant_part_of_its_log() -> None:
         for _ in range(300):
             progress.on_log(trainer, {"loss/match": 1.0})  # type: ignore[arg-type]
     assert len(progress._logged) == 51, "from one health check to the next"
+
+
+@pytest.mark.parametrize("argument", ["--steps", "--batch=3"])
+def test_settings_given_as_options_are_explained(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "train", "configs/fashion/demo.yaml", argument, 100)
+    assert f"{argument.partition('=')[0]} is no option of fewstep train. Settings are given without dashes" in message
+    assert "Possible options: --resume" in refused(capsys, "train", "configs/fashion/demo.yaml", "--resum", "run")

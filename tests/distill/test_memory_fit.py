@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 from planned_runs import FASHION, GiB, config, free
 
+from fewstep.core.errors import UserError
+from fewstep.distill.config import Config
 from fewstep.distill.config_files import load_config
 from fewstep.distill.memory import Costs, plan_memory
 from fewstep.distill.memory_fit import MARGIN, changed, changes, first_fit
+from fewstep.models.live_memory import EvaluationMemory
 
 
 def test_a_run_that_fits_needs_no_change_and_nothing_helps_a_tiny_device() -> None:
@@ -59,3 +62,18 @@ def test_networks_are_split_where_there_are_devices() -> None:
     whole = plan_memory(plain, 2, costs=free).total
     fit = first_fit(plain, MARGIN * 0.7 * whole / GiB, 2, free)
     assert fit.overrides == ("shard=true",)
+
+
+def test_what_is_proposed_for_a_bundled_teacher_is_accepted() -> None:
+    """Its weights stay in float32: only pipelines are loaded in bfloat16."""
+    plain = config(batch=1)
+    with pytest.raises(UserError, match="weights: bfloat16 does not act"):
+        plan_memory(changed(plain, [{"precision": "bfloat16", "weights": "bfloat16"}]), costs=free)
+    need = plan_memory(changed(plain, [{"precision": "bfloat16"}]), costs=half_in_bfloat16).total
+    assert first_fit(plain, MARGIN * 1.01 * need / GiB, 1, half_in_bfloat16).overrides == ("precision=bfloat16",)
+
+
+def half_in_bfloat16(settings: Config, *_: object) -> EvaluationMemory:
+    """Evaluations whose memory is decided by the precision alone."""
+    size = (1 if settings.precision == "bfloat16" else 2) * 100 * FASHION
+    return EvaluationMemory(size, size)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fewstep.cli.options import (
+    CommandWithSettings,
     ConfigFile,
     Device,
     JsonFile,
@@ -25,7 +26,9 @@ Rounds = Annotated[int, typer.Option(min=2, help="Number of measurements; median
 GIB = 2**30
 
 
-@app.command(epilog="Example: fewstep bench objectives configs/fashion/objectives.yaml seeds=[0]")
+@app.command(
+    cls=CommandWithSettings, epilog="Example: fewstep bench objectives configs/fashion/objectives.yaml seeds=[0]"
+)
 def objectives(config: ConfigFile, overrides: Overrides = None, device: Device = "auto") -> None:
     """Train several methods from one teacher at one budget of evaluations, several seeds each, and compare them."""
     from fewstep.api.bench_objectives import bench_objectives
@@ -45,7 +48,7 @@ def objectives(config: ConfigFile, overrides: Overrides = None, device: Device =
     print_scores(scores)
 
 
-@app.command(epilog="Example: fewstep bench step configs/fashion/demo.yaml")
+@app.command(cls=CommandWithSettings, epilog="Example: fewstep bench step configs/fashion/demo.yaml")
 def step(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None, rounds: Rounds = 15) -> None:
     """Time training steps against their network evaluations alone, in turn in one process."""
     from fewstep.api.bench_cost import bench_step
@@ -87,7 +90,7 @@ def sampler(
     _show(found, text, file)
 
 
-@app.command(epilog="Example: fewstep bench memory configs/fashion/demo.yaml")
+@app.command(cls=CommandWithSettings, epilog="Example: fewstep bench memory configs/fashion/demo.yaml")
 def memory(config: ConfigFile, overrides: Overrides = None, file: JsonFile = None) -> None:
     """Measure the memory of weights and the peak of training, with adapters (if configured) and with copies."""
     from fewstep.api.bench_cost import bench_memory

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -15,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperCommand
 
 from fewstep.core.errors import UserError
 from fewstep.core.limits import MOST_SAMPLES, check_count
@@ -37,6 +39,20 @@ ConfigFile = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes a setting: seed=1, stages.0.steps=500.")
 ]
+
+
+class CommandWithSettings(TyperCommand):
+    """A command that takes settings as KEY=VALUE: what looks like an option may be meant as one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {name for option in self.get_params(ctx) for name in (*option.opts, *option.secondary_opts)}
+        for name in (argument.partition("=")[0] for argument in args):
+            if name[:2] == "--" != name and name not in known and not get_close_matches(name, known, cutoff=0.8):
+                raise UserError(
+                    f"{name} is no option of fewstep {self.name}. Settings are given without dashes, as in seed=1 or "
+                    "stages.0.steps=200."
+                )
+        return super().parse_args(ctx, args)
 
 
 def note_checkpoint(source: str | None) -> str | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fewstep.cli.options import (
+    CommandWithSettings,
     ConfigFile,
     JsonFile,
     Overrides,
@@ -33,7 +34,7 @@ Resume = Annotated[
 ]
 
 
-@app.command(epilog="Example: fewstep train configs/fashion/demo.yaml seed=1 out=runs/demo-1")
+@app.command(cls=CommandWithSettings, epilog="Example: fewstep train configs/fashion/demo.yaml seed=1 out=runs/demo-1")
 def train(
     config: Annotated[
         str | None,
@@ -74,7 +75,7 @@ def run_training(config: str | None, overrides: list[str], resume: Path | None) 
     return run.folder
 
 
-@app.command(epilog="Example: fewstep explain configs/fashion/demo.yaml --memory 8,24")
+@app.command(cls=CommandWithSettings, epilog="Example: fewstep explain configs/fashion/demo.yaml --memory 8,24")
 def explain(
     config: ConfigFile,
     overrides: Overrides = None,
