@@ -65,6 +65,8 @@ def test_a_click_shows_what_sample_gives_for_teacher_and_student(finished: Path,
     html, kept, _ = click(models, 3, 2, 5, 4, [])
     assert [torch.equal(a, b) for a, b in zip(shown(html), (other, own), strict=True)] == [True, True]
     assert len(kept) == 1
+    assert html.count("guidance") == 1, "the teacher's"
+    assert "32 network evaluations per image · guidance 1.5 · " in html
 
 
 def test_the_teacher_of_a_run_is_found_and_another_can_be_named(finished: Path) -> None:

@@ -34,12 +34,13 @@ class Request:
 
 
 class Result(NamedTuple):
-    """Images, uint8 [n, C, H, W] or videos [n, F, 3, H, W], with their cost: in all, and per image."""
+    """Images, uint8 [n, C, H, W] or videos [n, F, 3, H, W], with their cost (in all, and per image) and guidance."""
 
     name: str
     images: Tensor
     seconds: float
     nfe: int
+    guidance: float
 
 
 class AppModels:
@@ -125,7 +126,7 @@ class AppModels:
             conditions = [0] * request.n
         start = time.perf_counter()
         images = generator(conditions, sampling)
-        return Result(name, images, time.perf_counter() - start, generator.nfe)
+        return Result(name, images, time.perf_counter() - start, generator.nfe, sampling.guidance)
 
     def _pipeline(self, model: Model) -> Any:
         folder = pipeline_of(model)

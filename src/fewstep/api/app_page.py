@@ -145,7 +145,9 @@ def figure(result: Result, subjects: Sequence[str], seed: int) -> str:
     sharp = " sharp" if max(result.images.shape[-2:]) <= SMALL else ""
     few = " few" if len(result.images) < 5 else ""
     each = "image" if result.images.ndim == 4 else "video"
-    cost = f"{result.nfe} network evaluation{'s'[: result.nfe - 1]} per {each} · {result.seconds:.2f} s · seed {seed}"
+    cost = f"{result.nfe} network evaluation{'s'[: result.nfe - 1]} per {each}"
+    cost += f" · guidance {result.guidance:g}" if result.guidance != 1 else ""
+    cost += f" · {result.seconds:.2f} s · seed {seed}"
     return (
         f'<figure class="fewstep-result"><figcaption><strong>{result.name}</strong> <span>{cost}</span></figcaption>'
         f'<div class="images{sharp}{few}">{images}</div></figure>'
