@@ -36,7 +36,7 @@ NOISY = [name for name, solver in SOLVERS.items() if solver.noisy and name not i
 
 @pytest.mark.parametrize("name", NOISY)
 def test_stochastic_solvers_keep_the_variance_of_gaussian_data(name: str) -> None:
-    m, k, noise = 0.4, 0.6, noise_source(100_000, 1)
+    m, k, noise = 0.4, 0.6, noise_source(40_000, 1)
     predict = gaussian_predictor(m, k, VP)
     times = by_log_snr(VP, 400, -3, 3)
     s, t = predict.nodes([times[0], times[-1]])
