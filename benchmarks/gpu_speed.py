@@ -21,6 +21,7 @@ import fewstep
 from fewstep.api.bench_cost import bench_sampler, bench_step, timed
 from fewstep.core.environment import environment
 from fewstep.distill.config_files import load_config
+from fewstep.distill.memory import plan_memory
 from fewstep.models.attention import Backend
 from fewstep.models.attention import attention as attend
 from fewstep.models.compilation import graphs
@@ -86,8 +87,14 @@ def graphed(device: str, tiny: bool) -> Cases:
 
 def step_cost(demo: str, overrides: list[str], rounds: int) -> dict[str, Any]:
     config = load_config(ROOT / f"configs/{demo}/demo.yaml", overrides)
-    before = graphs()
-    return bench_step(config, rounds) | {"teacher": config.teacher, "graphs": graphs() - before}
+    before, on_gpu = graphs(), config.device == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    result = bench_step(config, rounds) | {"teacher": config.teacher, "graphs": graphs() - before}
+    if on_gpu:  # reserved, because CUDA graphs keep what they once took
+        result |= {"planned_bytes": plan_memory(config).total, "peak_bytes": torch.cuda.max_memory_reserved()}
+    return result
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
