@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt
 from safetensors import safe_open
 from torch import Tensor
 
@@ -31,6 +32,32 @@ from fewstep.distill.processes import SINGLE_PROCESS, World
 from fewstep.distill.roles import Role
 
 NAME = re.compile(r"step-\d+")
+ADAMW = {"exp_avg", "exp_avg_sq"}  # the moments of a parameter, of which it cannot use one alone
+
+
+class Best(BaseModel):
+    """The best validation of a stage."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    value: float
+    step: NonNegativeInt
+
+
+class Counters(BaseModel):
+    """What a checkpoint's state says about training itself, besides tensors."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    stage: NonNegativeInt
+    step: NonNegativeInt
+    seconds: NonNegativeFloat
+    evaluations: NonNegativeInt
+    best: Best | None
+
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> Counters:
+        """Those of a state. Raises ``KeyError`` if one is missing, ``ValueError`` if it is no such number."""
+        counters = {name: state[name] for name in Counters.model_fields}
+        return Counters.model_validate(counters | {"best": counters["best"] or None})
 
 
 def role_tensors(name: str, role: Role) -> dict[str, Tensor]:
@@ -123,21 +150,33 @@ def restore_role(name: str, role: Role, tensors: StoredTensors) -> None:
         present = {moment: f"{name}/optimizer/{moment}/{key}" for moment in moments}
         present = {moment: path for moment, path in present.items() if path in tensors}
         if present:
-            role.optimizer.state[parameter] = {
-                moment: _moment(moment, parameter, tensors, path, "qmap1" in present, role.skips)
-                for moment, path in present.items()
-            }
+            if not ADAMW.isdisjoint(moments) and (missing := sorted(ADAMW - present.keys())):
+                raise KeyError(f"{name}/optimizer/{missing[0]}/{key}")
+            try:
+                role.optimizer.state[parameter] = {
+                    moment: _moment(moment, parameter, tensors, path, "qmap1" in present, role.skips)
+                    for moment, path in present.items()
+                }
+            except ValueError as error:
+                raise UserError(f"The checkpoint's {name!r} does not fit this run's optimizer: {error}.") from error
 
 
 def _moment(moment: str, parameter: Tensor, tensors: StoredTensors, path: str, eight_bit: bool, fused: bool) -> Any:
     if moment == "step":  # a number in 8-bit AdamW; on the device in a fused one, else on the host
         count = tensors[path]
+        if count.numel() != 1:
+            raise ValueError(f"{path} is {list(count.shape)} in the checkpoint, and one number here")
         return count.item() if eight_bit else count.to(parameter.device if fused else "cpu")
-    if not sharding.is_sharded(parameter):
-        return tensors[path].to(parameter.device)
-    value = torch.zeros_like(parameter)
-    tensors.fill(path, value)
-    return value
+    if sharding.is_sharded(parameter):
+        value = torch.zeros_like(parameter)
+        tensors.fill(path, value)
+        return value
+    value = tensors[path]
+    if not eight_bit:  # which has tables and scales too
+        _require_shape(path, list(value.shape), parameter)
+    if moment in ADAMW and value.dtype != parameter.dtype:
+        raise ValueError(f"{path} is {value.dtype} in the checkpoint, and {parameter.dtype} here")
+    return value.to(parameter.device)
 
 
 def write_checkpoint(
@@ -171,7 +210,10 @@ def write_checkpoint(
         parts = [each for each in world.gather(part) if each is not None]
         world.once(lambda: _complete(partial, final, {**state, "step": step, "parts": parts}))
     except (OSError, UserError) as error:
-        raise UserError(f"Cannot write the checkpoint {final}: {error}. Free some space, then use --resume.") from error
+        reason = str(error).removesuffix(".")
+        raise UserError(
+            f"Cannot write the checkpoint {final}: {reason}. Free some space, then use --resume."
+        ) from error
     finally:
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -216,6 +258,8 @@ def read_checkpoint(folder: Path, *, verify: bool = True) -> tuple[StoredTensors
         state = read_json_object(folder / "state.json")
         if state.get("record_sha256") != _hash(state):
             raise UserError(f"{folder} is damaged: the hash of state.json differs.")
+        if NAME.fullmatch(folder.name) and state.get("step") != step_of(folder):
+            raise UserError(f"{folder} is damaged: its state.json is of step {state.get('step')}.")
         parts = _parts(folder / "state.json", state)
         for file, (digest, _) in parts.items() if verify else ():
             if sha256(file) != digest:

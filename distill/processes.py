@@ -33,6 +33,13 @@ class SharedError(UserError):
     """An error of one process that all of them raise, so that none waits for it; process 0 shows it."""
 
 
+class ProcessEnded(UserError):
+    """Another process has ended. What this one was doing is not at fault, so a text about that is left out."""
+
+    def __init__(self, text: str = ENDED) -> None:
+        super().__init__(ENDED)
+
+
 @dataclass(frozen=True)
 class World:
     """The rank of this process and the number of processes. ``host`` is their group for messages between hosts (gloo),
@@ -166,7 +173,7 @@ def _reaching_others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise UserError(ENDED) from error
+        raise ProcessEnded from error
 
 
 @contextmanager
@@ -177,7 +184,7 @@ def naming_ended_processes(world: World) -> Iterator[None]:
     except RuntimeError as error:
         if world.size == 1 or not EXCHANGE.search(str(error)):
             raise
-        raise UserError(ENDED) from error
+        raise ProcessEnded from error
 
 
 SINGLE_PROCESS = World()

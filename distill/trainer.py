@@ -21,7 +21,7 @@ from fewstep.distill import stage_checks as checks
 from fewstep.distill.agreement import require_same_state
 from fewstep.distill.build import DTYPES, TrainingInputs, build_inputs, placed
 from fewstep.distill.callback import Callback, Interrupted, Validator
-from fewstep.distill.checkpoint import StoredTensors, restore_role, role_tensors
+from fewstep.distill.checkpoint import Counters, StoredTensors, restore_role, role_tensors
 from fewstep.distill.config import Config
 from fewstep.distill.data.batch import Source
 from fewstep.distill.health import Probe
@@ -333,15 +333,16 @@ class Trainer:
         return tensors, {"stage": self.stage, "step": self.step, **cost, "best": self.best}
 
     def load_state(self, tensors: StoredTensors, state: Mapping[str, Any]) -> None:
-        """The inverse of ``state``. Raises ``KeyError`` on missing tensors or counters."""
-        for stage in range(self.stage + 1, state["stage"] + 1):
+        """The inverse of ``state``. Raises ``KeyError`` on missing tensors or counters, ``ValueError`` on others."""
+        counters = Counters.of(state)
+        for stage in range(self.stage + 1, counters.stage + 1):
             self.start_stage(stage)
         for name, role in self._trained().items():
             restore_role(name, role, tensors)
         for name, value in self.objective.state.items():
             tensors.fill(f"objective/{name}", value)
-        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
-        self.evaluations = state["evaluations"]
+        self.step, self.seconds, self.evaluations = counters.step, counters.seconds, counters.evaluations
+        self.best = dict(state["best"])
 
     def _trained(self) -> dict[str, Role]:
         """The roles that training created."""

@@ -129,3 +129,11 @@ def test_a_row_with_a_repeated_name_is_refused(tmp_path: Path) -> None:
     file.write_text('{"caption": "a"}\n{"caption": "a", "caption": "b"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl, row 2 is not readable \(the key 'caption' is repeated\)"):
         read_texts(file)
+
+
+@pytest.mark.parametrize(("cell", "kind"), [(5, "a number"), (["a"], "a list"), (True, "true or false")])
+def test_a_caption_that_is_there_but_is_no_text_is_not_called_missing(tmp_path: Path, cell: object, kind: str) -> None:
+    file = tmp_path / "captions.jsonl"
+    file.write_text(json.dumps({"caption": cell}))
+    with pytest.raises(UserError, match=f"row 1: the caption must be a text, not {kind}"):
+        read_texts(file)

@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import settings
+from worlds import tiny_config
 
 from fewstep.core.errors import UserError
 from fewstep.distill.agreement import fingerprints, require_same_inputs, require_same_settings
 from fewstep.distill.build import build_inputs
 from fewstep.distill.config import Config
 from fewstep.distill.config_files import parse_config
-from fewstep.distill.processes import World
+from fewstep.distill.previews import Previews
+from fewstep.distill.processes import ENDED, ProcessEnded, World
 from fewstep.distill.trainer import Trainer
+from fewstep.models.condition import Condition
 
 CPU = torch.device("cpu")
 
@@ -98,3 +101,21 @@ def test_fingerprints_notice_one_bit_and_no_layout(dtype: torch.dtype) -> None:
     assert fingerprints({"a": tensor}) == fingerprints({"a": tensor.T.contiguous().T})
     assert fingerprints({"a": tensor}) != fingerprints({"a": changed})
     assert fingerprints({"a": torch.zeros(0)}) != fingerprints({"a": torch.zeros(0, 2)})
+
+
+def test_an_ended_process_is_not_blamed_on_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config(tiny_config(tmp_path), "test")
+    trainer = Trainer.create(config, device="cpu")
+
+    def ended(function: object) -> None:
+        raise ProcessEnded
+
+    monkeypatch.setattr(trainer, "evaluate", ended)
+    previews = Previews(1, 1, Condition({}), lambda samples: samples)
+    for work in (
+        lambda: trainer._score(lambda student, config, step: None),
+        lambda: previews.render(trainer),
+    ):
+        with pytest.raises(ProcessEnded) as caught:
+            work()
+        assert str(caught.value) == ENDED

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fewstep.core.errors import UserError
+from fewstep.core.errors import UserError, kind_of
 from fewstep.core.files import read_prompts, reading, reason_of
 from fewstep.core.json_files import without_repetition
 
@@ -51,6 +51,9 @@ def read_table(file: Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
     twice."""
     rows = []
     for number, cells in enumerate(read_cells(file, columns), start=1):
+        for column, cell in zip(columns, cells, strict=True):
+            if cell is not None and not isinstance(cell, str):
+                raise UserError(f"{file}, row {number}: the {column} must be a text, not {kind_of(cell)}.")
         if not all(isinstance(cell, str) and cell.strip() for cell in cells):
             raise UserError(f"{file}, row {number} has no {' or no '.join(columns)}.")
         rows.append(tuple(map(str, cells)))
