@@ -211,9 +211,7 @@ def write_checkpoint(
         world.once(lambda: _complete(partial, final, {**state, "step": step, "parts": parts}))
     except (OSError, UserError) as error:
         reason = str(error).removesuffix(".")
-        raise UserError(
-            f"Cannot write the checkpoint {final}: {reason}. Free some space, then use --resume."
-        ) from error
+        raise UserError(f"Cannot write the checkpoint {final}: {reason}. Mend that, then use --resume.") from error
     finally:
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 ]  # Ctrl-C; kill and most schedulers; a closed terminal; Slurm's --signal
+T = TypeVar("T")
 CUT, END = 2, 3  # how many signals cut an evaluation short, and a step, whose work is lost
 
 
@@ -52,11 +54,12 @@ class StopRequests:
         finally:
             self._limit = None
 
-    @contextmanager
-    def cut_short(self) -> Iterator[None]:
-        """Inside, a second signal ends what can be left out, and nothing else."""
+    def unless_cut(self, work: Callable[[], T], otherwise: T) -> T:
+        """The result of work that can be left out, or ``otherwise`` if a second signal comes before its end."""
         with suppress(KeyboardInterrupt), self.raising_at(CUT):
-            yield
+            if not self.insist or self._received < CUT:
+                return work()
+        return otherwise
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -215,18 +215,14 @@ class Trainer:
         self._report_lost()
         last = self.step == self.stage_ends[-1]
         if self._due(self.config.health.every):
-            with stop.cut_short():
-                self._health = self.evaluate(self._check_health)
+            self._health = stop.unless_cut(partial(self.evaluate, self._check_health), {})
         self.seconds = time.monotonic() - self._started
         if last or self._due(self.config.log_every):
             self.notify_together("on_log", to_numbers(self._latest) | self._health)
             self._latest, self._health = {}, {}
-        with stop.cut_short():  # previews
-            self.notify("on_step")
+        stop.unless_cut(partial(self.notify, "on_step"), None)  # previews
         if self.validate is not None and (last or self._due(self.config.validation.every)):
-            value: float | None = None
-            with stop.cut_short():
-                value = self._score(self.validate)
+            value = stop.unless_cut(partial(self._score, self.validate), None)
             if value is not None:
                 self._validated(value)
 

@@ -110,6 +110,15 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert (final / "sub" / "file.txt").read_text() == "second"
 
 
+def test_a_file_or_a_link_to_nothing_is_replaced_and_leaves_nothing(tmp_path: Path) -> None:
+    for name in ("file", "link"):
+        (tmp_path / "file").write_text("not a folder") if name == "file" else (tmp_path / "link").symlink_to("nothing")
+        final = tmp_path / name
+        replace_folder(folder_of(tmp_path / "part", "new"), final)
+        assert (final / "sub" / "file.txt").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+
+
 @pytest.mark.parametrize("calls", range(12))
 def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int

@@ -90,9 +90,9 @@ def _temporary(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
 
 def _remove(path: Path) -> None:
     """Deletes a file or a folder, if it is there and can be deleted."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    elif path.exists():
+    else:
         with suppress(OSError):
             path.unlink()
 
@@ -113,11 +113,11 @@ def replace_folder(partial: Path, final: Path) -> None:
             _sync(path)
         restore_folder(final)
         old = _replaced(final)
-        if final.exists():
+        if os.path.lexists(final):  # also a link to nothing
             final.rename(old)
         partial.rename(final)
         _sync(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     except OSError as error:
         raise _unwritable(final, error) from error
 
@@ -127,8 +127,8 @@ def restore_folder(final: Path) -> None:
     ``UserError`` if that fails."""
     old = _replaced(final)
     try:
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if os.path.lexists(final):
+            _remove(old)
         elif old.exists():
             old.rename(final)
     except OSError as error:
@@ -139,12 +139,12 @@ def delete_folder(folder: Path) -> None:
     """Deletes a folder under another name, so that a killed process leaves no part of it under its own. Raises
     ``UserError`` if it cannot be renamed."""
     partial = partial_folder(folder)
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     try:
         folder.rename(partial)
     except OSError as error:
         raise UserError(f"Cannot delete {folder}: {error}.") from error
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
 
 
 def remove_leftovers(folder: Path, names: str = ".*.part") -> None:
