@@ -210,8 +210,8 @@ def write_checkpoint(
         parts = [each for each in world.gather(part) if each is not None]
         world.once(lambda: _complete(partial, final, {**state, "step": step, "parts": parts}))
     except (OSError, UserError) as error:
-        reason = str(error).removesuffix(".")
-        raise UserError(f"Cannot write the checkpoint {final}: {reason}. Mend that, then use --resume.") from error
+        cause = str(error).removesuffix("Free some space or choose another folder.").rstrip(". ")
+        raise UserError(f"Cannot write the checkpoint {final}: {cause}. Mend that, then use --resume.") from error
     finally:
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)

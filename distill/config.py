@@ -106,9 +106,11 @@ class DataConfig(BaseConfig):
 
 
 class CheckpointConfig(BaseConfig):
-    """A checkpoint is written every ``every`` steps, at the end and on Ctrl-C; the last ``keep`` stay."""
+    """A checkpoint is written every ``every`` steps, when the last one is ``minutes`` old, at the end and on Ctrl-C;
+    the last ``keep`` stay."""
 
     every: int = Field(500, ge=1, le=MAX_STEPS)
+    minutes: float | None = Field(None, gt=0, le=100_000)
     keep: int = Field(2, ge=1, le=MAX_COUNT)
 
 

@@ -218,8 +218,9 @@ class Loop:
         self._in_a_row[update.name] = self._in_a_row.get(update.name, 0) + 1
         if self._in_a_row[update.name] >= self.max_lost.get(update.name, MAX_LOST):
             raise UserError(
-                f"{self.lost[-1]} It had no finite gradient {self._in_a_row[update.name]} times in a row. Lower the "
-                f"learning rate of {', '.join(update.roles)} or the guidance. No checkpoint has such numbers."
+                f"{self.lost[-1]} It had no finite gradient {self._in_a_row[update.name]} times in a row. No "
+                f"checkpoint has such numbers: --resume with a lower learning rate of {', '.join(update.roles)}, or "
+                "train a new run with less guidance."
             )
 
     def _origin(self, update: Update, step: int) -> str | None:

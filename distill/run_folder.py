@@ -244,13 +244,17 @@ class RunFolder(Callback):
         check_same(before, self._origin)
         if before["processes"] != self._origin["processes"]:
             self._notes.append(
-                f"The run had {before['processes']} processes and has {self._origin['processes']} now: they share the "
-                "same micro-batches, so results differ by rounding alone."
+                f"The run had {_processes(before['processes'])} and has {self._origin['processes']} now: they share "
+                "the same micro-batches, so results differ by rounding alone."
             )
         self._resumed = {
             "step": state["step"], "processes": self._origin["processes"], "version": version("fewstep"),
             "changed": changed, "before": before["config"],
         }  # fmt: skip
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _require_unused(folder: Path) -> None:

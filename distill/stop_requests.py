@@ -5,6 +5,7 @@ Until training begins, and where it was not begun, signals end the process as Ct
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,16 +17,19 @@ SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 ]  # Ctrl-C; kill and most schedulers; a closed terminal; Slurm's --signal
 T = TypeVar("T")
+AGAIN = " A second signal leaves out a validation, a third one loses what follows the last checkpoint."
 CUT, END = 2, 3  # how many signals cut an evaluation short, and a step, whose work is lost
 
 
 @dataclass
 class StopRequests:
-    """Whether and why to stop. The first signal requests it. Inside ``raising_at``, and only with ``insist``, further
-    ones raise ``KeyboardInterrupt``: elsewhere files are written."""
+    """Whether and why to stop. The first signal requests it, which ``announce`` tells on standard error: a step can
+    last minutes. Inside ``raising_at``, and only with ``insist``, further ones raise ``KeyboardInterrupt``: elsewhere
+    files are written."""
 
     max_hours: float | None = None
     insist: bool = True
+    announce: bool = False
     reason: str | None = None
     _received: int = 0
     _limit: int | None = None
@@ -42,6 +46,10 @@ class StopRequests:
         """The handler of a signal."""
         self._received += 1
         self.reason = self.reason or signal.Signals(number).name
+        if self._received == 1 and self.announce:
+            text = f"\n{self.reason}: training stops after this step and what is due after it, with a checkpoint."
+            text += AGAIN if self.insist else ""
+            os.write(2, f"{text}\n".encode())  # not by print, which may be what was interrupted
         if self._limit is not None and self._received >= self._limit:
             raise KeyboardInterrupt
 
@@ -114,9 +122,10 @@ def handling(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 
 @contextmanager
-def stop_requests(max_hours: float | None = None, *, insist: bool = True) -> Iterator[StopRequests]:
-    """Turns signals into requests inside this context. A thread other than the main one receives none."""
-    stop = StopRequests(max_hours, insist)
+def stop_requests(max_hours: float | None = None, rank: int = 0, processes: int = 1) -> Iterator[StopRequests]:
+    """Turns signals into requests inside this context. A thread other than the main one receives none. Of several
+    processes none is cut short, because the others would wait for it, and the first one announces a stop."""
+    stop = StopRequests(max_hours, insist=processes == 1, announce=rank == 0)
     with handling(stop.receive):
         _active.append(stop)
         try:

@@ -189,11 +189,11 @@ class Trainer:
 
         Raises ``Interrupted`` if a signal or ``max_hours`` requested a stop, after the callbacks' ``on_checkpoint``.
         """
-        self._started = time.monotonic() - self.seconds
+        self._started, self._saved = time.monotonic() - self.seconds, time.monotonic()
         self._latest: dict[str, Tensor] = {}  # since the last log line: some updates are not due at a logged step
         self._health: dict[str, float] = {}
         save, end = False, self.stage_ends[-1]
-        with ExitStack() as leaving, stop_requests(self.config.max_hours, insist=self.world.size == 1) as stop:
+        with ExitStack() as leaving, stop_requests(self.config.max_hours, self.world.rank, self.world.size) as stop:
             leaving.callback(self._report_lost)  # the updates that end training, too
             while self.step < end:
                 self.notify("on_step_begin")
@@ -201,10 +201,10 @@ class Trainer:
                     self._latest |= self.one_step()
                 self._observe(stop)
                 stopping = self.world.any(stop.requested)
-                save |= stopping or self.step == self.stage_ends[self.stage] or self._due(self.config.checkpoint.every)
+                save |= stopping or self.step == self.stage_ends[self.stage] or self._checkpoint_due()
                 if save and (self._sound() or self.step == end):
                     self.notify_together("on_checkpoint")
-                    save = False
+                    save, self._saved = False, time.monotonic()
                 if stopping and self.step < end:
                     raise Interrupted(self._stopped(stop, saved=not save))
             self.notify_together("on_end")
@@ -225,6 +225,11 @@ class Trainer:
             value = stop.unless_cut(partial(self._score, self.validate), None)
             if value is not None:
                 self._validated(value)
+
+    def _checkpoint_due(self) -> bool:
+        minutes = self.config.checkpoint.minutes
+        old = minutes is not None and self.world.any(time.monotonic() - self._saved >= 60 * minutes)
+        return old or self._due(self.config.checkpoint.every)
 
     def _sound(self) -> bool:
         """Whether the latest update of each kind was applied."""

@@ -52,11 +52,10 @@ def diagnose(logged: Sequence[Mapping[str, float]]) -> list[Finding]:
     enough = len(deviations) >= MINIMUM_VALUES
     swing = statistics.pstdev(deviations) / statistics.mean(deviations) if enough else 0.0
     if slope > 1.6 or (swing > 0.12 and not too_guided):
-        text = (
-            f"the critic's slope is {slope:.2f} (1 is up to date), and the samples' standard deviation varies by "
-            f"{swing:.0%}"
-        )
-        found.append(Finding("critic", f"{text}: the fake score lags; raise its rate or critic_updates."))
+        signs = [f"the critic's slope is {slope:.2f} (1 is up to date)"] if slope > 1.6 else []
+        signs += [f"the samples' standard deviation varies by {swing:.0%}"] if swing > 0.12 and not too_guided else []
+        text = "the fake score lags; raise its rate or critic_updates."
+        found.append(Finding("critic", f"{' and '.join(signs)}: {text}"))
     for update in sorted({name for entry in logged[-WINDOW:] for name in entry if name.startswith("grad_norm/")}):
         norms = [entry[update] for entry in logged[-WINDOW:] if update in entry]
         if len(norms) >= MINIMUM_VALUES and norms[-1] > 10 * (median := statistics.median(norms)) > 0:

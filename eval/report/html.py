@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import yaml
 
 from fewstep.core.errors import UserError
 from fewstep.core.files import write_text
+from fewstep.core.json_files import read_json_lines
 from fewstep.core.yaml_files import parse_yaml
 from fewstep.eval.report.comparison import ANIMATED
 from fewstep.eval.report.curves import MINIMUM_POINTS, incomparable, quality_curves, training_curves, validation_curves
@@ -52,7 +54,7 @@ def write_report(run: str | Path) -> Path:
     page = _template().render(
         name=run.resolve().name,
         facts=facts(config, environment),
-        summary=[*training_summary(logged, validations), *verdict(results)],
+        summary=[*training_summary(logged, validations), *disturbances(run), *verdict(results)],
         comparison=comparison,
         diversity=diversity,
         video=embed_video(samples / "comparison.mp4"),
@@ -109,6 +111,19 @@ def training_summary(logged: Sequence[Entry], validations: Sequence[Entry]) -> l
     elif points:
         sentences.append(f"Validation was {', then '.join(points)}.")
     return sentences
+
+
+def disturbances(run: Path) -> list[str]:
+    """How often the run was resumed, and how many of its updates were not applied."""
+    counts = {}
+    for name in ("resumes.jsonl", "lost_updates.jsonl"):
+        with suppress(UserError):
+            counts[name] = len(read_json_lines(run / name)[0])
+    resumed, lost = counts.get("resumes.jsonl", 0), counts.get("lost_updates.jsonl", 0)
+    return [
+        *([f"Resumed {resumed} time{'s'[: resumed - 1]} (resumes.jsonl)."] if resumed else []),
+        *([f"{lost} update{'s'[: lost - 1]} not applied (lost_updates.jsonl)."] if lost else []),
+    ]
 
 
 def health(logged: Sequence[Entry]) -> list[str]:

@@ -63,6 +63,33 @@ def test_a_time_limit_stops_as_a_signal_does_and_the_next_start_has_its_own(tmp_
         assert steps_saved(run) == list(range(1, step + 1))
 
 
+def test_the_first_signal_is_announced(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A step can last minutes."""
+    run = run_of(tmp_path)
+
+    class Impatient(Callback):
+        def on_step_begin(self, trainer: Trainer) -> None:
+            send(2 if trainer.step == 2 else 0)
+
+    with pytest.raises(Interrupted):
+        run.train(callbacks=[Impatient()])
+    assert capfd.readouterr().err.count("SIGTERM: training stops after this step") == 1
+
+
+def test_checkpoints_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step lasts 40 seconds, and a checkpoint is due when the last one is 90 seconds old, or every 7 steps."""
+    now = [0.0]
+    monkeypatch.setattr("fewstep.distill.trainer.time.monotonic", lambda: now[0])
+
+    class Slow(Callback):
+        def on_step_begin(self, trainer: Trainer) -> None:
+            now[0] += 40.0
+
+    run = run_of(tmp_path, checkpoint={"every": 7, "minutes": 1.5, "keep": 20})
+    run.train(callbacks=[Slow()])
+    assert steps_saved(run) == [3, 6, 7, 10, 12]
+
+
 def test_a_second_signal_cuts_a_validation_short_and_its_step_is_saved(tmp_path: Path) -> None:
     def long(student: Denoiser, config: ModelConfig, step: int) -> float:
         os.kill(os.getpid(), signal.SIGINT)

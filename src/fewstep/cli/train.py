@@ -177,7 +177,7 @@ def replay(
     if recorded != computed:
         raise UserError(
             f"Step {step} did not replay bit for bit: other versions, another machine or device, another number of "
-            "threads, or CUDA graphs?"
+            "processes or threads, or CUDA graphs?"
         )
     if file is None:
         print_text(f"Step {step} replayed bit for bit ({len(computed)} numbers).")
