@@ -31,5 +31,5 @@ def test_without_a_connection_an_upload_ends_with_a_message(monkeypatch: pytest.
 
 def test_the_cost_of_a_clip_is_not_that_of_an_image() -> None:
     clips = torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8)
-    assert "4 network evaluations per video" in figure(Result("Model", clips, 1.0, 4), ["x"], 0)
-    assert "4 network evaluations per image" in figure(Result("Model", clips[:, 0], 1.0, 4), ["x"], 0)
+    assert "4 network evaluations per video" in figure(Result("Model", clips, 1.0, 4, 1.0), ["x"], 0)
+    assert "4 network evaluations per image" in figure(Result("Model", clips[:, 0], 1.0, 4, 1.0), ["x"], 0)

@@ -106,14 +106,6 @@ def test_the_summary_is_computed_from_the_files(full_run: Path) -> None:
     assert "The teacher needs 32 NFE to match it." in shown
 
 
-def test_the_summary_counts_resumptions_and_lost_updates(full_run: Path) -> None:
-    (full_run / "resumes.jsonl").write_text('{"step": 10}\n{"step": 20}\n{"st')
-    (full_run / "lost_updates.jsonl").write_text('{"update": "fake", "step": 8, "cause": "loss/critic is nan"}\n')
-    shown = text(report(full_run))
-    assert "Resumed 2 times (resumes.jsonl)." in shown
-    assert "1 update not applied (lost_updates.jsonl)." in shown
-
-
 def test_the_page_loads_nothing(full_run: Path) -> None:
     """It has no addresses and no scripts; images are embedded, each with an alternative text."""
     page = report(full_run)
