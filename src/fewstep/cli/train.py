@@ -104,8 +104,9 @@ def explain(
         from fewstep.distill.memory_fit import first_fit
 
         counted = Costs()
-        plan = plan_memory(settings, devices, costs=counted)
-        fits = [first_fit(settings, size, devices, counted) for size in sizes]
+        with err.status("counting the memory of evaluations: a minute or two for billions of parameters"):
+            plan = plan_memory(settings, devices, costs=counted)
+            fits = [first_fit(settings, size, devices, counted) for size in sizes]
     if file is not None:
         found = [stage.as_dict() for stage in stages]
         if memory is not None:
