@@ -31,8 +31,7 @@ class Evaluated(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """An evaluation in an update, with the graphs alive and the roles that hold gradients then. What is known of
-    earlier frames counts as the graph of an evaluation by frame without one."""
+    """An evaluation in an update, with the graphs alive and the roles that hold gradients then."""
 
     update: str
     evaluation: Evaluated
@@ -56,7 +55,6 @@ class _Keep(torch.autograd.Function):
 def snapshots(trainer: Trainer) -> frozenset[Snapshot]:
     """The different evaluations in some cycles of the current stage of a trainer with stand-in networks."""
     roles, found, alive = trainer.roles, set[Snapshot](), list[tuple[Evaluated, weakref.ref[Tensor]]]()
-    pasts = set[Evaluated]()  # of earlier frames: a sample keeps them until its update is over
     current = ""
 
     def hook(
@@ -65,11 +63,11 @@ def snapshots(trainer: Trainer) -> frozenset[Snapshot]:
         graph: Graph = "none" if not output.requires_grad else "parameters" if roles.is_updating(role) else "input"
         evaluation = Evaluated(role, math.ceil(len(inputs[0]) / BATCH), graph, bool(options))
         others = [other for other, marker in alive if marker() is not None]
-        others += [] if evaluation.by_frame else pasts
+        if evaluation.by_frame:  # in its memory that of all frames is counted
+            others = [other for other in others if not other.by_frame]
         held = frozenset(name for name, other in roles.items() if any(p.grad is not None for p in other.parameters))
         found.add(Snapshot(current, evaluation, tuple(sorted(others)), held))
         if graph == "none":
-            pasts.update([evaluation] if evaluation.by_frame else [])
             return output
         marker = torch.empty(())
         alive.append((evaluation, weakref.ref(marker)))
@@ -91,7 +89,6 @@ def snapshots(trainer: Trainer) -> frozenset[Snapshot]:
                     current = update.name
                     trainer.loop.update(update, step, shared)
                     alive.clear()
-                    pasts.clear()
     finally:
         for handle in handles:
             handle.remove()

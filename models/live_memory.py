@@ -77,8 +77,7 @@ def to_fake(modules: Iterable[nn.Module], mode: FakeTensorMode) -> None:
 
 @dataclass(frozen=True)
 class EvaluationMemory:
-    """Bytes of one evaluation: ``kept`` from the forward pass until the backward pass, and the ``peak`` of both. By
-    frame, what is known of earlier frames is kept without a graph alone."""
+    """Bytes of one evaluation: ``kept`` from the forward pass until the backward pass, and the ``peak`` of both."""
 
     kept: int
     peak: int
@@ -89,7 +88,7 @@ def evaluation_memory(
     batch: int, graph: Graph, *, with_gradients: bool, by_frame: bool = False, mode: FakeTensorMode,
 ) -> EvaluationMemory:  # fmt: skip
     """The memory of evaluating a fake ``denoiser`` on ``batch`` samples, and of the backward pass if it has a graph.
-    ``by_frame``: of evaluating the frames of clips one after the other.
+    ``by_frame``: of evaluating the frames of clips one after the other, with what each is given of those before.
 
     The peak contains gradients of parameters, unless they exist before, ``with_gradients``. Weights are not counted.
     """
@@ -104,12 +103,9 @@ def evaluation_memory(
         known = [*network.parameters(), *network.buffers(), *(p.grad for p in parameters if p.grad is not None)]
         live = LiveMemory([*known, x, times, *inputs.values()])
         with live, torch.set_grad_enabled(graph != "none"):
-            if by_frame:
-                raw, pasts = _frame_by_frame(denoiser, x, times, inputs)
-            else:
-                raw, pasts = denoiser.raw(x, times, inputs), []
-            known_frames = sum(tensor.nbytes for past in pasts for tensor in past)
-            kept = live.now - (0 if graph == "none" else known_frames)
+            pasts = list[Past]()
+            raw = _by_frame(denoiser, x, times, inputs, pasts) if by_frame else denoiser.raw(x, times, inputs)
+            kept = live.now
             if graph != "none":
                 raw.backward(torch.empty_like(raw), inputs=parameters if graph == "parameters" else [x])
         for parameter in parameters:
@@ -117,13 +113,12 @@ def evaluation_memory(
     return EvaluationMemory(kept, live.peak)
 
 
-def _frame_by_frame(denoiser: Denoiser, x: Tensor, times: Tensor, condition: Condition) -> tuple[Tensor, list[Past]]:
-    """The predictions of all frames, each given those before, and what is known after each."""
-    frames, pasts = list[Tensor](), list[Past]()
-    past: Past | None = None
+def _by_frame(denoiser: Denoiser, x: Tensor, times: Tensor, condition: Condition, pasts: list[Past]) -> Tensor:
+    """The predictions of all frames, each given those before; what is known after each is added to ``pasts``."""
+    frames: list[Tensor] = []
     for frame in x.split(1, 2):
+        past = pasts[-1] if pasts else None
         frames.append(denoiser.after(past, frame, times, condition)[0].x0)
         with torch.no_grad():
-            _, past = denoiser.after(past, frames[-1].detach(), times, condition)
-        pasts.append(past)
-    return torch.cat(frames, 2), pasts
+            pasts.append(denoiser.after(past, frames[-1].detach(), times, condition)[1])
+    return torch.cat(frames, 2)

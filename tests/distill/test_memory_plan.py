@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -24,12 +25,14 @@ from fewstep.distill.roles import Role
 from fewstep.distill.sharded_memory import Shards
 from fewstep.distill.snapshots import Evaluated, snapshots
 from fewstep.distill.stage import RoleConfig, make_role
+from fewstep.models.backbone import Past
 from fewstep.models.condition import Condition
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.live_memory import EvaluationMemory, LiveMemory, evaluation_memory, to_fake
 from fewstep.models.quantized import quantize, quantized_bytes
 from fewstep.models.schedules import RectifiedFlow
 from fewstep.models.skeleton import META
+from fewstep.models.video_unet import VideoUNet
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 
@@ -153,6 +156,32 @@ def test_the_rollouts_graph_is_alive_while_teacher_and_fake_are_evaluated() -> N
     critic = [s for s in found if s.update == "fake" and s.evaluation.graph == "parameters"]
     assert {(s.evaluation.role, s.alive) for s in critic} == {("fake", ())}
     assert any("fake" in s.gradients for s in critic), "the second micro-batch adds to the first one's gradients"
+
+
+def test_frames_one_after_the_other_keep_what_each_is_given_of_those_before() -> None:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with META:
+        denoiser = Denoiser(
+            VideoUNet(widths=(8, 16), blocks=(1, 1), embedding=8, heads=2, causal=True), RectifiedFlow()
+        )
+    to_fake([denoiser], mode)
+    labels = {"labels": ((), torch.int64)}
+    costs = partial(evaluation_memory, denoiser, (1, 4, 8, 8), labels, 2, with_gradients=True, mode=mode)
+    with mode:
+        condition = Condition({"labels": torch.empty(2, dtype=torch.int64)})
+        frame, pasts = torch.empty(2, 1, 1, 8, 8), list[Past]()
+        for _ in range(4):
+            _, past = denoiser.after(pasts[-1] if pasts else None, frame, 0.5, condition)
+            pasts.append(past)
+    known = sum(tensor.nbytes for past in pasts for tensor in past)
+    whole = costs("none")
+    by_frame = costs("none", by_frame=True)
+    assert by_frame.kept == whole.kept + known
+    assert costs("parameters", by_frame=True).kept > costs("parameters").kept + known
+    found = snapshots(stand_in_trainer(load_benchmark().causal_config()))
+    graph = Evaluated("student", 1, "parameters", by_frame=True)
+    assert any(graph in snapshot.alive for snapshot in found if snapshot.evaluation.role == "teacher")
+    assert not any(snapshot.alive for snapshot in found if snapshot.evaluation.by_frame), "all frames count together"
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
