@@ -1,6 +1,7 @@
 """The memory of a run per device, planned from its config: no weights, no data, nothing downloaded.
 
-    total = weights + moments + averages of all roles + the most at any moment of gradients, activations and temporaries
+    total = weights + moments + averages of all roles + CUDA graphs, if there are any
+            + the most at any moment of gradients, activations and temporaries
 
 Roles are built on the meta device by the code that training uses, so that weights, float32 copies, adapters and
 averages are counted, not estimated. What happens in a step (which evaluations, with which graphs alive and which
