@@ -92,7 +92,7 @@ def _remove(path: Path) -> None:
     """Deletes a file or a folder, if it is there and can be deleted."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif os.path.lexists(path):
         with suppress(OSError):
             path.unlink()
 
