@@ -19,6 +19,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.files import (
     delete_folder,
     partial_folder,
+    reason_of,
     replace_folder,
     sha256,
     tensor_names,
@@ -210,7 +211,7 @@ def write_checkpoint(
         parts = [each for each in world.gather(part) if each is not None]
         world.once(lambda: _complete(partial, final, {**state, "step": step, "parts": parts}))
     except (OSError, UserError) as error:
-        cause = str(error).removesuffix("Free some space or choose another folder.").rstrip(". ")
+        cause = reason_of(error.__cause__ if isinstance(error.__cause__, OSError) else error).rstrip(".")
         raise UserError(f"Cannot write the checkpoint {final}: {cause}. Mend that, then use --resume.") from error
     finally:
         if world.rank == 0:

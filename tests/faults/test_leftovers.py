@@ -252,3 +252,17 @@ def test_a_refusal_inside_a_folder_keeps_its_message(tmp_path: Path) -> None:
     """What ``write_tensors`` refuses keeps its own message."""
     with pytest.raises(UserError, match="numbers that are not finite"), atomic_folder(tmp_path / "a") as part:
         write_tensors({"x": torch.tensor(float("nan"))}, part / "x.safetensors")
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_says_why_and_once_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError) as caught:
+        write_checkpoint(tmp_path, 3, {"a": torch.zeros(2)}, {}, keep=2)
+    folder, reason = tmp_path / "step-0000003", "[Errno 28] No space left on device"
+    assert str(caught.value) == f"Cannot write the checkpoint {folder}: {reason}. Mend that, then use --resume."
+    assert not list(tmp_path.iterdir())

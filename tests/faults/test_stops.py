@@ -100,9 +100,12 @@ def test_a_second_signal_cuts_a_validation_short_and_its_step_is_saved(tmp_path:
     with pytest.raises(Interrupted, match="step 5 of 12"):
         run.train(validate=long)
     assert steps_saved(run) == [4, 5]
-    resumed = RunFolder.reopen(run.folder, CPU)
+    resumes_as_if_undisturbed(run, tmp_path / "complete")
+
+
+def resumes_as_if_undisturbed(run: RunFolder, folder: Path) -> None:
+    resumed, complete = RunFolder.reopen(run.folder, CPU), run_of(folder)
     resumed.train()
-    complete = run_of(tmp_path / "complete")
     complete.train()
     expected = state_of(complete.trainer)
     assert all(torch.equal(value, expected[name]) for name, value in state_of(resumed.trainer).items())
@@ -185,12 +188,7 @@ def test_no_signal_leaves_weights_half_averaged(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(Interrupted, match="step 5 of 12"):
         run.train(validate=lambda student, config, step: 1.0)
     monkeypatch.setattr(Role, "_load", load)
-    resumed = RunFolder.reopen(run.folder, CPU)
-    resumed.train()
-    complete = run_of(tmp_path / "complete")
-    complete.train()
-    expected = state_of(complete.trainer)
-    assert all(torch.equal(value, expected[name]) for name, value in state_of(resumed.trainer).items())
+    resumes_as_if_undisturbed(run, tmp_path / "complete")
 
 
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:

@@ -219,32 +219,27 @@ def test_rare_shapes_are_not_recorded_nor_are_too_many(recorded: list[bool]) -> 
         assert len(graphed._recordings) == MOST
 
 
-def test_a_network_that_cannot_be_recorded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(work: object, device: torch.device) -> None:
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+def refuses(work: object, device: torch.device) -> None:
+    raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
+
+def refuses_and_ends(work: object, device: torch.device) -> None:
+    try:
+        refuses(work, device)
+    finally:  # as ``torch.cuda.graph`` ends a recording
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("fails", [refuses, refuses_and_ends])
+def test_a_network_that_cannot_be_recorded_is_named_with_the_cause(
+    fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cuda_graphs, "warm_up", fails)
     _, graphed = pair("cpu")
     with torch.no_grad():
         for _ in range(EAGER):
             graphed(*given(0, "cpu"))
         with pytest.raises(UserError, match=r"a Network cannot be .* capturing\. Set cuda_graphs: false"):
-            graphed(*given(0, "cpu"))
-
-
-def test_the_cause_is_named_not_the_end_of_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(work: object, device: torch.device) -> None:
-        try:
-            raise RuntimeError("a value of the host is sent")
-        finally:  # as ``torch.cuda.graph`` ends a recording
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-
-    monkeypatch.setattr(cuda_graphs, "warm_up", fails)
-    _, graphed = pair("cpu")
-    with torch.no_grad():
-        for _ in range(EAGER):
-            graphed(*given(0, "cpu"))
-        with pytest.raises(UserError, match=r"a value of the host is sent\. Set cuda_graphs: false"):
             graphed(*given(0, "cpu"))
 
 
