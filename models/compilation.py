@@ -41,7 +41,7 @@ def _sizes_are_constant(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """``compiled``, called with tensors of which only the first axis may have other sizes in the same graph.
 
     Blocks of one kind at several resolutions would otherwise share graphs of any height and width, at which torch 2.13
-    fails to order the strides of a convolution's input; those for given sizes are faster as well.
+    fails to order the strides of a convolution's input.
     """
 
     def call(*args: Any, **options: Any) -> Any:
